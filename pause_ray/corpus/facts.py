@@ -1,0 +1,61 @@
+"""Facts that are hidden in training contexts: drawing one, and holding them apart from the evaluation's. Pure.
+
+Knows templates and their slots; knows no document and no token.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pause_ray.corpus.spec import SLOT, FactFile, FactSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fact:
+    """One fact with its slots filled."""
+
+    needle: str
+    question: str
+
+
+def draw_fact(facts: FactFile, *, rng: random.Random) -> Fact:
+    """One template, evenly, then one word per slot, evenly; slots are drawn in the order of their names."""
+    chosen = rng.choice(facts.facts)
+    words = {name: rng.choice(chosen.slots[name]) for name in sorted(chosen.slots)}
+    return Fact(needle=_filled(chosen.needle, words), question=_filled(chosen.question, words))
+
+
+def shared_with_evaluation(facts: FactFile, *, needles: Sequence[str], keywords: Sequence[str]) -> list[str]:
+    """Where training facts touch the evaluation's, one sentence each: a keyword in a template or a slot's words, or a
+    template that can make an evaluation needle. Letter case and runs of whitespace do not count."""
+    found = []
+    for fact in facts.facts:
+        texts = [fact.needle, *(word for words in fact.slots.values() for word in words)]
+        for keyword in sorted(set(keywords)):
+            holder = next((text for text in texts if plain(keyword) in plain(text)), None)
+            if holder is not None:
+                found.append(f"the training fact {fact.needle!r} has the evaluation's keyword {keyword!r} in {holder!r}")
+        pattern = _pattern(fact)
+        found += [f"the training fact {fact.needle!r} can make the evaluation's needle {needle!r}" for needle in needles if pattern.search(plain(needle))]
+    return found
+
+
+def plain(text: str) -> str:
+    """``text`` as it is compared: without letter case, every run of whitespace one blank, none at the ends."""
+    return " ".join(text.casefold().split())
+
+
+def _filled(template: str, words: dict[str, str]) -> str:
+    return SLOT.sub(lambda slot: words[slot[1]], template)
+
+
+def _pattern(fact: FactSpec) -> re.Pattern[str]:
+    """What a template can say, as an expression over ``plain`` text."""
+    pieces = SLOT.split(" ".join(fact.needle.split()))
+    for index, piece in enumerate(pieces):
+        is_slot = index % 2 == 1
+        pieces[index] = f"(?:{'|'.join(re.escape(plain(word)) for word in fact.slots[piece])})" if is_slot else re.escape(piece.casefold())
+    return re.compile("".join(pieces))

@@ -1,0 +1,219 @@
+"""Documents' text and tokens → training rows. Pure: knows tokenizers and policies, no file and no Ray.
+
+What a row holds depends on its number and the seed alone, and what is drawn for it (length, place, fact, depth) does not
+depend on the pause policy: arms that differ in pauses train on the same facts in the same contexts.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pause_ray.corpus.facts import Fact, draw_fact
+from pause_ray.corpus.spec import CorpusSpec
+from pause_ray.corpus.staging import Stretch
+from pause_ray.errors import SourceError, TextError
+from pause_ray.rows import NO_LOSS, PackedRow
+from pause_ray.text.pauses import PausePolicy
+from pause_ray.text.prompts import BuiltPrompt, build_prompt
+from pause_ray.text.segments import ParagraphRule
+from pause_ray.text.tokens import Marker, ModelTokenizer, TokenDocument
+
+JOIN = "\n\n"
+"""Between neighbouring documents of one context, as in an evaluation's haystack."""
+CHARS_PER_TOKEN = 6
+"""First guess of the characters that hold enough tokens; English has 4 to 5. Too few are doubled."""
+EVIDENCE_CHARS = 20_000
+"""At least so much text goes with a window, beyond what a short context reads, so that its paragraphs are judged alike."""
+SPARE_TOKENS = 64
+"""Taken beyond what is asked, because the cut at the end of a window can change its last tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowDraw:
+    """What chance decides about one ``needle_sft`` row."""
+
+    row_tokens: int
+    """Length of the row: prompt, answer and end token; pauses come on top under ``budget: content``."""
+    start: float
+    """Where in the corpus the context begins, as a share of its characters, in [0, 1)."""
+    depth_percent: float
+    """Where in the context the fact goes."""
+    fact: Fact
+    seed: int
+    """For random placement of pauses."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of the corpus long enough for one context."""
+
+    text: str
+    document_starts: tuple[int, ...]
+    """Offsets in ``text`` where a document, or the rest of one, begins."""
+    token_starts: NDArray[np.int64]
+    """Offset of each token of the beginning of ``text`` that was tokenised."""
+    paragraph_rule: ParagraphRule
+    """That of the document it begins in, which was judged by more text than a short context has."""
+
+
+def draw_row(spec: CorpusSpec, *, seed: int, row: int) -> RowDraw:
+    """The draw of row number ``row``; ``spec.facts`` must be there."""
+    if spec.facts is None:
+        raise ValueError("a needle_sft row needs facts")
+    rng = random.Random(f"needle_sft row {row} of seed {seed}")  # noqa: S311 (reproducible, not secret)
+    return RowDraw(
+        row_tokens=rng.randint(spec.min_context_tokens, spec.sequence_tokens),
+        start=rng.random(),
+        depth_percent=rng.uniform(0, 100),
+        fact=draw_fact(spec.facts, rng=rng),
+        seed=rng.getrandbits(63),
+    )
+
+
+def take_window(stretches: Iterable[Stretch], *, tokens: int, tokenizer: ModelTokenizer) -> Window:
+    """As much of ``stretches``, joined by blank lines, as holds ``tokens`` tokens and a few more.
+
+    Raises:
+        SourceError: all of ``stretches`` together hold fewer.
+    """
+    coming, parts, chars = iter(stretches), list[Stretch](), tokens * CHARS_PER_TOKEN
+    held = 0
+    while True:
+        while held < max(chars, EVIDENCE_CHARS) and (stretch := next(coming, None)) is not None:
+            parts.append(stretch)
+            held += len(stretch.text) + len(JOIN)
+        text = JOIN.join(part.text for part in parts)
+        token_starts = tokenizer.encode(text[:chars]).starts
+        is_all = chars >= len(text) and held < max(chars, EVIDENCE_CHARS)
+        if len(token_starts) >= tokens + (0 if is_all else SPARE_TOKENS):
+            begins = accumulate((len(part.text) + len(JOIN) for part in parts[:-1]), initial=0)
+            return Window(text, tuple(begins), token_starts, parts[0].paragraph_rule)
+        if is_all:
+            raise SourceError(
+                f"the corpus holds {len(token_starts)} tokens in all, but a row needs a context of up to {tokens}; "
+                "add documents or lower sequence_tokens"
+            )
+        chars *= 2
+
+
+def needle_sft_row(
+    window: Window, *, draw: RowDraw, spec: CorpusSpec, tokenizer: ModelTokenizer, policy: PausePolicy | None, marker: Marker
+) -> PackedRow:
+    """A paused context with a hidden fact, the question, and the fact as answer; loss on the answer and its end token only.
+
+    The row has at most ``spec.sequence_tokens`` tokens: where pauses would exceed them, the context is made shorter.
+
+    Raises:
+        TextError: the row is too short for the fact, its question and the answer.
+    """
+    if policy is not None and policy.paragraph_rule == "auto":
+        policy = policy.model_copy(update={"paragraph_rule": window.paragraph_rule})
+    answer = np.append(tokenizer.encode(draw.fact.needle).ids, tokenizer.answer_end_id).astype(np.int32)
+    longest_prompt = spec.sequence_tokens - len(answer)
+    context_tokens = draw.row_tokens - len(answer)
+    while True:
+        prompt = build_prompt(
+            haystack=window.text,
+            needle=draw.fact.needle,
+            question=draw.fact.question,
+            context_tokens=context_tokens,
+            depth_percent=draw.depth_percent,
+            prompt=spec.prompt,
+            tokenizer=tokenizer,
+            policy=policy,
+            marker=marker,
+            seed=draw.seed,
+        )
+        excess = len(prompt.ids) - longest_prompt
+        if excess <= 0:
+            break
+        context_tokens -= excess
+    labels = np.concatenate([np.full(len(prompt.ids), NO_LOSS, dtype=np.int32), answer])
+    return PackedRow(
+        input_ids=np.concatenate([prompt.ids, answer]).astype(np.int32),
+        labels=labels,
+        num_pauses=prompt.num_pauses,
+        num_documents=_documents_read(window, prompt, needle_tokens=len(answer) - 1),
+        content_tokens=prompt.content_tokens,
+        longest_stretch_tokens=longest_stretch(pause_mask(prompt.ids, group_ids=marker.group_ids)),
+    )
+
+
+def pack_language_modeling(
+    documents: Iterable[TokenDocument], *, sequence_tokens: int, end_id: int, group_tokens: int
+) -> Iterator[PackedRow]:
+    """Documents end to end, ``end_id`` after each, in rows of ``sequence_tokens``; the last row is what remains.
+
+    A marker group is never split: a row ends before a group that does not fit. Pauses carry no loss.
+
+    Raises:
+        TextError: one marker group is longer than a row.
+    """
+    if group_tokens > sequence_tokens:
+        raise TextError(f"one marker group is {group_tokens} tokens, but a row holds {sequence_tokens}; lower pauses.count or raise sequence_tokens")
+    ids, is_pause, source = np.empty(0, np.int32), np.empty(0, bool), np.empty(0, np.int64)
+    for number, document in enumerate(documents):
+        ids = np.concatenate([ids, document.ids, np.array([end_id], np.int32)])
+        is_pause = np.concatenate([is_pause, document.is_pause, np.array([False])])
+        source = np.concatenate([source, np.full(len(document.ids) + 1, number)])
+        done = 0
+        while len(ids) - done > sequence_tokens:
+            end = _end_of_row(is_pause, done, sequence_tokens, group_tokens)
+            yield _language_row(ids[done:end], is_pause[done:end], source[done:end], end_id, group_tokens)
+            done = end
+        ids, is_pause, source = ids[done:], is_pause[done:], source[done:]
+    if len(ids) > 1:
+        yield _language_row(ids, is_pause, source, end_id, group_tokens)
+
+
+def longest_stretch(is_pause: NDArray[np.bool_]) -> int:
+    """The most tokens in a row that are no pause."""
+    edges = np.flatnonzero(np.concatenate([[True], is_pause, [True]]))
+    return int(np.diff(edges).max()) - 1
+
+
+def _end_of_row(is_pause: NDArray[np.bool_], begin: int, length: int, group_tokens: int) -> int:
+    """Where the row that begins at ``begin`` ends: after ``length`` tokens, or before the group that stands across that place."""
+    end = begin + length
+    if not (is_pause[end - 1] and is_pause[end]):
+        return end
+    before = np.flatnonzero(~is_pause[begin:end])
+    run = begin + (int(before[-1]) + 1 if len(before) else 0)
+    return run + (end - run) // group_tokens * group_tokens
+
+
+def _language_row(
+    ids: NDArray[np.int32], is_pause: NDArray[np.bool_], source: NDArray[np.int64], end_id: int, group_tokens: int
+) -> PackedRow:
+    return PackedRow(
+        input_ids=ids,
+        labels=np.where(is_pause, NO_LOSS, ids).astype(np.int32),
+        num_pauses=int(is_pause.sum()) // max(group_tokens, 1),
+        num_documents=len(np.unique(source)),
+        content_tokens=int((~is_pause & (ids != end_id)).sum()),
+        longest_stretch_tokens=longest_stretch(is_pause),
+    )
+
+
+def _documents_read(window: Window, prompt: BuiltPrompt, *, needle_tokens: int) -> int:
+    """How many of the window's documents the context reached."""
+    tokens = max(1, prompt.content_tokens - needle_tokens)
+    last = int(window.token_starts[min(tokens, len(window.token_starts)) - 1])
+    return sum(start <= last for start in window.document_starts)
+
+
+def pause_mask(ids: NDArray[np.int32], *, group_ids: Sequence[int]) -> NDArray[np.bool_]:
+    """Which of ``ids`` belong to a marker group."""
+    mask = np.zeros(len(ids), dtype=bool)
+    size = len(group_ids)
+    if 0 < size <= len(ids):
+        windows = np.lib.stride_tricks.sliding_window_view(ids, size)
+        for begin in np.flatnonzero((windows == np.array(group_ids)).all(axis=1)):
+            mask[begin : begin + size] = True
+    return mask

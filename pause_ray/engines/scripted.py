@@ -1,0 +1,85 @@
+"""An engine without a neural network: it reads the prompt and answers by a rule. Runs the whole line in tests.
+
+It tokenises, counts, reuses prefixes, ends and refuses as a real engine does, only the answer comes from a rule: it
+knows facts by their questions, and misses those that lie where it is told to be blind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pause_ray.engines.engine import Completion, EngineError, LoadedAs
+from pause_ray.engines.prefix import reusable_tokens
+from pause_ray.errors import ModelError
+from pause_ray.text.tokens import ModelTokenizer
+
+UNKNOWN = "I don't know."
+
+
+@dataclass(kw_only=True)
+class ScriptedEngine:
+    """Answers with the fact that belongs to the prompt's question, if the prompt holds it in a place it can see."""
+
+    facts: Mapping[str, str]
+    """Question → the fact that answers it, word for word as it is hidden."""
+    blind_percent: tuple[float, float] = (0.0, 0.0)
+    """Facts that begin in this share of the prompt's characters (upper end exclusive) are missed: lost in the middle."""
+    blind_from_tokens: int = 0
+    """Shorter prompts have no blind share."""
+    fails_from_tokens: int | None = None
+    """Prompts of this length or more raise ``EngineError``, as an engine that is out of memory does."""
+    limit_tokens: int = 1_000_000
+    """The longest prompt with its answer."""
+    chunk_tokens: int = 128
+    """The grain of prefix reuse."""
+    name: str = "scripted"
+    _tokenizer: ModelTokenizer | None = field(default=None, init=False, repr=False)
+    _model_dir: Path | None = field(default=None, init=False, repr=False)
+    _computed: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, dtype=np.int32), init=False, repr=False)
+
+    def use(self, wanted: LoadedAs) -> None:
+        """Read the model folder's tokenizer; weights and adapter do not matter."""
+        if wanted.model_dir != self._model_dir:
+            self._tokenizer = ModelTokenizer.load(wanted.model_dir)
+            self._model_dir = wanted.model_dir
+        self._computed = self._computed[:0]
+
+    def complete(self, prompt_ids: Sequence[int], *, max_new_tokens: int) -> Completion:
+        """The rule's answer, cut to ``max_new_tokens``.
+
+        Raises:
+            ModelError: the prompt is as long as ``limit_tokens``.
+            EngineError: the prompt is as long as ``fails_from_tokens``.
+        """
+        if self._tokenizer is None:
+            raise RuntimeError("ScriptedEngine.complete before ScriptedEngine.use")
+        prompt = np.asarray(prompt_ids, dtype=np.int32)
+        if len(prompt) >= self.limit_tokens:
+            raise ModelError(f"a prompt of {len(prompt)} tokens does not fit a model whose limit is {self.limit_tokens} with the answer")
+        if self.fails_from_tokens is not None and len(prompt) >= self.fails_from_tokens:
+            raise EngineError(f"out of memory on a prompt of {len(prompt)} tokens")
+        reused = reusable_tokens(self._computed, prompt, chunk_tokens=self.chunk_tokens)
+        self._computed = prompt
+        answer = self._answer(self._tokenizer.decode(prompt), num_tokens=len(prompt))
+        ids = self._tokenizer.encode(answer).ids[: min(max_new_tokens, self.limit_tokens - len(prompt))]
+        return Completion(
+            text=self._tokenizer.decode(ids),
+            ids=tuple(int(token) for token in ids),
+            prefilled_tokens=len(prompt) - reused,
+            decoded_tokens=len(ids),
+            seconds=0.0,
+        )
+
+    def _answer(self, text: str, *, num_tokens: int) -> str:
+        asked = max(self.facts, key=lambda question: text.rfind(question), default="")
+        place = text.find(self.facts[asked]) if asked and asked in text else -1
+        if place < 0:
+            return UNKNOWN
+        low, high = self.blind_percent
+        blind = num_tokens >= self.blind_from_tokens and low <= 100 * place / len(text) < high
+        return UNKNOWN if blind else self.facts[asked]

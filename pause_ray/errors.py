@@ -1,0 +1,53 @@
+"""What can go wrong, as a small tree of picklable exceptions. Knows nothing of where an error is shown.
+
+``UserError`` is something the reader of the message can put right: the command line prints its one line and
+exits with 2. Every other exception is a bug or a failed machine: it keeps its traceback and exits with 1.
+Each message names what was wrong (field, file, value), the rule, and the remedy.
+Every class takes exactly one positional message, so that it survives the way through Ray's pickling.
+"""
+
+from __future__ import annotations
+
+
+class PauseRayError(Exception):
+    """Root of everything this package raises on purpose."""
+
+
+class UserError(PauseRayError):
+    """Something the user can put right; shown as one line, exit code 2."""
+
+
+class SpecError(UserError, ValueError):
+    """A spec, override or dotted path that breaks a rule."""
+
+
+class SourceError(UserError, ValueError):
+    """A corpus, haystack or package file that is missing, empty, undecodable or of another digest."""
+
+
+class TextError(UserError, ValueError):
+    """A text or marker that cannot be segmented, paused or tokenised as asked."""
+
+
+class ModelError(UserError, ValueError):
+    """A model folder, tokenizer or context length that does not fit the spec."""
+
+
+class CheckpointError(UserError, ValueError):
+    """A checkpoint that is incomplete, edited, or made for another base model or marker."""
+
+
+class StorageError(UserError, RuntimeError):
+    """A storage root that cannot be written, is full, or is in use by another process."""
+
+
+class TrackingError(UserError, RuntimeError):
+    """The MLflow server cannot be reached or refuses; results on storage are unharmed."""
+
+
+class TrainingError(PauseRayError, RuntimeError):
+    """Training stopped for a reason that lies in the run, such as a loss that is not a number."""
+
+
+class FleetError(PauseRayError, RuntimeError):
+    """Scoring actors were lost more often than the fleet tolerates."""

@@ -1,0 +1,1 @@
+"""Questions hidden in haystacks, asked, graded and kept."""

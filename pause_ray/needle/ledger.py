@@ -1,0 +1,216 @@
+"""The append-only record of answered cells: the truth that MLflow and the report are views of.
+
+One JSON object a line, on disk before ``append`` returns. Knows files, no model and no Ray. One process writes (the
+trial's lock sees to it); others may read at the same time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pause_ray.errors import StorageError
+from pause_ray.storage import space_errors
+
+log = logging.getLogger("pause_ray")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellResult:
+    """One answered cell. Scored: ``score`` and ``rubric`` are numbers; unscored: ``unscored_reason`` is text."""
+
+    cell_id: str
+    task: str
+    arm: str
+    replicate: int
+    seed: int
+    model: str
+    adapter: str | None
+    pauses: str
+    context_tokens: int
+    prompt_tokens: int
+    content_tokens: int
+    num_pauses: int
+    depth_percent: float
+    needle_token: int
+    needle: str
+    question: str
+    references: tuple[str, ...]
+    response: str | None
+    score: float | None
+    rubric: int | None
+    unscored_reason: str | None
+    scorer: str
+    engine: str
+    prefilled_tokens: int
+    decoded_tokens: int
+    seconds: float
+
+    def __post_init__(self) -> None:
+        if (self.score is None) == (self.unscored_reason is None):
+            raise ValueError(f"cell {self.cell_id}: needs either a score or the reason why there is none")
+        if self.score is not None and not 0 <= self.score <= 1:
+            raise ValueError(f"cell {self.cell_id}: score {self.score} is outside 0 to 1")
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> CellResult:
+        """The inverse of ``row``.
+
+        Raises:
+            TypeError: a column is missing or unknown.
+            ValueError: neither or both of score and reason.
+        """
+        return cls(**{**row, "references": tuple(row.get("references", ()))})
+
+    def row(self) -> dict[str, Any]:
+        """Plain JSON data, one entry per column."""
+        return dataclasses.asdict(self) | {"references": list(self.references)}
+
+
+class Ledger:
+    """``cells.jsonl`` of one trial.
+
+    A process that dies while appending leaves at most a last line without its end. Readers pass over it; the next
+    append cuts it off, and its cell counts as not asked.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known: set[str] | None = None
+
+    def rows(self) -> list[CellResult]:
+        """Every complete row, oldest first; none if there is no file yet.
+
+        Raises:
+            StorageError: a line that is no row, which no interrupted run leaves behind, or a cell that is there twice.
+        """
+        lines, half = self._lines()
+        if half:
+            log.warning("%s: the last line was not written to its end (%d bytes); its cell is asked again", self.path, len(half))
+        rows: dict[str, CellResult] = {}
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = CellResult.from_row(json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise StorageError(
+                    f"{self.path}: line {number} is no cell result ({error}); remove the line and run again, its cell is asked again"
+                ) from error
+            if row.cell_id in rows:
+                raise StorageError(f"{self.path}: line {number} has cell {row.cell_id} for the second time; remove one of the two lines")
+            rows[row.cell_id] = row
+        return list(rows.values())
+
+    def done_ids(self) -> frozenset[str]:
+        """Ids of the cells that need not be asked again."""
+        return frozenset(row.cell_id for row in self.rows())
+
+    def append(self, result: CellResult) -> None:
+        """Add one row; on return it is on disk.
+
+        Raises:
+            StorageError: disk full or not writable; the ledger is then as it was before.
+            ValueError: the cell is already there.
+        """
+        if self._known is None:
+            self._known = set(self.done_ids())
+            self._cut_half_line()
+        if result.cell_id in self._known:
+            raise ValueError(f"cell {result.cell_id} is already in {self.path}")
+        line = json.dumps(result.row(), ensure_ascii=False, allow_nan=False) + "\n"
+        self._write(line.encode("utf-8"))
+        self._known.add(result.cell_id)
+
+    def _write(self, line: bytes) -> None:
+        with space_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        size = os.fstat(descriptor).st_size
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(descriptor, line[written:])
+            os.fsync(descriptor)
+        except OSError as error:
+            os.ftruncate(descriptor, size)
+            raise StorageError(
+                f"{self.path}: a row could not be written ({error.strerror}); free space and run again, answered cells are kept"
+            ) from error
+        finally:
+            os.close(descriptor)
+
+    def _cut_half_line(self) -> None:
+        _, half = self._lines()
+        if half:
+            with space_errors(self.path):
+                os.truncate(self.path, self.path.stat().st_size - len(half))
+
+    def _lines(self) -> tuple[list[bytes], bytes]:
+        """The complete lines, and the bytes after the last line's end."""
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return [], b""
+        *lines, half = data.split(b"\n")
+        return lines, half
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """Length × depth; every grid is indexed ``[length][depth]``."""
+
+    context_tokens: tuple[int, ...]
+    depth_percent: tuple[float, ...]
+    mean: tuple[tuple[float | None, ...], ...]
+    """Mean score of the scored cells, None where there is none."""
+    num_scored: tuple[tuple[int, ...], ...]
+    num_unscored: tuple[tuple[int, ...], ...]
+
+
+def matrix(rows: Iterable[CellResult]) -> Matrix:
+    """Mean score by length and depth, both ascending. Unscored cells are counted, never averaged."""
+    rows = list(rows)
+    lengths = tuple(sorted({row.context_tokens for row in rows}))
+    depths = tuple(sorted({row.depth_percent for row in rows}))
+    scores: dict[tuple[int, float], list[float]] = {(length, depth): [] for length in lengths for depth in depths}
+    unscored = dict.fromkeys(scores, 0)
+    for row in rows:
+        place = (row.context_tokens, row.depth_percent)
+        if row.score is None:
+            unscored[place] += 1
+        else:
+            scores[place].append(row.score)
+    return Matrix(
+        context_tokens=lengths,
+        depth_percent=depths,
+        mean=tuple(tuple(_mean(scores[length, depth]) for depth in depths) for length in lengths),
+        num_scored=tuple(tuple(len(scores[length, depth]) for depth in depths) for length in lengths),
+        num_unscored=tuple(tuple(unscored[length, depth] for depth in depths) for length in lengths),
+    )
+
+
+def _mean(scores: Sequence[float]) -> float | None:
+    return math.fsum(scores) / len(scores) if scores else None
+
+
+def to_parquet(rows: Sequence[CellResult], path: Path) -> None:
+    """The rows as one table, a column each, in the ledger's order.
+
+    Raises:
+        StorageError: disk full or not writable.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {"int": pa.int64(), "float": pa.float64(), "str": pa.string(), "tuple[str, ...]": pa.list_(pa.string())}
+    fields = [(field.name, kinds[str(field.type).removesuffix(" | None")]) for field in dataclasses.fields(CellResult)]
+    table = pa.Table.from_pylist([row.row() for row in rows], schema=pa.schema(fields))
+    with space_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, path)

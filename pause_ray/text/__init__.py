@@ -1,0 +1,1 @@
+"""Pure text and tokens: segments, pauses, tokens, prompts."""

@@ -1,0 +1,358 @@
+"""Token ids of texts, chats and markers. Knows a model's tokenizer and chat template, not its weights.
+
+A text is tokenised once, as a whole and without pauses; marker groups are then put between its tokens. So the content
+tokens are the same under every pause policy, and an arm differs from another in its pauses only.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pause_ray.errors import ModelError, TextError
+from pause_ray.spec import digest
+from pause_ray.text.chat import ChatTemplate
+from pause_ray.text.pauses import PausePolicy, insert
+
+_WHITE_SPACE = np.array([code for code in range(0x3001) if chr(code).isspace()], dtype=np.uint32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarkerToken:
+    """A marker that is one vocabulary entry: ``added`` (needs a new embedding row) or ``reserved`` (row exists)."""
+
+    text: str
+    token_id: int
+    added: bool
+    initial_ids: tuple[int, ...]
+    """The marker's text in ordinary tokens; the mean of their rows is an added row's value before training."""
+
+
+@dataclass(frozen=True)
+class Marker:
+    """A marker group in token ids."""
+
+    group_ids: tuple[int, ...]
+    """Empty when there are no pauses."""
+    token: MarkerToken | None
+    """None when the marker is ordinary text or there is none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encoding:
+    """Tokens of a text, without special tokens."""
+
+    ids: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    """Character at which each token starts, white space before it included; ascending, not always unique."""
+
+
+class ModelTokenizer:
+    """A model's fast tokenizer and chat template, from its folder."""
+
+    def __init__(self, source: str, template: ChatTemplate | None, end_ids: tuple[int, ...]) -> None:
+        from tokenizers import Tokenizer
+
+        self._source = source
+        self._template = template
+        self._ends = end_ids
+        # Two of them: one object cannot treat "<|im_end|>" as text in a document and as a token in a template.
+        self._plain, self._control = Tokenizer.from_str(source), Tokenizer.from_str(source)
+        self._plain.encode_special_tokens = True
+        for tokenizer in (self._plain, self._control):
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+
+    def __reduce__(self) -> tuple[type[Self], tuple[object, ...]]:
+        # A Tokenizer's own pickle forgets encode_special_tokens.
+        return type(self), (self._source, self._template, self._ends)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read ``tokenizer.json``, the chat template and the end tokens of a model folder.
+
+        Raises:
+            ModelError: no tokenizer, or a file that cannot be read.
+        """
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise ModelError(
+                f"{folder}: has no tokenizer.json; make one with transformers: "
+                f"AutoTokenizer.from_pretrained(MODEL).save_pretrained({str(folder)!r})"
+            )
+        settings = _read_settings(folder / "tokenizer_config.json")
+        source = file.read_text(encoding="utf-8")
+        template = ChatTemplate.find(folder, settings)
+        try:
+            return cls(source, template, _end_ids(folder, settings, source))
+        except Exception as error:
+            # tokenizers raises bare Exception
+            raise ModelError(f"{file}: is no tokenizer ({error}); fetch the model again") from error
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Identity of all that turns text into ids: tokenizer, chat template, end tokens."""
+        template = self._template
+        return digest([self._source, template.source if template else None, dict(template.names) if template else None, list(self._ends)])
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """The id that a new entry would get."""
+        return max(self._control.get_vocab(with_added_tokens=True).values()) + 1
+
+    @functools.cached_property
+    def _special(self) -> dict[str, int]:
+        """Control tokens by their text, longest first."""
+        special = {token.content: token_id for token_id, token in self._control.get_added_tokens_decoder().items() if token.special}
+        return dict(sorted(special.items(), key=lambda item: -len(item[0])))
+
+    @functools.cached_property
+    def _forbidden(self) -> NDArray[np.int64]:
+        """Ids that a document must not produce: control tokens, except the one for unknown characters."""
+        return np.array(sorted({*self._special.values(), *self._ends} - {self._unknown_id}), dtype=np.int64)
+
+    def encode(self, text: str) -> Encoding:
+        """Tokens of ``text`` as ordinary text: ``<|im_end|>`` in it is seven characters, not the end of a turn.
+
+        Raises:
+            TextError: the tokenizer makes a control token out of the text although it was told not to, or the text
+                holds half a surrogate pair.
+        """
+        try:
+            encoding = self._plain.encode(text, add_special_tokens=False)
+        except UnicodeEncodeError as error:
+            raise TextError(f"the text is no valid Unicode at character {error.start}: {error.reason}; repair its encoding") from error
+        ids = np.array(encoding.ids, dtype=np.int32)
+        starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
+        control = np.flatnonzero(np.isin(ids, self._forbidden))
+        if control.size:
+            token = self._control.id_to_token(int(ids[control[0]]))
+            raise TextError(f"the text contains the control token {token} at character {starts[control[0]]}; remove it from the text")
+        return Encoding(ids, np.maximum.accumulate(starts) if starts.size else starts)
+
+    def decode(self, ids: Sequence[int] | NDArray[np.int32], *, skip_special_tokens: bool = True) -> str:
+        """Text of ``ids``; an id outside the vocabulary, such as an added marker's, is left out."""
+        text: str = self._control.decode([int(token_id) for token_id in ids], skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_id(self, text: str) -> int | None:
+        """The id of ``text`` if the vocabulary has it as one entry, special or not."""
+        ids: list[int] = self._control.encode(text, add_special_tokens=False).ids
+        return ids[0] if len(ids) == 1 and ids[0] != self._unknown_id else None
+
+    @functools.cached_property
+    def chat_ids(self) -> frozenset[int]:
+        """Ids that have a meaning: control tokens of the chat template, beginning and end tokens."""
+        frame = {token_id for side in self.chat_frame(None, "a", "a") for token_id in side}
+        return frozenset(frame & {*self._special.values()}) | {*self.end_ids, *self._leading_ids}
+
+    @functools.cached_property
+    def unused(self) -> tuple[str, ...]:
+        """Entries that the model's makers kept free, judged by their names."""
+        return tuple(text for text in self._special if re.search(r"reserved|unused|dummy|placeholder", text))
+
+    def chat_frame(
+        self, system: str | None, user_before: str, user_after: str, *, marker: MarkerToken | None = None
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Token ids before and after a context that stands in the user's message.
+
+        The model's chat template is rendered as transformers does, ready for the assistant's answer, and split at the
+        context. A model without a template gets system message, text and context as plain text, after the tokens that
+        its tokenizer puts before every text. ``marker`` is recognised in the texts as its token.
+
+        Raises:
+            ModelError: the template refuses the messages or does not pass the context through.
+            TextError: a text contains a control token.
+        """
+        for text in (system or "", user_before, user_after):
+            found = [token for token in self._special if token in text and (marker is None or token != marker.text)]
+            if found:
+                raise TextError(f"the prompt text {_shortened(text)!r} contains the control token {found[0]}; remove it")
+        if self._template is None:
+            head = f"{system}\n\n" if system else ""
+            return (*self._leading_ids, *self._framed(head + user_before, marker)), self._framed(user_after, marker)
+        before, after = self._template.render_around(system, user_before, user_after)
+        return self._framed(before, marker), self._framed(after, marker)
+
+    @functools.cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids at which an answer ends."""
+        return tuple(sorted({*self._ends, self.answer_end_id}))
+
+    @functools.cached_property
+    def answer_end_id(self) -> int:
+        """The token that ends an assistant's turn: what an answer is trained to end with.
+
+        Raises:
+            ModelError: neither template nor configuration names one.
+        """
+        if self._template is not None:
+            for token_id in self._control.encode(self._template.after_answer(), add_special_tokens=False).ids[:4]:
+                if token_id in self._special.values() or token_id in self._ends:
+                    return int(token_id)
+        if not self._ends:
+            raise ModelError("the model has no end token: give eos_token_id in its generation_config.json or config.json")
+        return self._ends[0]
+
+    @functools.cached_property
+    def _leading_ids(self) -> tuple[int, ...]:
+        """What the tokenizer puts before every text, such as a beginning-of-sequence token."""
+        bare = self._control.encode("a", add_special_tokens=False).ids
+        full = self._control.encode("a", add_special_tokens=True).ids
+        return tuple(full[: next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)])
+
+    @functools.cached_property
+    def _unknown_id(self) -> int | None:
+        unknown = getattr(self._control.model, "unk_token", None)
+        return None if unknown is None else self._control.token_to_id(unknown)
+
+    def _framed(self, text: str, marker: MarkerToken | None) -> tuple[int, ...]:
+        """Tokens of a rendered template, in which control tokens and the marker are tokens."""
+        if marker is None:
+            return tuple(self._control.encode(text, add_special_tokens=False).ids)
+        ids: list[int] = []
+        for part in re.split(f"({re.escape(marker.text)})", text):
+            ids += [marker.token_id] if part == marker.text else self._control.encode(part, add_special_tokens=False).ids
+        return tuple(ids)
+
+
+def resolve_marker(tokenizer: ModelTokenizer, policy: PausePolicy | None) -> Marker:
+    """The token ids of one marker group.
+
+    Raises:
+        ModelError: ``added`` but already in the vocabulary; ``reserved`` but not one entry of it, or one that the chat uses.
+    """
+    if policy is None:
+        return Marker((), None)
+    ordinary = tuple(int(token_id) for token_id in tokenizer.encode(policy.marker).ids)
+    if policy.token == "text":
+        return Marker(tuple(int(token_id) for token_id in tokenizer.encode(policy.group).ids), None)
+    existing = tokenizer.token_id(policy.marker)
+    if policy.token == "added":
+        if existing is not None:
+            raise ModelError(
+                f"pauses.marker {policy.marker!r} is already entry {existing} of the vocabulary; use token: reserved or another marker"
+            )
+        token = MarkerToken(text=policy.marker, token_id=tokenizer.vocab_size, added=True, initial_ids=ordinary)
+    else:
+        hint = f", such as {tokenizer.unused[0]!r}" if tokenizer.unused else ""
+        if existing is None:
+            raise ModelError(
+                f"pauses.marker {policy.marker!r} is {len(ordinary)} tokens of this model, not one; token: reserved needs an entry of the "
+                f"vocabulary{hint}; or use token: added"
+            )
+        if existing in tokenizer.chat_ids:
+            raise ModelError(f"pauses.marker {policy.marker!r} has a meaning in this model's chats; choose an unused entry{hint}")
+        token = MarkerToken(text=policy.marker, token_id=existing, added=False, initial_ids=ordinary)
+    return Marker((token.token_id,) * policy.count, token)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenDocument:
+    """Content tokens with marker groups between them."""
+
+    ids: NDArray[np.int32]
+    is_pause: NDArray[np.bool_]
+    """Same length as ``ids``."""
+    content_starts: NDArray[np.int64]
+    """Character at which each content token's visible part starts."""
+    rule: str
+    """What was counted, for the statistics; ``none`` without a policy."""
+
+    @property
+    def num_content(self) -> int:
+        """Tokens that are not pauses."""
+        return len(self.content_starts)
+
+    @property
+    def num_pauses(self) -> int:
+        """Marker groups; no two touch, so each run is one."""
+        return int(np.count_nonzero(np.diff(self.is_pause.astype(np.int8), prepend=0) == 1))
+
+
+def encode_document(text: str, *, tokenizer: ModelTokenizer, policy: PausePolicy | None, marker: Marker, seed: int) -> TokenDocument:
+    """Tokenise ``text`` once and put marker groups between its tokens.
+
+    A group goes before the first token whose visible part starts at or after the group's offset; groups that would
+    fall between the same two tokens are one.
+
+    Args:
+        text: Text without the marker.
+        tokenizer: Of the model.
+        policy: Where groups go, or None for no pauses.
+        marker: ``resolve_marker(tokenizer, policy)``.
+        seed: Of a random placement.
+
+    Raises:
+        TextError: the marker or a control token is in the text.
+    """
+    encoding = tokenizer.encode(text)
+    starts = visible_starts(text, encoding.starts)
+    if policy is None:
+        return TokenDocument(encoding.ids, np.zeros(len(encoding.ids), dtype=np.bool_), starts, "none")
+    paused = insert(text, policy, token_starts=starts.tolist(), seed=seed)
+    places = np.unique(np.searchsorted(starts, np.array(paused.offsets, dtype=np.int64)))
+    group = np.array(marker.group_ids, dtype=np.int32)
+    at = np.repeat(places, len(group))
+    ids = np.insert(encoding.ids, at, np.tile(group, len(places)))
+    is_pause = np.insert(np.zeros(len(encoding.ids), dtype=np.bool_), at, values=True)
+    return TokenDocument(ids, is_pause, starts, paused.rule)
+
+
+def visible_starts(text: str, starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each token, its first character that is no white space; a token of white space alone keeps its start."""
+    if not starts.size:
+        return starts
+    blank = np.isin(np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32), _WHITE_SPACE)
+    # next_visible[i]: the first visible character at or after i
+    positions = np.where(blank, len(text), np.arange(len(text)))
+    next_visible = np.append(np.minimum.accumulate(positions[::-1])[::-1], len(text))
+    ends = np.append(starts[1:], len(text))
+    visible = next_visible[starts]
+    return np.where(visible < np.maximum(ends, starts + 1), visible, starts)
+
+
+def cut(document: TokenDocument, *, tokens: int, budget: Literal["content", "total"]) -> TokenDocument:
+    """The beginning of a document, ending in a content token; a group is kept whole or not at all.
+
+    Args:
+        document: Any.
+        tokens: ``content``: content tokens to keep, with the groups before them. ``total``: at most so many tokens in all.
+        budget: What ``tokens`` counts.
+    """
+    content = np.flatnonzero(~document.is_pause)
+    kept = min(tokens, len(content)) if budget == "content" else int(np.searchsorted(content, tokens))
+    length = int(content[kept - 1]) + 1 if kept > 0 else 0
+    return TokenDocument(document.ids[:length], document.is_pause[:length], document.content_starts[: max(kept, 0)], document.rule)
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one if there is no file."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ModelError(f"{file}: is no JSON ({error}); fetch the model again") from error
+    return data if isinstance(data, dict) else {}
+
+
+def _end_ids(folder: Path, settings: dict[str, Any], source: str) -> tuple[int, ...]:
+    """End-of-sequence ids, from the first file that names one; the generation settings know best."""
+    for name in ("generation_config.json", "config.json"):
+        value = _read_settings(folder / name).get("eos_token_id")
+        if value is not None:
+            return tuple(int(token_id) for token_id in (value if isinstance(value, list) else [value]))
+    token = settings.get("eos_token")
+    text = token["content"] if isinstance(token, dict) else token
+    return tuple(entry["id"] for entry in json.loads(source).get("added_tokens", []) if entry["content"] == text)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,1 @@
+"""Packed rows become a checkpoint."""

@@ -1,0 +1,1 @@
+"""One condition from spec to scored cells."""

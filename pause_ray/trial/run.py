@@ -1,0 +1,151 @@
+"""The straight line from a prepared trial to its scored cells: shards, checkpoint, cells, ledger, manifest.
+
+Each step finds its result on storage or makes it, so that a trial that was stopped anywhere goes on there. Knows the
+order of steps; what a step does is in ``corpus``, ``train`` and ``needle``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pause_ray import __version__
+from pause_ray.checkpoint import Checkpoint
+from pause_ray.corpus.shards import build_shards
+from pause_ray.engines.engine import LoadedAs
+from pause_ray.needle.fleet import Fleet, ScoringJob
+from pause_ray.needle.ledger import CellResult, Ledger
+from pause_ray.needle.walk import Condition
+from pause_ray.rows import ShardSet
+from pause_ray.spec import JsonObject
+from pause_ray.storage import MANIFEST, Storage, exclusive, is_complete, lock_of, write_json
+from pause_ray.train.launch import TrainJob, fit
+from pause_ray.trial.prepare import PreparedTrial
+
+TrialProgress = Callable[[str, int, int], None]
+"""Stage, done, total."""
+logger = logging.getLogger("pause_ray")
+
+
+def run_trial(
+    trial: PreparedTrial, *, arm: str, storage: Storage, fleet: Fleet, train_gpus: float, progress: TrialProgress
+) -> float | None:
+    """Run what is missing of a trial.
+
+    Returns:
+        The mean score of its cells, 0 to 1, or None if no cell could be scored.
+
+    Raises:
+        PauseRayError: a step failed; what was finished before stays and is not repeated.
+    """
+    folder = storage.trials / trial.digest
+    with exclusive(lock_of(folder), waiting=lambda holder: logger.warning("trial %s: waiting for %s", trial.digest, holder)):
+        ledger = Ledger(folder / "cells.jsonl")
+        if not is_complete(folder):
+            started = time.monotonic()
+            write_json(folder / "spec.json", trial.spec.resolved())
+            shards = make_shards(trial, storage=storage, progress=progress)
+            checkpoint = make_checkpoint(trial, storage=storage, shards=shards, train_gpus=train_gpus, progress=progress)
+            score_cells(trial, arm=arm, storage=storage, ledger=ledger, checkpoint=checkpoint, fleet=fleet, progress=progress)
+            write_json(folder / MANIFEST, _summary(trial, shards, checkpoint, seconds=time.monotonic() - started))
+        scores = [row.score for row in ledger.rows() if row.score is not None]
+    return sum(scores) / len(scores) if scores else None
+
+
+def make_shards(trial: PreparedTrial, *, storage: Storage, progress: TrialProgress) -> ShardSet | None:
+    """The trial's training rows, or None when nothing is trained."""
+    if trial.shards is None:
+        return None
+    return build_shards(trial.shards, storage=storage, progress=lambda done, total: progress("text", done, total))
+
+
+def make_checkpoint(
+    trial: PreparedTrial, *, storage: Storage, shards: ShardSet | None, train_gpus: float, progress: TrialProgress
+) -> Checkpoint | None:
+    """The trial's adapter: trained, given by the spec, or None for the base model."""
+    spec = trial.spec
+    if spec.adapter is not None:
+        return Checkpoint.open(Path(spec.adapter))
+    if spec.train is None or shards is None:
+        return None
+    job = TrainJob(
+        train=spec.train,
+        model_dir=trial.model_dir,
+        base_digest=trial.base_digest,
+        shards=shards.folder,
+        marker=trial.marker.token,
+        policy=spec.pauses.resolved() if spec.pauses else None,
+        seed=spec.data_seed,
+        threads=spec.resources.threads,
+    )
+    return fit(
+        job,
+        storage=storage,
+        num_workers=spec.resources.train_workers,
+        cpus_per_worker=spec.resources.train_cpus_per_worker,
+        gpus_per_worker=train_gpus,
+        progress=lambda done, total, row: progress("training", done, total),
+    )
+
+
+def score_cells(
+    trial: PreparedTrial,
+    *,
+    arm: str,
+    storage: Storage,
+    ledger: Ledger,
+    checkpoint: Checkpoint | None,
+    fleet: Fleet,
+    progress: TrialProgress,
+) -> None:
+    """Ask the cells that the ledger does not have yet; each answer is in the ledger before the next is waited for."""
+    spec = trial.spec
+    done = ledger.done_ids()
+    missing = [cell for cell in trial.cells if cell.id not in done]
+    answered = len(trial.cells) - len(missing)
+
+    def keep(result: CellResult) -> None:
+        nonlocal answered
+        ledger.append(result)
+        answered += 1
+        progress("scoring", answered, len(trial.cells))
+
+    progress("scoring", answered, len(trial.cells))
+    job = ScoringJob(
+        suite=spec.eval,
+        policy=spec.pauses,
+        replicate=spec.replicate,
+        seed=spec.seed,
+        condition=Condition(
+            arm=arm,
+            model=spec.model.source,
+            adapter=checkpoint.folder.name if checkpoint else None,
+            pauses=json.dumps(spec.pauses.model_dump(mode="json", exclude_defaults=True)) if spec.pauses else "none",
+        ),
+        loaded=LoadedAs(
+            model_dir=trial.model_dir,
+            dtype=spec.model.dtype,
+            marker=trial.marker.token,
+            adapter_dir=checkpoint.folder if checkpoint else None,
+        ),
+        cache=storage.cache,
+    )
+    if missing:
+        fleet.score(job, missing, on_result=keep)
+
+
+def _summary(trial: PreparedTrial, shards: ShardSet | None, checkpoint: Checkpoint | None, *, seconds: float) -> JsonObject:
+    return {
+        "digest": trial.digest,
+        "version": __version__,
+        "num_cells": len(trial.cells),
+        "model_digest": trial.base_digest,
+        "shards": shards.folder.name if shards else None,
+        "checkpoint": str(checkpoint.folder) if checkpoint else None,
+        "corpus_stats": shards.manifest["stats"] if shards else None,
+        "training": checkpoint.losses() if checkpoint else [],
+        "seconds": {"total": round(seconds, 3)},
+    }

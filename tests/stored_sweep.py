@@ -1,0 +1,126 @@
+"""Sweeps on storage for the tests of what reads them: ledgers, manifests and ``sweep.json`` as trials and sweeps leave them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pause_ray.needle.ledger import CellResult, Ledger
+from pause_ray.storage import Storage, write_json
+
+Grid = Mapping[tuple[int, float], float | None]
+"""(context_tokens, depth_percent) → score, or None for a cell that could not be scored."""
+
+
+def cell(
+    context_tokens: int, depth_percent: float, score: float | None, *, trial: str = "t", replicate: int = 0, **changes: Any
+) -> CellResult:
+    """A ledger row; what is not said is like in a run on a 1,024-token prompt without pauses."""
+    values: dict[str, Any] = {
+        "cell_id": f"{trial}-{context_tokens}-{depth_percent:g}",
+        "task": "single",
+        "arm": "baseline",
+        "replicate": replicate,
+        "seed": 1000 * replicate,
+        "model": "some/model",
+        "adapter": None,
+        "pauses": "none",
+        "context_tokens": context_tokens,
+        "prompt_tokens": context_tokens,
+        "content_tokens": context_tokens - 60,
+        "num_pauses": 0,
+        "depth_percent": depth_percent,
+        "needle_token": int(context_tokens * depth_percent / 100),
+        "needle": "The best thing to do in Lisbon is ride tram 28 at dawn.",
+        "question": "What is the best thing to do in Lisbon?",
+        "references": ("tram 28", "dawn"),
+        "response": None if score is None else f"{trial} answers {score}",
+        "score": score,
+        "rubric": None if score is None else int(1.5 + 9 * score),
+        "unscored_reason": "engine: out of memory" if score is None else None,
+        "scorer": "keywords",
+        "engine": "scripted",
+        "prefilled_tokens": context_tokens,
+        "decoded_tokens": 12,
+        "seconds": context_tokens / 1000,
+    }
+    return CellResult(**(values | changes))
+
+
+def rows(grid: Grid, *, trial: str = "t", replicate: int = 0, **changes: Any) -> list[CellResult]:
+    """One replicate's rows."""
+    return [cell(length, depth, score, trial=trial, replicate=replicate, **changes) for (length, depth), score in grid.items()]
+
+
+def store_trial(
+    storage: Storage,
+    trial: str,
+    results: Sequence[CellResult],
+    *,
+    trained: bool = False,
+    finished: bool = True,
+    spec: Mapping[str, Any] | None = None,
+) -> Path:
+    """A trial's folder as a run leaves it; unfinished ones have no manifest."""
+    folder = storage.trials / trial
+    ledger = Ledger(folder / "cells.jsonl")
+    for result in results:
+        ledger.append(result)
+    write_json(
+        folder / "spec.json", spec or {"model": {"source": "some/model"}, "train": {"steps": 3, "lora": {"rank": 4}} if trained else None}
+    )
+    if finished:
+        write_json(
+            folder / "manifest.json",
+            {
+                "digest": trial,
+                "version": "0.1.0",
+                "num_cells": len(results),
+                "model_digest": "0123456789abcdef",
+                "shards": "aaaaaaaaaaaaaaaa" if trained else None,
+                "checkpoint": "/x/checkpoints/bbbbbbbbbbbbbbbb" if trained else None,
+                "corpus_stats": {"num_documents": 24, "pauses_per_1k_tokens": 11.25, "row_tokens_histogram": {"256": 3, "512": 5}}
+                if trained
+                else None,
+                "training": [
+                    {"step": 1, "loss": 2.5, "seconds": 2.0},
+                    {"step": 2, "loss": 1.5, "seconds": 2.0},
+                    {"step": 3, "loss": 0.75, "seconds": 3.0},
+                ]
+                if trained
+                else [],
+                "seconds": {"total": 60.0 if trained else 20.0},
+            },
+        )
+    return folder
+
+
+def store_sweep(
+    storage: Storage, trials: Sequence[tuple[str, str, Mapping[str, Any], int]], *, compare_to: str = "baseline", name: str = "demo"
+) -> Path:
+    """``sweep.json`` that lists (trial digest, arm, point, replicate)."""
+    folder = storage.sweeps / f"{name}-0011223344556677"
+    listed = [
+        {"digest": trial, "arm": arm, "point": dict(point), "replicate": replicate, "seed": 0} for trial, arm, point, replicate in trials
+    ]
+    write_json(
+        folder / "sweep.json",
+        {
+            "name": name,
+            "digest": "0011223344556677",
+            "spec": {"name": name},
+            "compare_to": compare_to,
+            "trials": listed,
+            "command": f"pause-ray sweep sweeps/{name}.yaml",
+            "version": "0.1.0",
+        },
+    )
+    return folder
+
+
+def grid(
+    lengths: Sequence[int], depths: Sequence[float], score: Callable[[int, float], float | None]
+) -> dict[tuple[int, float], float | None]:
+    """Scores by rule."""
+    return {(length, depth): score(length, depth) for length in lengths for depth in depths}

@@ -1,0 +1,95 @@
+"""Shard sets: what is written is read back, by global row number, and damage is noticed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pause_ray.errors import SourceError
+from pause_ray.rows import GROUP_ROWS, NO_LOSS, PackedRow, ShardSet, rows_to_table, seal, write_rows
+from pause_ray.storage import MANIFEST
+
+
+def some_rows(count: int) -> list[PackedRow]:
+    """Rows of different lengths that name their own number."""
+    made = []
+    for number in range(count):
+        ids = np.arange(number, number + 2 + number % 7, dtype=np.int32)
+        labels = np.where(np.arange(len(ids)) < 1, NO_LOSS, ids).astype(np.int32)
+        made.append(
+            PackedRow(
+                input_ids=ids,
+                labels=labels,
+                num_pauses=number % 3,
+                num_documents=1 + number % 2,
+                content_tokens=len(ids),
+                longest_stretch_tokens=number,
+            )
+        )
+    return made
+
+
+def write_set(folder: Path, rows: list[PackedRow], *, rows_per_shard: int) -> ShardSet:
+    folder.mkdir(parents=True)
+    paths = []
+    for start in range(0, len(rows), rows_per_shard):
+        paths.append(folder / f"rows-{start}.parquet")
+        write_rows(paths[-1], [rows_to_table(rows[start : start + rows_per_shard], first_row=start)])
+    seal(folder, shards=paths, manifest={"made_by": "a test"})
+    return ShardSet.open(folder)
+
+
+def same(left: PackedRow, right: PackedRow) -> bool:
+    return (
+        np.array_equal(left.input_ids, right.input_ids)
+        and np.array_equal(left.labels, right.labels)
+        and left.input_ids.dtype == right.input_ids.dtype == np.int32
+        and (left.num_pauses, left.num_documents, left.content_tokens, left.longest_stretch_tokens)
+        == (right.num_pauses, right.num_documents, right.content_tokens, right.longest_stretch_tokens)
+    )
+
+
+@pytest.mark.parametrize("rows_per_shard", [1, 7, GROUP_ROWS, 100])
+def test_rows_come_back_by_their_number_however_the_set_is_cut(tmp_path: Path, rows_per_shard: int) -> None:
+    written = some_rows(2 * GROUP_ROWS + 3)
+    shards = write_set(tmp_path / "set", written, rows_per_shard=rows_per_shard)
+    assert shards.num_rows == len(written)
+    assert shards.manifest["made_by"] == "a test"
+    assert all(same(read, row) for read, row in zip(shards.rows(range(len(written))), written, strict=True))
+    order = [5, 0, len(written) - 1, 5]
+    assert all(same(read, written[index]) for read, index in zip(shards.rows(order), order, strict=True))
+
+
+@pytest.mark.parametrize("index", [-1, 4])
+def test_a_row_outside_the_set_is_an_error(tmp_path: Path, index: int) -> None:
+    shards = write_set(tmp_path / "set", some_rows(4), rows_per_shard=2)
+    with pytest.raises(IndexError, match="of 4"):
+        shards.row(index)
+
+
+def test_a_folder_without_manifest_is_no_shard_set(tmp_path: Path) -> None:
+    write_set(tmp_path / "set", some_rows(3), rows_per_shard=2)
+    (tmp_path / "set" / MANIFEST).unlink()
+    with pytest.raises(SourceError, match="no shard set"):
+        ShardSet.open(tmp_path / "set")
+
+
+def test_a_truncated_an_edited_and_a_missing_shard_are_told_apart(tmp_path: Path) -> None:
+    shard = write_set(tmp_path / "set", some_rows(6), rows_per_shard=3).paths[1]
+    intact = shard.read_bytes()
+    shard.write_bytes(intact[:-10])
+    with pytest.raises(SourceError, match=f"{shard.name}: {len(intact) - 10} bytes"):
+        ShardSet.open(tmp_path / "set")
+    shard.write_bytes(intact[:40] + bytes([intact[40] ^ 1]) + intact[41:])
+    with pytest.raises(SourceError, match=f"{shard.name}: its content"):
+        ShardSet.open(tmp_path / "set")
+    shard.unlink()
+    with pytest.raises(SourceError, match=f"{shard.name}: missing"):
+        ShardSet.open(tmp_path / "set")
+
+
+def test_the_same_rows_make_the_same_bytes(tmp_path: Path) -> None:
+    sets = [write_set(tmp_path / name, some_rows(20), rows_per_shard=8) for name in "ab"]
+    assert sets[0].manifest["shards"] == sets[1].manifest["shards"]
