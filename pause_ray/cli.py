@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -168,22 +167,22 @@ def report(
 
     Example: `pause-ray report quickstart --log`
     """
-    from pause_ray.publish import publish_sweep
     from pause_ray.report import table, write_report
+    from pause_ray.tracking import log_sweep
 
     root = Storage.open(storage)
     folder = _sweep_folder(name, root)
     path = write_report(folder, root)
     out.print(table(folder, root))
     if log:
-        publish_sweep(folder, root)
+        log_sweep(folder, root)
     out.print(f"report: {path}", highlight=False)
 
 
 def _run(spec: SweepSpec, *, storage: str, as_json: bool) -> None:
-    from pause_ray.publish import publish_sweep
     from pause_ray.report import table, write_report
     from pause_ray.sweep.run import run_sweep
+    from pause_ray.tracking import log_sweep
 
     root = Storage.open(storage)
     console = err if as_json else out
@@ -191,7 +190,7 @@ def _run(spec: SweepSpec, *, storage: str, as_json: bool) -> None:
 
     def log(folder: Path) -> None:
         try:
-            publish_sweep(folder, root)
+            log_sweep(folder, root)
         except TrackingError as error:
             if not problems:
                 err.print(f"[yellow]{error}[/]", highlight=False)
@@ -259,11 +258,9 @@ def _sweep_folder(name: str, storage: Storage) -> Path:
 def _say_what_next(folder: Path, path: Path, storage: Storage, *, tracked: bool) -> None:
     out.print(f"\nreport      {path}", highlight=False)
     if tracked:
-        from pause_ray.tracking import default_uri
+        from pause_ray.tracking import tracking_uri
 
-        out.print(
-            f"trials      mlflow ui --backend-store-uri {os.environ.get('MLFLOW_TRACKING_URI') or default_uri(storage)}", highlight=False
-        )
+        out.print(f"trials      mlflow ui --backend-store-uri {tracking_uri(storage)}", highlight=False)
     else:
         out.print(f"to MLflow   pause-ray report {folder.name} --log   (what it could not take is on storage)", highlight=False)
     out.print(

@@ -208,7 +208,7 @@ def least_p(num_differences: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values corrected for their number (Holm 1979): the chance of one false find among all stays below the corrected p."""
+    """Correct p values for their number (Holm 1979): the chance of one false find among all stays below the corrected p."""
     corrected = [0.0] * len(p_values)
     highest = 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
@@ -246,12 +246,13 @@ def _relative_percent(pairs: Sequence[_Pair]) -> float | None:
 
 
 def _warnings(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult], pairs: Sequence[_Pair]) -> Iterable[str]:
+    answered = [pair for pair in pairs if pair.difference is not None]
     shared = {row.cell_id for row in rows_a} & {row.cell_id for row in rows_b}
     if shared:
         yield f"{len(shared)} cells are the same rows in both arms: part of this compares data with itself"
-    elif all(a.response == b.response and a.seconds == b.seconds for a, b in pairs):
+    elif all(a.response == b.response and a.seconds == b.seconds for a, b in answered):
         yield "every answer and its duration are the same in both arms: this looks like one run under two names"
-    elif all(a.response == b.response for a, b in pairs):
+    elif all(a.response == b.response for a, b in answered):
         yield "every answer is word for word the same in both arms"
     different = sum(a.question != b.question or a.references != b.references for a, b in pairs)
     if different:

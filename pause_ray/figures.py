@@ -7,7 +7,6 @@ line with its own marker as well; all are told apart with any colour vision, and
 
 from __future__ import annotations
 
-import io
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -25,10 +24,12 @@ if TYPE_CHECKING:
 
 LINE_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-PANELS_PER_ROW = 4
-MOST_LINES = len(LINE_COLOURS)
+MOST_PANELS_PER_ROW = 4
+PAGE_WIDTH_INCHES = 10.6
+"""Wider figures are shrunk by the page, and their numbers with them."""
+MOST_MARKED_STEPS = 40
 PNG_DOTS_PER_INCH = 200
-STYLE: Mapping[str, Any] = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 8.0,
     "axes.titlesize": 8.5,
@@ -93,8 +94,8 @@ def difference_heatmaps(panels: Mapping[str, Mapping[Place, Field]]) -> Figure:
 def profiles(conditions: Sequence[Condition]) -> Figure:
     """Mean score over context length and over depth, a line per condition."""
     figure = _figure(width=9.6, height=3.1)
-    by_length, by_depth = figure.subplots(1, 2, sharey=True)
     with _style():
+        by_length, by_depth = figure.subplots(1, 2, sharey=True)
         _profile(by_length, conditions, lambda condition: condition.summary.mean_by_length if condition.summary else {}, words=_tokens)
         _profile(
             by_depth, conditions, lambda condition: condition.summary.mean_by_depth if condition.summary else {}, words="{:g} %".format
@@ -105,44 +106,47 @@ def profiles(conditions: Sequence[Condition]) -> Figure:
     return figure
 
 
-def training_curves(curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> Figure:
-    """Training loss over steps: label → one curve of (step, loss) per replicate."""
+def training_curves(conditions: Sequence[Condition]) -> Figure | None:
+    """Training loss over steps, one line per replicate; colours as in ``profiles``. None when nothing was trained."""
+    from matplotlib.ticker import MaxNLocator
+
+    if not any(trial.training for condition in conditions for trial in condition.trials):
+        return None
     figure = _figure(width=9.6, height=2.9)
     with _style():
         axes = figure.subplots()
-        for index, (label, replicates) in enumerate(curves.items()):
-            for number, curve in enumerate(replicates):
-                axes.plot(
-                    *zip(*curve, strict=True),
-                    color=LINE_COLOURS[(index + 1) % MOST_LINES],
-                    marker=MARKERS[(index + 1) % MOST_LINES],
-                    linestyle=("-", "--", ":")[(index + 1) // MOST_LINES % 3],
-                    markersize=3,
-                    linewidth=1.1,
-                    label=label if number == 0 else None,
-                )
+        for index, condition in enumerate(conditions):
+            curves = [[(row["step"], row["loss"]) for row in trial.training] for trial in condition.trials if trial.training]
+            for number, curve in enumerate(curves):
+                look = _look(index) | {"marker": "" if len(curve) > MOST_MARKED_STEPS else _look(index)["marker"], "markersize": 3}
+                axes.plot(*zip(*curve, strict=True), **look, linewidth=1.1, label=condition.label if number == 0 else None)
         axes.set(xlabel="optimizer step", ylabel="training loss", ylim=(0, None))
         axes.grid(axis="y", color="#dddddd", linewidth=0.5)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _line_legend(figure, axes)
     return figure
 
 
-def as_svg(figure: Figure) -> str:
-    """The figure as an ``<svg>`` element; the same figure gives the same text."""
-    buffer = io.StringIO()
+def save(figure: Figure, stem: Path) -> str:
+    """Write ``stem.png``, ``stem.pdf`` and ``stem.svg`` (the folder must exist); the same figure gives the same bytes.
+
+    Returns:
+        The ``<svg>`` element.
+    """
+    save_png(figure, stem.with_suffix(".png"))
     with _style():
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
+        figure.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None, "Producer": None, "Creator": None})
+        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+    text = stem.with_suffix(".svg").read_text(encoding="utf-8")
     return text[text.index("<svg") :]
 
 
-def save(figure: Figure, stem: Path) -> None:
-    """Write ``stem.png`` (200 dots per inch), ``stem.pdf`` and ``stem.svg``; the folder must exist."""
+def save_png(figure: Figure, path: Path) -> None:
+    """Write the figure at 200 dots per inch."""
     with _style():
-        figure.savefig(stem.with_suffix(".png"), dpi=PNG_DOTS_PER_INCH, metadata={"Software": None})
-        figure.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None, "Producer": None, "Creator": None})
-        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # the layout is found; finding it again for every format doubles the time
+        figure.savefig(path, dpi=PNG_DOTS_PER_INCH, metadata={"Software": None})
 
 
 def _field(values: Sequence[float | None]) -> Field:
@@ -153,18 +157,20 @@ def _field(values: Sequence[float | None]) -> Field:
 
 
 def _heatmaps(panels: Mapping[str, Mapping[Place, Field]], *, colours: str, least: float, most: float, words: str, legend: str) -> Figure:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
     lengths = sorted({length for fields in panels.values() for length, _ in fields})
     depths = sorted({depth for fields in panels.values() for _, depth in fields})
-    columns = min(PANELS_PER_ROW, len(panels))
+    panel_width = max(2.2, 0.5 * len(lengths) + 0.35)
+    columns = max(1, min(MOST_PANELS_PER_ROW, len(panels), int((PAGE_WIDTH_INCHES - 0.8) / panel_width)))
     rows = math.ceil(len(panels) / columns)
-    panel_width = max(2.2, 0.5 * len(lengths) + 0.9)
     panel_height = max(1.5, 0.34 * len(depths) + 0.85)
-    figure = _figure(width=min(14.0, panel_width * columns + 0.8), height=panel_height * rows)
+    figure = _figure(width=panel_width * columns + 0.8, height=panel_height * rows)
     with _style():
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-        image = None
         for axes, (label, fields) in zip(grid.flat, panels.items(), strict=False):
-            image = _heatmap(axes, fields, lengths=lengths, depths=depths, colours=colours, least=least, most=most, words=words)
+            _heatmap(axes, fields, lengths=lengths, depths=depths, colours=colours, least=least, most=most, words=words)
             axes.set_title(_wrapped(label), loc="left")
         for axes in list(grid.flat)[len(panels) :]:
             axes.set_visible(False)
@@ -174,9 +180,9 @@ def _heatmaps(panels: Mapping[str, Mapping[Place, Field]], *, colours: str, leas
                 axes.set_xlabel("context length (tokens)")
         for axes in grid[:, 0]:
             axes.set_ylabel("needle depth (%)")
-        bar = figure.colorbar(image, ax=grid, fraction=0.03, pad=0.015, aspect=18 * rows)
+        bar = figure.colorbar(ScalarMappable(Normalize(least, most), colours), ax=grid, fraction=0.03, pad=0.015, aspect=18 * rows)
         bar.set_label(legend)
-        bar.outline.set_linewidth(0.4)
+        bar.outline.set(linewidth=0.4)
     return figure
 
 
@@ -190,7 +196,7 @@ def _heatmap(
     least: float,
     most: float,
     words: str,
-) -> Any:
+) -> None:
     from matplotlib.patches import Rectangle
 
     values = [[_number(fields.get((length, depth))) for length in lengths] for depth in depths]
@@ -215,12 +221,12 @@ def _heatmap(
     axes.set_yticks([place - 0.5 for place in range(1, len(depths))], minor=True)
     axes.grid(which="minor", color="white", linewidth=1.2)
     axes.tick_params(which="minor", length=0)
-    return image
 
 
 def _words(field: Field, words: str) -> str:
     text = words.format(field.value) + ("" if field.complete else "†")
-    return text if field.low == field.high else f"{text}\n{field.low:.1f}…{field.high:.1f}"
+    text = text if field.low == field.high else f"{text}\n{field.low:.1f}…{field.high:.1f}"
+    return text.replace("+0.00", "0").replace("-0.00", "0").replace("-", "−")
 
 
 def _number(field: Field | None) -> float:
@@ -244,15 +250,19 @@ def _profile(
             continue
         axes.plot(
             *zip(*line, strict=True),
-            color=LINE_COLOURS[index % MOST_LINES],
-            marker=MARKERS[index % MOST_LINES],
-            linestyle=("-", "--", ":")[index // MOST_LINES % 3],
+            **_look(index),
             markersize=4,
             linewidth=1.8 if condition.is_reference else 1.1,
             label=condition.label,
         )
     axes.set_xticks(range(len(places)), [words(place) for place in places])
     axes.grid(axis="y", color="#dddddd", linewidth=0.5)
+
+
+def _look(index: int) -> dict[str, Any]:
+    """Colour, marker and dashes of the line at this place; unlike for the first 24."""
+    turn, place = divmod(index, len(LINE_COLOURS))
+    return {"color": LINE_COLOURS[place], "marker": MARKERS[place], "linestyle": ("-", "--", ":")[turn % 3]}
 
 
 def _line_legend(figure: Figure, axes: Axes) -> None:
@@ -283,4 +293,4 @@ def _figure(*, width: float, height: float) -> Figure:
 def _style() -> Any:
     import matplotlib as mpl
 
-    return mpl.rc_context(dict(STYLE))
+    return mpl.rc_context(STYLE)

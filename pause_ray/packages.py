@@ -125,7 +125,9 @@ def _pip_error(requirement: str, output: str) -> SourceError | StorageError:
     if any(sign in lowered for sign in _UNREACHABLE):
         return SourceError(f"{requirement}: the package index cannot be reached; check the network or pip's index-url (pip config list)")
     if "no matching distribution" in lowered:
-        return SourceError(f"{requirement}: the package index has no such version with a wheel for this Python; check name and version")
+        return SourceError(
+            f"{requirement}: the package index has no such version with a wheel for this Python; check name, version and pip's index-url"
+        )
     return SourceError(
         f"{requirement}: pip could not fetch it: {errors[-1] if errors else 'no reason given'}; try pip download {requirement}"
     )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pause_ray import figures
 from pause_ray.compare import Interval
 from pause_ray.needle.ledger import CellResult
-from pause_ray.results import Condition, SweepResults, TrialResult, headline, interval_words, notes, p_words, read_results
+from pause_ray.results import Condition, SweepResults, headline, interval_words, notes, p_words, read_results
 from pause_ray.spec import JsonObject
 from pause_ray.storage import Storage, space_errors, write_text
 
@@ -41,12 +41,10 @@ def write_report(sweep_folder: Path, storage: Storage) -> Path:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     results = read_results(sweep_folder, storage)
-    drawn = _draw(results)
     folder = sweep_folder / "figures"
     with space_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for name, figure in drawn.items():
-            figures.save(figure, folder / name)
+        drawn = {name: figures.save(figure, folder / name) for name, figure in _draw(results).items()}
     write_text(sweep_folder / "arms.csv", _csv(results))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -59,18 +57,28 @@ def write_report(sweep_folder: Path, storage: Storage) -> Path:
 
 
 def table(sweep_folder: Path, storage: Storage) -> Table:
-    """The arms as a table for the terminal, with the finding as its caption.
+    """The arms as a table for the terminal (80 columns are enough), with the finding as its caption.
+
+    ``n/s`` counts cells that could not be scored; bold arms differ from the reference by more than chance would explain.
 
     Raises:
         StorageError: the sweep's or a trial's files are damaged.
     """
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     results = read_results(sweep_folder, storage)
-    shown = Table(title=f"{results.name}: {results.progress}", caption=headline(results), caption_justify="left", title_justify="left")
+    shown = Table(
+        title=f"{results.name}: {results.progress}",
+        caption=headline(results),
+        caption_justify="left",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     shown.add_column("arm")
-    for column in ("score", "95 % interval", "difference", "95 % interval", "p", "exact", "middle", "edges", "unscored", "prompt +"):
-        shown.add_column(column, justify="right", no_wrap=True)
+    for column in ("score [95 %]", f"vs {results.reference_arm} [95 %]", "p", "exact", "n/s"):
+        shown.add_column(column, justify="right")
     for condition in results.conditions:
         shown.add_row(*_terminal_row(condition), style="bold" if condition.differs else None)
     return shown
@@ -83,7 +91,9 @@ def number(value: float | None) -> str:
 
 def signed(value: float | None) -> str:
     """``+0.22`` with a real minus sign, or a dash."""
-    return "–" if value is None else f"{value:+.2f}".replace("-", MINUS)
+    if value is None:
+        return "–"
+    return "0.00" if abs(value) < 0.005 else f"{value:+.2f}".replace("-", MINUS)
 
 
 def count(value: float) -> str:
@@ -120,17 +130,21 @@ def _terminal_row(condition: Condition) -> list[str]:
     missing = condition.num_planned - len(condition.trials)
     return [
         condition.label + (f" ({missing} of {condition.num_planned} to come)" if missing else ""),
-        number(summary.grand_mean),
-        _interval_words(summary.interval),
-        "reference" if condition.is_reference else signed(comparison.difference if comparison else None),
-        _interval_words(comparison.interval, signs=True) if comparison else "",
+        f"{number(summary.grand_mean)}{_bracketed(summary.interval)}",
+        "reference"
+        if condition.is_reference
+        else f"{signed(comparison.difference)}{_bracketed(comparison.interval, signs=True)}"
+        if comparison
+        else "",
         p_words(comparison.p).removeprefix("= ") if comparison else "",
         percent(summary.exact_recall),
-        number(summary.middle_mean),
-        number(summary.edge_mean),
         str(summary.num_unscored),
-        f"{summary.prompt_overhead_percent:.1f} %",
     ]
+
+
+def _bracketed(interval: Interval | None, *, signs: bool = False) -> str:
+    """`` [0.44, 0.89]``, ready for a rich cell."""
+    return "" if interval is None else rf" \[{_interval_words(interval, signs=signs).replace(' to ', ', ')}]"
 
 
 def _draw(results: SweepResults) -> dict[str, Figure]:
@@ -150,14 +164,13 @@ def _draw(results: SweepResults) -> dict[str, Figure]:
     if differences:
         drawn["differences"] = figures.difference_heatmaps(differences)
     drawn["profiles"] = figures.profiles(scored)
-    curves = {condition.label: [_curve(trial) for trial in condition.trials if trial.training] for condition in scored}
-    curves = {label: lines for label, lines in curves.items() if lines}
-    if curves:
-        drawn["training"] = figures.training_curves(curves)
+    training = figures.training_curves(scored)
+    if training is not None:
+        drawn["training"] = training
     return drawn
 
 
-def _view(results: SweepResults, drawn: Mapping[str, Figure]) -> JsonObject:
+def _view(results: SweepResults, drawn: Mapping[str, str]) -> JsonObject:
     conditions = _reference_first(results.conditions)
     bound = max((abs(edge) for condition in results.compared for edge in _reach(condition)), default=1.0)
     return {
@@ -167,7 +180,7 @@ def _view(results: SweepResults, drawn: Mapping[str, Figure]) -> JsonObject:
         "conditions": conditions,
         "bound": max(0.1, bound),
         "facts": _facts(results),
-        "figures": {name: _data_uri(figure) for name, figure in drawn.items()},
+        "figures": {name: _data_uri(svg) for name, svg in drawn.items()},
         "questions": _questions(results.scored),
         "corpora": _corpora(results),
         "costs": [(condition, _cost(condition)) for condition in conditions if condition.summary],
@@ -227,29 +240,29 @@ def _corpora(results: SweepResults) -> list[JsonObject]:
     found: dict[str, JsonObject] = {}
     for condition in results.scored:
         for trial in condition.trials:
-            if not trial.corpus_stats:
-                continue
-            name = str(trial.manifest.get("shards"))
-            corpus = found.setdefault(
-                name, {"name": name, "used_by": [], "stats": _plain(trial.corpus_stats), "histograms": _histograms(trial.corpus_stats)}
-            )
-            if condition.label not in corpus["used_by"]:
-                corpus["used_by"].append(condition.label)
+            if trial.corpus_stats:
+                name, stats = str(trial.manifest.get("shards")), trial.corpus_stats
+                corpus = found.setdefault(name, {"name": name, "used_by": {}, "stats": _plain(stats), "histograms": _histograms(stats)})
+                corpus["used_by"][condition.label] = None
     return list(found.values())
 
 
-def _plain(stats: JsonObject) -> list[tuple[str, str]]:
-    return [(title(name), _value(value)) for name, value in stats.items() if not isinstance(value, dict | list)]
+def _plain(stats: JsonObject) -> dict[str, str]:
+    return {title(name): _value(value) for name, value in stats.items() if not isinstance(value, dict | list)}
 
 
 def _histograms(stats: JsonObject) -> list[tuple[str, list[tuple[str, float, float]]]]:
-    """Name → bars of (label, value, share of the highest)."""
+    """Name → bars of (label, value, share of the highest), from counts by name or by ``from_tokens`` and ``to_tokens``."""
     shown = []
     for name, value in stats.items():
-        bars = value if isinstance(value, dict) else {}
-        if bars and all(isinstance(height, int | float) for height in bars.values()):
-            highest = max(bars.values()) or 1
-            shown.append((title(name), [(str(label), height, height / highest) for label, height in bars.items()]))
+        if isinstance(value, dict):
+            bars = [(str(label), height) for label, height in value.items()]
+        elif isinstance(value, list):
+            bars = [(f"{bin_['from_tokens']:,} to {bin_['to_tokens']:,}", bin_["rows"]) for bin_ in value]
+        else:
+            continue
+        highest = max((height for _, height in bars), default=0) or 1
+        shown.append((title(name), [(label, height, height / highest) for label, height in bars]))
     return shown
 
 
@@ -345,9 +358,5 @@ def _reference_first(conditions: Sequence[Condition]) -> list[Condition]:
     return sorted(conditions, key=lambda condition: not condition.is_reference)
 
 
-def _curve(trial: TrialResult) -> list[tuple[int, float]]:
-    return [(int(row["step"]), float(row["loss"])) for row in trial.training]
-
-
-def _data_uri(figure: Figure) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(figures.as_svg(figure).encode()).decode("ascii")
+def _data_uri(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode("ascii")

@@ -208,15 +208,15 @@ def notes(results: SweepResults) -> list[str]:
             f"{len(results.compared)} arms are compared with {results.reference_arm}. The best of many looks better than it is: "
             "read the corrected p, and test the winner again on fresh replicates."
         )
-    for condition in results.scored:
-        found += _condition_notes(condition)
+    found += _power_notes(results)
+    found += _missing_notes(results)
     if any(condition.is_reference for condition in results.scored):
         alone = [condition.label for condition in results.scored if not condition.is_reference and condition.comparison is None]
         if alone:
             found.append(f"Without one counterpart in {results.reference_arm}, and so not compared: {_listed(alone)}.")
-    overlapping = [condition.label for condition in results.scored if any(map(_allows_overlap, condition.trials))]
+    overlapping = [condition.label for condition in results.scored if any(trial.manifest.get("evaluation_overlap") for trial in condition.trials)]
     if overlapping:
-        found.append(f"Training text may overlap with the evaluation (allow_evaluation_overlap): {_listed(overlapping)}.")
+        found.append(f"Training text overlaps with the evaluation, as the spec permits: {_listed(overlapping)}. Their scores are not comparable.")
     return found
 
 
@@ -229,34 +229,61 @@ def _replicate_notes(results: SweepResults) -> list[str]:
     replicates = max((condition.summary.num_replicates for condition in results.scored if condition.summary), default=0)
     if replicates == 1:
         return [
-            "One replicate: one wording of the fact and one order of the haystack. Intervals and p values speak of other cells of this haystack, "
-            "not of other texts, wordings or training seeds; set replicates to 6 or more for that."
+            "One replicate: one wording of the fact and one order of the haystack. Intervals and p values speak of other cells of "
+            f"this haystack, not of other texts, wordings or training seeds; set replicates to {ENOUGH_REPLICATES} or more for that."
         ]
     if 1 < replicates < ENOUGH_REPLICATES:
         return [
-            f"{replicates} replicates: intervals are Student's t over the replicates and therefore wide; p values flip cells averaged over the replicates, "
-            f"because flipping {replicates} replicates could not give p below {2.0 ** (1 - replicates):.2g}. From {ENOUGH_REPLICATES} replicates on both resample replicates."
+            f"{replicates} replicates: intervals are Student's t over the replicates, and therefore wide. p values flip the signs of "
+            f"cells averaged over the replicates: flipping {replicates} replicates could not give less than {2.0 ** (1 - replicates):.2g}. "
+            f"From {ENOUGH_REPLICATES} replicates on, both resample replicates."
         ]
     return []
 
 
-def _condition_notes(condition: Condition) -> list[str]:
+def _power_notes(results: SweepResults) -> list[str]:
+    """Where the numbers cannot say what they seem to say."""
     found = []
-    summary, comparison = condition.summary, condition.comparison
-    if summary and summary.num_unscored:
-        reasons = Counter(row.unscored_reason or "no reason given" for row in condition.rows if row.score is None)
-        listed = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
+    compared = [(condition.label, condition.comparison) for condition in results.compared if condition.comparison]
+    blunt = {comparison.least_p for _, comparison in compared if comparison.least_p * len(compared) >= SIGNIFICANT}
+    if blunt:
         found.append(
-            f"{condition.label}: {summary.num_unscored} of {summary.num_cells} cells could not be scored ({listed}); they are in no mean."
+            f"With so few pairs p cannot be less than {max(blunt):.2g}, and {min(1.0, max(blunt) * len(compared)):.2g} after correction: "
+            "no effect, however large, could be shown. Ask more lengths and depths, or compare fewer arms."
         )
-    if summary and summary.num_scored > 1 and summary.interval and summary.interval.low == summary.interval.high:
+    at_odds = [label for label, its in compared if its.interval and its.interval.excludes_zero() and its.p >= SIGNIFICANT]
+    if at_odds:
         found.append(
-            f"{condition.label}: all cells scored the same, so resampling sees no spread; read the interval of exact recall instead."
+            f"The interval excludes zero but p is {SIGNIFICANT} or more: {_listed(at_odds)}. With few data an interval comes out too "
+            "narrow now and then; take the more cautious of the two."
         )
-    if comparison and comparison.least_p >= SIGNIFICANT:
-        found.append(f"{condition.label}: with {comparison.num_pairs} pairs no result could have p below {comparison.least_p:.2g}.")
-    if comparison and comparison.num_unpaired:
-        found.append(f"{condition.label}: {comparison.num_unpaired} cells of the two arms have no scored counterpart and are not compared.")
+    flat = [
+        condition.label
+        for condition in results.scored
+        if (interval := condition.summary and condition.summary.interval) and interval.low == interval.high
+    ]
+    if flat:
+        found.append(
+            f"All cells scored the same, so resampling sees no spread: {_listed(flat)}. Read the interval of exact recall instead."
+        )
+    return found
+
+
+def _missing_notes(results: SweepResults) -> list[str]:
+    """Cells that are in no mean or in no comparison."""
+    found = []
+    unscored = [
+        (condition.label, condition.summary) for condition in results.scored if condition.summary and condition.summary.num_unscored
+    ]
+    if unscored:
+        listed = _listed([f"{label} {summary.num_unscored} of {summary.num_cells}" for label, summary in unscored])
+        reasons = Counter(row.unscored_reason for condition in results.scored for row in condition.rows if row.score is None)
+        why = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
+        found.append(f"Cells that could not be scored are in no mean: {listed}. Reasons: {why}.")
+    unpaired = [(condition.label, condition.comparison.num_unpaired) for condition in results.compared if condition.comparison]
+    listed = _listed([f"{label} {count}" for label, count in unpaired if count])
+    if listed:
+        found.append(f"Cells of the two arms without a scored counterpart are not compared: {listed}.")
     return found
 
 
@@ -309,7 +336,7 @@ def _measured(condition: Condition) -> str:
     details = [f"95 % interval {interval_words(comparison.interval, signed=True)}"] if comparison.interval else []
     details.append(f"p {p_words(comparison.p)}")
     if condition.corrected_p is not None and condition.corrected_p != comparison.p:
-        details.append(f"corrected {p_words(condition.corrected_p)}")
+        details.append(f"corrected {p_words(condition.corrected_p).removeprefix('= ')}")
     return f"on the same {comparison.num_pairs} questions ({', '.join(details)})"
 
 
@@ -319,8 +346,4 @@ def p_words(p: float) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _allows_overlap(trial: TrialResult) -> bool:
-    return bool(trial.training) and bool((trial.spec.get("corpus") or {}).get("allow_evaluation_overlap"))
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)

@@ -7,8 +7,11 @@ row ``i`` of a set is the same row however the set is cut into shards.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -101,10 +104,26 @@ def write_rows(path: Path, tables: Iterable[pa.Table]) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with space_errors(path):
-        table = pa.concat_tables([row_schema().empty_table(), *tables])
-        pq.write_table(table, path, row_group_size=GROUP_ROWS, compression="zstd")
+    table = pa.concat_tables([row_schema().empty_table(), *tables])
+    with whole_file(path) as scratch:
+        pq.write_table(table, scratch, row_group_size=GROUP_ROWS, compression="zstd")
     return int(table.num_rows)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write what becomes ``path`` when the block ends well, so that a task that outlived its driver cannot spoil it.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
+    scratch = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    with space_errors(path):
+        try:
+            yield scratch
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 def file_entry(path: Path) -> dict[str, Any]:

@@ -12,6 +12,15 @@ from pause_ray.storage import Storage, write_json
 Grid = Mapping[tuple[int, float], float | None]
 """(context_tokens, depth_percent) → score, or None for a cell that could not be scored."""
 
+CORPUS_STATS = {
+    "num_documents": 24,
+    "pauses_per_1k_tokens": 11.25,
+    "longest_stretch_tokens": None,
+    "documents_by_paragraph_rule": {"glued": 20, "newline": 4},
+    "row_tokens_histogram": [{"from_tokens": 1, "to_tokens": 256, "rows": 3}, {"from_tokens": 257, "to_tokens": 512, "rows": 5}],
+}
+TRAINING = [{"step": step, "loss": loss, "learning_rate": 2e-4, "seconds": 2.0} for step, loss in ((1, 2.5), (2, 1.5), (3, 0.75))]
+
 
 def cell(
     context_tokens: int, depth_percent: float, score: float | None, *, trial: str = "t", replicate: int = 0, **changes: Any
@@ -80,16 +89,8 @@ def store_trial(
                 "model_digest": "0123456789abcdef",
                 "shards": "aaaaaaaaaaaaaaaa" if trained else None,
                 "checkpoint": "/x/checkpoints/bbbbbbbbbbbbbbbb" if trained else None,
-                "corpus_stats": {"num_documents": 24, "pauses_per_1k_tokens": 11.25, "row_tokens_histogram": {"256": 3, "512": 5}}
-                if trained
-                else None,
-                "training": [
-                    {"step": 1, "loss": 2.5, "seconds": 2.0},
-                    {"step": 2, "loss": 1.5, "seconds": 2.0},
-                    {"step": 3, "loss": 0.75, "seconds": 3.0},
-                ]
-                if trained
-                else [],
+                "corpus_stats": CORPUS_STATS if trained else None,
+                "training": TRAINING if trained else [],
                 "seconds": {"total": 60.0 if trained else 20.0},
             },
         )

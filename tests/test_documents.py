@@ -69,7 +69,9 @@ def test_text_files_are_documents_with_their_line_ends_untouched(tmp_path):
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(values=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1).filter(str.strip), min_size=1, max_size=5))
+@given(
+    values=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1).filter(str.strip), min_size=1, max_size=5)
+)
 def test_any_text_survives_csv_and_jsonl(tmp_path, values):
     assert texts(write_csv(tmp_path / "a.csv", values), tmp_path) == values
     assert texts(write_jsonl(tmp_path / "a.jsonl", values), tmp_path) == values
@@ -156,13 +158,13 @@ def test_a_source_without_files_is_named(path, tmp_path, monkeypatch):
     assert failure(path, tmp_path).startswith(f"{path}: no file matches")
 
 
-@pytest.mark.parametrize("address", ["ftp2://host/a.txt", "https://example.org/a.txt", "s3://bucket/a.txt?endpoint_override=http://127.0.0.1:9"])
-def test_an_unknown_or_unreachable_address_is_one_line(address, tmp_path, monkeypatch):
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "none")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+UNREACHABLE = "gs://anonymous@bucket/a.txt?endpoint_override=127.0.0.1:9&scheme=http&retry_limit_seconds=0.1"
+
+
+@pytest.mark.parametrize("address", ["ftp2://host/a.txt", "https://example.org/a.txt", UNREACHABLE])
+def test_an_unknown_or_unreachable_address_is_one_line(address, tmp_path):
     message = failure(address, tmp_path)
-    assert address in message
+    assert message.startswith(f"{address}: ")
     assert len(message) < 500
 
 

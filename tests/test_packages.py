@@ -48,20 +48,18 @@ def assert_one_line(error: BaseException) -> None:
     assert len(str(error)) < 400
 
 
-def test_a_package_is_unpacked_once_and_needs_no_index_afterwards(index, tmp_path):
+def test_a_package_is_announced_unpacked_once_and_needs_no_index_afterwards(index, tmp_path, caplog):
     wheel = build_wheel(index)
     digest = file_sha256(wheel)
-    first = fetch_package("tiny_essays==1.0", wheel_sha256=digest, cache=tmp_path / "cache")
+    with caplog.at_level(logging.INFO, logger="pause_ray"):
+        first = fetch_package("tiny_essays==1.0", wheel_sha256=digest, cache=tmp_path / "cache")
+    assert "tiny_essays==1.0" in caplog.text
     assert (first / "tiny_essays" / "essays" / "one.txt").read_text() == ESSAY
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.suffix in (".whl", ".partial")]
     wheel.unlink()
     assert fetch_package("tiny_essays==1.0", wheel_sha256=digest, cache=tmp_path / "cache") == first
-
-
-def test_the_wheel_itself_is_not_kept_beside_its_content(index, tmp_path):
-    build_wheel(index)
-    fetch_package("tiny_essays==1.0", wheel_sha256=None, cache=tmp_path / "cache")
-    assert not list((tmp_path / "cache").rglob("*.whl"))
-    assert not list((tmp_path / "cache").rglob("*.partial"))
+    with pytest.raises(SourceError, match="sha256"):
+        fetch_package("tiny_essays==1.0", wheel_sha256="0" * 64, cache=tmp_path / "cache")
 
 
 def test_a_wrong_digest_names_both_and_leaves_nothing(index, tmp_path):
@@ -75,15 +73,7 @@ def test_a_wrong_digest_names_both_and_leaves_nothing(index, tmp_path):
     assert nothing_left(tmp_path / "cache")
 
 
-def test_a_wrong_digest_is_noticed_for_a_package_that_is_already_there(index, tmp_path):
-    build_wheel(index)
-    fetch_package("tiny_essays==1.0", wheel_sha256=None, cache=tmp_path / "cache")
-    with pytest.raises(SourceError, match="sha256"):
-        fetch_package("tiny_essays==1.0", wheel_sha256="0" * 64, cache=tmp_path / "cache")
-
-
-@pytest.mark.parametrize("kept", [0.3, 0.9], ids=["early", "late"])
-@pytest.mark.parametrize("pinned", [True, False], ids=["digest", "no_digest"])
+@pytest.mark.parametrize(("kept", "pinned"), [(0.3, False), (0.9, True)], ids=["early_without_digest", "late_with_digest"])
 def test_a_truncated_wheel_is_one_line_and_leaves_nothing(index, tmp_path, kept, pinned):
     wheel = build_wheel(index)
     whole = wheel.read_bytes()
@@ -143,14 +133,9 @@ def test_a_full_disk_in_pip_is_a_storage_error():
     assert "disk is full" in str(error)
 
 
-def test_fetching_is_announced_since_it_may_take_minutes(index, tmp_path, caplog):
-    build_wheel(index)
-    with caplog.at_level(logging.INFO, logger="pause_ray"):
-        fetch_package("tiny_essays==1.0", wheel_sha256=None, cache=tmp_path / "cache")
-    assert "tiny_essays==1.0" in caplog.text
-
-
-@pytest.mark.parametrize("requirement", ["tiny", "tiny>=1", "tiny==", "tiny==1.*", "tiny==1 --index-url=http://evil", "-r==1", "../x==1", ""])
+@pytest.mark.parametrize(
+    "requirement", ["tiny", "tiny>=1", "tiny==", "tiny==1.*", "tiny==1 --index-url=http://evil", "-r==1", "../x==1", ""]
+)
 def test_only_one_exact_version_is_a_requirement(requirement, tmp_path):
     with pytest.raises(SourceError, match="exact version"):
         fetch_package(requirement, wheel_sha256=None, cache=tmp_path)
@@ -160,7 +145,9 @@ def test_a_package_source_splits_into_requirement_and_path():
     assert parse_package_source("pypi:a-b.c==1.2.3#x/*.txt") == ("a-b.c==1.2.3", "x/*.txt")
 
 
-@pytest.mark.parametrize("source", ["pypi:a==1", "pypi:a==1#", "a==1#x", "pypi:a#x", "pypi:a==1#../x", "pypi:a==1#/etc/passwd", "pypi:a==1#x/../../y"])
+@pytest.mark.parametrize(
+    "source", ["pypi:a==1", "pypi:a==1#", "a==1#x", "pypi:a#x", "pypi:a==1#../x", "pypi:a==1#/etc/passwd", "pypi:a==1#x/../../y"]
+)
 def test_a_package_source_without_version_or_path_or_outside_the_package_is_refused(source):
     with pytest.raises(SourceError):
         parse_package_source(source)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from pause_ray.errors import SourceError
-from pause_ray.rows import GROUP_ROWS, NO_LOSS, PackedRow, ShardSet, rows_to_table, seal, write_rows
+from pause_ray.errors import SourceError, StorageError
+from pause_ray.rows import GROUP_ROWS, NO_LOSS, PackedRow, ShardSet, rows_to_table, seal, whole_file, write_rows
 from pause_ray.storage import MANIFEST
 
 
@@ -88,6 +89,14 @@ def test_a_truncated_an_edited_and_a_missing_shard_are_told_apart(tmp_path: Path
     shard.unlink()
     with pytest.raises(SourceError, match=f"{shard.name}: missing"):
         ShardSet.open(tmp_path / "set")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="disk is full"), whole_file(tmp_path / "rows.parquet") as scratch:
+        scratch.symlink_to("/dev/full")
+        pq.write_table(rows_to_table(some_rows(2), first_row=0), scratch)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_same_rows_make_the_same_bytes(tmp_path: Path) -> None:

@@ -29,8 +29,11 @@ def draw_fact(facts: FactFile, *, rng: random.Random) -> Fact:
 
 
 def shared_with_evaluation(facts: FactFile, *, needles: Sequence[str], keywords: Sequence[str]) -> list[str]:
-    """Where training facts touch the evaluation's, one sentence each: a keyword in a template or a slot's words, or a
-    template that can make an evaluation needle. Letter case and runs of whitespace do not count."""
+    """Where training facts touch the evaluation's, one sentence each.
+
+    They touch where a keyword is in a template or in a slot's words, and where a template can make an evaluation needle.
+    Letter case and runs of whitespace do not count.
+    """
     found = []
     for fact in facts.facts:
         texts = [fact.needle, *(word for words in fact.slots.values() for word in words)]
@@ -39,7 +42,11 @@ def shared_with_evaluation(facts: FactFile, *, needles: Sequence[str], keywords:
             if holder is not None:
                 found.append(f"the training fact {fact.needle!r} has the evaluation's keyword {keyword!r} in {holder!r}")
         pattern = _pattern(fact)
-        found += [f"the training fact {fact.needle!r} can make the evaluation's needle {needle!r}" for needle in needles if pattern.search(plain(needle))]
+        found += [
+            f"the training fact {fact.needle!r} can make the evaluation's needle {needle!r}"
+            for needle in needles
+            if pattern.search(plain(needle))
+        ]
     return found
 
 

@@ -26,8 +26,8 @@ from pause_ray.text.tokens import Marker, ModelTokenizer, TokenDocument
 
 JOIN = "\n\n"
 """Between neighbouring documents of one context, as in an evaluation's haystack."""
-CHARS_PER_TOKEN = 6
-"""First guess of the characters that hold enough tokens; English has 4 to 5. Too few are doubled."""
+CHARS_PER_TOKEN = 5
+"""First guess of the characters that hold enough tokens; English has 4 to 4.5. Too few are doubled."""
 EVIDENCE_CHARS = 20_000
 """At least so much text goes with a window, beyond what a short context reads, so that its paragraphs are judged alike."""
 SPARE_TOKENS = 64
@@ -82,7 +82,7 @@ def take_window(stretches: Iterable[Stretch], *, tokens: int, tokenizer: ModelTo
     Raises:
         SourceError: all of ``stretches`` together hold fewer.
     """
-    coming, parts, chars = iter(stretches), list[Stretch](), tokens * CHARS_PER_TOKEN
+    coming, parts, chars = iter(stretches), list[Stretch](), (tokens + SPARE_TOKENS) * CHARS_PER_TOKEN
     held = 0
     while True:
         while held < max(chars, EVIDENCE_CHARS) and (stretch := next(coming, None)) is not None:
@@ -133,7 +133,8 @@ def needle_sft_row(
         excess = len(prompt.ids) - longest_prompt
         if excess <= 0:
             break
-        context_tokens -= excess
+        pause_tokens = prompt.num_pauses * len(marker.group_ids)
+        context_tokens -= -(-excess * prompt.content_tokens // (prompt.content_tokens + pause_tokens))
     labels = np.concatenate([np.full(len(prompt.ids), NO_LOSS, dtype=np.int32), answer])
     return PackedRow(
         input_ids=np.concatenate([prompt.ids, answer]).astype(np.int32),
@@ -156,7 +157,9 @@ def pack_language_modeling(
         TextError: one marker group is longer than a row.
     """
     if group_tokens > sequence_tokens:
-        raise TextError(f"one marker group is {group_tokens} tokens, but a row holds {sequence_tokens}; lower pauses.count or raise sequence_tokens")
+        raise TextError(
+            f"one marker group is {group_tokens} tokens, but a row holds {sequence_tokens}; lower pauses.count or raise sequence_tokens"
+        )
     ids, is_pause, source = np.empty(0, np.int32), np.empty(0, bool), np.empty(0, np.int64)
     for number, document in enumerate(documents):
         ids = np.concatenate([ids, document.ids, np.array([end_id], np.int32)])

@@ -4,20 +4,377 @@
     row numbers or pieces ─pause, tokenise, pack→ packed Parquet       (packing)
     packed Parquet ─cut by row number→ shards ─→ manifest              (rows)
 
-Through Ray pass file names, counts and, between reading and segmenting, one piece of text at a time; the driver sees counts.
-A row depends on its number and the seed, so rows are the same however many tasks and machines make them. Ray is the caller's.
+A row depends on its number and the seed, so rows are the same however many tasks and machines make them, and the driver
+sees file names and counts only. Ray is the caller's.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import os
 import shutil
-from collections import Counter
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
+import ray
+import ray.data
+
+from pause_ray import errors
 from pause_ray.corpus.facts import shared_with_evaluation
-from pause_ray.corpus.graph import run_graph
-from pause_ray.corpus.sources import plan_readings, source_identity
+from pause_ray.corpus.sources import Reading, plan_readings, source_identity
 from pause_ray.corpus.spec import CorpusSpec
+from pause_ray.corpus.staging import Piece, write_document_list
+from pause_ray.corpus.statistics import document_statistics, overlapping_documents, row_statistics
+from pause_ray.corpus.steps import (
+    Recipe,
+    cut_shard,
+    find_needles,
+    make_language_rows,
+    make_needle_rows,
+    plan_shards,
+    read_pieces,
+    reading_item,
+    stage,
+)
+from pause_ray.errors import SourceError, SpecError, StorageError, UserError
+from pause_ray.rows import DOCUMENTS, ShardSet, seal
+from pause_ray.spec import JsonObject, digest
+from pause_ray.storage import Storage, building, exclusive, is_complete, lock_of, read_json, write_json
+from pause_ray.text.pauses import PausePolicy
+from pause_ray.text.tokens import ModelTokenizer
+
+log = logging.getLogger("pause_ray")
+
+RECIPE_VERSION = 1
+"""Raise when the code makes other rows from the same inputs."""
+ROWS_PER_UNIT = 32
+"""``needle_sft`` rows that one task makes: about a second of work at 1,024 tokens, so that progress moves."""
+CHARS_PER_TOKEN = 4
+"""To guess how many pieces hold the rows that are wanted; a wrong guess costs another round, never a row."""
+BLOCK_BYTES = 4 * 1024**2
+"""Of text between reading and segmenting: a few pieces, so that a corpus of any size flows."""
+MAX_BLOCKS = 1024
+"""Ray Data keeps a record of each block in the driver."""
+
+Progress = Callable[[int, int], None]
+"""Rows made and rows wanted."""
+Step = Callable[[JsonObject], Iterator[JsonObject]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What training must not have seen."""
+
+    document_digests: frozenset[str] = frozenset()
+    """Documents that haystacks are made of."""
+    needles: tuple[str, ...] = ()
+    """Sentences that are hidden and asked for."""
+    keywords: tuple[str, ...] = ()
+    """Words of right answers, which no training fact may have."""
+
+    @property
+    def digest(self) -> str:
+        """Identity, whatever the order."""
+        return digest([sorted(self.document_digests), sorted(self.needles), sorted(self.keywords)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardJob:
+    """All that a shard set is made from, and what it is held apart from."""
+
+    spec: CorpusSpec
+    policy: PausePolicy | None
+    model_dir: Path
+    """Folder with the tokenizer; weights are not read."""
+    seed: int
+    evaluation: Evaluation = Evaluation()
+
+
+def shards_digest(job: ShardJob) -> str:
+    """Identity of the rows: spec, content of the sources, pauses, tokenizer and seed.
+
+    Not the evaluation, which rows do not depend on: a checkpoint stays valid when another suite is asked.
+
+    Raises:
+        SourceError: a source that cannot be found.
+        ModelError: the model folder has no tokenizer.
+    """
+    return digest(_identity(job, _recipe(job)))
+
+
+def build_shards(job: ShardJob, *, storage: Storage, progress: Progress) -> ShardSet:
+    """The job's shard set: found on storage, or made there by Ray tasks.
+
+    A damaged set is made again, with a warning. Another process that makes the same set is waited for. The manifest has
+    ``identity``, ``stats`` and ``num_rows``; the returned one also ``overlap``: whether training shares documents,
+    facts or needles with ``job.evaluation`` because the spec allows it.
+
+    Raises:
+        SpecError: training and evaluation share something, and the spec does not allow it.
+        SourceError: sources missing, empty, undecodable, or too short for a row.
+        TextError: a marker that occurs in a document, or rows too short for fact and question.
+        ModelError: a model folder without tokenizer, or a marker that does not fit it.
+        StorageError: the disk is full or not writable.
+    """
+    shared_facts = _shared_facts(job)
+    if shared_facts:
+        _refuse_unless_allowed(job, f"{shared_facts[0]} ({len(shared_facts)} in all); choose other facts")
+    recipe = _recipe(job)
+    recipe.marker()
+    identity = _identity(job, recipe)
+    folder = storage.shards / digest(identity)
+    with exclusive(lock_of(folder), waiting=lambda holder: log.info("%s: waiting for %s, which makes it", folder, holder)):
+        shards = _intact(folder)
+        if shards is None:
+            with building(folder) as scratch:
+                _build(job, recipe, scratch, cache=storage.cache, identity=identity, progress=progress)
+            shards = ShardSet.open(folder)
+        progress(shards.num_rows, shards.num_rows)
+        overlap = _overlap(job, recipe, shards)
+        if overlap["rows"]:
+            _refuse_unless_allowed(job, f"{len(overlap['rows'])} rows hold a needle of the evaluation (first: row {overlap['rows'][0]})")
+        _refuse_shared_documents(job, overlap["documents"])
+    overlap["facts"] = shared_facts
+    return ShardSet(folder, {**shards.manifest, "overlap": any(overlap.values()), "evaluation_overlap": overlap})
+
+
+def _recipe(job: ShardJob) -> Recipe:
+    tokenizer = ModelTokenizer.load(job.model_dir)
+    return Recipe(spec=job.spec, policy=job.policy, model_dir=job.model_dir, tokenizer_digest=tokenizer.digest, seed=job.seed)
+
+
+def _identity(job: ShardJob, recipe: Recipe) -> JsonObject:
+    """Every input that changes rows, and no other."""
+    aside = {"sources", "rows_per_shard", "allow_evaluation_overlap"}
+    policy_aside: set[str] = set()
+    if job.spec.objective == "language_modeling":  # asks no question
+        aside |= {"facts", "min_context_tokens", "prompt"}
+        policy_aside = {"instruction", "budget"}
+    return {
+        "version": RECIPE_VERSION,
+        "spec": job.spec.model_dump(mode="json", exclude=aside),
+        "sources": [source_identity(source) for source in job.spec.sources],
+        "pauses": job.policy.model_dump(mode="json", exclude=policy_aside) if job.policy else None,
+        "tokenizer": recipe.tokenizer_digest,
+        "seed": job.seed,
+    }
+
+
+def _intact(folder: Path) -> ShardSet | None:
+    """The set, unless there is none or it is damaged."""
+    if not is_complete(folder):
+        return None
+    try:
+        return ShardSet.open(folder)
+    except (SourceError, StorageError) as error:
+        log.warning("damaged shard set, made again: %s", error)
+        return None
+
+
+# ---- building
+
+
+def _build(job: ShardJob, recipe: Recipe, scratch: Path, *, cache: Path, identity: JsonObject, progress: Progress) -> None:
+    """Fill ``scratch`` with documents list, shards and, last, the manifest."""
+    staged, packed = scratch / "staged", scratch / "packed"
+    staged.mkdir()
+    packed.mkdir()
+    progress(0, job.spec.rows)
+    pieces = _stage_documents(job, staged, cache=cache)
+    write_document_list(staged, pieces, to=scratch / DOCUMENTS)
+    _refuse_shared_documents(job, overlapping_documents(scratch / DOCUMENTS, job.evaluation.document_digests))
+    pack = _pack_needle_rows if job.spec.objective == "needle_sft" else _pack_language_rows
+    units = pack(recipe, staged=staged, packed=packed, pieces=pieces, progress=progress)
+    counts = [unit["rows"] for unit in units]
+    plan = plan_shards(counts, num_rows=min(job.spec.rows, sum(counts)), rows_per_shard=job.spec.rows_per_shard)
+    for _ in _run(plan, [partial(cut_shard, packed=packed, folder=scratch)]):
+        pass
+    shutil.rmtree(staged)
+    shutil.rmtree(packed)
+    shards = [scratch / item["file"] for item in plan]
+    seconds = sum(unit["seconds"] for unit in units)
+    stats = {
+        **document_statistics(scratch / DOCUMENTS),
+        **row_statistics(shards, sequence_tokens=job.spec.sequence_tokens),
+        "tokens_per_core_second": round(sum(unit["tokens"] for unit in units) / max(seconds, 1e-9)),
+    }
+    seal(scratch, shards=shards, manifest={"identity": identity, "stats": stats})
+
+
+def _stage_documents(job: ShardJob, staged: Path, *, cache: Path) -> list[Piece]:
+    """Every document of the sources, segmented and staged; pieces in corpus order."""
+    readings = plan_readings(job.spec.sources, cache=cache)
+    pieces, passed_over = list[Piece](), dict[int, JsonObject]()
+    for done in _run([reading_item(reading) for reading in readings], [read_pieces, partial(stage, folder=staged, policy=job.policy)]):
+        if "passed_over" in done:
+            passed_over[done["reading"]] = done["passed_over"]
+        else:
+            pieces.append(Piece(**done))
+    pieces.sort(key=lambda piece: piece.name)
+    _check_sources(readings, pieces, passed_over)
+    return pieces
+
+
+def _check_sources(readings: Sequence[Reading], pieces: Sequence[Piece], passed_over: dict[int, JsonObject]) -> None:
+    """Log what was passed over; refuse a source of which nothing is left."""
+    kept = dict.fromkeys(range(len(readings)), 0)
+    for piece in pieces:
+        kept[int(piece.name.split("-")[0])] += piece.num_documents
+    for source in dict.fromkeys(reading.source for reading in readings):
+        numbers = [reading.number for reading in readings if reading.source == source]
+        empty, outside = (sum(passed_over[number].get(reason, 0) for number in numbers) for reason in ("empty", "outside"))
+        if empty:
+            log.info("%s: passed over %d empty documents", source.path, empty)
+        if not any(kept[number] for number in numbers):
+            share = f"{outside} lie outside the share {source.from_percent:g}–{source.to_percent:g} %"
+            raise SourceError(f"{source.path}: no document: {empty} are empty, {share}; give a larger source or share")
+
+
+def _pack_needle_rows(recipe: Recipe, *, staged: Path, packed: Path, pieces: Sequence[Piece], progress: Progress) -> list[JsonObject]:
+    """Every row of ``needle_sft`` in packed files, in row order."""
+    rows = recipe.spec.rows
+    firsts = range(0, rows, ROWS_PER_UNIT)
+    items = [{"unit": unit, "first": first, "last": min(first + ROWS_PER_UNIT, rows)} for unit, first in enumerate(firsts)]
+    units, made = list[JsonObject](), 0
+    for unit in _run(items, [partial(make_needle_rows, recipe=recipe, staged=staged, pieces=pieces, packed=packed)]):
+        units.append(unit)
+        made += unit["rows"]
+        progress(made, rows)
+    return sorted(units, key=lambda unit: int(unit["unit"]))
+
+
+def _pack_language_rows(recipe: Recipe, *, staged: Path, packed: Path, pieces: Sequence[Piece], progress: Progress) -> list[JsonObject]:
+    """Rows of ``language_modeling`` in packed files, piece by piece in an order drawn from the seed, until there are enough."""
+    wanted = recipe.spec.rows
+    waiting = sorted(pieces, key=lambda piece: digest([recipe.seed, piece.name]))
+    units, made = list[JsonObject](), 0
+    while waiting and made < wanted:
+        chars, items = (wanted - made) * recipe.spec.sequence_tokens * CHARS_PER_TOKEN, list[JsonObject]()
+        while waiting and chars > 0:
+            piece = waiting.pop(0)
+            items.append({"unit": len(units) + len(items), "piece": piece.name})
+            chars -= piece.num_chars
+        for unit in _run(items, [partial(make_language_rows, recipe=recipe, staged=staged, packed=packed)]):
+            units.append(unit)
+            made += unit["rows"]
+            progress(min(made, wanted), wanted)
+    return sorted(units, key=lambda unit: int(unit["unit"]))
+
+
+# ---- training and evaluation held apart
+
+
+def _shared_facts(job: ShardJob) -> list[str]:
+    if job.spec.facts is None or job.spec.objective != "needle_sft":
+        return []
+    return shared_with_evaluation(job.spec.facts, needles=job.evaluation.needles, keywords=job.evaluation.keywords)
+
+
+def _overlap(job: ShardJob, recipe: Recipe, shards: ShardSet) -> JsonObject:
+    """Documents and rows of the set that the evaluation uses too; remembered in the set's folder, for each evaluation."""
+    remembered = shards.folder / f"evaluation-{job.evaluation.digest}.json"
+    if remembered.is_file():
+        return read_json(remembered)
+    rows: list[int] = []
+    if job.evaluation.needles:
+        search = partial(find_needles, recipe=recipe, folder=shards.folder, needles=job.evaluation.needles)
+        for found in _run([{"file": path.name} for path in shards.paths], [search]):
+            rows += found["rows"]
+    documents = overlapping_documents(shards.folder / DOCUMENTS, job.evaluation.document_digests)
+    overlap: JsonObject = {"documents": documents, "rows": sorted(rows)}
+    write_json(remembered, overlap)
+    return overlap
+
+
+def _refuse_shared_documents(job: ShardJob, documents: Sequence[str]) -> None:
+    if documents:
+        _refuse_unless_allowed(
+            job,
+            f"{len(documents)} of its documents are in the evaluation's haystack too (first: {documents[0]}); "
+            "give corpus and haystack other shares (from_percent, to_percent)",
+        )
+
+
+def _refuse_unless_allowed(job: ShardJob, what: str) -> None:
+    if not job.spec.allow_evaluation_overlap:
+        raise SpecError(f"corpus: {what}, or set corpus.allow_evaluation_overlap: true, which every report will say")
+
+
+# ---- Ray Data
+
+
+def _run(items: Sequence[JsonObject], steps: Sequence[Step]) -> Iterator[JsonObject]:
+    """Stream ``items`` through ``steps`` in Ray tasks; results come as they are ready, in no order.
+
+    Raises:
+        UserError: what a step raised, in this process.
+    """
+    if not items:
+        return
+    with _quiet_ray_data():
+        dataset = ray.data.from_items(_table(items).to_pylist(), override_num_blocks=min(len(items), MAX_BLOCKS))
+        for number, step in enumerate(steps):
+            dataset = dataset.map_batches(
+                _through,
+                fn_kwargs={"step": step},
+                batch_size=1,
+                batch_format="pyarrow",
+                # Steps that ask for different shares of a CPU are not fused, so that one long file is segmented by many tasks.
+                num_cpus=1 if number == len(steps) - 1 else 0.5,
+                compute=ray.data.TaskPoolStrategy(size=_tasks_at_once()),
+            )
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for text in batch["item"].to_pylist():
+                yield _or_raise(json.loads(text))
+
+
+def _through(batch: pa.Table, step: Step) -> Iterator[pa.Table]:
+    """Apply a step inside a task; a user's mistake becomes an item, because Ray would bury its one line in a traceback."""
+    for text in batch["item"].to_pylist():
+        item = json.loads(text)
+        try:
+            for result in [item] if "failure" in item else step(item):
+                yield _table([result])
+        except UserError as error:
+            yield _table([{"failure": str(error), "class": type(error).__name__}])
+
+
+def _or_raise(item: JsonObject) -> JsonObject:
+    if "failure" in item:
+        raise getattr(errors, item["class"])(item["failure"])
+    return item
+
+
+def _table(items: Sequence[JsonObject]) -> pa.Table:
+    return pa.table({"item": pa.array([json.dumps(item) for item in items], pa.large_string())})
+
+
+def _tasks_at_once() -> int | None:
+    """On one machine, as many as it has cores, since its logical CPUs may be more; on a cluster, what Ray has places for."""
+    return (os.cpu_count() or 1) if len(ray.nodes()) == 1 else None
+
+
+@contextlib.contextmanager
+def _quiet_ray_data() -> Iterator[None]:
+    """No bars and no plans on the terminal while inside: the caller shows one bar. The log file in Ray's session is kept."""
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = BLOCK_BYTES
+    consoles = [handler for handler in logging.getLogger("ray.data").handlers if handler.get_name() == "console"]
+    levels = [handler.level for handler in consoles]
+    for handler in consoles:
+        handler.setLevel(logging.ERROR)
+    try:
+        with ray.data.DataContext.current(context), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks")  # fewer items than cores
+            yield
+    finally:
+        for handler, level in zip(consoles, levels, strict=True):
+            handler.setLevel(level)

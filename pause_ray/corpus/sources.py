@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from pause_ray.documents import Document, SourceFile, SourceSpec, in_share, list_files, read_file
+from pause_ray.documents import Document, SourceSpec, in_share, list_files, read_file
 from pause_ray.errors import SourceError
-from pause_ray.source_files import one_line_errors
+from pause_ray.source_files import SourceFile, one_line_errors
 from pause_ray.spec import JsonObject
 
 FILES_PER_READING = 64

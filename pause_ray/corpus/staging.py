@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from pause_ray.documents import Document
-from pause_ray.storage import space_errors
+from pause_ray.rows import whole_file
 from pause_ray.text.pauses import PausePolicy
-from pause_ray.text.segments import ParagraphRule, sentence_starts, split
+from pause_ray.text.segments import ParagraphRule, detect_paragraph_rule, sentence_starts, split
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 PIECE_CHARS = 1_000_000
 """A piece is closed when it has this many characters: small enough to be read for one row, large enough to be few."""
+SEARCHED_CHARS = 4_000
+"""Where the beginning of a sentence is looked for first."""
 KEPT_PIECES = 4
 """Pieces a shelf keeps in memory; a context rarely spans more than two."""
 
@@ -71,22 +73,21 @@ def stage_piece(folder: Path, *, name: str, documents: Sequence[Document], polic
     import polars as pl
     import pyarrow.parquet as pq
 
-    rule = policy.paragraph_rule if policy else "auto"
-    paragraphs = [split(document.text, unit="paragraph", paragraph_rule=rule) for document in documents]
+    asked = policy.paragraph_rule if policy else "auto"
+    rules: list[ParagraphRule] = [detect_paragraph_rule(document.text) if asked == "auto" else asked for document in documents]
+    ruled = list(zip(documents, rules, strict=True))
     frame = pl.DataFrame(
         {
             "id": [document.id for document in documents],
             "digest": [document.digest for document in documents],
-            "paragraph_rule": [segments.rule for segments in paragraphs],
-            "paragraphs": [len(segments.spans) for segments in paragraphs],
-            "sentences": [
-                len(sentence_starts(document.text, paragraph_rule=segments.rule)) for document, segments in zip(documents, paragraphs, strict=True)
-            ],
+            "paragraph_rule": rules,
+            "paragraphs": [len(split(document.text, unit="paragraph", paragraph_rule=rule).spans) for document, rule in ruled],
+            "sentences": [len(sentence_starts(document.text, paragraph_rule=rule)) for document, rule in ruled],
             "text": [document.text for document in documents],
         }
     ).with_columns(chars=pl.col("text").str.len_chars())
-    with space_errors(folder):
-        pq.write_table(frame.to_arrow(), folder / name, compression="zstd")
+    with whole_file(folder / name) as scratch:
+        pq.write_table(frame.to_arrow(), scratch, compression="zstd")
     return Piece(name=name, num_documents=len(frame), num_chars=int(frame["chars"].sum()))
 
 
@@ -107,10 +108,10 @@ def write_document_list(folder: Path, pieces: Sequence[Piece], *, to: Path) -> N
     import pyarrow.parquet as pq
 
     writer: pq.ParquetWriter | None = None
-    with space_errors(to):
+    with whole_file(to) as scratch:
         for piece in pieces:
             table: pa.Table = pq.read_table(folder / piece.name).drop_columns(["text"])
-            writer = writer or pq.ParquetWriter(to, table.schema, compression="zstd")
+            writer = writer or pq.ParquetWriter(scratch, table.schema, compression="zstd")
             writer.write_table(table)
         if writer is not None:
             writer.close()
@@ -140,8 +141,7 @@ class Shelf:
         first = bisect.bisect_right(ends, offset)
         offset -= ends[first - 1] if first else 0
         chosen = documents[first]
-        starts = sentence_starts(chosen.text, paragraph_rule=chosen.paragraph_rule)
-        begin = starts[bisect.bisect_right(starts, offset) - 1]
+        begin = _sentence_start_before(chosen, offset)
         yield replace(chosen, text=chosen.text[begin:])
         following = (self._documents(later % len(self._pieces)) for later in range(number + 1, number + len(self._pieces)))
         yield from chain(documents[first + 1 :], chain.from_iterable(following), documents[:first])
@@ -155,3 +155,12 @@ class Shelf:
             found = read_piece(self._folder / self._pieces[number].name, columns=("text", "paragraph_rule"))
             self._kept[number] = [Stretch(text=text, paragraph_rule=cast("ParagraphRule", rule)) for text, rule in found]
         return self._kept[number]
+
+
+def _sentence_start_before(stretch: Stretch, offset: int) -> int:
+    """The last start of a sentence at or before ``offset``; boundaries are causal, so a book is not searched from its beginning."""
+    base = max(0, offset - SEARCHED_CHARS)
+    begin = sentence_starts(stretch.text[base : offset + 1], paragraph_rule=stretch.paragraph_rule)[-1]
+    if begin == 0 < base:
+        base, begin = 0, sentence_starts(stretch.text[: offset + 1], paragraph_rule=stretch.paragraph_rule)[-1]
+    return base + begin

@@ -6,6 +6,7 @@ thousands of tokens without a pause.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,7 +45,7 @@ def row_statistics(shards: Sequence[Path], *, sequence_tokens: int) -> JsonObjec
     """Of the shards: rows, tokens, trained tokens, pauses, stretches without a pause, and how long rows are."""
     import polars as pl
 
-    lengths = pl.scan_parquet(shards).select(
+    lengths = pl.scan_parquet(list(shards)).select(
         "num_pauses",
         "num_documents",
         "content_tokens",
@@ -82,7 +83,7 @@ def _histogram(tokens: pl.Series, sequence_tokens: int) -> list[JsonObject]:
     edges = [-(-sequence_tokens * step // HISTOGRAM_BINS) for step in range(HISTOGRAM_BINS + 1)]
     return [
         {"from_tokens": low + 1, "to_tokens": high, "rows": int(((tokens > low) & (tokens <= high)).sum())}
-        for low, high in zip(edges, edges[1:], strict=False)
+        for low, high in itertools.pairwise(edges)
     ]
 
 

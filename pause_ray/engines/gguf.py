@@ -6,10 +6,19 @@ import contextlib
 import gc
 import io
 import logging
+import os
+import re
+import shutil
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from pause_ray.errors import ModelError
+from pause_ray.errors import ModelError, StorageError
+
+_TOKENIZER_BYTES = 64_000_000  # tokenizer and configs; the largest tokenizers of today are about 35 MB
+
+_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, OSError, struct.error)
+"""What transformers' reader raises on damaged or unknown files; it checks little itself."""
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
@@ -19,21 +28,26 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
     Raises:
         ModelError: the file is no GGUF, is cut off, or holds an architecture that transformers cannot read.
+        StorageError: too little space for the converted weights.
+        OSError: writing failed.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place, name = str(gguf.parent), gguf.name
     _check_header(gguf)
     with _quiet():
         try:
-            model = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=torch.float32)
+            model, loading = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=torch.float32, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=name)
-        except (ValueError, KeyError, IndexError, NotImplementedError, RuntimeError, OSError) as error:
+        except _UNREADABLE as error:
             reason = " ".join(str(error).split())
             raise ModelError(
                 f"{gguf}: transformers cannot read this GGUF file ({reason[:240]}); fetch it anew, or use a safetensors copy"
             ) from error
+        if loading["missing_keys"]:  # transformers would go on with random numbers in their place
+            raise ModelError(f"{gguf}: lacks the weights {', '.join(sorted(loading['missing_keys'])[:3])}; fetch it anew")
         # a config that still says "quantised with GGUF" would send every later load through the dequantiser
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -41,7 +55,11 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         for mark in ("is_quantized", "quantization_method"):
             if mark in vars(model):
                 delattr(model, mark)
-        model.save_pretrained(folder)
+        _check_space(folder, num_bytes=sum(tensor.nbytes for tensor in model.parameters()) + _TOKENIZER_BYTES)
+        try:
+            model.save_pretrained(folder)
+        except SafetensorError as error:
+            raise _operating_system_error(error) from error
         tokenizer.save_pretrained(folder)
     del model
     gc.collect()
@@ -52,6 +70,20 @@ def _check_header(gguf: Path) -> None:
         magic = file.read(4)
     if magic != b"GGUF":
         raise ModelError(f"{gguf}: not a GGUF file (it begins with {magic!r}); fetch it anew")
+
+
+def _check_space(folder: Path, *, num_bytes: int) -> None:
+    """Refuse before writing: a converted model is several times its GGUF file, which surprises."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        needed = f"the converted model needs {num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
+        raise StorageError(f"{folder.parent}: {needed}; free space or set PAUSE_RAY_CACHE to another disk, and run the same command again")
+
+
+def _operating_system_error(error: Exception) -> Exception:
+    """The OSError that safetensors' Rust side put into words ("… (os error 28)"), or ``error`` itself."""
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(match[1]), os.strerror(int(match[1]))) if match else error
 
 
 @contextlib.contextmanager

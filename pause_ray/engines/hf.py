@@ -88,31 +88,34 @@ def load_adapter(base: transformers.PreTrainedModel, adapter_dir: Path) -> peft.
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"adapter {adapter_dir}: cannot be read ({reason}); train it again") from error
-    whole_layers = [name for name in weights if name.endswith((".weight", ".base_layer.weight")) and ".lora_" not in name]
+    whole_layers = [name for name in weights if name.endswith(".weight") and ".lora_" not in name]
     if whole_layers:
         raise CheckpointError(
             f"adapter {adapter_dir}: holds whole layers of a model ({whole_layers[0]}); save it with save_embedding_layers=False"
         )
     config.inference_mode = True
+    misfit = f"adapter {adapter_dir}: was made for another base model than {base.name_or_path}"
     try:
         model = peft.PeftModel(base, config, autocast_adapter_dtype=False)
     except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"adapter {adapter_dir}: does not fit model {base.name_or_path} ({reason})") from error
+        raise CheckpointError(f"{misfit} ({' '.join(str(error).split())})") from error
     try:
         outcome = peft.set_peft_model_state_dict(model, weights)
-        strangers = [*outcome.unexpected_keys, *(name for name in outcome.missing_keys if ".default" in name)]
     except (RuntimeError, KeyError) as error:
         model.unload()
-        raise CheckpointError(
-            f"adapter {adapter_dir}: was made for another base model than {base.name_or_path} ({str(error).splitlines()[-1].strip()})"
-        ) from error
+        raise CheckpointError(f"{misfit} ({str(error).splitlines()[-1].strip()})") from error
+    strangers = [*outcome.unexpected_keys, *_unfilled(model, outcome.missing_keys)]
     if strangers:
         model.unload()
-        raise CheckpointError(
-            f"adapter {adapter_dir}: was made for another base model than {base.name_or_path}: {strangers[0]} has no counterpart"
-        )
+        raise CheckpointError(f"{misfit}: {strangers[0]} has no counterpart")
     return model.eval()
+
+
+def _unfilled(model: peft.PeftModel, missing: Sequence[str]) -> list[str]:
+    """Adapter tensors that the file did not fill; those that are tied to a filled one are."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".default" in name}
+    filled = {tensor.data_ptr() for name, tensor in state.items() if name not in missing}
+    return [name for name in missing if name in state and state[name].data_ptr() not in filled]
 
 
 class HfEngine:

@@ -23,7 +23,7 @@ from pause_ray.errors import FleetError, UserError
 from pause_ray.needle.haystack import Haystack, load_haystack
 from pause_ray.needle.ledger import CellResult
 from pause_ray.needle.task import Cell, SuiteSpec
-from pause_ray.needle.walk import Condition, answer_cells, new_tokens, order_for_reuse
+from pause_ray.needle.walk import Condition, answer_cells, order_for_reuse, split_for_actors
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.tokens import ModelTokenizer, resolve_marker
 
@@ -164,19 +164,6 @@ class Fleet:
         """End the actors and free what they hold."""
         for actor in self.actors:
             ray.kill(actor)
-
-
-def split_for_actors(cells: Sequence[Cell], *, num_actors: int) -> list[list[Cell]]:
-    """At most ``num_actors`` runs of neighbours in reuse order, of about equal work, no cell left out or doubled."""
-    ordered = order_for_reuse(cells)
-    costs = new_tokens(ordered)
-    share = sum(costs) / num_actors
-    runs: list[list[Cell]] = [[] for _ in range(num_actors)]
-    done = 0.0
-    for cell, cost in zip(ordered, costs, strict=True):
-        runs[min(num_actors - 1, int((done + cost / 2) / share))].append(cell)
-        done += cost
-    return [run for run in runs if run]
 
 
 def _note_loss(run: _Run, losses: collections.Counter[str], error: RayActorError) -> None:

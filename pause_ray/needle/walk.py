@@ -52,6 +52,19 @@ def new_tokens(cells: Sequence[Cell]) -> list[float]:
     return costs
 
 
+def split_for_actors(cells: Sequence[Cell], *, num_actors: int) -> list[list[Cell]]:
+    """At most ``num_actors`` runs of neighbours in reuse order, of about equal work, no cell left out or doubled."""
+    ordered = order_for_reuse(cells)
+    costs = new_tokens(ordered)
+    share = sum(costs) / num_actors
+    runs: list[list[Cell]] = [[] for _ in range(num_actors)]
+    done = 0.0
+    for cell, cost in zip(ordered, costs, strict=True):
+        runs[min(num_actors - 1, int((done + cost / 2) / share))].append(cell)
+        done += cost
+    return [run for run in runs if run]
+
+
 def answer_cells(
     cells: Iterable[Cell],
     *,

@@ -9,6 +9,7 @@ transformers, peft and deepspeed costs up to 25 s of CPU).
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import traceback
@@ -59,7 +60,6 @@ class SweepOutcome:
     failures: tuple[Failure, ...]
 
 
-@ray.remote(num_cpus=0)
 class ProgressBoard:
     """Where trial processes say how far they are and the driver reads it."""
 
@@ -91,8 +91,10 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
     def setup(
         self, config: dict[str, Any], *, trials: Mapping[str, _Trial], storage: Storage, fleet: Fleet, board: Any, train_gpus: float
     ) -> None:
-        """Keep what all trials of this process share."""
-        self._trials, self._storage, self._fleet, self._board, self._train_gpus = trials, storage, fleet, board, train_gpus
+        """Keep what all trials of this process share; ``_storage`` and the like are names that Tune's own class uses."""
+        self._board = board
+        self._planned_trials = trials
+        self._line = functools.partial(run_trial, storage=storage, fleet=fleet, train_gpus=train_gpus)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial in this process."""
@@ -106,15 +108,8 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
             self._board.show.remote(key, TrialState(stage, done, total))
 
         try:
-            trial = self._trials[key]
-            score = run_trial(
-                trial.prepared,
-                arm=trial.planned.arm,
-                storage=self._storage,
-                fleet=self._fleet,
-                train_gpus=self._train_gpus,
-                progress=show,
-            )
+            trial = self._planned_trials[key]
+            score = self._line(trial.prepared, arm=trial.planned.arm, progress=show)
         except UserError as error:
             ray.get(self._board.fail.remote(key, str(error), None))
             return {tune.result.DONE: True}
@@ -130,6 +125,10 @@ class _AfterTrial(tune.Callback):  # type: ignore[misc]
 
     def __init__(self, tell: Callable[[], None]) -> None:
         self._tell = tell
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its callbacks to restore an experiment, which storage makes unnecessary here."""
+        return {}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._tell()
@@ -194,7 +193,7 @@ def _run_missing(
     sweep: SweepSpec, trials: Mapping[str, _Trial], *, storage: Storage, console: Console, after_trial: Callable[[], None]
 ) -> tuple[Failure, ...]:
     places = _Places.of(sweep, next(iter(trials.values())).planned.spec.resources)
-    board = ProgressBoard.remote()
+    board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
     shown = {key: (trial.planned.label, trial.planned.spec) for key, trial in trials.items()}
     with (
         _fleet(places) as fleet,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 from pause_ray.errors import ModelError
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
+    from jinja2 import Environment, Template
 
 _CONTEXT = "\ue0f0context\ue0f1"
 """Stands for the context, or the answer, while a template is rendered. Private-use characters survive every filter."""
@@ -73,11 +74,18 @@ class ChatTemplate:
         import jinja2
 
         try:
-            template = _environment().from_string(self.source)
-            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **self.names)
+            return _compiled(self.source).render(
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **self.names
+            )
         except jinja2.TemplateError as error:
             hint = "; if it knows no system message, set prompt.system to null" if messages[0]["role"] == "system" else ""
             raise ModelError(f"{self.origin}: the chat template cannot be rendered ({error}){hint}") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(source: str) -> Template:
+    """Compiling takes longer than rendering, and a sweep renders one template thousands of times."""
+    return _environment().from_string(source)
 
 
 def _environment() -> Environment:

@@ -138,9 +138,11 @@ def insert(text: str, policy: PausePolicy, *, token_starts: Sequence[int] | None
     Raises:
         TextError: the marker already occurs in ``text``, stripping would not give ``text`` back, or tokens are missing.
     """
-    found = text.find(policy.marker)
+    found = text.find(policy.marker.strip())
     if found >= 0:
-        raise TextError(f"the text already contains the marker {policy.marker!r} at character {found}; choose another pauses.marker")
+        raise TextError(
+            f"the text already contains the marker {policy.marker.strip()!r} at character {found}; choose another pauses.marker"
+        )
     if policy.rate is not None:
         if token_starts is None:
             raise TextError("placement random: the text must be tokenised first; pass token_starts")

@@ -5,9 +5,11 @@ The same code builds evaluation prompts and ``needle_sft`` training rows. Knows 
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +66,8 @@ class BuiltPrompt:
     """Index in ``ids`` of the needle's first token."""
     prefix_tokens: int
     """Tokens before the context."""
+    rule: str
+    """What the pause policy counted; ``none`` without one."""
 
 
 def build_prompt(
@@ -109,45 +113,27 @@ def build_prompt(
         raise TextError(f"depth_percent {depth_percent:g} is outside 0 to 100")
     after = prompt.user_after(question=question, instruction=policy.instruction if policy else None)
     prefix, suffix = tokenizer.chat_frame(prompt.system, prompt.before, after, marker=marker.token)
-    room = context_tokens - len(prefix) - len(suffix)
-    needle_tokens = len(tokenizer.encode(f"{needle} ").ids)
-    if room < needle_tokens:
-        least = len(prefix) + len(suffix) + needle_tokens
-        raise TextError(
-            f"context_tokens {context_tokens} is too short for needle and question, which take {least}; ask for at least {least}"
-        )
-    # From the whole haystack and whatever the policy: the same place and the same pauses at every length and in every arm.
+    frame_tokens, needle_tokens = len(prefix) + len(suffix), len(tokenizer.encode(f"{needle} ").ids)
+    room, least = context_tokens - frame_tokens, frame_tokens + needle_tokens
+    if context_tokens < least:
+        raise TextError(f"context_tokens {context_tokens} is too short for needle and question; ask for at least {least}")
+    # From the haystack and whatever the policy: the same place and the same pauses at every length and in every arm.
     rule = detect_paragraph_rule(haystack)
     if policy is not None and policy.paragraph_rule == "auto":
         policy = policy.model_copy(update={"paragraph_rule": rule})
     budget = policy.budget if policy else "content"
     hay = _Haystack.take(haystack, room + _SPARE_TOKENS, tokenizer=tokenizer, rule=rule)
-
-    def encode(text: str) -> TokenDocument:
-        return encode_document(text, tokenizer=tokenizer, policy=policy, marker=marker, seed=seed)
-
+    encode = functools.partial(encode_document, tokenizer=tokenizer, policy=policy, marker=marker, seed=seed)
     around = room - needle_tokens
     if budget == "total":
         around = cut(encode(hay.text), tokens=around, budget=budget).num_content
-    target = min(int(around * depth_percent / 100), hay.num_tokens)
-    while True:
-        landing = hay.sentence_start_before(target)
-        document = encode(f"{hay.text[:landing]}{needle} {hay.text[landing:]}")
-        context = cut(document, tokens=room, budget=budget)
-        first, last = _tokens_of(document, landing, landing + len(needle))
-        if last < context.num_content:
-            break
-        if landing == 0:
-            raise TextError(
-                f"context_tokens {context_tokens} is too short: with the pauses inside the budget the needle does not fit; "
-                "ask for more or use budget: content"
-            )
-        # Pauses beside the needle, or tokens that merge differently around it, took its place: go one sentence back.
-        target = hay.tokens_before(landing) - 1
-    exhausted = context.num_content == document.num_content
+    hidden = _hide(needle, hay, target=int(around * depth_percent / 100), room=room, budget=budget, encode=encode)
+    if hidden is None:
+        raise TextError(f"context_tokens {context_tokens} is too short: its pauses leave no room for the needle; try budget: content")
+    context, first, exhausted = hidden
     if exhausted and (context.num_content if budget == "content" else len(context.ids)) < room:
         raise TextError(
-            f"the haystack has only {hay.num_tokens} tokens, too few for context_tokens {context_tokens}, which needs {around}; "
+            f"the haystack has only {hay.num_tokens} tokens and context_tokens {context_tokens} needs {room - needle_tokens}; "
             "add documents, ask for shorter contexts or set repeat_haystack"
         )
     content = np.flatnonzero(~context.is_pause)
@@ -160,7 +146,25 @@ def build_prompt(
         num_pauses=context.num_pauses,
         needle_token=len(prefix) + int(content[first]),
         prefix_tokens=len(prefix),
+        rule=context.rule,
     )
+
+
+def _hide(
+    needle: str, hay: _Haystack, *, target: int, room: int, budget: Literal["content", "total"], encode: Callable[[str], TokenDocument]
+) -> tuple[TokenDocument, int, bool] | None:
+    """The cut context, the needle's first content token in it, and whether all of the haystack is in it; None if no place fits."""
+    while True:
+        landing = hay.sentence_start_before(target)
+        document = encode(f"{hay.text[:landing]}{needle} {hay.text[landing:]}")
+        context = cut(document, tokens=room, budget=budget)
+        first, last = _tokens_of(document, landing, landing + len(needle))
+        if last < context.num_content:
+            return context, first, context.num_content == document.num_content
+        if landing == 0:
+            return None
+        # Pauses beside the needle, or tokens that merge differently around it, took its place: go one sentence back.
+        target = hay.tokens_before(landing) - 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -80,7 +80,7 @@ class ModelTokenizer:
         """Read ``tokenizer.json``, the chat template and the end tokens of a model folder.
 
         Raises:
-            ModelError: no tokenizer, or a file that cannot be read.
+            ModelError: no tokenizer, or a file that is no JSON.
         """
         file = folder / "tokenizer.json"
         if not file.is_file():
@@ -88,14 +88,11 @@ class ModelTokenizer:
                 f"{folder}: has no tokenizer.json; make one with transformers: "
                 f"AutoTokenizer.from_pretrained(MODEL).save_pretrained({str(folder)!r})"
             )
+        if "model" not in _read_settings(file):
+            raise ModelError(f"{file}: holds no tokenizer model; fetch the model again")
         settings = _read_settings(folder / "tokenizer_config.json")
         source = file.read_text(encoding="utf-8")
-        template = ChatTemplate.find(folder, settings)
-        try:
-            return cls(source, template, _end_ids(folder, settings, source))
-        except Exception as error:
-            # tokenizers raises bare Exception
-            raise ModelError(f"{file}: is no tokenizer ({error}); fetch the model again") from error
+        return cls(source, ChatTemplate.find(folder, settings), _end_ids(folder, settings, source))
 
     @functools.cached_property
     def digest(self) -> str:
@@ -128,8 +125,9 @@ class ModelTokenizer:
         """
         try:
             encoding = self._plain.encode(text, add_special_tokens=False)
-        except UnicodeEncodeError as error:
-            raise TextError(f"the text is no valid Unicode at character {error.start}: {error.reason}; repair its encoding") from error
+        except TypeError as error:
+            half = re.search("[\ud800-\udfff]", text)
+            raise TextError(f"the text holds half a surrogate pair at character {half and half.start()}; repair its encoding") from error
         ids = np.array(encoding.ids, dtype=np.int32)
         starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
         control = np.flatnonzero(np.isin(ids, self._forbidden))
@@ -209,11 +207,6 @@ class ModelTokenizer:
         full = self._control.encode("a", add_special_tokens=True).ids
         return tuple(full[: next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)])
 
-    @functools.cached_property
-    def _unknown_id(self) -> int | None:
-        unknown = getattr(self._control.model, "unk_token", None)
-        return None if unknown is None else self._control.token_to_id(unknown)
-
     def _framed(self, text: str, marker: MarkerToken | None) -> tuple[int, ...]:
         """Tokens of a rendered template, in which control tokens and the marker are tokens."""
         if marker is None:
@@ -222,6 +215,14 @@ class ModelTokenizer:
         for part in re.split(f"({re.escape(marker.text)})", text):
             ids += [marker.token_id] if part == marker.text else self._control.encode(part, add_special_tokens=False).ids
         return tuple(ids)
+
+    @functools.cached_property
+    def _unknown_id(self) -> int | None:
+        model = json.loads(self._source)["model"]
+        if model["type"] == "Unigram":
+            return None if model["unk_id"] is None else int(model["unk_id"])
+        unknown = model.get("unk_token")
+        return None if unknown is None else self._control.token_to_id(unknown)
 
 
 def resolve_marker(tokenizer: ModelTokenizer, policy: PausePolicy | None) -> Marker:

@@ -115,12 +115,10 @@ def _run(job: TrainJob, folder: Path, *, num_workers: int, cpus_per_worker: floa
     for noisy in ("ray.train", "bitsandbytes"):  # a line per report; a note on a kernel that only 4-bit models use
         logging.getLogger(noisy).setLevel(logging.ERROR)
     import ray.train
-    import torch
     from ray.train.torch import TorchTrainer
 
     from pause_ray.train.worker import Assignment, train_on_worker
 
-    on_gpu = torch.cuda.is_available() if num_workers == 0 else gpus_per_worker > 0
     assignment = Assignment(
         train=job.train,
         model_dir=job.model_dir.absolute(),
@@ -128,7 +126,7 @@ def _run(job: TrainJob, folder: Path, *, num_workers: int, cpus_per_worker: floa
         marker=job.marker,
         seed=job.seed,
         threads=job.threads,
-        device="cuda" if on_gpu else "cpu",
+        on_gpu=gpus_per_worker > 0 if num_workers else None,
         folder=folder.absolute(),
     )
     resources: dict[str, float] = {"CPU": cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})

@@ -42,8 +42,8 @@ class Assignment:
     marker: MarkerToken | None
     seed: int
     threads: int | None
-    device: str
-    """``cpu`` or ``cuda``."""
+    on_gpu: bool | None
+    """None: on the process's GPU if it has one."""
     folder: Path
     """Where rank 0 writes."""
 
@@ -59,11 +59,12 @@ def train_on_worker(config: dict[str, Any]) -> None:
         SpecError, ModelError, SourceError: model, layers or rows that do not fit the assignment.
     """
     assignment: Assignment = config["assignment"]
-    _prepare_deepspeed(assignment.device)
-    with warnings.catch_warnings(), _threads(assignment.threads), _process_group(assignment.device):
+    device = "cuda" if (torch.cuda.is_available() if assignment.on_gpu is None else assignment.on_gpu) else "cpu"
+    _prepare_deepspeed(device)
+    with warnings.catch_warnings(), _threads(assignment.threads), _process_group(device):
         # Torch's collectives and transformers announce renamings to DeepSpeed, and to no reader of our output.
         warnings.simplefilter("ignore", FutureWarning)
-        engine = _start_engine(assignment)
+        engine = _start_engine(assignment, device=device)
         try:
             _run_steps(engine, assignment)
             trained = _gather_trained(engine)
@@ -123,12 +124,17 @@ def _process_group(device: str) -> Iterator[None]:
         del os.environ["LOCAL_RANK"]
 
 
-def _start_engine(assignment: Assignment) -> Any:
+def _start_engine(assignment: Assignment, *, device: str) -> Any:
     import deepspeed
 
     context = ray.train.get_context()
-    device = assignment.device if assignment.device == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}"
-    model = load_trainable(assignment.train, model_dir=assignment.model_dir, marker=assignment.marker, seed=assignment.seed, device=device)
+    model = load_trainable(
+        assignment.train,
+        model_dir=assignment.model_dir,
+        marker=assignment.marker,
+        seed=assignment.seed,
+        device="cpu" if device == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}",
+    )
     cut = share(assignment.train, num_workers=context.get_world_size())
     torch.manual_seed(assignment.seed + context.get_world_rank())  # dropout differs between workers
     engine, *_ = deepspeed.initialize(
@@ -195,6 +201,9 @@ def _step(engine: Any, passes: list[list[tuple[int, PackedRow]]], *, step: int, 
         engine.backward(loss * (len(passes) * world_size / labelled))
         engine.step()
         total += loss.detach()
+    if engine.skipped_steps:
+        numbers = [number for rows in passes for number, _ in rows]
+        raise TrainingError(f"gradient is not a number at step {step + 1}, among rows {numbers}; lower train.learning_rate")
     torch.distributed.all_reduce(total)
     return total.item() / labelled
 

@@ -146,6 +146,7 @@ def _summary(trial: PreparedTrial, shards: ShardSet | None, checkpoint: Checkpoi
         "shards": shards.folder.name if shards else None,
         "checkpoint": str(checkpoint.folder) if checkpoint else None,
         "corpus_stats": shards.manifest["stats"] if shards else None,
+        "evaluation_overlap": shards.manifest["evaluation_overlap"] if shards and shards.manifest["overlap"] else None,
         "training": checkpoint.losses() if checkpoint else [],
         "seconds": {"total": round(seconds, 3)},
     }

@@ -15,12 +15,12 @@ PACKAGE = ROOT / "pause_ray"
 
 LAYERS = [
     {"cli"},
-    {"sweep", "report", "publish"},
+    {"sweep", "report", "tracking"},
     {"figures"},
     {"results"},
     {"trial", "compare"},
     {"corpus", "train", "needle"},
-    {"engines", "tracking", "cluster"},
+    {"engines", "cluster"},
     {"checkpoint"},
     {"rows", "documents", "text"},
     {"packages", "source_files"},

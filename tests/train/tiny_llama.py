@@ -47,6 +47,7 @@ def make_model(folder: Path, *, tied: bool = True, seed: int = 0) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=256,
         tie_word_embeddings=tied,
+        initializer_range=0.1,  # at the usual 0.02 so small a model could not learn to prefer any token
         eos_token_id=0,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
@@ -60,6 +61,14 @@ def added_marker(model_dir: Path) -> MarkerToken:
     tokenizer = tokenizers.Tokenizer.from_file(str(model_dir / "tokenizer.json"))
     ids = tuple(tokenizer.encode("<PAUSE>", add_special_tokens=False).ids)
     return MarkerToken(text="<PAUSE>", token_id=tokenizer.get_vocab_size(), added=True, initial_ids=ids)
+
+
+def reserved_marker(model_dir: Path) -> MarkerToken:
+    """``<|unused|>``, which the tiny tokenizer and the tiny model have."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    return MarkerToken(text="<|unused|>", token_id=tokenizer.token_to_id("<|unused|>"), added=False, initial_ids=(2,))
 
 
 def make_rows(num_rows: int, *, marker_id: int | None = None, seed: int = 0) -> list[PackedRow]:

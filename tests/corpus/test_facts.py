@@ -1,0 +1,80 @@
+"""Training facts: every draw fills the slots, and none may touch the evaluation's."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from pause_ray.corpus.facts import draw_fact, shared_with_evaluation
+from pause_ray.corpus.spec import CorpusSpec, FactFile, FactSpec
+from pause_ray.errors import SpecError
+
+FACTS = FactFile.parse(
+    {
+        "facts": [
+            {
+                "needle": "The key of {room} hangs {place}.",
+                "question": "Where does the key of {room} hang?",
+                "slots": {"room": ["the attic", "the cellar"], "place": ["behind the clock", "under the bench"]},
+            },
+            {"needle": "{name} keeps bees.", "question": "Who keeps bees?", "slots": {"name": ["Ada", "Grace", "Mary"]}},
+        ]
+    },
+    origin="test",
+)
+
+
+def test_every_fact_is_drawn_and_filled() -> None:
+    rng = random.Random(1)
+    drawn = {draw_fact(FACTS, rng=rng) for _ in range(500)}
+    assert len(drawn) == 2 * 2 + 3
+    assert not any("{" in fact.needle + fact.question for fact in drawn)
+    for fact in drawn:
+        if fact.needle.startswith("The key"):
+            assert any(room in fact.needle and room in fact.question for room in ("the attic", "the cellar"))
+
+
+@pytest.mark.parametrize(
+    ("needles", "keywords", "told"),
+    [
+        ([], ["Behind  the CLOCK"], "behind the clock"),
+        ([], ["keeps"], "keeps"),
+        (["grace keeps\nbees."], [], "grace keeps"),
+        (["It is said that the key of the attic hangs under the bench."], [], "under the bench"),
+    ],
+)
+def test_a_shared_needle_or_keyword_is_named(needles: list[str], keywords: list[str], told: str) -> None:
+    found = shared_with_evaluation(FACTS, needles=needles, keywords=keywords)
+    assert len(found) == 1
+    assert told in found[0]
+
+
+def test_other_facts_are_not_shared() -> None:
+    assert (
+        shared_with_evaluation(FACTS, needles=["Hopper keeps bees.", "The key of the attic hangs."], keywords=["sandwich", "clocks"]) == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"needle": "{name} lives in {town}."}, "town"),
+        ({"slots": {"name": ["Ada"], "hat": ["red"]}}, "hat"),
+        ({"slots": {"name": []}}, "no words"),
+        ({"question": "Does {name} keep bees?"}, "tells the answer"),
+    ],
+)
+def test_a_fact_whose_slots_do_not_fit_is_refused(change: dict[str, object], told: str) -> None:
+    good = {"needle": "{name} keeps bees.", "question": "Who keeps bees?", "slots": {"name": ["Ada"]}}
+    assert FactSpec.parse(good, origin="facts.yaml").needle
+    with pytest.raises(SpecError, match=f"facts.yaml.*{told}"):
+        FactSpec.parse({**good, **change}, origin="facts.yaml")
+
+
+@pytest.mark.parametrize(("change", "told"), [({"facts": None}, "needs facts"), ({"min_context_tokens": 4096}, "exceeds sequence_tokens")])
+def test_a_corpus_whose_fields_do_not_fit_is_refused(change: dict[str, object], told: str) -> None:
+    good = {"sources": [{"path": "essays"}], "facts": FACTS.resolved()}
+    assert CorpusSpec.parse(good, origin="trial.yaml").rows == 480
+    with pytest.raises(SpecError, match=f"trial.yaml.*{told}"):
+        CorpusSpec.parse({**good, **change}, origin="trial.yaml")

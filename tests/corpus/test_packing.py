@@ -1,0 +1,177 @@
+"""Rows: what is trained on, how long they are, and that no marker group is ever split."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pause_ray.corpus.packing import (
+    JOIN,
+    RowDraw,
+    Window,
+    draw_row,
+    longest_stretch,
+    needle_sft_row,
+    pack_language_modeling,
+    pause_mask,
+    take_window,
+)
+from pause_ray.corpus.spec import CorpusSpec
+from pause_ray.corpus.staging import Stretch
+from pause_ray.errors import SourceError, TextError
+from pause_ray.rows import NO_LOSS
+from pause_ray.text.pauses import PausePolicy
+from pause_ray.text.tokens import ModelTokenizer, TokenDocument, resolve_marker
+
+FACTS = {
+    "facts": [
+        {
+            "needle": "The key of {room} hangs {place}.",
+            "question": "Where is the key of {room}?",
+            "slots": {"room": ["the attic", "the cellar"], "place": ["on a nail", "in a box"]},
+        }
+    ]
+}
+SPEC = CorpusSpec.parse(
+    {"sources": [{"path": "x"}], "facts": FACTS, "sequence_tokens": 700, "min_context_tokens": 500, "prompt": {"system": None}},
+    origin="test",
+)
+STORY = [
+    Stretch(text="\n\n".join(f"Story {story}, part {part}. It rained. We went on." for part in range(20)), paragraph_rule="blank_line")
+    for story in range(4)
+]
+POLICIES = [
+    None,
+    PausePolicy(),
+    PausePolicy(unit="sentence", count=3),
+    PausePolicy(unit="sentence", token="added"),
+    PausePolicy(budget="total"),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(byte_model: Path) -> ModelTokenizer:
+    return ModelTokenizer.load(byte_model)
+
+
+def window_of(tokenizer: ModelTokenizer, draw: RowDraw) -> Window:
+    return take_window(STORY, tokens=draw.row_tokens, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_loss_is_on_the_hidden_fact_and_the_end_of_the_turn_only(tokenizer: ModelTokenizer, policy: PausePolicy | None) -> None:
+    marker = resolve_marker(tokenizer, policy)
+    for number in range(8):
+        draw = draw_row(SPEC, seed=3, row=number)
+        row = needle_sft_row(window_of(tokenizer, draw), draw=draw, spec=SPEC, tokenizer=tokenizer, policy=policy, marker=marker)
+        trained = row.labels != NO_LOSS
+        assert row.input_ids[trained].tolist() == [*tokenizer.encode(draw.fact.needle).ids, tokenizer.answer_end_id]
+        assert np.array_equal(row.input_ids[trained], row.labels[trained])
+        assert trained[-1]
+        assert not trained[: -int(trained.sum())].any()
+        asked = tokenizer.decode(row.input_ids[~trained])
+        assert asked.count(draw.fact.needle) == 1
+        assert draw.fact.question in asked
+        assert len(row.input_ids) <= SPEC.sequence_tokens
+        if policy is not None and policy.count == 3:
+            assert len(row.input_ids) > SPEC.sequence_tokens - 60, "shortened by more than a sentence and its pauses"
+        if policy is None or policy.budget == "total":
+            assert len(row.input_ids) <= draw.row_tokens
+        if policy is None:
+            assert len(row.input_ids) == draw.row_tokens
+            assert row.num_pauses == 0
+        else:
+            group = pause_mask(row.input_ids, group_ids=marker.group_ids)
+            assert int(group.sum()) == row.num_pauses * len(marker.group_ids) > 0
+
+
+def test_what_chance_decides_does_not_depend_on_the_policy_but_on_number_and_seed(tokenizer: ModelTokenizer) -> None:
+    draws = [draw_row(SPEC, seed=0, row=number) for number in range(50)]
+    assert draws == [draw_row(SPEC, seed=0, row=number) for number in range(50)]
+    assert len({draw.start for draw in draws}) == 50
+    assert draws[0] != draw_row(SPEC, seed=1, row=0)
+    assert all(SPEC.min_context_tokens <= draw.row_tokens <= SPEC.sequence_tokens for draw in draws)
+
+
+def test_a_row_counts_the_documents_it_reads(tokenizer: ModelTokenizer) -> None:
+    short = [Stretch(text=f"Note {number}. Nothing else was written.", paragraph_rule="blank_line") for number in range(40)]
+    draw = draw_row(SPEC, seed=0, row=0)
+    window = take_window(short, tokens=draw.row_tokens, tokenizer=tokenizer)
+    row = needle_sft_row(window, draw=draw, spec=SPEC, tokenizer=tokenizer, policy=None, marker=resolve_marker(tokenizer, None))
+    assert row.num_documents == tokenizer.decode(row.input_ids).count("Note ")
+
+
+def test_neighbouring_documents_are_joined_until_there_is_enough(tokenizer: ModelTokenizer) -> None:
+    window = take_window(STORY, tokens=len(STORY[0].text) + 10, tokenizer=tokenizer)
+    assert window.text.startswith(STORY[0].text + JOIN + STORY[1].text[:10])
+    assert all(window.text[start:].startswith("Story") for start in window.document_starts)
+    whole = sum(len(stretch.text) for stretch in STORY) + 3 * len(JOIN)
+    assert len(take_window(STORY, tokens=whole, tokenizer=tokenizer).text) == whole
+    with pytest.raises(SourceError, match=f"holds {whole} tokens.*up to {whole + 1}"):
+        take_window(STORY, tokens=whole + 1, tokenizer=tokenizer)
+
+
+def test_a_row_too_short_for_its_fact_and_question_is_an_error(tokenizer: ModelTokenizer) -> None:
+    spec = CorpusSpec.parse({"sources": [{"path": "x"}], "facts": FACTS, "sequence_tokens": 64, "min_context_tokens": 64}, origin="test")
+    draw = draw_row(spec, seed=0, row=0)
+    with pytest.raises(TextError, match="too short"):
+        needle_sft_row(
+            window_of(tokenizer, draw), draw=draw, spec=spec, tokenizer=tokenizer, policy=None, marker=resolve_marker(tokenizer, None)
+        )
+
+
+END, PAUSE = 999, 900
+
+
+@st.composite
+def token_documents(draw: st.DrawFn, group: int) -> TokenDocument:
+    """Content tokens 0, 1, 2, … with whole marker groups between some of them, no two groups side by side."""
+    ids: list[int] = []
+    is_pause: list[bool] = []
+    for token in range(draw(st.integers(1, 25))):
+        ids.append(token)
+        is_pause.append(False)
+        if draw(st.booleans()):
+            ids += range(PAUSE, PAUSE + group)
+            is_pause += [True] * group
+    starts = np.arange(is_pause.count(False), dtype=np.int64)
+    return TokenDocument(np.array(ids, np.int32), np.array(is_pause, bool), starts, "none")
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), group=st.integers(1, 4), length=st.integers(5, 30))
+def test_packed_rows_are_the_documents_end_to_end(data: st.DataObject, group: int, length: int) -> None:
+    documents = data.draw(st.lists(token_documents(group), max_size=6))
+    rows = list(pack_language_modeling(documents, sequence_tokens=length, end_id=END, group_tokens=group))
+    stream = [token for document in documents for token in [*document.ids.tolist(), END]]
+    packed = [token for row in rows for token in row.input_ids.tolist()]
+    assert packed == stream[: len(packed)]
+    assert len(stream) - len(packed) <= 1, "only a single last token, which predicts nothing, may be left out"
+    for row in rows:
+        assert 2 <= len(row.input_ids) <= length
+        assert row.num_pauses * group == sum(token >= PAUSE and token != END for token in row.input_ids.tolist())
+        assert [token for token in row.labels.tolist() if token != NO_LOSS] == [
+            token for token in row.input_ids.tolist() if not PAUSE <= token < PAUSE + group
+        ]
+        inside = "".join(chr(token) for token in row.input_ids)
+        assert inside.count(chr(PAUSE)) == inside.count(chr(PAUSE + group - 1)), "a marker group was split"
+    for row, following in itertools.pairwise(rows):
+        room = length - len(row.input_ids)
+        assert room < group
+        assert room == 0 or following.input_ids[0] == PAUSE, "a row may be short only where a group did not fit"
+
+
+def test_a_group_longer_than_a_row_is_an_error() -> None:
+    with pytest.raises(TextError, match=r"9 tokens.*8"):
+        list(pack_language_modeling([], sequence_tokens=8, end_id=END, group_tokens=9))
+
+
+@given(st.lists(st.booleans(), max_size=40))
+def test_the_longest_stretch_is_the_longest_run_without_a_pause(is_pause: list[bool]) -> None:
+    runs = "".join("|" if pause else "." for pause in is_pause).split("|")
+    assert longest_stretch(np.array(is_pause, dtype=bool)) == max(map(len, runs))

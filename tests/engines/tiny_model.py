@@ -1,0 +1,65 @@
+"""A tiny random Llama over the tiny tokenizer, and adapters for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pause_ray.text.tokens import MarkerToken, ModelTokenizer
+from tests.needle.tiny import make_tokenizer_folder
+
+
+def make_model(folder: Path, *, tied: bool = True, seed: int = 0, limit_tokens: int = 4096, **config: Any) -> Path:
+    """Two layers of 32 values, weights large enough that answers depend on the whole prompt."""
+    import torch
+    import transformers
+
+    make_tokenizer_folder(folder)
+    sizes = json.loads((folder / "config.json").read_text())
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": sizes["vocab_size"],
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": limit_tokens,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.3,
+        "eos_token_id": 0,
+    }
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**(settings | config))).save_pretrained(folder)
+    return folder
+
+
+def added_marker(model_dir: Path, text: str = "<PAUSE>") -> MarkerToken:
+    tokenizer = ModelTokenizer.load(model_dir)
+    ids = tuple(int(token) for token in tokenizer.encode(text).ids)
+    return MarkerToken(text=text, token_id=tokenizer.vocab_size, added=True, initial_ids=ids)
+
+
+def make_adapter(folder: Path, model_dir: Path, *, seed: int, marker: MarkerToken | None = None) -> Path:
+    """A LoRA adapter with random weights in both factors, and a random row for ``marker``, saved by plain PEFT."""
+    import peft
+    import torch
+
+    from pause_ray.engines.hf import load_base
+
+    torch.manual_seed(seed)
+    base = load_base(model_dir, dtype="float32", marker=marker, device="cpu")
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=4,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        trainable_token_indices={"embed_tokens": [marker.token_id]} if marker else None,
+        task_type="CAUSAL_LM",
+    )
+    model = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.5)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    return folder

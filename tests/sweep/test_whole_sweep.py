@@ -1,0 +1,99 @@
+"""A whole sweep in processes of its own: run, run again, killed in training, killed in scoring, twice at once.
+
+One undisturbed run is made for all tests; what a disturbed one leaves is compared with it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.sweep.tiny_sweep import answers, run_sweep_to_its_end, start_sweep, write_model, write_sweep
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def sweep_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    return write_sweep(folder, write_model(folder / "model"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(sweep_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    storage = tmp_path_factory.mktemp("undisturbed")
+    run_sweep_to_its_end(sweep_file, storage)
+    return storage
+
+
+def kill_when(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
+    """SIGKILL the driver, and nothing else, as soon as ``happened``; its cluster must end by itself."""
+    deadline = time.monotonic() + 300
+    while not happened():
+        assert process.poll() is None, f"the sweep ended before it could be killed: {process.communicate()[0]}"
+        assert time.monotonic() < deadline, "the sweep never came to the place where it was to be killed"
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_every_trial_has_every_cell_once_and_the_report_is_there(undisturbed: Path) -> None:
+    ledgers = answers(undisturbed)
+    assert [len({row.cell_id for row in rows}) for rows in ledgers.values()] == [6, 6, 6]
+    [report] = (undisturbed / "sweeps").glob("tiny-*/report.html")
+    assert "baseline" in report.read_text()
+
+
+def modification_times(storage: Path) -> dict[Path, int]:
+    results = (path for name in ("trials", "checkpoints", "shards") for path in (storage / name).rglob("*"))
+    return {path: path.stat().st_mtime_ns for path in results}
+
+
+def test_the_same_command_again_computes_nothing(sweep_file: Path, undisturbed: Path) -> None:
+    kept = modification_times(undisturbed)
+    started = time.monotonic()
+    run_sweep_to_its_end(sweep_file, undisturbed)
+    assert time.monotonic() - started < 60
+    assert modification_times(undisturbed) == kept
+
+
+def test_a_sweep_killed_in_training_ends_with_the_same_ledgers(sweep_file: Path, undisturbed: Path, tmp_path: Path) -> None:
+    process = start_sweep(sweep_file, tmp_path)
+    kill_when(process, lambda: any(lines(log) for log in (tmp_path / "checkpoints").glob(".*.partial/training.jsonl")))
+    assert not list((tmp_path / "checkpoints").glob("*/manifest.json"))
+    run_sweep_to_its_end(sweep_file, tmp_path)
+    assert answers(tmp_path) == answers(undisturbed)
+
+
+def test_a_sweep_killed_in_scoring_goes_on_at_the_missing_cells(sweep_file: Path, undisturbed: Path, tmp_path: Path) -> None:
+    process = start_sweep(sweep_file, tmp_path)
+    kill_when(process, lambda: any(0 < lines(ledger) < 6 for ledger in (tmp_path / "trials").glob("*/cells.jsonl")))
+    before = {row.cell_id: row for rows in answers(tmp_path).values() for row in rows}
+    assert before
+    run_sweep_to_its_end(sweep_file, tmp_path)
+    assert answers(tmp_path) == answers(undisturbed)
+
+
+def test_a_second_run_of_the_same_sweep_is_told_who_runs_it(sweep_file: Path, undisturbed: Path, tmp_path: Path) -> None:
+    first = start_sweep(sweep_file, tmp_path)
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("sweeps/*/sweep.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    second = start_sweep(sweep_file, tmp_path)
+    output, _ = second.communicate(timeout=200)
+    assert second.returncode == 2
+    assert f"in use by process {first.pid}" in output
+    first.communicate(timeout=400)
+    assert first.returncode == 0
+    assert answers(tmp_path) == answers(undisturbed)

@@ -1,0 +1,106 @@
+"""A whole sweep small enough for a test: a random two-layer Llama, texts of invented sentences, and the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from pause_ray.needle.ledger import CellResult, Ledger
+from tests.train.tiny_llama import make_model
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = ("river", "stone", "paper", "light", "garden", "window", "letter", "morning", "engine", "silver", "market", "bridge")
+
+
+def write_model(folder: Path) -> Path:
+    """The tiny Llama of the training tests, for contexts of up to 1,024 tokens."""
+    make_model(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))
+    return folder
+
+
+def write_texts(folder: Path, *, documents: int, seed: int) -> Path:
+    """Text files of a few paragraphs each; no two sentences are known to any model."""
+    folder.mkdir(parents=True)
+    draw = random.Random(seed)
+    for number in range(documents):
+        sentences = [f"{draw.choice(WORDS).capitalize()} {' '.join(draw.choices(WORDS, k=8))}." for _ in range(30)]
+        paragraphs = [" ".join(sentences[start : start + 5]) for start in range(0, 30, 5)]
+        (folder / f"{number:02}.txt").write_text("\n\n".join(paragraphs))
+    return folder
+
+
+def write_sweep(folder: Path, model_dir: Path, *, steps: int = 3) -> Path:
+    """A sweep of three trials: a baseline and two pause frequencies."""
+    training = write_texts(folder / "training", documents=12, seed=1)
+    haystack = write_texts(folder / "haystack", documents=12, seed=2)
+    places = ["Oslo", "Lima", "Cairo", "Quito"]
+    facts = {
+        "needle": "The lamp of {place} is {colour}.",
+        "question": "Which colour has the lamp of {place}?",
+        "slots": {"place": places, "colour": ["red", "green", "blue", "white"]},
+    }
+    needle = {"needle": "The captain hid the map under a drum.", "question": "Where did the captain hide it?", "keywords": ["drum"]}
+    sweep = {
+        "name": "tiny",
+        "trial": {
+            "model": {"source": str(model_dir)},
+            "pauses": {"unit": "paragraph", "token": "added"},
+            "corpus": {
+                "sources": [{"path": str(training)}],
+                "facts": {"facts": [facts]},
+                "prompt": {"system": None},
+                "sequence_tokens": 256,
+                "min_context_tokens": 192,
+                "rows": 12,
+            },
+            "train": {"steps": steps, "batch_size": 2, "accumulation": 2, "lora": {"rank": 2}, "zero": {"stage": 2}},
+            "eval": {
+                "name": "tiny",
+                "haystack": [{"path": str(haystack)}],
+                "needles": {"needles": [needle]},
+                "context_tokens": [320, 448],
+                "prompt": {"system": None},
+                "depth_percent": [0, 50, 100],
+                "max_new_tokens": 4,
+            },
+        },
+        "search": {"pauses.every": {"grid": [1, 2]}},
+        "arms": {"baseline": {"pauses": None, "train": None}},
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(sweep))
+    return path
+
+
+def start_sweep(sweep: Path, storage: Path) -> subprocess.Popen[str]:
+    """``pause-ray sweep`` as a user runs it, in a process (and session) of its own."""
+    command = [sys.executable, "-c", "from pause_ray.cli import main; main()", "sweep", str(sweep), "--storage", str(storage)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{storage}/mlflow.db"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def run_sweep_to_its_end(sweep: Path, storage: Path) -> str:
+    """The output of a sweep that must succeed."""
+    process = start_sweep(sweep, storage)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    return output
+
+
+def answers(storage: Path) -> dict[str, tuple[CellResult, ...]]:
+    """Trial → its ledger without the columns that time it or depend on what else was asked, by cell."""
+    ledgers = {}
+    for path in sorted((storage / "trials").glob("*/cells.jsonl")):
+        rows = sorted(Ledger(path).rows(), key=lambda row: row.cell_id)
+        ledgers[path.parent.name] = tuple(CellResult(**{**row.__dict__, "seconds": 0.0, "prefilled_tokens": 0}) for row in rows)
+    return ledgers

@@ -1,0 +1,258 @@
+"""A sweep read back and laid out: what the report says, what it refuses to say, and that it stands alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pause_ray import figures
+from pause_ray.errors import StorageError
+from pause_ray.report import duration, signed, table, write_report
+from pause_ray.results import SweepResults, headline, notes, read_results
+from pause_ray.storage import Storage
+from tests.stored_sweep import cell, rows, store_sweep, store_trial
+
+LENGTHS, DEPTHS = (1024, 2048, 4096), (10.0, 50.0, 90.0)
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage.open(tmp_path)
+
+
+def sweep_of(storage: Storage, arms: dict[str, float | None], *, lengths: tuple[int, ...] = LENGTHS) -> Path:
+    """One replicate per arm, all of whose cells have one score; None: not finished."""
+    for arm, score in arms.items():
+        if score is not None:
+            store_trial(
+                storage, f"{arm}-trial", rows(grid(lengths, DEPTHS, lambda *_, score=score: score), trial=arm), trained="tuned" in arm
+            )
+    return store_sweep(storage, [(f"{arm}-trial", arm, {}, 0) for arm in arms])
+
+
+def results_of(storage: Storage, arms: dict[str, float | None], **changes: tuple[int, ...]) -> SweepResults:
+    return read_results(sweep_of(storage, arms, **changes), storage)
+
+
+def text_of(path: Path) -> str:
+    """What a reader sees of an HTML file, white space aside."""
+
+    class Reader(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.found: list[str] = []
+            self.hidden = 0
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            self.hidden += tag in ("style", "script", "title")
+
+        def handle_endtag(self, tag: str) -> None:
+            self.hidden -= tag in ("style", "script", "title")
+
+        def handle_data(self, data: str) -> None:
+            if not self.hidden:
+                self.found.append(data)
+
+    reader = Reader()
+    reader.feed(path.read_text(encoding="utf-8"))
+    return " ".join(" ".join(reader.found).split())
+
+
+def test_conditions_are_arms_at_points_with_their_replicates(storage: Storage) -> None:
+    planned = [("b0", "baseline", {}, 0), ("b1", "baseline", {}, 1)]
+    planned += [(f"p{rank}{r}", "pause_tuned", {"train.lora.rank": rank, "pauses.every": 2}, r) for rank in (4, 16) for r in (0, 1)]
+    for trial, _, _, replicate in planned:
+        store_trial(storage, trial, rows({(1024, 50): 1.0}, trial=trial, replicate=replicate))
+    results = read_results(store_sweep(storage, planned), storage)
+    assert [condition.label for condition in results.conditions] == [
+        "baseline",
+        "pause_tuned rank=4 every=2",
+        "pause_tuned rank=16 every=2",
+    ]
+    assert [len(condition.trials) for condition in results.conditions] == [2, 2, 2]
+    assert [condition.compared_to for condition in results.conditions] == [None, "baseline", "baseline"]
+
+
+def test_leaf_names_that_two_paths_share_are_written_in_full(storage: Storage) -> None:
+    planned = [("t", "pause_tuned", {"corpus.rows": 64, "other.rows": 2}, 0)]
+    assert read_results(store_sweep(storage, planned), storage).conditions[0].label == "pause_tuned corpus.rows=64 other.rows=2"
+
+
+def test_a_searched_reference_is_compared_point_by_point(storage: Storage) -> None:
+    planned = [(f"{arm}{rank}", arm, {"train.lora.rank": rank}, 0) for arm in ("plain", "paused") for rank in (4, 16)]
+    planned.append(("u", "untuned", {}, 0))
+    for trial, _, _, _ in planned:
+        store_trial(storage, trial, rows({(1024, 50): 1.0}, trial=trial))
+    results = read_results(store_sweep(storage, planned, compare_to="plain"), storage)
+    compared = {condition.label: condition.compared_to for condition in results.conditions}
+    assert compared == {
+        "plain rank=4": None,
+        "plain rank=16": None,
+        "paused rank=4": "plain rank=4",
+        "paused rank=16": "plain rank=16",
+        "untuned": None,
+    }
+    assert any("Without one counterpart in plain, and so not compared: untuned." in note for note in notes(results))
+
+
+def test_corrected_p_counts_the_arms_of_the_sweep(storage: Storage) -> None:
+    results = results_of(storage, {"baseline": 0.0, "one": 1.0, "two": 1.0, "three": 0.0})
+    # All nine differ one way: 2/512 each; Holm's factors for the sorted p are 3, 2, 1, and equal p share the largest.
+    corrected = {condition.label: condition.corrected_p for condition in results.compared}
+    assert corrected == {"one": pytest.approx(6 / 512), "two": pytest.approx(6 / 512), "three": 1.0}
+    assert [condition.label for condition in results.conditions if condition.differs] == ["one", "two"]
+
+
+def test_a_clear_difference_is_called_one(storage: Storage) -> None:
+    said = headline(results_of(storage, {"baseline": 0.0, "pause_tuned": 0.5}))
+    assert said.startswith("pause_tuned scored 0.50 higher than baseline on the same 9 questions")
+    assert "more than chance would explain" in said
+
+
+def test_a_difference_on_three_questions_is_not_called_one(storage: Storage) -> None:
+    results = results_of(storage, {"baseline": 0.0, "pause_tuned": 1.0}, lengths=(1024,))
+    assert "cannot tell the arms apart" in headline(results)
+    assert any("p cannot be less than 0.25" in note for note in notes(results))
+
+
+def test_worse_arms_are_called_worse(storage: Storage) -> None:
+    said = headline(results_of(storage, {"baseline": 1.0, "pauses_untuned": 0.0, "pause_tuned": 1.0}))
+    assert said.startswith("No arm scored higher than baseline: the closest, pause_tuned, differs by +0.00")
+    assert said.endswith("pauses_untuned scored lower than chance would explain.")
+
+
+def test_unfinished_sweeps_say_so(storage: Storage) -> None:
+    folder = sweep_of(storage, {"baseline": None, "pause_tuned": 0.5, "pauses_untuned": None})
+    results = read_results(folder, storage)
+    assert "nothing yet to compare" in headline(results)
+    assert notes(results)[0] == "Unfinished: 1 of 3 trials finished. Missing in whole or in part: baseline and pauses_untuned."
+    assert "1 of 3 trials finished" in text_of(write_report(folder, storage))
+
+
+def test_a_sweep_without_a_finished_trial_has_a_report(storage: Storage) -> None:
+    path = write_report(sweep_of(storage, {"baseline": None, "pause_tuned": None}), storage)
+    assert "No trial has finished yet" in text_of(path)
+    assert "<img" not in path.read_text()
+
+
+def test_a_ledger_that_still_grows_is_not_counted(storage: Storage) -> None:
+    store_trial(storage, "b", rows({(1024, 10): 1.0}, trial="b"))
+    store_trial(storage, "p", rows({(1024, 10): 0.0}, trial="p"), finished=False)
+    results = read_results(store_sweep(storage, [("b", "baseline", {}, 0), ("p", "pause_tuned", {}, 0)]), storage)
+    assert (results.progress, len(results.compared)) == ("1 of 2 trials finished", 0)
+
+
+def test_unscored_cells_are_reported_with_their_reasons(storage: Storage) -> None:
+    store_trial(storage, "b", rows({(1024, 10): 1.0, (1024, 50): None}, trial="b"))
+    results = read_results(store_sweep(storage, [("b", "baseline", {}, 0)]), storage)
+    assert any("baseline 1 of 2. Reasons: 1 × engine: out of memory." in note for note in notes(results))
+
+
+def test_permitted_overlap_is_reported(storage: Storage) -> None:
+    spec = {"train": {"steps": 3}, "corpus": {"allow_evaluation_overlap": True}}
+    store_trial(storage, "p", rows({(1024, 10): 1.0}, trial="p"), trained=True, spec=spec)
+    results = read_results(store_sweep(storage, [("p", "pause_tuned", {}, 0)]), storage)
+    assert any("Training text may overlap with the evaluation" in note for note in notes(results))
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a baseline that scores 0.25 and a trained arm that scores 0.75, on nine questions."""
+    storage = Storage.open(tmp_path_factory.mktemp("report"))
+    return write_report(sweep_of(storage, {"baseline": 0.25, "pause_tuned": 0.75}), storage)
+
+
+def test_the_report_needs_nothing_from_outside(report: Path) -> None:
+    html = report.read_text(encoding="utf-8")
+    references = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", html)
+    assert references
+    assert all(reference.startswith("data:image/svg+xml;base64,") for reference in references)
+    assert "<script" not in html
+    assert "@import" not in html
+
+
+def test_answers_of_a_model_cannot_become_markup(storage: Storage) -> None:
+    store_trial(storage, "b", [cell(1024, 10, 0.0, trial="b", response="<script>alert(1)</script> & <PAUSE>")])
+    html = write_report(store_sweep(storage, [("b", "baseline", {}, 0)]), storage).read_text(encoding="utf-8")
+    assert "<script" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;PAUSE&gt;" in html
+
+
+def test_the_report_shows_arms_training_corpus_and_how_it_was_made(report: Path) -> None:
+    shown = text_of(report)
+    for part in ("Where the fact is found", "Where the arms differ from baseline", "Training corpora", "How it was made"):
+        assert part in shown
+    assert "+0.50" in shown
+    assert "0.750" in shown  # the last training loss
+    assert "pause-ray sweep sweeps/demo.yaml" in shown
+    assert "257 to 512 5" in shown  # a bin of the row lengths
+    assert "11.2" in shown  # pauses per 1K tokens, three digits
+
+
+def test_figures_for_papers_and_the_table_of_arms_lie_beside_it(report: Path) -> None:
+    folder = report.parent
+    for name in ("heatmaps", "differences", "profiles", "training"):
+        assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (folder / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    with (folder / "arms.csv").open(encoding="utf-8") as file:
+        base, tuned = csv.DictReader(file)
+    assert (base["arm"], base["score"], base["difference"]) == ("baseline", "0.25", "")
+    assert (tuned["score"], tuned["difference"], tuned["score_2048_tokens"], tuned["pairs"]) == ("0.75", "0.5", "0.75", "9")
+
+
+def test_the_same_storage_gives_the_same_report(report: Path) -> None:
+    first = report.read_bytes()
+    assert write_report(report.parent, Storage.open(report.parents[2])).read_bytes() == first
+
+
+def test_the_terminal_table_fits_a_terminal(storage: Storage) -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table(sweep_of(storage, {"baseline": 0.0, "pause_tuned": 0.5, "pauses_untuned": None}), storage))
+    shown = console.export_text()
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    for words in ("2 of 3 trials finished", "pause_tuned", "+0.50 [+0.50, +0.50]", "reference", "not finished"):
+        assert words in shown
+
+
+def test_a_damaged_ledger_is_named(storage: Storage) -> None:
+    folder = sweep_of(storage, {"baseline": 0.0})
+    ledger = storage.trials / "baseline-trial" / "cells.jsonl"
+    ledger.write_text("no row\n" + ledger.read_text())
+    with pytest.raises(StorageError, match=re.escape(str(ledger))):
+        write_report(folder, storage)
+
+
+def test_heatmap_fields_keep_unscored_apart_and_show_the_spread() -> None:
+    first = rows({(1024, 10): 1.0, (1024, 50): None, (2048, 10): None}, replicate=0)
+    second = rows({(1024, 10): 0.5, (1024, 50): 0.5, (2048, 10): None}, replicate=1)
+    fields = figures.score_fields([*first, *second])
+    assert fields[1024, 10] == figures.Field(0.75, 0.5, 1.0, complete=True)
+    assert fields[1024, 50] == figures.Field(0.5, 0.5, 0.5, complete=False)
+    assert fields[2048, 10].value is None
+
+
+def test_difference_fields_pair_replicate_by_replicate() -> None:
+    a = [cell(1024, 10, 1.0, replicate=0), cell(1024, 10, 0.0, replicate=1), cell(1024, 10, 1.0, replicate=2)]
+    b = [cell(1024, 10, 0.0, replicate=0), cell(1024, 10, 1.0, replicate=1)]
+    assert figures.difference_fields(a, b) == {(1024, 10): figures.Field(0.0, -1.0, 1.0, complete=True)}
+
+
+def test_numbers_for_people() -> None:
+    assert [signed(value) for value in (0.125, -0.5, 0.001, None)] == ["+0.12", "−0.50", "0.00", "–"]
+    assert [duration(seconds) for seconds in (0.4, 41, 720, 9000)] == ["0.4 s", "41 s", "12 min", "2.5 h"]
+
+
+def test_reading_results_needs_no_plotting() -> None:
+    program = (
+        "import sys, pause_ray.report; sys.exit(any(name in sys.modules for name in ('matplotlib', 'jinja2', 'mlflow', 'ray', 'torch')))"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])

@@ -1,0 +1,285 @@
+"""Properties of training in this process: a tiny random Llama, the real DeepSpeed, the real PEFT."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pause_ray.checkpoint import ADAPTER_WEIGHTS, TOKENIZER, TRAINING_LOG, Checkpoint
+from pause_ray.errors import ModelError, SourceError, SpecError, TrainingError
+from pause_ray.storage import Storage
+from pause_ray.train.launch import TrainJob, fit, train_digest
+from pause_ray.train.spec import LoraSpec, TrainSpec, ZeroSpec
+from tests.train.tiny_llama import added_marker, make_model, make_rows, make_shards, reserved_marker
+
+torch_only = pytest.mark.torch
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture(scope="module")
+def shards(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = make_rows(20, marker_id=added_marker(llama).token_id)
+    return make_shards(tmp_path_factory.mktemp("shards") / "set", rows)
+
+
+@pytest.fixture(autouse=True)
+def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A script called by its absolute path may find neither ninja nor g++."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def job_of(llama: Path, shards: Path, **changes: Any) -> TrainJob:
+    settings = {"steps": 4, "batch_size": 2, "accumulation": 2, "warmup_steps": 1, "learning_rate": 1e-2, "precision": "float32"}
+    train = TrainSpec(lora=LoraSpec(rank=4, alpha=4), **(settings | changes))
+    return TrainJob(
+        train=train, model_dir=llama, base_digest="tiny", shards=shards, marker=added_marker(llama), policy=None, seed=0, threads=1
+    )
+
+
+def run(job: TrainJob, root: Path, progress: Any = lambda *_: None) -> Checkpoint:
+    return fit(job, storage=Storage.open(root), num_workers=0, cpus_per_worker=1, gpus_per_worker=0, progress=progress)
+
+
+def weights(checkpoint: Checkpoint) -> dict[str, Any]:
+    import safetensors.torch
+
+    return {name: tensor.float() for name, tensor in safetensors.torch.load_file(checkpoint.folder / ADAPTER_WEIGHTS).items()}
+
+
+def largest_difference(a: Checkpoint, b: Checkpoint) -> float:
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def test_whatever_changes_the_adapter_changes_its_digest(tmp_path: Path) -> None:
+    job = TrainJob(
+        train=TrainSpec(),
+        model_dir=tmp_path,
+        base_digest="a",
+        shards=make_shards(tmp_path / "a", make_rows(4)),
+        marker=None,
+        policy=None,
+        seed=0,
+        threads=None,
+    )
+    others = [
+        dataclasses.replace(job, train=TrainSpec(steps=61)),
+        dataclasses.replace(job, base_digest="b"),
+        dataclasses.replace(job, shards=make_shards(tmp_path / "b", make_rows(4, seed=1))),
+        dataclasses.replace(job, seed=1),
+    ]
+    assert len({train_digest(other) for other in [job, *others]}) == 5
+    same = dataclasses.replace(job, threads=4, shards=make_shards(tmp_path / "elsewhere", make_rows(4)), model_dir=tmp_path / "moved")
+    assert train_digest(same) == train_digest(job)
+
+
+def test_rows_that_cannot_be_shared_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    job = TrainJob(
+        train=TrainSpec(),
+        model_dir=tmp_path / "none",
+        base_digest="a",
+        shards=tmp_path / "none",
+        marker=None,
+        policy=None,
+        seed=0,
+        threads=None,
+    )
+    with pytest.raises(SpecError, match="8 rows per step cannot be shared by 3 workers"):
+        fit(job, storage=Storage.open(tmp_path), num_workers=3, cpus_per_worker=1, gpus_per_worker=0, progress=lambda *_: None)
+
+
+def test_a_damaged_shard_is_refused(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "set", make_rows(4))
+    shard = next(shards.glob("*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    job = TrainJob(train=TrainSpec(), model_dir=tmp_path, base_digest="a", shards=shards, marker=None, policy=None, seed=0, threads=None)
+    with pytest.raises(SourceError, match=shard.name):
+        run(job, tmp_path / "runs")
+
+
+@torch_only
+def test_training_is_followed_recorded_and_not_done_twice(llama: Path, shards: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int, float]] = []
+    job = job_of(llama, shards, steps=60)
+    checkpoint = run(job, tmp_path, lambda done, steps, row: seen.append((done, steps, row["loss"])))
+    losses = [row["loss"] for row in checkpoint.losses()]
+    assert seen == [(step + 1, 60, loss) for step, loss in enumerate(losses)]
+    assert losses[-1] < losses[0] / 2
+    assert (checkpoint.num_steps, checkpoint.final_loss) == (60, losses[-1])
+    seen.clear()
+    assert run(job, tmp_path, lambda *row: seen.append(row)) == checkpoint
+    assert seen == []
+
+
+@torch_only
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_same_job_gives_the_same_bytes(llama: Path, shards: Path, tmp_path: Path, precision: str) -> None:
+    job = job_of(llama, shards, precision=precision)
+    first, second = run(job, tmp_path / "a"), run(job, tmp_path / "b")
+    names = {path.name for path in first.folder.iterdir()} - {TRAINING_LOG, "manifest.json"}
+    assert names == {path.name for path in second.folder.iterdir()} - {TRAINING_LOG, "manifest.json"}
+    for name in names:
+        assert (first.folder / name).read_bytes() == (second.folder / name).read_bytes(), name
+
+
+@torch_only
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_stages_train_the_same_adapter(llama: Path, shards: Path, tmp_path: Path, stage: int) -> None:
+    reference = run(job_of(llama, shards), tmp_path)
+    assert largest_difference(reference, run(job_of(llama, shards, zero=ZeroSpec(stage=stage)), tmp_path)) < 1e-4
+
+
+@torch_only
+def test_parameters_that_zero_3_has_partitioned_are_saved_whole(
+    llama: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed leaves tensors this small unpartitioned by default; real ones are not this small."""
+    from pause_ray.train import worker
+
+    def all_partitioned(*args: Any, **keywords: Any) -> dict[str, Any]:
+        return plain(*args, **keywords) | {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+
+    plain = worker.deepspeed_config
+    reference = run(job_of(llama, shards), tmp_path)
+    monkeypatch.setattr(worker, "deepspeed_config", all_partitioned)
+    assert largest_difference(reference, run(job_of(llama, shards, zero=ZeroSpec(stage=3)), tmp_path)) < 1e-4
+
+
+@torch_only
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bfloat16_training_follows_float32(llama: Path, shards: Path, tmp_path: Path, stage: int) -> None:
+    """Also the first steps, where a wrong bias correction of AdamW shows."""
+    reference = run(job_of(llama, shards), tmp_path).losses()
+    losses = run(job_of(llama, shards, precision="bfloat16", zero=ZeroSpec(stage=stage)), tmp_path).losses()
+    assert [row["loss"] for row in losses] == pytest.approx([row["loss"] for row in reference], abs=4e-3)
+
+
+@torch_only
+@pytest.mark.parametrize(
+    "changes", [{"batch_size": 4, "accumulation": 1}, {"batch_size": 1, "accumulation": 4}, {"gradient_checkpointing": True}]
+)
+def test_how_a_step_is_cut_up_changes_nothing(llama: Path, shards: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert largest_difference(run(job_of(llama, shards), tmp_path), run(job_of(llama, shards, **changes), tmp_path)) < 1e-4
+
+
+@torch_only
+def test_a_loss_that_is_no_number_stops_training_and_leaves_nothing(llama: Path, shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"at step \d+, rows \["):
+        run(job_of(llama, shards, learning_rate=1e30, steps=8), tmp_path)
+    assert [path for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()] == []
+    assert run(job_of(llama, shards), tmp_path).num_steps == 4
+
+
+@torch_only
+def test_layers_that_the_model_lacks_are_named(llama: Path, shards: Path, tmp_path: Path) -> None:
+    job = job_of(llama, shards)
+    wrong = dataclasses.replace(job, train=job.train.model_copy(update={"lora": LoraSpec(targets=("q_proj", "c_attn"))}))
+    with pytest.raises(SpecError, match=r"c_attn.*q_proj"):
+        run(wrong, tmp_path)
+
+
+@torch_only
+def test_a_model_folder_without_weights_is_a_model_error(llama: Path, shards: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / TOKENIZER).write_bytes((llama / TOKENIZER).read_bytes())
+    with pytest.raises(ModelError):
+        run(dataclasses.replace(job_of(llama, shards), model_dir=empty), tmp_path)
+
+
+@torch_only
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("make_marker", [added_marker, reserved_marker])
+def test_the_adapter_loads_with_plain_peft(tmp_path: Path, tied: bool, make_marker: Any) -> None:
+    """On the base model, resized where the marker was added; the marker's row is trained, all others are the base's."""
+    import peft
+    import torch
+    import transformers
+
+    from pause_ray.train.loop import collate
+    from pause_ray.train.model import summed_loss
+
+    llama = make_model(tmp_path / "model", tied=tied)
+    marker = make_marker(llama)
+    rows = make_rows(20, marker_id=marker.token_id)
+    checkpoint = run(
+        dataclasses.replace(job_of(llama, make_shards(tmp_path / "set", rows), steps=60), marker=marker),
+        tmp_path,
+    )
+    assert checkpoint.marker == marker
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder)
+    assert tokenizer.convert_tokens_to_ids(marker.text) == marker.token_id
+    base.resize_token_embeddings(max(len(tokenizer), base.get_input_embeddings().weight.shape[0]), mean_resizing=False)
+    before = base.get_input_embeddings().weight.detach().clone()
+    model = peft.PeftModel.from_pretrained(base, checkpoint.folder)
+    with torch.no_grad():
+        after = model.get_input_embeddings()(torch.arange(len(before)))
+        tuned = summed_loss(model, collate(rows), device="cpu")
+        with model.disable_adapter():
+            untuned = summed_loss(model, collate(rows), device="cpu")
+    changed = (after != before).any(dim=1)
+    assert changed.nonzero().flatten().tolist() == [marker.token_id]
+    assert tuned < untuned / 2
+    if tied:
+        output = model(torch.tensor([[5, 9]]), output_hidden_states=True)
+        assert torch.allclose(output.logits[..., marker.token_id], output.hidden_states[-1] @ after[marker.token_id], atol=1e-4)
+
+
+@torch_only
+def test_without_a_marker_no_row_is_trained(llama: Path, tmp_path: Path) -> None:
+    job = dataclasses.replace(job_of(llama, make_shards(tmp_path / "set", make_rows(20))), marker=None)
+    checkpoint = run(job, tmp_path)
+    assert checkpoint.marker is None
+    assert all("lora_" in name for name in weights(checkpoint))
+
+
+@torch_only
+def test_a_killed_training_leaves_nothing_and_comes_out_the_same(llama: Path, shards: Path, tmp_path: Path) -> None:
+    job = job_of(llama, shards, steps=150)
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"""
+import sys
+sys.path[:0] = {sys.path!r}
+from pathlib import Path
+from tests.train.test_launch import job_of, run
+run(job_of(Path({str(llama)!r}), Path({str(shards)!r}), steps=150), Path({str(tmp_path)!r}))
+"""
+    )
+    process = subprocess.Popen([sys.executable, script], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    checkpoints = tmp_path / "checkpoints"
+    try:
+        _wait_for(lambda: any(checkpoints.glob(f".*.partial/{TRAINING_LOG}")), process)
+        assert process.poll() is None
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    folder = checkpoints / train_digest(job)
+    assert not folder.exists()
+    assert any(checkpoints.glob(".*.partial"))
+    again = run(job, tmp_path)
+    assert again.num_steps == 150
+    assert not any(checkpoints.glob(".*.partial"))
+
+
+def _wait_for(happened: Any, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not happened():
+        assert process.poll() is None, "training ended before it could be killed"
+        assert time.monotonic() < until
+        time.sleep(0.02)

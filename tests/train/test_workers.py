@@ -1,0 +1,56 @@
+"""Training in worker processes of Ray Train gives the adapter that training in this process gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pause_ray.checkpoint import ADAPTER_WEIGHTS
+from pause_ray.storage import Storage
+from pause_ray.train.launch import TrainJob, fit
+from pause_ray.train.spec import LoraSpec, TrainSpec, ZeroSpec
+from tests.train.tiny_llama import added_marker, make_model, make_rows, make_shards
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+def test_two_workers_train_the_adapter_of_one_process(tmp_path: Path) -> None:
+    """ZeRO-3 over gloo."""
+    import safetensors.torch
+
+    llama = make_model(tmp_path / "model")
+    marker = added_marker(llama)
+    train = TrainSpec(
+        steps=4, warmup_steps=1, learning_rate=1e-2, precision="float32", lora=LoraSpec(rank=4, alpha=4), zero=ZeroSpec(stage=3)
+    )
+    job = TrainJob(
+        train=train,
+        model_dir=llama,
+        base_digest="tiny",
+        shards=make_shards(tmp_path / "set", make_rows(20, marker_id=marker.token_id)),
+        marker=marker,
+        policy=None,
+        seed=0,
+        threads=1,
+    )
+
+    def adapter(root: str, num_workers: int) -> tuple[dict[str, Any], list[int]]:
+        steps: list[int] = []
+        checkpoint = fit(
+            job,
+            storage=Storage.open(tmp_path / root),
+            num_workers=num_workers,
+            cpus_per_worker=1,
+            gpus_per_worker=0,
+            progress=lambda done, total, row: steps.append(done),
+        )
+        assert not (checkpoint.folder / "ray").exists()
+        return safetensors.torch.load_file(checkpoint.folder / ADAPTER_WEIGHTS), steps
+
+    alone, steps_alone = adapter("alone", 0)
+    together, steps_together = adapter("together", 2)
+    assert steps_alone == steps_together == [1, 2, 3, 4]
+    assert alone.keys() == together.keys()
+    assert max(float((alone[name] - together[name]).abs().max()) for name in alone) < 1e-4
