@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 LINE_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 MOST_PANELS_PER_ROW = 4
+MOST_WIDE_CELLS = 8
+"""Up to this many lengths or depths cells have room for two decimals and a range."""
 PAGE_WIDTH_INCHES = 10.6
 """Wider figures are shrunk by the page, and their numbers with them."""
 MOST_MARKED_STEPS = 40
@@ -98,7 +100,7 @@ def profiles(conditions: Sequence[Condition]) -> Figure:
         by_length, by_depth = figure.subplots(1, 2, sharey=True)
         _profile(by_length, conditions, lambda condition: condition.summary.mean_by_length if condition.summary else {}, words=_tokens)
         _profile(
-            by_depth, conditions, lambda condition: condition.summary.mean_by_depth if condition.summary else {}, words="{:g} %".format
+            by_depth, conditions, lambda condition: condition.summary.mean_by_depth if condition.summary else {}, words="{:.3g} %".format
         )
         by_length.set(xlabel="context length (tokens)", ylabel="mean score", ylim=(-0.04, 1.04))
         by_depth.set(xlabel="depth of the needle (0 % = beginning)")
@@ -162,10 +164,10 @@ def _heatmaps(panels: Mapping[str, Mapping[Place, Field]], *, colours: str, leas
 
     lengths = sorted({length for fields in panels.values() for length, _ in fields})
     depths = sorted({depth for fields in panels.values() for _, depth in fields})
-    panel_width = max(2.2, 0.5 * len(lengths) + 0.35)
+    panel_width = max(2.2, (0.5 if len(lengths) <= MOST_WIDE_CELLS else 0.3) * len(lengths) + 0.35)
     columns = max(1, min(MOST_PANELS_PER_ROW, len(panels), int((PAGE_WIDTH_INCHES - 0.8) / panel_width)))
     rows = math.ceil(len(panels) / columns)
-    panel_height = max(1.5, 0.34 * len(depths) + 0.85)
+    panel_height = max(1.5, (0.34 if len(depths) <= MOST_WIDE_CELLS else 0.2) * len(depths) + 0.85)
     figure = _figure(width=panel_width * columns + 0.8, height=panel_height * rows)
     with _style():
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
@@ -180,7 +182,15 @@ def _heatmaps(panels: Mapping[str, Mapping[Place, Field]], *, colours: str, leas
                 axes.set_xlabel("context length (tokens)")
         for axes in grid[:, 0]:
             axes.set_ylabel("needle depth (%)")
-        bar = figure.colorbar(ScalarMappable(Normalize(least, most), colours), ax=grid, fraction=0.03, pad=0.015, aspect=18 * rows)
+        bar = figure.colorbar(
+            ScalarMappable(Normalize(least, most), colours),
+            ax=grid,
+            fraction=0.03,
+            pad=0.015,
+            aspect=20,
+            shrink=min(1.0, 2.2 / rows),
+            anchor=(0.0, 1.0),
+        )
         bar.set_label(legend)
         bar.outline.set(linewidth=0.4)
     return figure
@@ -201,7 +211,8 @@ def _heatmap(
 
     values = [[_number(fields.get((length, depth))) for length in lengths] for depth in depths]
     image = axes.imshow(values, cmap=colours, vmin=least, vmax=most, aspect="auto", interpolation="nearest")
-    size = max(4.5, min(8.0, 34 / max(len(lengths), 1)))
+    roomy = len(lengths) <= MOST_WIDE_CELLS and len(depths) <= MOST_WIDE_CELLS
+    size = min(8.0, 34 / len(lengths)) if roomy else 5.5
     for row, depth in enumerate(depths):
         for column, length in enumerate(lengths):
             field = fields.get((length, depth))
@@ -211,10 +222,10 @@ def _heatmap(
                 )
                 text, colour = ("" if field is None else "n/s"), "#444444"
             else:
-                text, colour = _words(field, words), _ink(image, field.value)
+                text, colour = _words(field, words, roomy=roomy), _ink(image, field.value)
             axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour, linespacing=1.0)
     axes.set_xticks(range(len(lengths)), [_tokens(length) for length in lengths])
-    axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
+    axes.set_yticks(range(len(depths)), [f"{depth:.3g}" for depth in depths])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xticks([place - 0.5 for place in range(1, len(lengths))], minor=True)
@@ -223,10 +234,13 @@ def _heatmap(
     axes.tick_params(which="minor", length=0)
 
 
-def _words(field: Field, words: str) -> str:
-    text = words.format(field.value) + ("" if field.complete else "†")
-    text = text if field.low == field.high else f"{text}\n{field.low:.1f}…{field.high:.1f}"
-    return text.replace("+0.00", "0").replace("-0.00", "0").replace("-", "−")
+def _words(field: Field, words: str, *, roomy: bool) -> str:
+    """Mean, a dagger where questions are missing, and the range where there is room and spread."""
+    text = words.format(field.value) if roomy else words.replace(".2f", ".1f").format(field.value)
+    text = "0" if set(text) <= set("+-0.") and "+" in words else text
+    text += "" if field.complete else "†"
+    text += f"\n{field.low:.1f}…{field.high:.1f}" if roomy and field.low != field.high else ""
+    return text.replace("-", "−")
 
 
 def _number(field: Field | None) -> float:
@@ -255,7 +269,7 @@ def _profile(
             linewidth=1.8 if condition.is_reference else 1.1,
             label=condition.label,
         )
-    axes.set_xticks(range(len(places)), [words(place) for place in places])
+    axes.set_xticks(range(len(places)), [words(place) for place in places], rotation=0 if len(places) <= MOST_WIDE_CELLS else 60)
     axes.grid(axis="y", color="#dddddd", linewidth=0.5)
 
 

@@ -40,6 +40,11 @@ class TrialResult:
         return list(self.manifest.get("training") or ())
 
     @property
+    def overlaps(self) -> bool:
+        """Whether it was trained on documents or facts that it is asked about."""
+        return bool(self.manifest.get("evaluation_overlap"))
+
+    @property
     def corpus_stats(self) -> JsonObject:
         """Statistics of the training corpus; empty for an untrained arm."""
         return dict(self.manifest.get("corpus_stats") or {})
@@ -214,9 +219,9 @@ def notes(results: SweepResults) -> list[str]:
         alone = [condition.label for condition in results.scored if not condition.is_reference and condition.comparison is None]
         if alone:
             found.append(f"Without one counterpart in {results.reference_arm}, and so not compared: {_listed(alone)}.")
-    overlapping = [condition.label for condition in results.scored if any(trial.manifest.get("evaluation_overlap") for trial in condition.trials)]
+    overlapping = [condition.label for condition in results.scored if any(trial.overlaps for trial in condition.trials)]
     if overlapping:
-        found.append(f"Training text overlaps with the evaluation, as the spec permits: {_listed(overlapping)}. Their scores are not comparable.")
+        found.append(f"Training text overlaps with the evaluation, as the spec permits; not a fair test: {_listed(overlapping)}.")
     return found
 
 
@@ -248,8 +253,8 @@ def _power_notes(results: SweepResults) -> list[str]:
     blunt = {comparison.least_p for _, comparison in compared if comparison.least_p * len(compared) >= SIGNIFICANT}
     if blunt:
         found.append(
-            f"With so few pairs p cannot be less than {max(blunt):.2g}, and {min(1.0, max(blunt) * len(compared)):.2g} after correction: "
-            "no effect, however large, could be shown. Ask more lengths and depths, or compare fewer arms."
+            f"With so few differences p cannot be less than {max(blunt):.2g}, and {min(1.0, max(blunt) * len(compared)):.2g} after "
+            "correction: no effect, however large, could be shown. Take more lengths, depths and replicates, or fewer arms."
         )
     at_odds = [label for label, its in compared if its.interval and its.interval.excludes_zero() and its.p >= SIGNIFICANT]
     if at_odds:

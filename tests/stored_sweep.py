@@ -70,6 +70,7 @@ def store_trial(
     trained: bool = False,
     finished: bool = True,
     spec: Mapping[str, Any] | None = None,
+    evaluation_overlap: Mapping[str, Any] | None = None,
 ) -> Path:
     """A trial's folder as a run leaves it; unfinished ones have no manifest."""
     folder = storage.trials / trial
@@ -91,6 +92,7 @@ def store_trial(
                 "checkpoint": "/x/checkpoints/bbbbbbbbbbbbbbbb" if trained else None,
                 "corpus_stats": CORPUS_STATS if trained else None,
                 "training": TRAINING if trained else [],
+                "evaluation_overlap": evaluation_overlap,
                 "seconds": {"total": 60.0 if trained else 20.0},
             },
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
 import subprocess
 import sys
@@ -32,9 +33,8 @@ def sweep_of(storage: Storage, arms: dict[str, float | None], *, lengths: tuple[
     """One replicate per arm, all of whose cells have one score; None: not finished."""
     for arm, score in arms.items():
         if score is not None:
-            store_trial(
-                storage, f"{arm}-trial", rows(grid(lengths, DEPTHS, lambda *_, score=score: score), trial=arm), trained="tuned" in arm
-            )
+            scores = dict.fromkeys(itertools.product(lengths, DEPTHS), score)
+            store_trial(storage, f"{arm}-trial", rows(scores, trial=arm), trained=arm == "pause_tuned")
     return store_sweep(storage, [(f"{arm}-trial", arm, {}, 0) for arm in arms])
 
 
@@ -157,10 +157,10 @@ def test_unscored_cells_are_reported_with_their_reasons(storage: Storage) -> Non
 
 
 def test_permitted_overlap_is_reported(storage: Storage) -> None:
-    spec = {"train": {"steps": 3}, "corpus": {"allow_evaluation_overlap": True}}
-    store_trial(storage, "p", rows({(1024, 10): 1.0}, trial="p"), trained=True, spec=spec)
-    results = read_results(store_sweep(storage, [("p", "pause_tuned", {}, 0)]), storage)
-    assert any("Training text may overlap with the evaluation" in note for note in notes(results))
+    for trial, overlap in (("fair", None), ("unfair", {"documents": ["ab"], "rows": []})):
+        store_trial(storage, trial, rows({(1024, 10): 1.0}, trial=trial), trained=True, evaluation_overlap=overlap)
+    results = read_results(store_sweep(storage, [("fair", "one", {}, 0), ("unfair", "two", {}, 0)]), storage)
+    assert [note for note in notes(results) if "overlaps with the evaluation" in note and note.endswith(": two.")]
 
 
 @pytest.fixture(scope="module")

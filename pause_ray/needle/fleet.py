@@ -57,6 +57,9 @@ class _Scorer:
         self._engine = engine
         self._haystack: tuple[object, Haystack] | None = None
 
+    def ready(self) -> None:
+        """Returns as soon as the actor is up."""
+
     def answer(self, job: ScoringJob, cells: list[Cell]) -> Iterator[CellResult]:
         """Results one by one, in the order of ``cells``' reuse order."""
         tokenizer = ModelTokenizer.load(job.loaded.model_dir)
@@ -80,14 +83,6 @@ class _Scorer:
         if self._haystack is None or self._haystack[0] != key:
             self._haystack = (key, load_haystack(job.suite, cache=job.cache, seed=job.seed, replicate=job.replicate))
         return self._haystack[1]
-
-
-@dataclass
-class _Run:
-    """What one actor was asked and still owes, in the order in which it answers."""
-
-    actor: int
-    owed: list[Cell]
 
 
 @dataclass(frozen=True)
@@ -123,42 +118,13 @@ class Fleet:
 
         Raises:
             UserError: what the prompt, the model or the adapter raised in an actor, as it is.
-            FleetError: the same cell cost ``MOST_LOSSES_PER_CELL`` actors.
+            FleetError: the same cell cost ``MOST_LOSSES_PER_CELL`` actors, or no actor comes up again.
         """
-        waiting = collections.deque(split_for_actors(cells, num_actors=len(self.actors)))
-        idle = collections.deque(range(len(self.actors)))
-        running: dict[Any, _Run] = {}
-        losses: collections.Counter[str] = collections.Counter()
+        scoring = _Scoring(self.actors, job, cells, on_result)
         try:
-            while waiting or running:
-                while waiting and idle:
-                    run = _Run(idle.popleft(), order_for_reuse(waiting.popleft()))
-                    running[self.actors[run.actor].answer.options(num_returns="streaming").remote(job, run.owed)] = run
-                [stream], _ = ray.wait(list(running), num_returns=1, fetch_local=False)
-                run = running[stream]
-                try:
-                    result = ray.get(next(stream))
-                except StopIteration:
-                    del running[stream]
-                    idle.appendleft(run.actor)
-                except RayActorError as error:
-                    del running[stream]
-                    idle.append(run.actor)
-                    _note_loss(run, losses, error)
-                    if run.owed:
-                        waiting.append(run.owed)
-                except RayTaskError as error:
-                    del running[stream]
-                    if isinstance(error.cause, UserError):
-                        raise error.cause from error
-                    raise
-                else:
-                    run.owed = [cell for cell in run.owed if cell.id != result.cell_id]
-                    on_result(result)
+            scoring.run()
         finally:
-            # An actor answers one call at a time and cannot be told to stop, so after an error it starts afresh.
-            for run in running.values():
-                ray.kill(self.actors[run.actor], no_restart=False)
+            scoring.abandon()
 
     def stop(self) -> None:
         """End the actors and free what they hold."""
@@ -166,18 +132,85 @@ class Fleet:
             ray.kill(actor)
 
 
-def _note_loss(run: _Run, losses: collections.Counter[str], error: RayActorError) -> None:
-    """Count a lost actor against the cell that it was at.
+@dataclass
+class _Run:
+    """What one actor was asked and still owes, in the order in which it answers."""
 
-    Raises:
-        FleetError: that cell has cost too many actors.
-    """
-    if not run.owed:
-        return
-    cell = run.owed[0]
-    losses[cell.id] += 1
-    place = f"cell of {cell.context_tokens} tokens at depth {cell.depth_percent:g} %"
-    reason = " ".join(str(error).split())
-    if losses[cell.id] >= MOST_LOSSES_PER_CELL:
-        raise FleetError(f"{losses[cell.id]} scoring actors were lost at the {place}; the last one: {reason}") from error
-    log.warning("a scoring actor was lost at the %s; its %d cells are asked again (%s)", place, len(run.owed), reason)
+    actor: int
+    owed: list[Cell]
+
+
+class _Scoring:
+    """One call of ``Fleet.score``: which actor is at what."""
+
+    def __init__(self, actors: Sequence[Any], job: ScoringJob, cells: Sequence[Cell], on_result: Callable[[CellResult], None]) -> None:
+        self._actors = actors
+        self._job = job
+        self._on_result = on_result
+        self._waiting = collections.deque(split_for_actors(cells, num_actors=len(actors)))
+        self._idle = collections.deque(range(len(actors)))
+        self._running: dict[Any, _Run] = {}
+        self._restarting: dict[Any, int] = {}
+        self._losses: collections.Counter[str] = collections.Counter()
+
+    def run(self) -> None:
+        """Answer all cells, or raise as ``Fleet.score`` says."""
+        while self._waiting or self._running:
+            while self._waiting and self._idle:
+                run = _Run(self._idle.popleft(), order_for_reuse(self._waiting.popleft()))
+                self._running[self._actors[run.actor].answer.options(num_returns="streaming").remote(self._job, run.owed)] = run
+            [event], _ = ray.wait([*self._running, *self._restarting], num_returns=1, fetch_local=False)
+            if event in self._running:
+                self._take_answer(event)
+            else:
+                self._welcome_back(event)
+
+    def abandon(self) -> None:
+        """Stop what still runs. An actor cannot be told to stop in the middle of a call, so it starts afresh."""
+        for run in self._running.values():
+            ray.kill(self._actors[run.actor], no_restart=False)
+
+    def _take_answer(self, stream: Any) -> None:
+        run = self._running[stream]
+        try:
+            result = ray.get(next(stream))
+        except StopIteration:
+            del self._running[stream]
+            self._idle.append(run.actor)
+        except RayActorError as error:
+            del self._running[stream]
+            self._note_loss(run, error)
+        except RayTaskError as error:
+            del self._running[stream]
+            if isinstance(error.cause, UserError):
+                raise error.cause from error
+            raise
+        else:
+            run.owed = [cell for cell in run.owed if cell.id != result.cell_id]
+            self._on_result(result)
+
+    def _note_loss(self, run: _Run, error: RayActorError) -> None:
+        """Put the lost actor's cells back, and count the loss against the cell that it was at."""
+        # A call to an actor that is just restarting fails at once; this one waits until it is there.
+        self._restarting[self._actors[run.actor].ready.options(max_task_retries=-1).remote()] = run.actor
+        if not run.owed:
+            return
+        cell = run.owed[0]
+        self._losses[cell.id] += 1
+        place = f"cell of {cell.context_tokens} tokens at depth {cell.depth_percent:g} %"
+        reason = " ".join(str(error).split())
+        if self._losses[cell.id] >= MOST_LOSSES_PER_CELL:
+            raise FleetError(f"{self._losses[cell.id]} scoring actors were lost at the {place}; the last one: {reason}") from error
+        log.warning("a scoring actor was lost at the %s; its %d cells are asked again (%s)", place, len(run.owed), reason)
+        self._waiting.append(run.owed)
+
+    def _welcome_back(self, ready: Any) -> None:
+        actor = self._restarting.pop(ready)
+        try:
+            ray.get(ready)
+        except RayActorError as error:
+            if not self._running and not self._restarting and not self._idle:
+                raise FleetError(f"no scoring actor comes up again: {' '.join(str(error).split())}") from error
+            log.warning("a scoring actor is lost for good (%s)", " ".join(str(error).split()))
+        else:
+            self._idle.append(actor)

@@ -265,6 +265,7 @@ def _tune(
     after_trial: Callable[[], None],
 ) -> tune.ResultGrid:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the ledger and MLflow hold the results
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own banner; progress is shown by SweepProgress
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is kept on the board and shown once
     trainable = tune.with_parameters(
         TuneTrial,

@@ -23,11 +23,11 @@ EVIDENCE_CHARS = 100_000
 MIN_GLUED = 2
 """One glued boundary may be a typing error."""
 MIN_GLUED_SHARE = 0.03
-"""Of all sentence ends. The essays that lost their breaks have 0.10 to 0.35; edited prose stays below 0.01."""
+"""Of all sentence ends. The essays that lost their breaks have 0.10 to 0.31; of 116 documentation files of packages none has over 0.024."""
 MIN_LINES_PER_BLANK = 4
 """Line ends per blank line: a paragraph that is broken after every sentence has fewer, a paragraph per line has more."""
 MIN_CLOSED_SHARE = 0.5
-"""Of line ends that also end a sentence: hard-wrapped essays have 0.00 to 0.20, one paragraph per line has 0.8 and more."""
+"""Of line ends that also end a sentence: the hard-wrapped essays have 0.04 to 0.20, and one paragraph per line has nearly 1."""
 
 # A carriage return counts as blank, so CRLF text needs no patterns of its own.
 _BLANK_LINE = r"\n[^\S\n]*+\n"

@@ -117,7 +117,7 @@ class ModelTokenizer:
         return np.array(sorted({*self._special.values(), *self._ends} - {self._unknown_id}), dtype=np.int64)
 
     def encode(self, text: str) -> Encoding:
-        """Tokens of ``text`` as ordinary text: ``<|im_end|>`` in it is seven characters, not the end of a turn.
+        """Tokens of ``text`` as ordinary text: ``<|im_end|>`` in it is ten characters, not the end of a turn.
 
         Raises:
             TextError: the tokenizer makes a control token out of the text although it was told not to, or the text

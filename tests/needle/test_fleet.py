@@ -38,6 +38,13 @@ class MortalEngine(ScriptedEngine):
         return super().complete(prompt_ids, max_new_tokens=max_new_tokens)
 
 
+class BrokenEngine(ScriptedEngine):
+    """Cannot be made in another process, like an engine whose library is missing there."""
+
+    def __setstate__(self, state: object) -> None:
+        raise RuntimeError("this engine cannot be made here")
+
+
 @contextmanager
 def running(engine: ScriptedEngine, *, num_actors: int = 2) -> Iterator[fleet.Fleet]:
     started = fleet.Fleet.start(num_actors=num_actors, cpus=0.5, threads=1, engine=engine)
@@ -99,6 +106,12 @@ def test_a_cell_that_kills_every_actor_stops_the_scoring_with_its_name(tokenizer
     with running(MortalEngine(facts=FACTS, dies_at_tokens=700, tombstone=None), num_actors=1) as started:
         with pytest.raises(FleetError, match="3 scoring actors were lost at the cell of 700 tokens at depth"):
             started.score(job, asked, on_result=lambda _: None)
+
+
+def test_actors_that_cannot_start_stop_the_scoring_with_the_reason(tokenizer_dir: Path, essays_dir: Path) -> None:
+    job, asked = job_of(tokenizer_dir, essays_dir)
+    with running(BrokenEngine(facts=FACTS)) as started, pytest.raises(FleetError, match="this engine cannot be made here"):
+        started.score(job, asked, on_result=lambda _: None)
 
 
 def test_a_users_mistake_in_an_actor_arrives_as_itself_and_the_fleet_goes_on(tokenizer_dir: Path, essays_dir: Path) -> None:

@@ -6,14 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pause_ray.text.tokens import ModelTokenizer
 
 # The same examples in every run, and no failure because a machine is busy.
-settings.register_profile("same_everywhere", derandomize=True, deadline=None)
-settings.load_profile("same_everywhere")
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

@@ -110,7 +110,7 @@ def test_a_template_with_a_syntax_error_or_an_escape_from_the_sandbox_is_refused
 
 def test_templates_get_what_transformers_gives_them_and_one_date_for_ever(tmp_path):
     source = (
-        "{{ bos_token }}{{ strftime_now('%d %b %Y') }}{{ {'ä': '<'} | tojson }}\n"
+        "{% if true %}\n{% endif %}{{ bos_token }}{{ strftime_now('%d %b %Y') }}{{ {'ä': '<'} | tojson }}\n"
         "  {% for m in messages %}{% if loop.first %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endif %}{% endfor %}"
     )
     template = ChatTemplate(source, {"bos_token": "<s>"}, "test")

@@ -92,6 +92,13 @@ def test_random_pauses_come_at_the_asked_rate_at_word_starts_and_repeat_with_the
     assert offsets != pause(text, policy, seed=8).offsets
 
 
+def test_two_draws_in_one_word_make_two_pauses():
+    text = "extraordinarily " * 2000
+    offsets = insert(text, PausePolicy(placement="random", rate=50), token_starts=range(len(text)), seed=7).offsets
+    expected = len(text) * 50 / 1000
+    assert abs(len(set(offsets)) - expected) < 4 * expected**0.5
+
+
 def test_random_pauses_reach_scripts_without_spaces():
     text = "彼は走った彼女は待ってと言った" * 100
     offsets = insert(text, PausePolicy(placement="random", rate=100), token_starts=range(len(text))).offsets

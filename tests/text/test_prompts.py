@@ -15,7 +15,7 @@ NEEDLE = "The blue key lies under the third bell."
 QUESTION = "Where is the blue key?"
 SENTENCES = [
     "The harbour was quiet that morning, and the gulls kept away.",
-    "Nobody had expected the fog to lift before noon.",
+    "Nobody had expected the fog\nto lift before noon.",
     "Why should it?",
     "She counted the boats: eleven!",
     "In 1998, J. R. Wu of the U.S. office had paid 3.5 crowns for each of them [1].",
@@ -90,6 +90,14 @@ def test_lengths_are_exact_and_the_needle_is_whole_and_where_it_says(byte_tokeni
     marker_text = policy.marker if policy and policy.token == "text" else "\0"
     after = byte_tokenizer.decode(built.ids[built.needle_token :]).replace(marker_text, "")
     assert after.lstrip().startswith(NEEDLE)
+
+
+@pytest.mark.parametrize("tokens", range(300, 340, 4))
+def test_a_needle_at_the_end_goes_a_sentence_back_rather_than_lose_its_room_to_pauses(byte_tokenizer, tokens):
+    policy = PausePolicy(unit="sentence", count=8, token="added", budget="total")
+    built = build(byte_tokenizer, policy, context_tokens=tokens, depth_percent=100)
+    content = context_ids(built, byte_tokenizer, policy)
+    assert NEEDLE in byte_tokenizer.decode(content)
 
 
 @settings(max_examples=40)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pause_ray.checkpoint import ADAPTER_WEIGHTS
+from pause_ray.errors import SpecError, TrainingError
 from pause_ray.storage import Storage
-from pause_ray.train.launch import TrainJob, fit
+from pause_ray.train.launch import TrainJob, _cause, fit
 from pause_ray.train.spec import LoraSpec, TrainSpec, ZeroSpec
 from tests.train.tiny_llama import added_marker, make_model, make_rows, make_shards
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = pytest.mark.ray
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_two_workers_train_the_adapter_of_one_process(tmp_path: Path) -> None:
     """ZeRO-3 over gloo."""
     import safetensors.torch
@@ -54,3 +58,21 @@ def test_two_workers_train_the_adapter_of_one_process(tmp_path: Path) -> None:
     assert steps_alone == steps_together == [1, 2, 3, 4]
     assert alone.keys() == together.keys()
     assert max(float((alone[name] - together[name]).abs().max()) for name in alone) < 1e-4
+
+
+@pytest.mark.parametrize("raised", [SpecError("train.lora.targets: …"), OSError(errno.ENOSPC, "No space left on device")])
+def test_what_a_worker_raised_is_what_the_caller_sees(raised: Exception) -> None:
+    """Ray Train wraps it twice; a full disk must still be known as one."""
+    import ray.train
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+
+    failures = {0: RuntimeError("lost its peers"), 1: UserExceptionWithTraceback(raised, traceback_str="…")}
+    arrived = pickle.loads(pickle.dumps(ray.train.WorkerGroupError("…", failures)))
+    cause = _cause(arrived)
+    assert (type(cause), cause.args) == (type(raised), raised.args)
+
+
+def test_a_lost_worker_is_a_training_error() -> None:
+    import ray.train
+
+    assert isinstance(_cause(ray.train.WorkerGroupError("worker 1 died", {1: RuntimeError("died")})), TrainingError)

@@ -1,0 +1,91 @@
+"""Everything a user can get wrong about a trial is said before a process is started for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pause_ray.errors import UserError
+from pause_ray.spec import JsonObject, read_yaml, with_overrides
+from pause_ray.trial.spec import TrialSpec
+from tests.sweep.tiny_sweep import write_model, write_sweep
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory: pytest.TempPathFactory) -> JsonObject:
+    folder = tmp_path_factory.mktemp("trial")
+    sparse: JsonObject = read_yaml(write_sweep(folder, write_model(folder / "model")))["trial"]
+    return sparse
+
+
+def digest_of(trial: JsonObject, cache: Path, **changes: object) -> str:
+    from pause_ray.trial.prepare import prepare
+
+    changed = with_overrides(trial, {path.replace("__", "."): value for path, value in changes.items()})
+    return prepare(TrialSpec.parse(changed, origin="test"), cache=cache).digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval__context_tokens": [320, 2000]}, r"2000.*1024"),
+        ({"eval__context_tokens": [40, 320]}, r"context_tokens|at least"),
+        ({"eval__context_tokens": [1020]}, r"1024"),
+        ({"pauses__token": "reserved"}, r"reserved"),
+        ({"model__source": "no/such/folder/here"}, r"no/such/folder/here"),
+        ({"train": None, "adapter": "nowhere"}, r"nowhere"),
+        ({"eval__haystack": [{"path": "/nonexistent/*.txt"}]}, r"/nonexistent"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(trial: JsonObject, tmp_path: Path, changes: JsonObject, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        digest_of(trial, tmp_path, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_folder_without_a_tokenizer_is_told_how_to_get_one(trial: JsonObject, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in Path(trial["model"]["source"]).iterdir():
+        if not file.name.startswith("tokenizer"):
+            (model / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match=r"tokenizer\.json.*save_pretrained"):
+        digest_of(trial, tmp_path, model__source=str(model))
+
+
+def test_the_identity_changes_with_what_changes_the_result_and_with_nothing_else(trial: JsonObject, tmp_path: Path) -> None:
+    same = digest_of(trial, tmp_path)
+    assert digest_of(trial, tmp_path, resources__scoring_actors=3) == same
+    changes: list[JsonObject] = [
+        {"pauses__every": 2},
+        {"pauses__marker": "<REST>"},
+        {"train__lora__rank": 3},
+        {"seed": 1},
+        {"replicate": 1},
+        {"eval__max_new_tokens": 5},
+        {"corpus__rows": 13},
+    ]
+    assert len({same, *(digest_of(trial, tmp_path, **change) for change in changes)}) == len(changes) + 1
+
+
+def test_the_identity_follows_the_content_of_named_files(trial: JsonObject, tmp_path: Path) -> None:
+    haystack = tmp_path / "haystack"
+    haystack.mkdir()
+    for file in Path(trial["eval"]["haystack"][0]["path"]).iterdir():
+        (haystack / file.name).write_bytes(file.read_bytes())
+    before = digest_of(trial, tmp_path, eval__haystack=[{"path": str(haystack)}])
+    (haystack / "00.txt").write_text((haystack / "00.txt").read_text() + " One more sentence.")
+    assert digest_of(trial, tmp_path, eval__haystack=[{"path": str(haystack)}]) != before
+
+
+def test_the_identity_follows_the_weights_behind_a_path(trial: JsonObject, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    write_model(model)
+    before = digest_of(trial, tmp_path, model__source=str(model))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
+    assert digest_of(trial, tmp_path, model__source=str(model)) != before
