@@ -84,6 +84,19 @@ def table(sweep_folder: Path, storage: Storage) -> Table:
     return shown
 
 
+def corpus_table(stats: JsonObject) -> Table:
+    """The statistics of one shard set as a table for the terminal, histograms as a line each."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    shown = Table(title="training rows", title_justify="left", box=SIMPLE_HEAD, show_header=False, padding=(0, 1, 0, 0))
+    for name, value in _plain(stats).items():
+        shown.add_row(name, value)
+    for name, bars in _histograms(stats):
+        shown.add_row(name, ", ".join(f"{label}: {height:,.0f}" for label, height, _ in bars))
+    return shown
+
+
 def number(value: float | None) -> str:
     """``0.67``, or a dash."""
     return "–" if value is None else f"{value:.2f}"

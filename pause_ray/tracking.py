@@ -56,8 +56,6 @@ SAFE_REASONS = (
     "Permission denied",
 )
 """Words of a failure that are passed on; they quote no address and no password."""
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-"""Makes MLflow's pages show runs with metrics and charts instead of traces and prompts."""
 DIGEST_TAG, CONTENT_TAG = "pause_ray.digest", "pause_ray.content"
 logger = logging.getLogger("pause_ray")
 
@@ -251,7 +249,7 @@ class _Sender:
         found = client.get_experiment_by_name(experiment)
         if found is None:
             try:
-                return cls(client, client.create_experiment(experiment, artifact_location=location, tags=EXPERIMENT_TAGS))
+                return cls(client, client.create_experiment(experiment, artifact_location=location))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise

@@ -51,6 +51,8 @@ class _Scorer:
 
     def __init__(self, engine: Literal["hf"] | Engine, *, threads: int) -> None:
         if engine == "hf":
+            # PEFT imports bitsandbytes, which notes on every CPU that an optional package is missing.
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
             from pause_ray.engines.hf import HfEngine
 
             engine = HfEngine(threads=threads)

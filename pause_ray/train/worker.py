@@ -71,11 +71,24 @@ def train_on_worker(config: dict[str, Any]) -> None:
             if ray.train.get_context().get_world_rank() == 0:
                 write_adapter(engine.module, trained=trained, folder=assignment.folder)
         finally:
-            engine.destroy()
+            _release(engine)
             del engine
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+
+def _release(engine: Any) -> None:
+    """Give the weights' memory back: ZeRO-3's backward hooks keep the model alive for as long as the process lives."""
+    masters = [master for group in engine.basic_optimizer.param_groups for master in group["params"]]
+    parameters = [*engine.module.parameters(), *masters]
+    engine.basic_optimizer.state.clear()
+    engine.destroy()
+    for parameter in parameters:
+        parameter.grad = None
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
+        if hasattr(parameter, "ds_tensor"):
+            parameter.ds_tensor.data = torch.empty(0, dtype=parameter.dtype)
 
 
 def _prepare_deepspeed(device: str) -> None:
@@ -107,6 +120,7 @@ def _process_group(device: str) -> Iterator[None]:
     """The process group that Ray Train made, or for training in this very process one of its own, gone afterwards.
 
     DeepSpeed caches groups per process, so its own teardown has to run or the next training here would use dead ones.
+    ZeRO-3 also replaces ``torch.nn.functional.linear`` for good, which an engine in this process must not inherit.
     """
     if torch.distributed.is_initialized():
         yield
@@ -116,10 +130,12 @@ def _process_group(device: str) -> Iterator[None]:
     store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=0, world_size=1)
     os.environ["LOCAL_RANK"] = "0"
+    linear = torch.nn.functional.linear
     try:
         deepspeed.comm.init_distributed(verbose=False)
         yield
     finally:
+        torch.nn.functional.linear = linear
         deepspeed.comm.destroy_process_group()
         del os.environ["LOCAL_RANK"]
 

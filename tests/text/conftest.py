@@ -10,8 +10,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pause_ray.text.tokens import ModelTokenizer
 
-# The same examples in every run, and no failure because a machine is busy.
-
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

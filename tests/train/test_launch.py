@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import signal
 import subprocess
@@ -156,6 +157,25 @@ def test_parameters_that_zero_3_has_partitioned_are_saved_whole(
     reference = run(job_of(llama, shards), tmp_path)
     monkeypatch.setattr(worker, "deepspeed_config", all_partitioned)
     assert largest_difference(reference, run(job_of(llama, shards, zero=ZeroSpec(stage=3)), tmp_path)) < 1e-4
+
+
+@torch_only
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_training_in_this_process_leaves_no_weights_and_no_patches(llama: Path, shards: Path, tmp_path: Path, stage: int) -> None:
+    import torch
+
+    def live_values() -> int:
+        gc.collect()
+        return sum(found.numel() for found in gc.get_objects() if isinstance(found, torch.Tensor))
+
+    job = job_of(llama, shards, zero=ZeroSpec(stage=stage))
+    job = dataclasses.replace(job, train=job.train.model_copy(update={"lora": LoraSpec(rank=1, alpha=1)}))
+    linear, before = torch.nn.functional.linear, live_values()
+    run(job, tmp_path)
+    assert torch.nn.functional.linear is linear
+    assert not torch.distributed.is_initialized()
+    assert "LOCAL_RANK" not in os.environ
+    assert live_values() - before < 10_000, "of 28,000 base weights"
 
 
 @torch_only
