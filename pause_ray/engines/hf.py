@@ -26,8 +26,8 @@ from pause_ray.errors import CheckpointError, ModelError
 from pause_ray.text.tokens import MarkerToken, ModelTokenizer
 
 Ids = NDArray[np.int32]
-CHUNK_TOKENS = 128
-"""Default length of a prefill step, and the grain of reuse: a prompt recomputes 64 shared tokens on average."""
+CHUNK_TOKENS = 256
+"""Default length of a prefill step, and the grain of reuse: a prompt recomputes 128 shared tokens on average."""
 
 
 def load_base(model_dir: Path, *, dtype: str, marker: MarkerToken | None, device: str) -> transformers.PreTrainedModel:

@@ -261,9 +261,9 @@ def test_the_real_model_answers_a_needle_alike_with_reuse_and_without(model_dir:
 
     texts = {}
     for reuse in (True, False):
-        engine = hf.HfEngine(device="cpu", reuse=reuse)
+        engine = hf.HfEngine(device="cpu", threads=1, reuse=reuse)
         engine.use(LoadedAs(model_dir=model_dir, dtype="float32"))
-        answers = [engine.complete(prompt_at(depth), max_new_tokens=10) for depth in (80, 40)]
+        answers = [engine.complete(prompt_at(depth), max_new_tokens=16) for depth in (80, 40)]
         texts[reuse] = [answer.text for answer in answers]
         assert (answers[1].prefilled_tokens < 640) == reuse
     assert texts[True] == texts[False]
