@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -26,6 +26,9 @@ from pause_ray.spec import JsonObject, parse_assignments, read_yaml
 from pause_ray.storage import Storage
 from pause_ray.sweep.spec import PlannedTrial, SweepSpec, expand, read_sweep
 from pause_ray.trial.spec import read_trial, sparse_trial
+
+if TYPE_CHECKING:
+    from pause_ray.tracking import LoggedSweep
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -180,37 +183,50 @@ def report(
 
 
 def _run(spec: SweepSpec, *, storage: str, as_json: bool) -> None:
+    """Run a sweep, log and report it, and say what failed and what to do next."""
     from pause_ray.report import table, write_report
     from pause_ray.sweep.run import run_sweep
-    from pause_ray.tracking import log_sweep
 
     root = Storage.open(storage)
-    console = err if as_json else out
-    problems: list[str] = []
-
-    def log(folder: Path) -> None:
-        try:
-            log_sweep(folder, root)
-        except TrackingError as error:
-            if not problems:
-                err.print(f"[yellow]{error}[/]", highlight=False)
-            problems.append(str(error))
-
-    outcome = run_sweep(spec, storage=root, console=console, command=shlex.join(["pause-ray", *sys.argv[1:]]), after_trial=log)
+    tracker = _Tracker(root)
+    command = shlex.join(["pause-ray", *sys.argv[1:]])
+    outcome = run_sweep(spec, storage=root, console=err if as_json else out, command=command, after_trial=tracker.log)
     path = write_report(outcome.folder, root)
-    log(outcome.folder)
+    tracker.log(outcome.folder)
     if as_json:
         _print_json({"folder": str(outcome.folder), "report": str(path), "finished": outcome.finished, "planned": outcome.planned})
     else:
         out.print(table(outcome.folder, root))
-        _say_what_next(outcome.folder, path, root, tracked=not problems)
+        _say_what_next(outcome.folder, path, root, tracker.logged)
     for failure in outcome.failures:
-        err.print(f"[red]{failure.label} failed:[/] {failure.message}", highlight=False)
+        err.print(f"[red]{failure.label} failed:[/] {escape(failure.message)}", highlight=False)
         if failure.trace:
             err.print(failure.trace, highlight=False, markup=False)
     if outcome.finished < outcome.planned:
         err.print(f"{outcome.finished} of {outcome.planned} trials are finished; run the same command again to go on", highlight=False)
         raise typer.Exit(1 if any(failure.trace for failure in outcome.failures) else 2)
+
+
+class _Tracker:
+    """Sends a sweep to MLflow as it grows; a server that is away is said once and costs nothing but its log."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._warned = False
+        self.logged: LoggedSweep | None = None
+        """Where it is, or None if the last attempt failed."""
+
+    def log(self, folder: Path) -> None:
+        """Bring MLflow up to date."""
+        from pause_ray.tracking import log_sweep
+
+        try:
+            self.logged = log_sweep(folder, self._storage)
+        except TrackingError as error:
+            self.logged = None
+            if not self._warned:
+                err.print(f"[yellow]{escape(str(error))}[/]", highlight=False)
+            self._warned = True
 
 
 def _plan(spec: Path, set_: list[str] | None) -> list[PlannedTrial]:
@@ -255,19 +271,22 @@ def _sweep_folder(name: str, storage: Storage) -> Path:
     raise UserError(f"{name}: {problem} under {storage.sweeps}; there are: {known}")
 
 
-def _say_what_next(folder: Path, path: Path, storage: Storage, *, tracked: bool) -> None:
-    out.print(f"\nreport      {path}", highlight=False)
-    if tracked:
-        from pause_ray.tracking import tracking_uri
+def _say_what_next(folder: Path, path: Path, storage: Storage, logged: LoggedSweep | None) -> None:
+    from pause_ray.tracking import tracking_uri, without_secrets
 
-        out.print(f"trials      mlflow ui --backend-store-uri {tracking_uri(storage)}", highlight=False)
+    lines = [f"\nreport      {path}"]
+    if logged is None:
+        lines.append(f"to MLflow   pause-ray report {folder.name} --log   (what it could not take is on storage)")
     else:
-        out.print(f"to MLflow   pause-ray report {folder.name} --log   (what it could not take is on storage)", highlight=False)
-    out.print(
-        "your model  pause-ray sweep sweeps/quickstart.yaml --set trial.model.source=FOLDER_OR_HUB_ID --set trial.model.sha256=null",
-        highlight=False,
-    )
-    out.print("any model   pause-ray eval eval/suites/single.yaml --model FOLDER_OR_HUB_ID", highlight=False)
+        uri = without_secrets(tracking_uri(storage))
+        page = f"#/experiments/{logged.experiment_id}/runs"
+        local = [f"trials      mlflow ui --backend-store-uri {uri}", f"            then open http://127.0.0.1:5000/{page}"]
+        lines += [f"trials      {uri}/{page}"] if uri.startswith("http") else local
+    changed = "--set trial.model.source=FOLDER_OR_HUB_ID --set trial.model.sha256=null"
+    lines.append(f"your model  pause-ray sweep sweeps/quickstart.yaml {changed}")
+    lines.append("any model   pause-ray eval eval/suites/single.yaml --model FOLDER_OR_HUB_ID")
+    for line in lines:
+        out.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _version(wanted: bool) -> None:

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from pause_ray import figures
@@ -65,16 +65,21 @@ def tracking_uri(storage: Storage, uri: str | None = None) -> str:
     return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.root / 'mlflow.db'}"
 
 
-def log_sweep(sweep_folder: Path, storage: Storage, *, uri: str | None = None) -> str:
+class LoggedSweep(NamedTuple):
+    """Where a sweep is in MLflow."""
+
+    experiment_id: str
+    run_id: str
+    """Of the parent run."""
+
+
+def log_sweep(sweep_folder: Path, storage: Storage, *, uri: str | None = None) -> LoggedSweep:
     """Bring MLflow up to date with what the sweep has on storage, the report included if there is one.
 
     Args:
         sweep_folder: Folder with ``sweep.json``.
         storage: Where the trials are.
         uri: As in ``tracking_uri``.
-
-    Returns:
-        The id of the parent run.
 
     Raises:
         TrackingError: the server cannot be reached or refuses; what was sent stays and the next call goes on.
@@ -95,7 +100,7 @@ def log_sweep(sweep_folder: Path, storage: Storage, *, uri: str | None = None) -
             for key, (condition, trial) in children.items():
                 if logged.get(key) != _content(trial):
                     sender.send(_trial_run(condition, trial, scratch=Path(scratch)), parent_id=parent_id)
-    return parent_id
+    return LoggedSweep(sender.experiment_id, parent_id)
 
 
 def flattened(spec: Mapping[str, Any], *, prefix: str = "") -> dict[str, str]:
@@ -236,7 +241,7 @@ class _Sender:
 
     def __init__(self, client: Any, experiment_id: str) -> None:
         self._client = client
-        self._experiment_id = experiment_id
+        self.experiment_id = experiment_id
 
     @classmethod
     def open(cls, uri: str, *, experiment: str, artifacts: Path) -> _Sender:
@@ -303,13 +308,13 @@ class _Sender:
 
     def _create(self, wanted: _Run, parent_id: str | None) -> Any:
         tags = {**wanted.tags, DIGEST_TAG: wanted.digest, **({"mlflow.parentRunId": parent_id} if parent_id else {})}
-        return self._client.create_run(self._experiment_id, start_time=wanted.started_ms, tags=tags, run_name=wanted.name)
+        return self._client.create_run(self.experiment_id, start_time=wanted.started_ms, tags=tags, run_name=wanted.name)
 
     def _search(self, filter_string: str) -> list[Any]:
         found: list[Any] = []
         token = None
         while True:
-            page = self._client.search_runs([self._experiment_id], filter_string, max_results=1000, page_token=token)
+            page = self._client.search_runs([self.experiment_id], filter_string, max_results=1000, page_token=token)
             found += page
             token = page.token
             if not token:
@@ -334,7 +339,7 @@ def _border(uri: str) -> Iterator[None]:
         raise
     except Exception as error:  # noqa: BLE001 (border to another system)
         raise TrackingError(
-            f"MLflow at {_without_secrets(uri)}: {_reason(error)}; results on storage are unharmed. "
+            f"MLflow at {without_secrets(uri)}: {_reason(error)}; results on storage are unharmed. "
             "Start the server, or point MLFLOW_TRACKING_URI to another, and run the same command again"
         ) from None
     finally:
@@ -350,7 +355,7 @@ def _check_database_answers(uri: str) -> None:
         socket.create_connection((parts.hostname, port), timeout=CONNECT_SECONDS).close()
 
 
-def _without_secrets(uri: str) -> str:
+def without_secrets(uri: str) -> str:
     """The URI without user, password, query and fragment."""
     parts = urlsplit(uri)
     place = parts.netloc.rpartition("@")[2]

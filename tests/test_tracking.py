@@ -72,7 +72,7 @@ def artifacts(client: Any, run: Any, folder: str | None = None) -> set[str]:
 def test_a_sweep_arrives_as_parent_and_children(storage: Storage) -> None:
     folder = two_trials(storage)
     write_report(folder, storage)
-    parent_id = log_sweep(folder, storage)
+    parent_id = log_sweep(folder, storage).run_id
     parent, children, client = runs_of(storage)
     assert parent.info.run_id == parent_id
     assert (parent.info.status, parent.info.run_name) == ("FINISHED", "demo")

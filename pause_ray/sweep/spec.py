@@ -98,12 +98,21 @@ def read_sweep(path: Path, overrides: JsonObject) -> SweepSpec:
             check_path(TrialSpec, dotted.removeprefix("trial."), origin="--set")
         else:
             check_path(SweepSpec, dotted.split(".")[0] if dotted.startswith(("search.", "arms.")) else dotted, origin="--set")
-    data = with_overrides(data, overrides)
-    if isinstance(data.get("trial"), dict):
-        data["trial"] = inline_files(data["trial"], FILE_FIELDS, origin=path)
-    for arm in _mappings(data.get("arms")):
-        arm.update(inline_files(arm, FILE_FIELDS, origin=path))
+    data = _whole(with_overrides(_whole(data, path), overrides), path)
     return SweepSpec.parse(data, origin=str(path))
+
+
+def _whole(data: JsonObject, path: Path) -> JsonObject:
+    """Sparse sweep data with the content of every file that its trial or an arm names."""
+    whole = dict(data)
+    if isinstance(data.get("trial"), dict):
+        whole["trial"] = inline_files(data["trial"], FILE_FIELDS, origin=path)
+    if isinstance(data.get("arms"), dict):
+        whole["arms"] = {
+            name: inline_files(changes, FILE_FIELDS, origin=path) if isinstance(changes, dict) else changes
+            for name, changes in data["arms"].items()
+        }
+    return whole
 
 
 def expand(sweep: SweepSpec) -> list[PlannedTrial]:
@@ -141,7 +150,3 @@ def _points(sweep: SweepSpec) -> list[JsonObject]:
 
 def _is_set_by(changes: JsonObject, path: str) -> bool:
     return any(path == changed or path.startswith(f"{changed}.") for changed in changes)
-
-
-def _mappings(value: Any) -> list[JsonObject]:
-    return [item for item in value.values() if isinstance(item, dict)] if isinstance(value, dict) else []

@@ -105,4 +105,5 @@ def sparse_trial(data: JsonObject, overrides: JsonObject, *, origin: Path) -> Js
     """
     for dotted in overrides:
         check_path(TrialSpec, dotted, origin="--set")
-    return inline_files(with_overrides(data, overrides), FILE_FIELDS, origin=origin)
+    whole = inline_files(data, FILE_FIELDS, origin=origin)  # first, so that an override can reach into a named file
+    return inline_files(with_overrides(whole, overrides), FILE_FIELDS, origin=origin)

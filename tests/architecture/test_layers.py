@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "pause_ray"
 
 LAYERS = [
+    {"__main__"},
     {"cli"},
     {"sweep", "report", "tracking"},
     {"figures"},

@@ -82,7 +82,7 @@ def write_sweep(folder: Path, model_dir: Path, *, steps: int = 3) -> Path:
 
 def start_sweep(sweep: Path, storage: Path) -> subprocess.Popen[str]:
     """``pause-ray sweep`` as a user runs it, in a process (and session) of its own."""
-    command = [sys.executable, "-c", "from pause_ray.cli import main; main()", "sweep", str(sweep), "--storage", str(storage)]
+    command = [sys.executable, "-m", "pause_ray", "sweep", str(sweep), "--storage", str(storage)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{storage}/mlflow.db"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True

@@ -1,0 +1,77 @@
+"""The command line as a user meets it: one line and exit code 2 for a mistake, help that teaches, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pause_ray.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = "sweeps/quickstart.yaml"
+
+
+def pause_ray(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pause_ray", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_check_lists_the_trials_quickly() -> None:
+    started = time.monotonic()
+    done = pause_ray("check", QUICKSTART)
+    assert time.monotonic() - started < 5  # half a second on an idle machine
+    assert done.returncode == 0
+    assert "7 trials, 63 cells, no mistakes found" in done.stdout
+
+
+def test_check_prints_json_that_holds_every_resolved_trial() -> None:
+    done = pause_ray("check", QUICKSTART, "--json", "--set", "replicates=2")
+    trials = json.loads(done.stdout)["trials"]
+    assert len(trials) == 14
+    assert {trial["spec"]["replicate"] for trial in trials} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("check", "nowhere.yaml"), "nowhere.yaml: cannot be read"),
+        (("check", QUICKSTART, "--set", "trial.train.stps=3"), "did you mean train.steps?"),
+        (("check", QUICKSTART, "--set", "trial.train.steps=many"), 'train.steps = "many"'),
+        (("check", QUICKSTART, "--set", "nonsense"), "expected dotted.path=value"),
+        (("check", QUICKSTART, "--set", "trial.eval.depth_percent=[120]"), "depth_percent 120 is outside 0 to 100"),
+        (("report", "nowhere", "--storage", "/proc/nowhere"), "choose another with --storage"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], message: str) -> None:
+    done = pause_ray(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_sweep_name_lists_those_that_exist(tmp_path: Path) -> None:
+    (tmp_path / "sweeps" / "first-0123").mkdir(parents=True)
+    (tmp_path / "sweeps" / "first-0123" / "sweep.json").write_text("{}")
+    done = pause_ray("report", "second", "--storage", str(tmp_path))
+    assert done.returncode == 2
+    assert "there are: first-0123" in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["check", "corpus", "train", "eval", "sweep", "report"])
+def test_the_help_of_every_verb_has_an_example_of_that_verb(verb: str) -> None:
+    shown = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0
+    assert f"pause-ray {verb} " in shown.output.split("Options")[0].split("Usage")[1].split("\n", 1)[1]
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    from pause_ray import __version__
+
+    assert __version__ in pause_ray("--version").stdout
