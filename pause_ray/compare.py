@@ -121,8 +121,8 @@ class Comparison:
 def summarize(rows: Sequence[CellResult]) -> Summary:
     """Means, intervals and costs of one arm's rows (at least one).
 
-    The interval of the mean is a percentile bootstrap (Efron & Tibshirani 1993, ch. 13) over cells with one replicate and over
-    replicates with six or more; with two to five it is Student's t over the replicates' means.
+    The interval of the mean is Wilson's with one replicate, Student's t over the replicates' means with two to five, and a
+    percentile bootstrap (Efron & Tibshirani 1993, ch. 13) over replicates with six or more.
     """
     scored = [(row, row.score) for row in rows if row.score is not None]
     scores = [score for _, score in scored]
@@ -133,7 +133,7 @@ def summarize(rows: Sequence[CellResult]) -> Summary:
         num_scored=len(scored),
         num_replicates=len({row.replicate for row in rows}),
         grand_mean=_mean(scores),
-        interval=_interval(_grouped((row.replicate, score) for row, score in scored), least=0.0),
+        interval=_mean_interval(_grouped((row.replicate, score) for row, score in scored)),
         mean_by_length=_means((row.context_tokens, score) for row, score in scored),
         mean_by_depth=_means((row.depth_percent, score) for row, score in scored),
         middle_mean=_mean([score for row, score in scored if is_middle(row.depth_percent)]),
@@ -151,7 +151,7 @@ def summarize(rows: Sequence[CellResult]) -> Summary:
 def compare_arms(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult]) -> Comparison | None:
     """Arm A minus arm B, paired by task, context length, depth and replicate; None when nothing pairs.
 
-    Interval as in ``summarize``, of the paired differences. p is a sign-flip test (Fisher 1935; exact up to 2^12 patterns,
+    The interval of the paired differences is a percentile bootstrap over cells with one replicate, else as in ``summarize``. p is a sign-flip test (Fisher 1935; exact up to 2^12 patterns,
     else Monte Carlo with the observed pattern counted, Phipson & Smyth 2010): of the cells' differences, averaged over
     replicates, below six replicates; of the replicates' mean differences from six on.
     """
@@ -183,8 +183,12 @@ def is_middle(depth_percent: float) -> bool:
     return MIDDLE_PERCENT[0] <= depth_percent <= MIDDLE_PERCENT[1]
 
 
-def wilson(successes: int, trials: int) -> Interval:
-    """Wilson's 95 % score interval of a proportion (Wilson 1927), right at 0 and at all successes too."""
+def wilson(successes: float, trials: int) -> Interval:
+    """Wilson's 95 % score interval of a proportion (Wilson 1927), right at 0 and at all successes too.
+
+    ``successes`` may be a sum of partial scores: the interval is then wider than it need be, since no score between 0 and 1
+    varies more than a coin with the same mean.
+    """
     share, z2 = successes / trials, Z_95**2
     centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = Z_95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
@@ -259,6 +263,14 @@ def _warnings(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult], pairs:
         yield f"{different} of {len(pairs)} pairs were asked about different facts"
     elif any(a.seed != b.seed for a, b in pairs):
         yield "the two arms read different haystacks (their seeds differ)"
+
+
+def _mean_interval(groups: Mapping[Hashable, Sequence[float]]) -> Interval | None:
+    """Of scores from 0 to 1; ``groups``: replicate → scores. Resampling cells would see no doubt in an arm that is always right."""
+    if len(groups) == 1:
+        [scores] = groups.values()
+        return wilson(math.fsum(scores), len(scores))
+    return _interval(groups, least=0.0)
 
 
 def _interval(groups: Mapping[Hashable, Sequence[float]], *, least: float) -> Interval | None:

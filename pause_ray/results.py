@@ -269,7 +269,7 @@ def _power_notes(results: SweepResults) -> list[str]:
     ]
     if flat:
         found.append(
-            f"All cells scored the same, so resampling sees no spread: {_listed(flat)}. Read the interval of exact recall instead."
+            f"All replicates have the same mean, so their spread says nothing: {_listed(flat)}. Read the interval of exact recall instead."
         )
     return found
 

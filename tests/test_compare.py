@@ -216,3 +216,10 @@ def test_pairs_with_other_facts_or_haystacks_are_noticed() -> None:
     assert other_fact.warnings == ("2 of 2 pairs were asked about different facts",)
     assert other_haystack is not None
     assert other_haystack.warnings == ("the two arms read different haystacks (their seeds differ)",)
+
+
+def test_an_arm_that_is_always_right_in_one_replicate_is_not_certain() -> None:
+    interval = summarize(rows({(1024, depth): 1.0 for depth in (10, 20, 30, 40, 50, 60, 70, 80, 90)})).interval
+    assert interval is not None
+    assert interval.low == pytest.approx(9 / (9 + 1.959964**2))  # Wilson's lower end for 9 of 9
+    assert interval.high == 1.0
