@@ -151,9 +151,10 @@ def summarize(rows: Sequence[CellResult]) -> Summary:
 def compare_arms(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult]) -> Comparison | None:
     """Arm A minus arm B, paired by task, context length, depth and replicate; None when nothing pairs.
 
-    The interval of the paired differences is a percentile bootstrap over cells with one replicate, else as in ``summarize``. p is a sign-flip test (Fisher 1935; exact up to 2^12 patterns,
-    else Monte Carlo with the observed pattern counted, Phipson & Smyth 2010): of the cells' differences, averaged over
-    replicates, below six replicates; of the replicates' mean differences from six on.
+    The interval of the paired differences is a percentile bootstrap over cells with one replicate, else as in ``summarize``.
+    p is a sign-flip test (Fisher 1935; exact up to 2^12 patterns, else Monte Carlo with the observed pattern counted, Phipson &
+    Smyth 2010): of the cells' differences, averaged over replicates, below six replicates; of the replicates' mean differences
+    from six on.
     """
     pairs = _pairs(rows_a, rows_b)
     scored = [(pair, pair.difference) for pair in pairs if pair.difference is not None]
