@@ -3,13 +3,13 @@
 adapter_config.json, adapter_model.safetensors   as PEFT writes them (the marker's row is in the safetensors)
 tokenizer.json, …                                the base tokenizer, with the marker where one was added
 training.jsonl                                   one row per optimizer step: step, loss, learning_rate, …
+documents.json                                   digests of the documents it was trained on
 manifest.json                                    written last; without it the folder is no checkpoint
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -17,13 +17,14 @@ from pathlib import Path
 
 from pause_ray.errors import CheckpointError, StorageError
 from pause_ray.spec import JsonObject
-from pause_ray.storage import MANIFEST, is_complete, read_json, write_json
+from pause_ray.storage import MANIFEST, file_sha256, is_complete, read_json, space_errors, write_json, write_text
 from pause_ray.text.tokens import MarkerToken
 
-FORMAT = 1
+FORMAT = 2
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINING_LOG = "training.jsonl"
+DOCUMENTS = "documents.json"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 """Copied where the base model has them, so that the folder works as a tokenizer folder."""
@@ -101,6 +102,11 @@ class Checkpoint:
                 "use the pauses it was trained with, or train again"
             )
 
+    @property
+    def document_digests(self) -> frozenset[str]:
+        """Of the documents it was trained on, as ``ShardSet.document_digests`` has them."""
+        return frozenset(read_json(self.folder / DOCUMENTS)["digests"])
+
     def losses(self) -> list[JsonObject]:
         """The rows of training.jsonl by step: ``step`` (from 1), ``loss`` in nats, ``learning_rate``, ``tokens``, ``seconds`` and so on."""
         return read_training_log(self.folder / TRAINING_LOG)
@@ -121,10 +127,12 @@ def copy_tokenizer(model_dir: Path, folder: Path, *, marker: MarkerToken | None)
 
     Raises:
         CheckpointError: the tokenizer would give the added marker another id than the one that was trained.
+        StorageError: disk full or not writable.
     """
-    for name in (TOKENIZER, *TOKENIZER_COMPANIONS):
-        if (model_dir / name).is_file():
-            shutil.copyfile(model_dir / name, folder / name)
+    with space_errors(folder):
+        for name in (TOKENIZER, *TOKENIZER_COMPANIONS):
+            if (model_dir / name).is_file():
+                shutil.copyfile(model_dir / name, folder / name)
     if marker is None or not marker.added:
         return
     import tokenizers
@@ -137,10 +145,18 @@ def copy_tokenizer(model_dir: Path, folder: Path, *, marker: MarkerToken | None)
             f"{model_dir / TOKENIZER}: gives the marker {marker.text!r} the id {token_id}, trained was {marker.token_id}; "
             "use token: reserved with an entry the vocabulary already has"
         )
-    (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    write_text(folder / TOKENIZER, tokenizer.to_str(pretty=True))
 
 
-def seal(folder: Path, *, base_digest: str, tokenizer_digest: str, marker: MarkerToken | None, spec: JsonObject) -> None:
+def seal(
+    folder: Path,
+    *,
+    base_digest: str,
+    tokenizer_digest: str,
+    marker: MarkerToken | None,
+    spec: JsonObject,
+    document_digests: frozenset[str],
+) -> None:
     """Write the manifest, which makes ``folder`` a checkpoint; every other file must be there.
 
     Raises:
@@ -151,6 +167,7 @@ def seal(folder: Path, *, base_digest: str, tokenizer_digest: str, marker: Marke
     log = read_training_log(folder / TRAINING_LOG)
     if missing or not log:
         raise CheckpointError(f"{folder}: training left no {', '.join(missing) or 'step'}; run it again")
+    write_json(folder / DOCUMENTS, {"digests": sorted(document_digests)})
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
     write_json(
         folder / MANIFEST,
@@ -168,5 +185,4 @@ def seal(folder: Path, *, base_digest: str, tokenizer_digest: str, marker: Marke
 
 
 def _fingerprint(path: Path) -> JsonObject:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

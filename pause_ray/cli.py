@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,11 +22,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pause_ray import __version__
-from pause_ray.errors import TrackingError, UserError
+from pause_ray.errors import SpecError, StorageError, TrackingError, UserError
 from pause_ray.spec import JsonObject, parse_assignments, read_yaml
 from pause_ray.storage import Storage
 from pause_ray.sweep.spec import PlannedTrial, SweepSpec, expand, read_sweep
-from pause_ray.trial.spec import read_trial, sparse_trial
+from pause_ray.trial.spec import TrialSpec, read_trial, sparse_trial
 
 if TYPE_CHECKING:
     from pause_ray.tracking import LoggedSweep
@@ -38,7 +39,11 @@ app = typer.Typer(
     help="Find out whether, where and at what price pause-tuning helps a long-context model.",
 )
 out = Console()
+"""Results."""
 err = Console(stderr=True)
+"""Progress, warnings and errors: one console for all three, so that a message does not tear a progress bar."""
+
+DEFAULT_STORAGE = "runs"
 
 SpecFile = Annotated[Path, typer.Argument(help="YAML file of a sweep, or of a single trial", show_default=False)]
 Sets = Annotated[
@@ -55,7 +60,7 @@ def check(
     set_: Sets = None,
     as_json: AsJson = False,
     resolve: Annotated[bool, typer.Option("--resolve", help="Also fetch the models and texts, and check lengths and markers.")] = False,
-    storage: StorageRoot = "runs",
+    storage: StorageRoot = DEFAULT_STORAGE,
 ) -> None:
     """Check a file and list its trials, without starting anything.
 
@@ -77,7 +82,7 @@ def check(
 
 
 @app.command()
-def corpus(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: StorageRoot = "runs") -> None:
+def corpus(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: StorageRoot = DEFAULT_STORAGE) -> None:
     """Write the training rows of a trial and print what is in them.
 
     Example: `pause-ray corpus sweeps/quickstart.yaml --set pauses.every=2`
@@ -101,7 +106,7 @@ def corpus(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: 
 
 
 @app.command()
-def train(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: StorageRoot = "runs") -> None:
+def train(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: StorageRoot = DEFAULT_STORAGE) -> None:
     """Fine-tune the model of one trial and print where its adapter is.
 
     Example: `pause-ray train sweeps/quickstart.yaml --set train.lora.rank=8`
@@ -124,9 +129,17 @@ def train(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: S
         return
     out.print(f"loss {checkpoint.losses()[0]['loss']:.4f} → {checkpoint.final_loss:.4f} in {checkpoint.num_steps} steps", highlight=False)
     out.print(f"adapter: {checkpoint.folder}", highlight=False)
-    out.print(
-        f"next: pause-ray eval eval/suites/single.yaml --model {trial.spec.model.source} --adapter {checkpoint.folder}", highlight=False
-    )
+    out.print(f"next: {_scoring_command(trial.spec, checkpoint.folder)}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _scoring_command(spec: TrialSpec, adapter: Path) -> str:
+    """The command that scores an adapter as it was trained: on its model, with its pauses."""
+    command = [_program("pause-ray"), "eval", "eval/suites/single.yaml", "--model", spec.model.source, "--adapter", str(adapter)]
+    if spec.model.sha256:
+        command += ["--set", f"model.sha256={spec.model.sha256}"]
+    if spec.pauses:
+        command += ["--set", f"pauses={json.dumps(spec.pauses.model_dump(mode='json', exclude_defaults=True))}"]
+    return shlex.join(command)
 
 
 @app.command("eval")
@@ -136,7 +149,7 @@ def evaluate(
     adapter: Annotated[str | None, typer.Option(help="Folder of a checkpoint to put on the model.")] = None,
     set_: Sets = None,
     as_json: AsJson = False,
-    storage: StorageRoot = "runs",
+    storage: StorageRoot = DEFAULT_STORAGE,
 ) -> None:
     """Score any model without training, with pauses or without.
 
@@ -145,17 +158,19 @@ def evaluate(
     """
     trial: JsonObject = {"model": {"source": model}, "adapter": adapter, "eval": str(suite.absolute())}
     data = sparse_trial(trial, parse_assignments(set_ or []), origin=suite)
+    if not isinstance(data["eval"], dict):
+        raise SpecError(f"--set eval={data['eval']}: expected the path of a suite's file")
     name = f"eval-{data['eval'].get('name', 'suite')}"
     _run(SweepSpec.parse({"name": name, "trial": data, "arm": "model"}, origin=str(suite)), storage=storage, as_json=as_json)
 
 
 @app.command()
-def sweep(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: StorageRoot = "runs") -> None:
+def sweep(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: StorageRoot = DEFAULT_STORAGE) -> None:
     """Run every trial of a sweep, then compare and report them. Running it again resumes it.
 
     Example: `pause-ray sweep sweeps/quickstart.yaml --set trial.train.steps=30`
 
-    On a cluster: `ray job submit --working-dir . -- pause-ray sweep sweeps/quickstart.yaml --storage /mnt/shared/runs`
+    On a cluster: `ray job submit --working-dir . -- python -m pause_ray sweep sweeps/quickstart.yaml --storage /mnt/shared/runs`
     """
     _run(read_sweep(spec, parse_assignments(set_ or [])), storage=storage, as_json=as_json)
 
@@ -164,7 +179,7 @@ def sweep(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: S
 def report(
     name: Annotated[str, typer.Argument(help="Folder of a sweep, or its name under the storage root", show_default=False)],
     log: Annotated[bool, typer.Option("--log", help="Also send to MLflow what is missing there.")] = False,
-    storage: StorageRoot = "runs",
+    storage: StorageRoot = DEFAULT_STORAGE,
 ) -> None:
     """Write the report of a sweep again from its ledgers, finished or not.
 
@@ -190,7 +205,7 @@ def _run(spec: SweepSpec, *, storage: str, as_json: bool) -> None:
     root = Storage.open(storage)
     tracker = _Tracker(root)
     command = shlex.join(["pause-ray", *sys.argv[1:]])
-    outcome = run_sweep(spec, storage=root, console=err if as_json else out, command=command, after_trial=tracker.log)
+    outcome = run_sweep(spec, storage=root, console=err, command=command, after_trial=tracker.log)
     path = write_report(outcome.folder, root)
     tracker.log(outcome.folder)
     if as_json:
@@ -222,7 +237,7 @@ class _Tracker:
 
         try:
             self.logged = log_sweep(folder, self._storage)
-        except TrackingError as error:
+        except (TrackingError, StorageError) as error:  # a damaged ledger of one trial must not stop the others
             self.logged = None
             if not self._warned:
                 err.print(f"[yellow]{escape(str(error))}[/]", highlight=False)
@@ -274,19 +289,29 @@ def _sweep_folder(name: str, storage: Storage) -> Path:
 def _say_what_next(folder: Path, path: Path, storage: Storage, logged: LoggedSweep | None) -> None:
     from pause_ray.tracking import tracking_uri, without_secrets
 
+    pause_ray = _program("pause-ray")
+    where = "" if storage.root == Path(DEFAULT_STORAGE).absolute() else f" --storage {shlex.quote(str(storage.root))}"
     lines = [f"\nreport      {path}"]
     if logged is None:
-        lines.append(f"to MLflow   pause-ray report {folder.name} --log   (what it could not take is on storage)")
+        lines.append(f"to MLflow   {pause_ray} report {folder.name} --log{where}   (what it could not take is on storage)")
     else:
         uri = without_secrets(tracking_uri(storage))
         page = f"#/experiments/{logged.experiment_id}/runs"
-        local = [f"trials      mlflow ui --backend-store-uri {uri}", f"            then open http://127.0.0.1:5000/{page}"]
+        local = [f"trials      {_program('mlflow')} ui --backend-store-uri {uri}", f"            then open http://127.0.0.1:5000/{page}"]
         lines += [f"trials      {uri}/{page}"] if uri.startswith("http") else local
     changed = "--set trial.model.source=FOLDER_OR_HUB_ID --set trial.model.sha256=null"
-    lines.append(f"your model  pause-ray sweep sweeps/quickstart.yaml {changed}")
-    lines.append("any model   pause-ray eval eval/suites/single.yaml --model FOLDER_OR_HUB_ID")
+    lines.append(f"your model  {pause_ray} sweep sweeps/quickstart.yaml {changed}{where}")
+    lines.append(f"any model   {pause_ray} eval eval/suites/single.yaml --model FOLDER_OR_HUB_ID{where}")
     for line in lines:
         out.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _program(name: str) -> str:
+    """How to call a program of this environment: by its name if the shell finds it, else by its path."""
+    if shutil.which(name):
+        return name
+    path = Path(sys.executable).parent / name
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _version(wanted: bool) -> None:
@@ -299,6 +324,8 @@ def _version(wanted: bool) -> None:
 def _global(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False,
 ) -> None:
+    logging.getLogger("pause_ray").setLevel(logging.INFO)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries are not news; what came of them is said by who asked
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=err, show_time=False, show_path=False)])
 
 

@@ -1,10 +1,11 @@
 """How well an arm answers and how two arms differ, with the uncertainty. Pure numpy on ledger rows; knows no file and no model.
 
 Two questions are kept apart. *On these questions*: would other cells of the same kind show the difference too? *On new
-haystacks and wordings*: would other replicates? The second needs replicates, and six of them before resampling them can
-say anything at 95 %: over R replicates a percentile interval reaches at most from the smallest to the largest, which
-covers the middle with probability 1 - 2^(1-R) (75 % for three), and a sign-flip test cannot give less than p = 2^(1-R).
-Unscored cells are counted and never averaged.
+haystacks and wordings*: would other replicates? From two replicates on, intervals answer the second, by Student's t over
+the replicates' means: resampling R replicates reaches at most from the smallest to the largest and covers too little
+below some thirty. A sign-flip test over R replicates cannot give less than p = 2^(1-R), so it flips them only where that,
+corrected for the number of comparisons, can be significant; else it flips cells averaged over replicates.
+Unscored cells are counted and never averaged; cells that are one and the same prompt count once.
 """
 
 from __future__ import annotations
@@ -12,32 +13,36 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pause_ray.needle.ledger import CellResult
 
-LEVEL = 0.95
-BOOTSTRAP_DRAWS = 10_000
+SIGNIFICANT = 0.05
+"""A p below this, after correction, counts as more than chance."""
 FLIP_DRAWS = 10_000
 EXACT_FLIPS = 12
 """Up to this many differences all 2^n sign patterns are tried; beyond it, ``FLIP_DRAWS`` random ones."""
-ENOUGH_REPLICATES = 6
-"""Replicates from which on replicates are resampled; see above."""
 SEED = 20250228
 MIDDLE_PERCENT = (25.0, 75.0)
 """Depths that count as the middle of a context, ends included; all others are its edges."""
 Z_95 = 1.959964
-T_95 = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764}
-"""Two-sided 95 % quantiles of Student's t by degrees of freedom, for two to five replicates."""
+T_95 = (
+    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
+    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
+    *(2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423),
+)
+"""Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom."""
+EQUAL = 1e-12
+"""Means closer than this differ by rounding only."""
 
 Unit = Literal["cells", "replicates"]
 Key = TypeVar("Key", int, float)
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class Summary:
 
     num_cells: int
     num_scored: int
+    num_repeated: int
+    """Scored cells that are the same prompt as another (depths so close that the needle lands at one sentence): in no mean twice."""
     num_replicates: int
     grand_mean: float | None
     interval: Interval | None
@@ -71,9 +78,9 @@ class Summary:
     middle_mean: float | None
     edge_mean: float | None
     exact_recall: float | None
-    """Share of the scored cells with all keywords (score 1)."""
+    """Share of the scored prompts with all keywords (score 1)."""
     exact_interval: Interval | None
-    """Wilson's; takes the cells as independent."""
+    """Wilson's; takes the prompts as independent."""
     prompt_overhead_percent: float
     """Prompt tokens beyond the asked context lengths, in percent of those: what pauses cost under ``budget: content``."""
     pauses_per_prompt: float
@@ -98,13 +105,16 @@ class Comparison:
     """Arm A minus arm B on the questions that both answered."""
 
     num_pairs: int
+    """Questions that both answered; the same prompt at several depths is one."""
     num_unpaired: int
     """Cells of either arm without a scored counterpart; left out."""
     num_replicates: int
     difference: float
     """Mean of the paired differences."""
     interval: Interval | None
-    """Of the difference; None with fewer than two pairs."""
+    """Of the difference; None with fewer than two pairs. Never of zero width."""
+    flat: bool
+    """All replicates differ by the same, so their spread says nothing and the interval speaks of cells."""
     p: float
     """Two-sided sign-flip test of no difference."""
     p_unit: Unit
@@ -121,25 +131,27 @@ class Comparison:
 def summarize(rows: Sequence[CellResult]) -> Summary:
     """Means, intervals and costs of one arm's rows (at least one).
 
-    The interval of the mean is Wilson's with one replicate, Student's t over the replicates' means with two to five, and a
-    percentile bootstrap (Efron & Tibshirani 1993, ch. 13) over replicates with six or more.
+    The interval of the mean is Wilson's with one replicate, or where all replicates have the same mean (then over cells
+    averaged over replicates), else Student's t over the replicates' means.
     """
     scored = [(row, row.score) for row in rows if row.score is not None]
-    scores = [score for _, score in scored]
-    exact = sum(score == 1 for score in scores)
+    prompts = _merged((row.replicate, row.task, row.context_tokens, row.needle_token, (row, score)) for row, score in scored)
+    exact = math.fsum(fmean(score == 1 for _, score in its) for its in prompts)
+    scores = [(its[0][0], fmean(score for _, score in its)) for its in prompts]
     asked = sum(row.context_tokens for row in rows)
     return Summary(
         num_cells=len(rows),
         num_scored=len(scored),
+        num_repeated=len(scored) - len(prompts),
         num_replicates=len({row.replicate for row in rows}),
-        grand_mean=_mean(scores),
-        interval=_mean_interval(_grouped((row.replicate, score) for row, score in scored)),
-        mean_by_length=_means((row.context_tokens, score) for row, score in scored),
+        grand_mean=_mean([score for _, score in scores]),
+        interval=_mean_interval(scores),
+        mean_by_length=_means((row.context_tokens, score) for row, score in scores),
         mean_by_depth=_means((row.depth_percent, score) for row, score in scored),
         middle_mean=_mean([score for row, score in scored if is_middle(row.depth_percent)]),
         edge_mean=_mean([score for row, score in scored if not is_middle(row.depth_percent)]),
-        exact_recall=exact / len(scored) if scored else None,
-        exact_interval=wilson(exact, len(scored)) if scored else None,
+        exact_recall=exact / len(prompts) if prompts else None,
+        exact_interval=wilson(exact, len(prompts)) if prompts else None,
         prompt_overhead_percent=100 * (sum(row.prompt_tokens for row in rows) / asked - 1),
         pauses_per_prompt=fmean(row.num_pauses for row in rows),
         prefilled_tokens=sum(row.prefilled_tokens for row in rows),
@@ -148,33 +160,44 @@ def summarize(rows: Sequence[CellResult]) -> Summary:
     )
 
 
-def compare_arms(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult]) -> Comparison | None:
+def compare_arms(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult], *, num_comparisons: int = 1) -> Comparison | None:
     """Arm A minus arm B, paired by task, context length, depth and replicate; None when nothing pairs.
 
-    The interval of the paired differences is a percentile bootstrap over cells with one replicate, else as in ``summarize``.
+    The interval is Student's t: over the replicates' mean differences; with one replicate, or where all replicates differ by
+    the same, over the cells' differences (averaged over replicates) and one imagined pair each way, as Bonett & Price (2012)
+    do for paired proportions, so that few cells, or cells that all agree, claim no certainty that they do not have.
     p is a sign-flip test (Fisher 1935; exact up to 2^12 patterns, else Monte Carlo with the observed pattern counted, Phipson &
-    Smyth 2010): of the cells' differences, averaged over replicates, below six replicates; of the replicates' mean differences
-    from six on.
+    Smyth 2010): of the replicates' mean differences from ``enough_replicates`` on, below it of the cells' differences
+    averaged over replicates.
+
+    Args:
+        rows_a: One row per cell.
+        rows_b: One row per cell.
+        num_comparisons: In how many comparisons p will be corrected for.
     """
     pairs = _pairs(rows_a, rows_b)
-    scored = [(pair, pair.difference) for pair in pairs if pair.difference is not None]
+    scored = [pair for pair in pairs if pair.difference is not None]
     if not scored:
         return None
-    by_replicate = _grouped((pair.a.replicate, difference) for pair, difference in scored)
-    unit: Unit = "replicates" if len(by_replicate) >= ENOUGH_REPLICATES else "cells"
-    by_cell = _grouped(((pair.a.task, pair.a.context_tokens, pair.a.depth_percent), difference) for pair, difference in scored)
-    flipped = [fmean(values) for values in (by_replicate if unit == "replicates" else by_cell).values()]
+    prompts = _merged((its.a.replicate, its.a.task, its.a.context_tokens, (its.a.needle_token, its.b.needle_token), its) for its in scored)
+    differences = [(its[0].a, fmean(pair.difference or 0.0 for pair in its)) for its in prompts]
+    by_replicate = _averaged((row.replicate, difference) for row, difference in differences)
+    by_cell = _averaged((_place(row), difference) for row, difference in differences)
+    unit: Unit = "replicates" if len(by_replicate) >= enough_replicates(num_comparisons) else "cells"
+    flipped = by_replicate if unit == "replicates" else by_cell
+    over_replicates = _t_interval(by_replicate, least=-1.0, unit="replicates")
     return Comparison(
-        num_pairs=len(scored),
+        num_pairs=len(prompts),
         num_unpaired=len(rows_a) + len(rows_b) - 2 * len(scored),
         num_replicates=len(by_replicate),
-        difference=fmean(difference for _, difference in scored),
-        interval=_interval(by_replicate, least=-1.0),
+        difference=fmean(difference for _, difference in differences),
+        interval=None if len(prompts) < 2 else over_replicates or _t_interval([*by_cell, -1.0, 1.0], least=-1.0, unit="cells"),
+        flat=len(by_replicate) > 1 and over_replicates is None,
         p=sign_flip_p(flipped),
         p_unit=unit,
         least_p=least_p(len(flipped)),
-        relative_percent=_relative_percent([pair for pair, _ in scored]),
-        difference_by_length=_means((pair.a.context_tokens, difference) for pair, difference in scored),
+        relative_percent=_relative_percent([its[0] for its in prompts]),
+        difference_by_length=_means((row.context_tokens, difference) for row, difference in differences),
         warnings=tuple(_warnings(rows_a, rows_b, pairs)),
     )
 
@@ -210,6 +233,19 @@ def sign_flip_p(differences: Sequence[float]) -> float:
 def least_p(num_differences: int) -> float:
     """The smallest p that ``sign_flip_p`` can give: all differences have one sign."""
     return 2.0 ** (1 - num_differences) if num_differences <= EXACT_FLIPS else 1 / (1 + FLIP_DRAWS)
+
+
+def enough_replicates(num_comparisons: int) -> int:
+    """From how many replicates on flipping their signs can be significant after correction for ``num_comparisons``."""
+    return next((count for count in range(2, EXACT_FLIPS + 1) if least_p(count) * num_comparisons < SIGNIFICANT), EXACT_FLIPS + 1)
+
+
+def t_95(degrees_of_freedom: int) -> float:
+    """Two-sided 95 % quantile of Student's t; above 30 by the Cornish-Fisher expansion, right to four digits there."""
+    if degrees_of_freedom <= len(T_95):
+        return T_95[degrees_of_freedom - 1]
+    z, df = Z_95, degrees_of_freedom
+    return z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -264,53 +300,47 @@ def _warnings(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult], pairs:
         yield f"{different} of {len(pairs)} pairs were asked about different facts"
     elif any(a.seed != b.seed for a, b in pairs):
         yield "the two arms read different haystacks (their seeds differ)"
+    unequal = sum(a.content_tokens != b.content_tokens for a, b in pairs)
+    if unequal:
+        yield f"the arms did not read the same amount of text in {unequal} of {len(pairs)} pairs (their content_tokens differ)"
 
 
-def _mean_interval(groups: Mapping[Hashable, Sequence[float]]) -> Interval | None:
-    """Of scores from 0 to 1; ``groups``: replicate → scores. Resampling cells would see no doubt in an arm that is always right."""
-    if len(groups) == 1:
-        [scores] = groups.values()
-        return wilson(math.fsum(scores), len(scores))
-    return _interval(groups, least=0.0)
-
-
-def _interval(groups: Mapping[Hashable, Sequence[float]], *, least: float) -> Interval | None:
-    """95 % interval of the mean over all values, clipped to ``least`` to 1; ``groups``: replicate → values."""
-    values = [np.asarray(group, dtype=np.float64) for group in groups.values()]
-    if sum(map(len, values)) < 2:
+def _mean_interval(scores: Sequence[tuple[CellResult, float]]) -> Interval | None:
+    """Of scores from 0 to 1. Wilson where replicates show no spread: resampling sees no doubt in an arm that is always right."""
+    if not scores:
         return None
-    unit: Unit = "replicates" if len(values) > 1 else "cells"
-    if 1 < len(values) < ENOUGH_REPLICATES:
-        means = [float(group.mean()) for group in values]
-        half = T_95[len(means) - 1] * stdev(means) / math.sqrt(len(means))
-        low, high = fmean(means) - half, fmean(means) + half
-    else:
-        means_drawn = _draw_replicates(values) if len(values) > 1 else _draw_cells(values[0])
-        low, high = (float(edge) for edge in np.quantile(means_drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
-    return Interval(max(least, low), min(1.0, high), unit)
+    by_replicate = _averaged((row.replicate, score) for row, score in scores)
+    by_cell = _averaged((_place(row), score) for row, score in scores)
+    return _t_interval(by_replicate, least=0.0, unit="replicates") or wilson(math.fsum(by_cell), len(by_cell))
 
 
-def _draw_cells(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Means of ``BOOTSTRAP_DRAWS`` samples with replacement, in blocks so that long ledgers need little memory."""
-    random = np.random.default_rng(SEED)
-    return np.concatenate(
-        [values[random.integers(len(values), size=(500, len(values)))].mean(axis=1) for _ in range(BOOTSTRAP_DRAWS // 500)]
-    )
+def _t_interval(values: Sequence[float], *, least: float, unit: Unit) -> Interval | None:
+    """Student's 95 % interval of the mean, clipped to ``least`` to 1; None where the values show no spread."""
+    if len(values) < 2 or max(values) - min(values) < EQUAL:
+        return None
+    half = t_95(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return Interval(max(least, fmean(values) - half), min(1.0, fmean(values) + half), unit)
 
 
-def _draw_replicates(groups: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Means over all cells of as many replicates, drawn with replacement."""
-    drawn = np.random.default_rng(SEED).integers(len(groups), size=(BOOTSTRAP_DRAWS, len(groups)))
-    sums, sizes = np.array([group.sum() for group in groups]), np.array([len(group) for group in groups])
-    means: NDArray[np.float64] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
-    return means
+def _place(row: CellResult) -> Hashable:
+    """The cell that a row's replicates have in common."""
+    return row.task, row.context_tokens, row.depth_percent
 
 
-def _grouped(items: Iterable[tuple[Hashable, float]]) -> dict[Hashable, list[float]]:
+def _merged(items: Iterable[tuple[Hashable, Hashable, Hashable, Hashable, Item]]) -> list[list[Item]]:
+    """Items that agree in all but the last place: the same prompt asked under several depths."""
+    groups: defaultdict[Hashable, list[Item]] = defaultdict(list)
+    for *key, item in items:
+        groups[tuple(key)].append(item)
+    return list(groups.values())
+
+
+def _averaged(items: Iterable[tuple[Hashable, float]]) -> list[float]:
+    """The mean of the values under each key."""
     groups: defaultdict[Hashable, list[float]] = defaultdict(list)
     for key, value in items:
         groups[key].append(value)
-    return dict(groups)
+    return [fmean(values) for values in groups.values()]
 
 
 def _means(items: Iterable[tuple[Key, float]]) -> dict[Key, float]:

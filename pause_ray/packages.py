@@ -5,7 +5,6 @@ pip does the talking, so the user's own index, proxy and certificates apply.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 import re
@@ -15,19 +14,13 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 from pause_ray.errors import SourceError, StorageError
-from pause_ray.storage import MANIFEST, building, exclusive, is_complete, lock_of, read_json, space_errors, write_json
+from pause_ray.storage import MANIFEST, building, exclusive, file_sha256, is_complete, lock_of, read_json, space_errors, write_json
 
 log = logging.getLogger("pause_ray")
 
 PREFIX = "pypi:"
 _PINNED = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([A-Za-z0-9][A-Za-z0-9.!+_-]*)")
 _UNREACHABLE = ("connection broken", "newconnectionerror", "nameresolutionerror", "connecttimeout", "readtimeout", "proxyerror", "sslerror")
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, as 64 hexadecimal characters."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parse_package_source(source: str) -> tuple[str, str]:

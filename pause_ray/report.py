@@ -1,7 +1,7 @@
 """The report of a sweep: one HTML file without outside references, figures for papers, a CSV, a table for the terminal.
 
-Lays out what ``results`` found and ``figures`` drew. Reads storage only, so it can be written again at any time, for a
-sweep that is still running too.
+Lays out what ``results`` computed, ``findings`` said and ``figures`` drew. Reads storage only, so it can be written again
+at any time, for a sweep that is still running too.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pause_ray import figures
-from pause_ray.compare import Interval
+from pause_ray.compare import Interval, enough_replicates
+from pause_ray.findings import headline, interval_words, notes, p_words
 from pause_ray.needle.ledger import CellResult
-from pause_ray.results import Condition, SweepResults, headline, interval_words, notes, p_words, read_results
+from pause_ray.results import Condition, Contrast, SweepResults, read_results
 from pause_ray.spec import JsonObject
 from pause_ray.storage import Storage, space_errors, write_text
 
@@ -59,6 +60,7 @@ def write_report(sweep_folder: Path, storage: Storage) -> Path:
 def table(sweep_folder: Path, storage: Storage) -> Table:
     """The arms as a table for the terminal (80 columns are enough), with the finding as its caption.
 
+    Differences are against the sweep's reference; rows named ``A vs B`` hold those against its control.
     ``n/s`` counts cells that could not be scored; bold arms differ from the reference by more than chance would explain.
 
     Raises:
@@ -76,11 +78,13 @@ def table(sweep_folder: Path, storage: Storage) -> Table:
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    shown.add_column("arm")
-    for column in ("score [95 %]", f"vs {results.reference_arm} [95 %]", "p", "exact", "n/s"):
-        shown.add_column(column, justify="right")
+    shown.add_column("arm", overflow="fold")
+    for column in ("score [95 %]", "difference [95 %]", "p", "exact", "n/s"):
+        shown.add_column(column, justify="right", no_wrap=True)
     for condition in results.conditions:
         shown.add_row(*_terminal_row(condition), style="bold" if condition.differs else None)
+    for contrast in results.control_contrasts:
+        shown.add_row(*_control_row(contrast), style="bold" if contrast.differs else None)
     return shown
 
 
@@ -155,6 +159,12 @@ def _terminal_row(condition: Condition) -> list[str]:
     ]
 
 
+def _control_row(contrast: Contrast) -> list[str]:
+    comparison = contrast.comparison
+    difference = f"{signed(contrast.difference)}{_bracketed(comparison.interval, signs=True)}"
+    return [f"{contrast.label} vs {contrast.other}", "", difference, p_words(comparison.p).removeprefix("= "), "", ""]
+
+
 def _bracketed(interval: Interval | None, *, signs: bool = False) -> str:
     """`` [0.44, 0.89]``, ready for a rich cell."""
     return "" if interval is None else rf" \[{_interval_words(interval, signs=signs).replace(' to ', ', ')}]"
@@ -185,13 +195,14 @@ def _draw(results: SweepResults) -> dict[str, Figure]:
 
 def _view(results: SweepResults, drawn: Mapping[str, str]) -> JsonObject:
     conditions = _reference_first(results.conditions)
-    bound = max((abs(edge) for condition in results.compared for edge in _reach(condition)), default=1.0)
+    bound = max((abs(edge) for contrast in [*results.contrasts, *results.control_contrasts] for edge in _reach(contrast)), default=1.0)
     return {
         "results": results,
         "headline": headline(results).replace(" -", f" {MINUS}"),
         "notes": notes(results),
         "conditions": conditions,
         "bound": max(0.1, bound),
+        "enough": enough_replicates(max(1, len(results.contrasts))),
         "facts": _facts(results),
         "figures": {name: _data_uri(svg) for name, svg in drawn.items()},
         "questions": _questions(results.scored),
@@ -293,7 +304,6 @@ def _cost(condition: Condition) -> JsonObject:
         "steps": len(steps),
         "training": sum(row.get("seconds", 0.0) for row in steps),
         "last_loss": [trial.training[-1]["loss"] for trial in condition.trials if trial.training],
-        "total": sum(trial.seconds.get("total", 0.0) for trial in condition.trials),
     }
 
 
@@ -319,7 +329,7 @@ def _csv(results: SweepResults) -> str:
 
 
 def _csv_row(condition: Condition) -> JsonObject:
-    summary, comparison = condition.summary, condition.comparison
+    summary = condition.summary
     row: JsonObject = {
         "arm": condition.arm,
         **condition.point,
@@ -330,6 +340,8 @@ def _csv_row(condition: Condition) -> JsonObject:
         row |= {
             "cells": summary.num_cells,
             "unscored": summary.num_unscored,
+            "repeated": summary.num_repeated,
+            "cut_off": sum(trial.num_cut_off for trial in condition.trials),
             "score": summary.grand_mean,
             **_edges("score", summary.interval),
             "exact_recall": summary.exact_recall,
@@ -343,28 +355,33 @@ def _csv_row(condition: Condition) -> JsonObject:
             "decoded_tokens": summary.decoded_tokens,
             "answering_seconds": summary.seconds,
         }
-    if comparison is not None:
-        row |= {
-            "compared_to": condition.compared_to,
-            "pairs": comparison.num_pairs,
-            "difference": comparison.difference,
-            **_edges("difference", comparison.interval),
-            "p": comparison.p,
-            "p_corrected": condition.corrected_p,
-            "relative_percent": comparison.relative_percent,
-        }
+    if condition.against_reference is not None:
+        row |= {"compared_to": condition.compared_to, **_contrast_columns(condition.against_reference)}
+    if condition.against_control is not None:
+        control = {f"control_{name}": value for name, value in _contrast_columns(condition.against_control).items()}
+        row |= {"control": condition.against_control.other, **control}
     return row
+
+
+def _contrast_columns(contrast: Contrast) -> JsonObject:
+    comparison = contrast.comparison
+    return {
+        "pairs": comparison.num_pairs,
+        "difference": comparison.difference,
+        **_edges("difference", comparison.interval),
+        "p": comparison.p,
+        "p_corrected": contrast.corrected_p,
+        "relative_percent": comparison.relative_percent,
+    }
 
 
 def _edges(name: str, interval: Interval | None) -> JsonObject:
     return {} if interval is None else {f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
-def _reach(condition: Condition) -> list[float]:
-    comparison = condition.comparison
-    if comparison is None:
-        return []
-    return [comparison.difference] if comparison.interval is None else [comparison.interval.low, comparison.interval.high]
+def _reach(contrast: Contrast) -> list[float]:
+    interval = contrast.comparison.interval
+    return [contrast.difference] if interval is None else [interval.low, interval.high]
 
 
 def _reference_first(conditions: Sequence[Condition]) -> list[Condition]:

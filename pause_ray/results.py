@@ -1,21 +1,23 @@
-"""A sweep read back from storage: its conditions, how each scored, how each differs from the reference, and that in plain words.
+"""A sweep read back from storage: its conditions, how each scored, how each differs from the reference and from the control.
 
-The one place that reads sweep and trial folders for people; the report, the figures and MLflow are views of what is here.
+The reference is the arm that all others are compared with. The control is an arm that was tuned without pauses: only
+against it does a difference of a pause-tuned arm say something about pauses and not about tuning.
+The one place that reads sweep and trial folders for people; findings, figures, the report and MLflow are views of what is here.
 Only finished trials count: a ledger that is still growing pairs with nothing yet. Draws nothing and writes nothing.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pause_ray.compare import ENOUGH_REPLICATES, Comparison, Interval, Summary, compare_arms, holm, summarize
+from pause_ray.compare import SIGNIFICANT, Comparison, Summary, compare_arms, holm, summarize
+from pause_ray.errors import StorageError
 from pause_ray.needle.ledger import CellResult, Ledger
 from pause_ray.spec import JsonObject
 from pause_ray.storage import MANIFEST, Storage, is_complete, read_json
-
-SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,22 @@ class TrialResult:
         return list(self.manifest.get("training") or ())
 
     @property
+    def is_trained(self) -> bool:
+        """Whether an adapter answers, not the base model alone."""
+        return bool(self.spec.get("train") or self.spec.get("adapter"))
+
+    @property
+    def has_pauses(self) -> bool:
+        """Whether its texts have pauses."""
+        return self.spec.get("pauses") is not None
+
+    @property
+    def num_cut_off(self) -> int:
+        """Answers that reached ``max_new_tokens`` without an end."""
+        most = (self.spec.get("eval") or {}).get("max_new_tokens")
+        return 0 if most is None else sum(row.decoded_tokens >= most for row in self.rows)
+
+    @property
     def overlaps(self) -> bool:
         """Whether it was trained on documents or facts that it is asked about."""
         return bool(self.manifest.get("evaluation_overlap"))
@@ -51,8 +69,32 @@ class TrialResult:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Stage → wall-clock seconds."""
+        """Stage → wall-clock seconds of the session that finished it; what an interrupted one took is not in them."""
         return dict(self.manifest.get("seconds") or {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """How one condition differs from another."""
+
+    label: str
+    """Of the condition."""
+    other: str
+    """Label of the condition that it is compared with."""
+    comparison: Comparison
+    corrected_p: float
+    """``comparison.p`` after Holm's correction for the contrasts of its kind: with the reference, or with the control."""
+
+    @property
+    def difference(self) -> float:
+        """Of mean scores; above zero: the condition is better than the other."""
+        return self.comparison.difference
+
+    @property
+    def differs(self) -> bool:
+        """Whether the difference is more than chance would explain, by interval and by corrected p."""
+        interval = self.comparison.interval
+        return interval is not None and interval.excludes_zero() and self.corrected_p < SIGNIFICANT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +113,10 @@ class Condition:
     """None until a trial has finished."""
     is_reference: bool
     """Belongs to the arm that the others are compared with."""
-    compared_to: str | None
-    """Label of the condition that this one is compared with."""
-    comparison: Comparison | None
-    corrected_p: float | None
-    """``comparison.p`` after Holm's correction for the number of comparisons in the sweep."""
+    against_reference: Contrast | None
+    """None for the reference itself, and until both have finished trials."""
+    against_control: Contrast | None
+    """Only for conditions tuned with pauses: what the pauses add beyond tuning."""
 
     @property
     def rows(self) -> list[CellResult]:
@@ -83,11 +124,29 @@ class Condition:
         return [row for trial in self.trials for row in trial.rows]
 
     @property
+    def compared_to(self) -> str | None:
+        """Label of the reference condition that this one is compared with."""
+        return self.against_reference.other if self.against_reference else None
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """With the reference."""
+        return self.against_reference.comparison if self.against_reference else None
+
+    @property
+    def corrected_p(self) -> float | None:
+        """Of the comparison with the reference."""
+        return self.against_reference.corrected_p if self.against_reference else None
+
+    @property
     def differs(self) -> bool:
-        """Whether the difference to the reference is more than chance would explain, by interval and by corrected p."""
-        if self.comparison is None or self.comparison.interval is None or self.corrected_p is None:
-            return False
-        return self.comparison.interval.excludes_zero() and self.corrected_p < SIGNIFICANT
+        """Whether the difference to the reference is more than chance would explain."""
+        return self.against_reference is not None and self.against_reference.differs
+
+    @property
+    def is_pause_tuned(self) -> bool:
+        """Whether it was trained and its texts have pauses; False until a trial has finished."""
+        return any(trial.is_trained and trial.has_pauses for trial in self.trials)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +159,8 @@ class SweepResults:
     description: JsonObject
     """``sweep.json``."""
     reference_arm: str
+    control_arm: str | None
+    """The arm tuned without pauses that pause-tuned ones are compared with; None where the sweep names none."""
     conditions: tuple[Condition, ...]
 
     @property
@@ -123,6 +184,16 @@ class SweepResults:
         return [condition for condition in self.conditions if condition.comparison is not None]
 
     @property
+    def contrasts(self) -> list[Contrast]:
+        """With the reference."""
+        return [condition.against_reference for condition in self.conditions if condition.against_reference]
+
+    @property
+    def control_contrasts(self) -> list[Contrast]:
+        """With the control."""
+        return [condition.against_control for condition in self.conditions if condition.against_control]
+
+    @property
     def progress(self) -> str:
         """``7 of 7 trials finished``."""
         return f"{len(self.trials)} of {self.num_planned} trials finished"
@@ -132,9 +203,10 @@ def read_results(sweep_folder: Path, storage: Storage) -> SweepResults:
     """Read a sweep's folder and the folders of its finished trials.
 
     Raises:
-        StorageError: a file is missing or damaged.
+        StorageError: a file is missing or damaged, or a ledger does not have the cells that its manifest says.
     """
     sweep = read_json(sweep_folder / "sweep.json")
+    control = sweep.get("control")
     planned: dict[str, list[JsonObject]] = {}
     for entry in sweep["trials"]:
         planned.setdefault(_label(entry, sweep["trials"]), []).append(entry)
@@ -142,26 +214,30 @@ def read_results(sweep_folder: Path, storage: Storage) -> SweepResults:
         label: tuple(_read_trial(entry, storage) for entry in entries if is_complete(storage.trials / entry["digest"]))
         for label, entries in planned.items()
     }
-    references = {label: entries[0]["point"] for label, entries in planned.items() if entries[0]["arm"] == sweep["compare_to"]}
-    comparisons: dict[str, tuple[str, Comparison]] = {}
-    for label, entries in planned.items():
-        counterpart = None if label in references else _counterpart(entries[0]["point"], references)
-        comparison = compare_arms(_rows(finished[label]), _rows(finished[counterpart])) if counterpart else None
-        if counterpart and comparison:
-            comparisons[label] = (counterpart, comparison)
-    corrected = dict(zip(comparisons, holm([comparison.p for _, comparison in comparisons.values()]), strict=True))
+    points = {label: entries[0]["point"] for label, entries in planned.items()}
+    arms = {label: entries[0]["arm"] for label, entries in planned.items()}
+    references = {label: point for label, point in points.items() if arms[label] == sweep["compare_to"]}
+    controls = {label: point for label, point in points.items() if arms[label] == control and control != sweep["compare_to"]}
+    others = {label: point for label, point in points.items() if label not in references}
+    paused = {
+        label: point
+        for label, point in points.items()
+        if label not in controls and any(trial.is_trained and trial.has_pauses for trial in finished[label])
+    }
+    rows = {label: [row for trial in trials for row in trial.rows] for label, trials in finished.items()}
+    with_reference = _contrasts(others, references, rows)
+    with_control = _contrasts(paused, controls, rows)
     conditions = tuple(
         Condition(
-            arm=entries[0]["arm"],
-            point=entries[0]["point"],
+            arm=arms[label],
+            point=points[label],
             label=label,
             num_planned=len(entries),
             trials=finished[label],
-            summary=summarize(_rows(finished[label])) if finished[label] else None,
+            summary=summarize(rows[label]) if rows[label] else None,
             is_reference=label in references,
-            compared_to=comparisons[label][0] if label in comparisons else None,
-            comparison=comparisons[label][1] if label in comparisons else None,
-            corrected_p=corrected.get(label),
+            against_reference=with_reference.get(label),
+            against_control=with_control.get(label),
         )
         for label, entries in planned.items()
     )
@@ -171,130 +247,29 @@ def read_results(sweep_folder: Path, storage: Storage) -> SweepResults:
         digest=sweep["digest"],
         description=sweep,
         reference_arm=sweep["compare_to"],
+        control_arm=control,
         conditions=conditions,
     )
 
 
-def headline(results: SweepResults) -> str:
-    """What came out, in one sentence that claims no more than the data hold."""
-    if not results.scored:
-        return "No trial has finished yet, so nothing can be said."
-    if not results.compared:
-        best = max(results.scored, key=_mean_score)
-        return f"{best.label} has a mean score of {_mean_score(best):.2f}; there is nothing yet to compare it with."
-    leader = max(results.compared, key=_difference)
-    found = [condition for condition in results.compared if condition.differs]
-    among = f", the best of {len(results.compared)} arms," if len(results.compared) > 1 else ""
-    measured = _measured(leader)
-    difference = _difference(leader)
-    if leader.differs and difference > 0:
-        return f"{leader.label}{among} scored {difference:.2f} higher than {leader.compared_to} {measured}: more than chance would explain."
-    if difference <= 0:
-        start = f"No arm scored higher than {leader.compared_to}: the closest, {leader.label}, differs by {difference:+.2f} {measured}"
-    else:
-        start = f"No arm is better than {leader.compared_to} beyond chance: {leader.label}{among} scored {difference:.2f} higher {measured}"
-    if found:
-        return f"{start}; {_listed([condition.label for condition in found])} scored lower than chance would explain."
-    return f"{start}. This sweep cannot tell the arms apart."
-
-
-def notes(results: SweepResults) -> list[str]:
-    """What a reader must know before believing the numbers, most important first."""
-    found: list[str] = []
-    if len(results.trials) < results.num_planned:
-        waiting = [condition.label for condition in results.conditions if len(condition.trials) < condition.num_planned]
-        found.append(f"Unfinished: {results.progress}. Missing in whole or in part: {_listed(waiting)}.")
-    for condition in results.compared:
-        warnings = condition.comparison.warnings if condition.comparison else ()
-        found += [f"{condition.label} against {condition.compared_to}: {text}." for text in warnings]
-    found += _replicate_notes(results)
-    if len(results.compared) > 1:
-        found.append(
-            f"{len(results.compared)} arms are compared with {results.reference_arm}. The best of many looks better than it is: "
-            "read the corrected p, and test the winner again on fresh replicates."
-        )
-    found += _power_notes(results)
-    found += _missing_notes(results)
-    if any(condition.is_reference for condition in results.scored):
-        alone = [condition.label for condition in results.scored if not condition.is_reference and condition.comparison is None]
-        if alone:
-            found.append(f"Without one counterpart in {results.reference_arm}, and so not compared: {_listed(alone)}.")
-    overlapping = [condition.label for condition in results.scored if any(trial.overlaps for trial in condition.trials)]
-    if overlapping:
-        found.append(f"Training text overlaps with the evaluation, as the spec permits; not a fair test: {_listed(overlapping)}.")
-    return found
-
-
-def interval_words(interval: Interval, *, signed: bool = False) -> str:
-    """``+0.02 to +0.31``."""
-    return f"{interval.low:+.2f} to {interval.high:+.2f}" if signed else f"{interval.low:.2f} to {interval.high:.2f}"
-
-
-def _replicate_notes(results: SweepResults) -> list[str]:
-    replicates = max((condition.summary.num_replicates for condition in results.scored if condition.summary), default=0)
-    if replicates == 1:
-        return [
-            "One replicate: one wording of the fact and one order of the haystack. Intervals and p values speak of other cells of "
-            f"this haystack, not of other texts, wordings or training seeds; set replicates to {ENOUGH_REPLICATES} or more for that."
-        ]
-    if 1 < replicates < ENOUGH_REPLICATES:
-        return [
-            f"{replicates} replicates: intervals are Student's t over the replicates, and therefore wide. p values flip the signs of "
-            f"cells averaged over the replicates: flipping {replicates} replicates could not give less than {2.0 ** (1 - replicates):.2g}. "
-            f"From {ENOUGH_REPLICATES} replicates on, both resample replicates."
-        ]
-    return []
-
-
-def _power_notes(results: SweepResults) -> list[str]:
-    """Where the numbers cannot say what they seem to say."""
-    found = []
-    compared = [(condition.label, condition.comparison) for condition in results.compared if condition.comparison]
-    blunt = {comparison.least_p for _, comparison in compared if comparison.least_p * len(compared) >= SIGNIFICANT}
-    if blunt:
-        found.append(
-            f"With so few differences p cannot be less than {max(blunt):.2g}, and {min(1.0, max(blunt) * len(compared)):.2g} after "
-            "correction: no effect, however large, could be shown. Take more lengths, depths and replicates, or fewer arms."
-        )
-    at_odds = [label for label, its in compared if its.interval and its.interval.excludes_zero() and its.p >= SIGNIFICANT]
-    if at_odds:
-        found.append(
-            f"The interval excludes zero but p is {SIGNIFICANT} or more: {_listed(at_odds)}. With few data an interval comes out too "
-            "narrow now and then; take the more cautious of the two."
-        )
-    flat = [
-        condition.label
-        for condition in results.scored
-        if (interval := condition.summary and condition.summary.interval) and interval.low == interval.high
-    ]
-    if flat:
-        found.append(
-            f"All replicates have the same mean, so their spread says nothing: {_listed(flat)}. Read the interval of exact recall instead."
-        )
-    return found
-
-
-def _missing_notes(results: SweepResults) -> list[str]:
-    """Cells that are in no mean or in no comparison."""
-    found = []
-    unscored = [
-        (condition.label, condition.summary) for condition in results.scored if condition.summary and condition.summary.num_unscored
-    ]
-    if unscored:
-        listed = _listed([f"{label} {summary.num_unscored} of {summary.num_cells}" for label, summary in unscored])
-        reasons = Counter(row.unscored_reason for condition in results.scored for row in condition.rows if row.score is None)
-        why = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
-        found.append(f"Cells that could not be scored are in no mean: {listed}. Reasons: {why}.")
-    unpaired = [(condition.label, condition.comparison.num_unpaired) for condition in results.compared if condition.comparison]
-    listed = _listed([f"{label} {count}" for label, count in unpaired if count])
-    if listed:
-        found.append(f"Cells of the two arms without a scored counterpart are not compared: {listed}.")
-    return found
+def _contrasts(
+    points: Mapping[str, JsonObject], others: Mapping[str, JsonObject], rows: Mapping[str, list[CellResult]]
+) -> dict[str, Contrast]:
+    """Label → its contrast with its counterpart among ``others``; without those that have none or nothing to pair."""
+    counterparts = {label: _counterpart(point, others) for label, point in points.items()}
+    wanted = {label: other for label, other in counterparts.items() if other and rows[label] and rows[other]}
+    found = {label: compare_arms(rows[label], rows[other], num_comparisons=len(wanted)) for label, other in wanted.items()}
+    comparisons = {label: comparison for label, comparison in found.items() if comparison is not None}
+    corrected = holm([comparison.p for comparison in comparisons.values()])
+    return {
+        label: Contrast(label=label, other=wanted[label], comparison=comparison, corrected_p=p)
+        for (label, comparison), p in zip(comparisons.items(), corrected, strict=True)
+    }
 
 
 def _read_trial(entry: JsonObject, storage: Storage) -> TrialResult:
     folder = storage.trials / entry["digest"]
-    return TrialResult(
+    trial = TrialResult(
         digest=entry["digest"],
         arm=entry["arm"],
         point=entry["point"],
@@ -305,10 +280,15 @@ def _read_trial(entry: JsonObject, storage: Storage) -> TrialResult:
         manifest=read_json(folder / MANIFEST),
         rows=tuple(Ledger(folder / "cells.jsonl").rows()),
     )
-
-
-def _rows(trials: tuple[TrialResult, ...]) -> list[CellResult]:
-    return [row for trial in trials for row in trial.rows]
+    found, expected = len(trial.rows), trial.manifest["num_cells"]
+    if found != expected:
+        remedy = (
+            f"remove {MANIFEST} and run the sweep again: only the missing cells are asked"
+            if found < expected
+            else ("remove the folder and run the sweep again: its cells are asked anew")
+        )
+        raise StorageError(f"{folder}: cells.jsonl has {found} cells and {MANIFEST} says {expected}; {remedy}")
+    return trial
 
 
 def _label(entry: JsonObject, entries: list[JsonObject]) -> str:
@@ -318,37 +298,7 @@ def _label(entry: JsonObject, entries: list[JsonObject]) -> str:
     return " ".join([entry["arm"], *(f"{short[path]}={value}" for path, value in entry["point"].items())])
 
 
-def _counterpart(point: JsonObject, references: dict[str, JsonObject]) -> str | None:
-    """The reference condition that agrees with ``point`` on every path that both have, if it is the only one."""
-    agreeing = [label for label, other in references.items() if all(other[path] == point[path] for path in other.keys() & point.keys())]
+def _counterpart(point: JsonObject, others: Mapping[str, JsonObject]) -> str | None:
+    """The one of ``others`` that agrees with ``point`` on every path that both have, if there is just one."""
+    agreeing = [label for label, other in others.items() if all(other[path] == point[path] for path in other.keys() & point.keys())]
     return agreeing[0] if len(agreeing) == 1 else None
-
-
-def _mean_score(condition: Condition) -> float:
-    summary = condition.summary
-    return -1.0 if summary is None or summary.grand_mean is None else summary.grand_mean
-
-
-def _difference(condition: Condition) -> float:
-    return -2.0 if condition.comparison is None else condition.comparison.difference
-
-
-def _measured(condition: Condition) -> str:
-    """``on the same 9 questions (95 % interval -0.10 to +0.30, p = 0.25, corrected 1.00)``."""
-    comparison = condition.comparison
-    if comparison is None:
-        return ""
-    details = [f"95 % interval {interval_words(comparison.interval, signed=True)}"] if comparison.interval else []
-    details.append(f"p {p_words(comparison.p)}")
-    if condition.corrected_p is not None and condition.corrected_p != comparison.p:
-        details.append(f"corrected {p_words(condition.corrected_p).removeprefix('= ')}")
-    return f"on the same {comparison.num_pairs} questions ({', '.join(details)})"
-
-
-def p_words(p: float) -> str:
-    """``= 0.031``, ``< 0.001``."""
-    return "< 0.001" if p < 0.001 else f"= {p:.3f}" if p < 0.1 else f"= {p:.2f}"
-
-
-def _listed(names: list[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)

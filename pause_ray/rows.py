@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import hashlib
 import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pause_ray.errors import SourceError
-from pause_ray.storage import MANIFEST, is_complete, read_json, space_errors, write_json
+from pause_ray.storage import MANIFEST, file_sha256, is_complete, read_json, space_errors, write_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -128,8 +127,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def file_entry(path: Path) -> dict[str, Any]:
     """What a manifest says of one file: name, size and digest."""
-    with path.open("rb") as file:
-        return {"file": path.name, "bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def seal(folder: Path, *, shards: Sequence[Path], manifest: Mapping[str, Any]) -> None:

@@ -141,14 +141,22 @@ def with_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> Jso
     """A copy of sparse ``data`` with each dotted path set; ``None`` at a path replaces the whole branch by null."""
     result: JsonObject = json.loads(json.dumps(data))
     for path, value in overrides.items():
-        *branches, leaf = path.split(".")
-        place = result
-        for branch in branches:
-            if not isinstance(place.get(branch), dict):
-                place[branch] = {}
-            place = place[branch]
-        place[leaf] = value
+        place, key, rest = result, *_longest_key(result, path)
+        while rest:
+            if not isinstance(place.get(key), dict):
+                place[key] = {}
+            place = place[key]
+            key, rest = _longest_key(place, rest)
+        place[key] = value
     return result
+
+
+def _longest_key(place: Mapping[str, Any], path: str) -> tuple[str, str]:
+    """The first key of ``path`` and what is left of it; a key of ``place`` may itself be dotted, such as a searched path."""
+    parts = path.split(".")
+    known = (end for end in range(len(parts), 0, -1) if ".".join(parts[:end]) in place)
+    end = next(known, 1)
+    return ".".join(parts[:end]), ".".join(parts[end:])
 
 
 def parse_assignments(assignments: list[str]) -> JsonObject:

@@ -1,8 +1,8 @@
 """Folders that exist completely or not at all, locks, and atomic files under one storage root.
 
 Every step writes into a scratch folder and is renamed when its ``manifest.json`` is there, so a folder without a
-manifest does not exist. The root is a local or mounted path that every node of a cluster sees (NFS, EFS, Filestore,
-a mounted bucket); it knows nothing of what the folders mean.
+manifest does not exist. The root is a path that every node of a cluster sees, on a file system that can lock, append and
+rename (NFS, EFS, Filestore, Lustre; not a mounted bucket). It knows nothing of what the folders mean.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 import socket
 import time
@@ -20,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pause_ray.errors import StorageError
+from pause_ray.errors import PauseRayError, StorageError
 
 MANIFEST = "manifest.json"
 
@@ -39,9 +42,7 @@ class Storage:
             StorageError: the root is a URI, is not a folder, or cannot be written.
         """
         if "://" in str(root):
-            raise StorageError(
-                f"storage root {root}: must be a path that every node sees, not a URI; mount the bucket or use a shared file system"
-            )
+            raise StorageError(f"storage root {root}: must be a path that every node sees, not a URI; use a shared file system such as NFS")
         path = Path(root).expanduser().absolute()
         probe = path / f".write-probe-{os.getpid()}"
         try:
@@ -54,7 +55,7 @@ class Storage:
 
     @property
     def cache(self) -> Path:
-        """Packages and converted models; ``PAUSE_RAY_CACHE`` puts them elsewhere."""
+        """Packages, hub and converted models; ``PAUSE_RAY_CACHE`` puts them elsewhere."""
         return Path(os.environ.get("PAUSE_RAY_CACHE") or self.root / "cache").expanduser().absolute()
 
     @property
@@ -81,6 +82,12 @@ class Storage:
 def is_complete(folder: Path) -> bool:
     """Whether a step's folder was finished."""
     return (folder / MANIFEST).is_file()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hexadecimal characters."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -127,12 +134,23 @@ def space_errors(path: Path) -> Iterator[None]:
     """Turn a full or read-only disk into a ``StorageError`` that says what to do; other errors pass."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(f"{path}: the disk is full; free space and run the same command again, finished work is kept") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise StorageError(f"{path}: cannot be written ({error.strerror}); choose another root with --storage") from error
+    except PauseRayError:
         raise
+    except Exception as error:
+        number = _error_number(error)
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(f"{path}: the disk is full; free space and run the same command again, finished work is kept") from error
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise StorageError(f"{path}: cannot be written ({os.strerror(number)}); choose another root with --storage") from error
+        raise
+
+
+def _error_number(error: Exception) -> int | None:
+    """The operating system's number: of an OSError, or as the Rust of tokenizers and safetensors puts it into words."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None
 
 
 @contextlib.contextmanager
@@ -147,8 +165,10 @@ def exclusive(path: Path, *, waiting: Callable[[str], None] | None = None) -> It
     Raises:
         StorageError: another process holds the lock and ``waiting`` is None.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
+    with space_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -158,10 +178,11 @@ def exclusive(path: Path, *, waiting: Callable[[str], None] | None = None) -> It
                 raise StorageError(f"{path.parent}: in use by {holder}; wait for it to end, or stop it, and run again") from None
             waiting(holder)
             fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        file.flush()
+        with space_errors(path):
+            file.seek(0)
+            file.truncate()
+            file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            file.flush()
         yield
 
 
@@ -169,10 +190,12 @@ def exclusive(path: Path, *, waiting: Callable[[str], None] | None = None) -> It
 def building(folder: Path) -> Iterator[Path]:
     """A scratch folder that becomes ``folder`` if the block ends well and leaves nothing if it does not.
 
-    The block must write ``manifest.json`` last. Hold ``exclusive`` on the folder's lock around this.
+    The block must write ``manifest.json`` last. Hold ``exclusive`` on the folder's lock around this. The scratch folder's
+    name is this build's own: workers of a killed one may live on for a while, and must not write into its successor's.
     """
-    scratch = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
+    for stale in _scratch_folders(folder):
+        shutil.rmtree(stale, ignore_errors=True)
+    scratch = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     with space_errors(folder):
         try:
             scratch.mkdir(parents=True)
@@ -184,6 +207,12 @@ def building(folder: Path) -> Iterator[Path]:
             scratch.replace(folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _scratch_folders(folder: Path) -> list[Path]:
+    """What builds of ``folder``, and of no other whose name begins alike, left behind."""
+    name = re.compile(rf"\.{re.escape(folder.name)}\.\d+-[0-9a-f]{{8}}\.partial")
+    return [path for path in folder.parent.glob(".*.partial") if name.fullmatch(path.name)]
 
 
 def lock_of(folder: Path) -> Path:

@@ -23,8 +23,9 @@ from urllib.parse import urlsplit
 from pause_ray import figures
 from pause_ray.compare import summarize
 from pause_ray.errors import TrackingError
+from pause_ray.findings import headline, interval_words, notes
 from pause_ray.needle.ledger import to_parquet
-from pause_ray.results import Condition, SweepResults, TrialResult, headline, interval_words, notes, read_results
+from pause_ray.results import Condition, Contrast, SweepResults, TrialResult, read_results
 from pause_ray.spec import digest
 from pause_ray.storage import MANIFEST, Storage, exclusive
 
@@ -56,6 +57,8 @@ SAFE_REASONS = (
     "Permission denied",
 )
 """Words of a failure that are passed on; they quote no address and no password."""
+CONTENT_VERSION = 2
+"""Raised when other values are sent for the same files, so that runs logged before are brought up to date."""
 DIGEST_TAG, CONTENT_TAG = "pause_ray.digest", "pause_ray.content"
 logger = logging.getLogger("pause_ray")
 
@@ -98,7 +101,7 @@ def log_sweep(sweep_folder: Path, storage: Storage, *, uri: str | None = None) -
             parent_id = sender.send(parent)
             logged = sender.logged_children(parent_id)
             for key, (condition, trial) in children.items():
-                if logged.get(key) != _content(trial):
+                if logged.get(key) != _content(condition, trial):
                     sender.send(_trial_run(condition, trial, scratch=Path(scratch)), parent_id=parent_id)
     return LoggedSweep(sender.experiment_id, parent_id)
 
@@ -134,6 +137,7 @@ class _Run:
     started_ms: int
     ended_ms: int
     tags: dict[str, str] = field(default_factory=dict)
+    """What may change while the run stays the same, such as the arm's name; MLflow never changes a parameter."""
     params: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     series: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
@@ -152,7 +156,7 @@ def _sweep_run(results: SweepResults) -> _Run:
     return _Run(
         name=results.name,
         digest=results.digest,
-        content=digest([description, *(digest(path.read_bytes()) for path, _ in files)]),
+        content=digest([CONTENT_VERSION, description, *(digest(path.read_bytes()) for path, _ in files)]),
         status="FINISHED" if finished == planned else "RUNNING",
         started_ms=min((_started_ms(trial) for trial in results.trials), default=_changed_ms(results.folder / "sweep.json")),
         ended_ms=max(ends, default=0),
@@ -160,9 +164,11 @@ def _sweep_run(results: SweepResults) -> _Run:
             "pause_ray.kind": "sweep",
             "mlflow.note.content": description,
             "mlflow.source.name": str(results.description.get("command", "")),
+            "pause_ray.compare_to": results.reference_arm,
+            "pause_ray.control": results.control_arm or "",
         },
-        params={"compare_to": results.reference_arm, "trials": str(planned), "arms": str(len(results.conditions))},
-        metrics={"trials_finished": float(finished)},
+        params={"trials": str(planned), "arms": str(len(results.conditions))},
+        metrics={"trials_finished": float(finished), **_contrast_metrics(results)},
         files=files,
     )
 
@@ -172,7 +178,7 @@ def _trial_run(condition: Condition, trial: TrialResult, *, scratch: Path) -> _R
     folder = scratch / trial.digest
     folder.mkdir()
     to_parquet(trial.rows, folder / "cells.parquet")
-    label = f"{condition.label} #{trial.replicate}"
+    label = _trial_name(condition, trial)
     figures.save_png(figures.score_heatmaps({label: figures.score_fields(trial.rows)}), folder / "heatmap.png")
     metrics = {
         "score": summary.grand_mean,
@@ -191,12 +197,12 @@ def _trial_run(condition: Condition, trial: TrialResult, *, scratch: Path) -> _R
     return _Run(
         name=label,
         digest=trial.digest,
-        content=_content(trial),
+        content=_content(condition, trial),
         status="FINISHED",
         started_ms=_started_ms(trial),
         ended_ms=_ended_ms(trial),
         tags={"pause_ray.kind": "trial", "pause_ray.arm": trial.arm},
-        params={"arm": trial.arm, **flattened(trial.spec)},
+        params=flattened(trial.spec),
         metrics={name: value for name, value in metrics.items() if value is not None},
         series={
             f"training_{name}": [(int(row["step"]), float(row[name])) for row in trial.training if row.get(name) is not None]
@@ -210,18 +216,44 @@ def _description(results: SweepResults) -> str:
     """Markdown that MLflow shows on the sweep's page."""
     lines = [headline(results), "", "| arm | score | difference | 95 % interval | p (corrected) | unscored |", "|---|---|---|---|---|---|"]
     for condition in results.conditions:
-        summary, comparison = condition.summary, condition.comparison
+        summary = condition.summary
         score = "not finished" if summary is None else "–" if summary.grand_mean is None else f"{summary.grand_mean:.2f}"
-        difference = f"{comparison.difference:+.2f}" if comparison else "reference" if condition.is_reference else ""
-        interval = interval_words(comparison.interval, signed=True) if comparison and comparison.interval else ""
-        p = f"{comparison.p:.3f} ({condition.corrected_p:.3f})" if comparison else ""
         unscored = f"{summary.num_unscored} of {summary.num_cells}" if summary else ""
-        lines.append(f"| {condition.label} | {score} | {difference} | {interval} | {p} | {unscored} |")
+        measured = _measured(condition.against_reference, otherwise="reference" if condition.is_reference else "")
+        lines.append(f"| {condition.label} | {score} | {measured} | {unscored} |")
+    if results.control_contrasts:
+        lines += ["", f"| against {results.control_arm} | difference | 95 % interval | p (corrected) |", "|---|---|---|---|"]
+        lines += [f"| {contrast.label} | {_measured(contrast)} |" for contrast in results.control_contrasts]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes(results)), "", "The whole report is the artifact `report.html`."])
 
 
-def _content(trial: TrialResult) -> str:
-    return digest([digest((trial.folder / name).read_bytes()) for name in ("spec.json", "cells.jsonl", MANIFEST)])
+def _measured(contrast: Contrast | None, *, otherwise: str = "") -> str:
+    """Difference, interval and p as three Markdown cells."""
+    if contrast is None:
+        return f"{otherwise} | | "
+    interval = contrast.comparison.interval
+    words = interval_words(interval, signed=True) if interval else ""
+    return f"{contrast.difference:+.2f} | {words} | {contrast.comparison.p:.3f} ({contrast.corrected_p:.3f})"
+
+
+def _content(condition: Condition, trial: TrialResult) -> str:
+    """Digest of all that a trial's run is made from: its files, and the names that the sweep gives it."""
+    files = [digest((trial.folder / name).read_bytes()) for name in ("spec.json", "cells.jsonl", MANIFEST)]
+    return digest([CONTENT_VERSION, _trial_name(condition, trial), trial.arm, *files])
+
+
+def _trial_name(condition: Condition, trial: TrialResult) -> str:
+    return f"{condition.label} #{trial.replicate}"
+
+
+def _contrast_metrics(results: SweepResults) -> dict[str, float]:
+    """Differences of the sweep's conditions, under their labels."""
+    found: dict[str, float] = {}
+    for kind, contrasts in (("difference", results.contrasts), ("against_control", results.control_contrasts)):
+        for contrast in contrasts:
+            label = re.sub(r"[^\w\-. :/]", "-", contrast.label)
+            found |= {f"{kind}/{label}": contrast.difference, f"{kind}_p/{label}": contrast.corrected_p}
+    return found
 
 
 def _changed_ms(path: Path) -> int:
@@ -276,6 +308,8 @@ class _Sender:
         run_id: str = run.info.run_id
         if run.data.tags.get(CONTENT_TAG) != wanted.content:
             self._send_values(run, wanted)
+            if run.info.run_name != wanted.name:
+                self._client.update_run(run_id, name=wanted.name)
             for path, folder in wanted.files:
                 self._client.log_artifact(run_id, str(path), folder or None)
             self._client.set_tag(run_id, CONTENT_TAG, wanted.content)

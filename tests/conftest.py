@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+MNT_DETACH = 2
 ROOT = Path(__file__).resolve().parents[1]
 # The same examples in every run; a busy machine is no failure.
 settings.register_profile("same_everywhere", derandomize=True, deadline=None)
 settings.load_profile("same_everywhere")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +35,20 @@ def model_dir(cache: Path) -> Path:
 
     model = read_yaml(ROOT / "sweeps" / "quickstart.yaml")["trial"]["model"]
     return resolve_model(ModelSpec.parse(model, origin="quickstart"), cache=cache)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if sys.platform != "linux":
+        pytest.skip("mounting is asked of Linux")
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"tmpfs", os.fsencode(disk), b"tmpfs", 0, b"size=1m"):
+        pytest.skip(f"no small disk could be mounted: {os.strerror(ctypes.get_errno())}")
+    yield disk
+    assert libc.umount2(os.fsencode(disk), MNT_DETACH) == 0
 
 
 @pytest.fixture(scope="session")

@@ -68,6 +68,7 @@ def store_trial(
     results: Sequence[CellResult],
     *,
     trained: bool = False,
+    pauses: bool = False,
     finished: bool = True,
     spec: Mapping[str, Any] | None = None,
     evaluation_overlap: Mapping[str, Any] | None = None,
@@ -78,7 +79,14 @@ def store_trial(
     for result in results:
         ledger.append(result)
     write_json(
-        folder / "spec.json", spec or {"model": {"source": "some/model"}, "train": {"steps": 3, "lora": {"rank": 4}} if trained else None}
+        folder / "spec.json",
+        spec
+        or {
+            "model": {"source": "some/model"},
+            "pauses": {"every": 1} if pauses else None,
+            "train": {"steps": 3, "lora": {"rank": 4}} if trained else None,
+            "eval": {"max_new_tokens": 48},
+        },
     )
     if finished:
         write_json(
@@ -100,7 +108,12 @@ def store_trial(
 
 
 def store_sweep(
-    storage: Storage, trials: Sequence[tuple[str, str, Mapping[str, Any], int]], *, compare_to: str = "baseline", name: str = "demo"
+    storage: Storage,
+    trials: Sequence[tuple[str, str, Mapping[str, Any], int]],
+    *,
+    compare_to: str = "baseline",
+    control: str | None = None,
+    name: str = "demo",
 ) -> Path:
     """``sweep.json`` that lists (trial digest, arm, point, replicate)."""
     folder = storage.sweeps / f"{name}-0011223344556677"
@@ -114,6 +127,7 @@ def store_sweep(
             "digest": "0011223344556677",
             "spec": {"name": name},
             "compare_to": compare_to,
+            "control": control,
             "trials": listed,
             "command": f"pause-ray sweep sweeps/{name}.yaml",
             "version": "0.1.0",

@@ -14,6 +14,7 @@ import pytest
 from pause_ray.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    DOCUMENTS,
     TOKENIZER,
     TRAINING_LOG,
     Checkpoint,
@@ -38,7 +39,9 @@ def write_files(folder: Path) -> None:
 def make(folder: Path, *, marker: MarkerToken | None = MARKER) -> Path:
     with building(folder) as scratch:
         write_files(scratch)
-        seal(scratch, base_digest="base-a", tokenizer_digest="tok", marker=marker, spec={"seed": 3})
+        seal(
+            scratch, base_digest="base-a", tokenizer_digest="tok", marker=marker, spec={"seed": 3}, document_digests=frozenset({"d2", "d1"})
+        )
     return folder
 
 
@@ -48,6 +51,7 @@ def test_what_is_sealed_is_opened(tmp_path: Path, marker: MarkerToken | None) ->
     assert (checkpoint.base_digest, checkpoint.tokenizer_digest, checkpoint.marker) == ("base-a", "tok", marker)
     assert (checkpoint.num_steps, checkpoint.final_loss, checkpoint.spec) == (2, 1.25, {"seed": 3})
     assert [row["loss"] for row in checkpoint.losses()] == [2.5, 1.25]
+    assert checkpoint.document_digests == {"d1", "d2"}
 
 
 def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
@@ -56,7 +60,7 @@ def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path)
 
 
-@pytest.mark.parametrize("name", [ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER, TRAINING_LOG])
+@pytest.mark.parametrize("name", [ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER, TRAINING_LOG, DOCUMENTS])
 @pytest.mark.parametrize("damage", ["edited", "truncated", "removed"])
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
     path = make(tmp_path / "c") / name
@@ -107,7 +111,7 @@ def test_an_unfinished_folder_is_not_sealed(tmp_path: Path, missing: str) -> Non
     write_files(tmp_path)
     (tmp_path / missing).unlink()
     with pytest.raises(CheckpointError, match=missing):
-        seal(tmp_path, base_digest="a", tokenizer_digest="t", marker=None, spec={})
+        seal(tmp_path, base_digest="a", tokenizer_digest="t", marker=None, spec={}, document_digests=frozenset())
     assert not is_complete(tmp_path)
 
 
@@ -181,3 +185,27 @@ def test_an_added_marker_that_would_get_another_id_is_refused(tmp_path: Path) ->
         copy_tokenizer(
             tmp_path / "base", tmp_path / "c", marker=MarkerToken(text="<PAUSE>", token_id=next_id + 5, added=True, initial_ids=(0,))
         )
+
+
+def test_a_tokenizer_that_does_not_fit_on_the_disk_is_a_storage_error(tmp_path: Path, small_disk: Path) -> None:
+    save_tokenizer(tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").write_text("x" * 2_000_000)
+    with pytest.raises(StorageError, match="disk is full"):
+        copy_tokenizer(tmp_path / "base", small_disk, marker=None)
+
+
+def test_what_rust_says_of_a_full_disk_is_a_storage_error(small_disk: Path) -> None:
+    """Tokenizers and safetensors raise exceptions of their own, which are no OSErrors."""
+    import numpy as np
+    import safetensors.numpy
+    import tokenizers
+
+    vocabulary = {f"word{number}": number for number in range(60_000)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="word0"))
+    for save in (
+        lambda folder: tokenizer.save(str(folder / TOKENIZER)),
+        lambda folder: safetensors.numpy.save_file({"a": np.zeros(200_000)}, folder / ADAPTER_WEIGHTS),
+    ):
+        with pytest.raises(StorageError, match="disk is full"), building(small_disk / "c") as scratch:
+            save(scratch)
+        assert list(small_disk.iterdir()) == []

@@ -71,6 +71,12 @@ def test_the_help_of_every_verb_has_an_example_of_that_verb(verb: str) -> None:
     assert f"pause-ray {verb} " in shown.output.split("Options")[0].split("Usage")[1].split("\n", 1)[1]
 
 
+def test_the_example_in_the_help_of_check_runs() -> None:
+    done = pause_ray("check", QUICKSTART, "--set", "search.pauses.every.grid=[1, 2]", "--json")
+    points = [trial["point"] for trial in json.loads(done.stdout)["trials"]]
+    assert {point["pauses.every"] for point in points if "pauses.every" in point} == {1, 2}
+
+
 def test_the_version_is_that_of_the_package() -> None:
     from pause_ray import __version__
 

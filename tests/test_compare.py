@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pause_ray.compare import FLIP_DRAWS, compare_arms, holm, least_p, sign_flip_p, summarize, wilson
+from pause_ray.compare import FLIP_DRAWS, compare_arms, enough_replicates, holm, least_p, sign_flip_p, summarize, t_95, wilson
 from tests.stored_sweep import cell, rows
 
 
@@ -136,13 +136,51 @@ def replicated(differences: list[list[float]]) -> tuple[list, list]:
     return a, b
 
 
-def test_one_replicate_resamples_cells() -> None:
-    comparison = compare_arms(*replicated([[1.0, 0.0] * 50]))
+def test_one_replicate_speaks_of_cells_with_one_imagined_pair_each_way() -> None:
+    # 1 1 0 0 and the imagined 1 -1: mean 1/3, variance (4 - 6/9)/5 = 2/3, error √(2/3/6) = 1/3, t(5) = 2.5706: -0.5235 to 1.19.
+    comparison = compare_arms(*replicated([[1.0, 1.0, 0.0, 0.0]]))
     assert comparison is not None
     assert comparison.interval is not None
-    # 100 draws of 0 or 1: standard error 0.05, so 0.5 ± 0.098.
     assert comparison.interval.unit == "cells"
-    assert (comparison.interval.low, comparison.interval.high) == pytest.approx((0.402, 0.598), abs=0.015)
+    assert (comparison.interval.low, comparison.interval.high) == (pytest.approx(-0.5235, abs=1e-4), 1.0)
+
+
+def test_cells_that_all_agree_are_not_certain() -> None:
+    # Nine zeros and ±1: variance 2/10, error √(0.2/11) = 0.13484, t(10) = 2.2281: ± 0.3004.
+    comparison = compare_arms(*replicated([[0.0] * 9]))
+    assert comparison is not None
+    assert comparison.interval is not None
+    assert (comparison.interval.low, comparison.interval.high) == pytest.approx((-0.3004, 0.3004), abs=1e-4)
+
+
+def test_coverage_of_the_interval_with_one_replicate() -> None:
+    # 15 questions, one arm always right and the other nine times of ten: true difference 0.1, few cells differ.
+    random = np.random.default_rng(1)
+    held = 0
+    for _ in range(200):
+        comparison = compare_arms(*replicated([[float(value) for value in random.binomial(1, 0.1, 15)]]))
+        assert comparison is not None
+        assert comparison.interval is not None
+        held += comparison.interval.low <= 0.1 <= comparison.interval.high
+    assert held >= 186
+
+
+def test_quantiles_of_students_t() -> None:
+    # Published tables, two-sided 5 %.
+    assert [t_95(df) for df in (1, 10, 30)] == [12.7062, 2.2281, 2.0423]
+    assert [t_95(df) for df in (31, 60, 120)] == pytest.approx([2.0395, 2.0003, 1.9799], abs=1e-4)
+
+
+def test_replicates_that_all_agree_speak_of_cells() -> None:
+    comparison = compare_arms(*replicated([[0.5] * 9] * 4))
+    assert comparison is not None
+    assert comparison.interval is not None
+    assert comparison.flat
+    assert comparison.interval.unit == "cells"
+    assert comparison.interval.low < comparison.interval.high
+    interval = summarize([cell(1024, depth, 0.5, replicate=r) for depth in (10, 50) for r in range(4)]).interval
+    assert interval is not None
+    assert interval == wilson(1.0, 2)  # two cells, however many replicates agree
 
 
 def test_few_replicates_use_students_t() -> None:
@@ -156,16 +194,56 @@ def test_few_replicates_use_students_t() -> None:
     assert (comparison.p, comparison.p_unit) == (2 / 16, "cells")
 
 
-def test_six_replicates_are_resampled_whole() -> None:
-    # Each replicate agrees with itself: a hundred cells in it are no more evidence than one.
-    wide = compare_arms(*replicated([[value] * 100 for value in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)]))
-    narrow = compare_arms(*replicated([[value] for value in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)]))
-    assert wide is not None
-    assert narrow is not None
-    assert wide.interval is not None
-    assert narrow.interval is not None
-    assert (wide.interval.low, wide.interval.high) == pytest.approx((narrow.interval.low, narrow.interval.high))
-    assert (wide.p, wide.p_unit) == (2 / 32, "replicates")  # 64 patterns, the zero's sign is free: 4 of 64
+def test_cells_of_a_replicate_are_no_more_evidence_than_one() -> None:
+    # Replicate means 0 to 1: mean 0.5, standard deviation 0.37417, error 0.15275, t(5) = 2.5706: 0.5 ± 0.3927.
+    for cells in (1, 100):
+        comparison = compare_arms(*replicated([[value] * cells for value in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)]))
+        assert comparison is not None
+        assert comparison.interval is not None
+        assert (comparison.interval.low, comparison.interval.high) == pytest.approx((0.1073, 0.8927), abs=1e-4)
+        assert (comparison.p, comparison.p_unit) == (2 / 32, "replicates")  # 64 patterns, the zero's sign is free: 4 of 64
+
+
+def test_replicates_are_flipped_only_where_that_can_be_significant() -> None:
+    # Smallest p of R replicates is 2^(1-R): 0.031 for six, which Holm doubles for two comparisons.
+    assert [enough_replicates(arms) for arms in (1, 2, 3, 4)] == [6, 7, 7, 8]
+    arms = replicated([[0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]] * 6)
+    alone, among_three = compare_arms(*arms), compare_arms(*arms, num_comparisons=3)
+    assert alone is not None
+    assert among_three is not None
+    assert (alone.p_unit, alone.p) == ("replicates", 2 / 64)
+    assert (among_three.p_unit, among_three.p) == ("cells", 2 / 128)
+
+
+def test_coverage_of_the_interval_with_eight_replicates() -> None:
+    random = np.random.default_rng(2)
+    held = 0
+    for _ in range(300):
+        comparison = compare_arms(*replicated([[float(np.clip(random.normal(0.3, 0.1), 0, 1))] * 2 for _ in range(8)]))
+        assert comparison is not None
+        assert comparison.interval is not None
+        held += comparison.interval.low <= 0.3 <= comparison.interval.high
+    assert 277 <= held <= 296  # 285 ± 2.5 standard deviations
+
+
+def test_the_same_prompt_under_two_depths_counts_once() -> None:
+    places = [(10, 100, 1.0), (11, 100, 1.0), (12, 100, 1.0), (50, 500, 0.0)]
+    a = [cell(1024, depth, score, trial="a", needle_token=token) for depth, token, score in places]
+    b = [cell(1024, depth, 0.0, trial="b", needle_token=token) for depth, token, _ in places]
+    summary, comparison = summarize(a), compare_arms(a, b)
+    assert (summary.num_scored, summary.num_repeated, summary.grand_mean, summary.interval) == (4, 2, 0.5, wilson(1, 2))
+    assert (summary.exact_recall, summary.exact_interval) == (0.5, wilson(1, 2))
+    assert comparison is not None
+    assert (comparison.num_pairs, comparison.num_unpaired, comparison.difference, comparison.p) == (2, 0, 0.5, 1.0)
+    others = [cell(1024, 10, 1.0, trial="a", needle_token=100, replicate=1), *a]
+    assert summarize(others).num_repeated == 2  # another replicate is another prompt
+
+
+def test_arms_that_read_unlike_amounts_of_text_are_noticed() -> None:
+    grid = {(1024, 10): 1.0, (1024, 50): 0.0}
+    comparison = compare_arms(rows(grid, trial="x"), rows(grid, trial="y", content_tokens=700))
+    assert comparison is not None
+    assert comparison.warnings == ("the arms did not read the same amount of text in 2 of 2 pairs (their content_tokens differ)",)
 
 
 def test_coverage_of_the_interval_with_few_replicates() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pause_ray.errors import SourceError, StorageError
-from pause_ray.packages import _pip_error, fetch_package, file_sha256, parse_package_source
-from pause_ray.storage import MANIFEST
+from pause_ray.packages import _pip_error, fetch_package, parse_package_source
+from pause_ray.storage import MANIFEST, file_sha256
 
 ESSAY = "Pauses help.\n"
 

@@ -16,8 +16,9 @@ from rich.console import Console
 
 from pause_ray import figures
 from pause_ray.errors import StorageError
+from pause_ray.findings import headline, notes
 from pause_ray.report import duration, signed, table, write_report
-from pause_ray.results import SweepResults, headline, notes, read_results
+from pause_ray.results import SweepResults, read_results
 from pause_ray.storage import Storage
 from tests.stored_sweep import cell, rows, store_sweep, store_trial
 
@@ -34,7 +35,8 @@ def sweep_of(storage: Storage, arms: dict[str, float | None], *, lengths: tuple[
     for arm, score in arms.items():
         if score is not None:
             scores = dict.fromkeys(itertools.product(lengths, DEPTHS), score)
-            store_trial(storage, f"{arm}-trial", rows(scores, trial=arm), trained=arm == "pause_tuned")
+            tuned = arm in ("pause_tuned", "tuned_without_pauses")
+            store_trial(storage, f"{arm}-trial", rows(scores, trial=arm), trained=tuned, pauses=arm.startswith("pause"))
     return store_sweep(storage, [(f"{arm}-trial", arm, {}, 0) for arm in arms])
 
 
@@ -129,6 +131,140 @@ def test_worse_arms_are_called_worse(storage: Storage) -> None:
     assert said.endswith("pauses_untuned scored lower than chance would explain.")
 
 
+def test_the_headline_is_about_an_arm_that_differs(storage: Storage) -> None:
+    # "luck" is right on four of nine and has the higher mean, 0.44 with p = 2/16; "steady" has 0.42 everywhere, p = 2/512.
+    scores = {
+        "baseline": [0.0] * 9,
+        "luck": [1.0] * 4 + [0.0] * 5,
+        "steady": [0.42] * 9,
+    }
+    for arm, values in scores.items():
+        store_trial(storage, arm, rows(dict(zip(itertools.product(LENGTHS, DEPTHS), values, strict=True)), trial=arm))
+    said = headline(read_results(store_sweep(storage, [(arm, arm, {}, 0) for arm in scores]), storage))
+    assert said.startswith("steady, one of 2 arms, scored 0.42 higher than baseline")
+    assert "lower" not in said
+    assert "No arm" not in said
+
+
+def test_better_and_worse_arms_are_both_named(storage: Storage) -> None:
+    said = headline(results_of(storage, {"baseline": 0.5, "up": 1.0, "down": 0.0}))
+    assert said.startswith("up, the best of 2 arms, scored 0.50 higher than baseline")
+    assert said.endswith("more than chance would explain; down scored lower than chance would explain.")
+
+
+def test_one_replicate_claims_its_haystack_and_wording_only(storage: Storage) -> None:
+    assert "9 questions, on this haystack and wording (" in headline(results_of(storage, {"baseline": 0.0, "pause_tuned": 0.5}))
+
+
+def with_control(storage: Storage, scores: dict[str, float], *, control: str | None = "tuned_without_pauses") -> Path:
+    sweep_of(storage, scores)
+    return store_sweep(storage, [(f"{arm}-trial", arm, {}, 0) for arm in scores], control=control)
+
+
+def test_what_tuning_did_is_not_called_an_effect_of_pauses(storage: Storage) -> None:
+    folder = with_control(storage, {"baseline": 0.0, "tuned_without_pauses": 1.0, "pause_tuned": 1.0, "pauses_untuned": 0.0})
+    results = read_results(folder, storage)
+    said = headline(results)
+    assert "1.00 higher than baseline" in said
+    assert "Against tuned_without_pauses, which was tuned the same way on the same texts without pauses, pause_tuned differs" in said
+    assert said.endswith("): nothing here is shown to be due to the pauses.")
+    assert [(its.label, its.other) for its in results.control_contrasts] == [("pause_tuned", "tuned_without_pauses")]
+    shown = text_of(write_report(folder, storage))
+    assert "Against tuned_without_pauses: what the pauses add beyond tuning" in shown
+    with (folder / "arms.csv").open(encoding="utf-8") as file:
+        rows_of = {row["arm"]: row for row in csv.DictReader(file)}
+    assert (rows_of["pause_tuned"]["control"], rows_of["pause_tuned"]["control_difference"]) == ("tuned_without_pauses", "0.0")
+    assert rows_of["pauses_untuned"]["control"] == ""
+    assert not any("confounded" in note for note in notes(results))
+
+
+def test_what_pauses_add_and_cost_is_said(storage: Storage) -> None:
+    better = headline(read_results(with_control(storage, {"baseline": 0.0, "tuned_without_pauses": 0.0, "pause_tuned": 1.0}), storage))
+    assert better.endswith("more than chance would explain, and so an effect of the pauses.")
+    other = Storage.open(storage.root / "other")
+    worse = headline(read_results(with_control(other, {"baseline": 0.0, "tuned_without_pauses": 1.0, "pause_tuned": 0.0}), other))
+    assert "pause_tuned differs by -1.00" in worse
+    assert worse.endswith("with pauses pause_tuned scored lower than chance would explain.")
+    assert "effect of the pauses" not in worse
+
+
+def test_without_a_control_tuning_and_pauses_are_confounded(storage: Storage) -> None:
+    scores = {"baseline": 0.0, "tuned_without_pauses": 1.0, "pause_tuned": 1.0}
+    results = read_results(with_control(storage, scores, control=None), storage)
+    [note] = [note for note in notes(results) if "confounded" in note]
+    assert note.endswith("To tell them apart, set control: tuned_without_pauses.")
+    assert "Against" not in headline(results)
+
+
+def test_a_control_is_chosen_point_by_point_and_must_be_tuned_alike(storage: Storage) -> None:
+    planned = [("b", "baseline", {}, 0)]
+    for arm, pauses in (("plain", None), ("paused", {"every": 2})):
+        for rank in (4, 16):
+            planned.append((f"{arm}{rank}", arm, {"train.lora.rank": rank}, 0))
+            steps = 3 if (arm, rank) != ("paused", 16) else 9
+            spec = {"model": 1, "train": {"steps": steps, "lora": {"rank": rank}}, "pauses": pauses}
+            store_trial(storage, f"{arm}{rank}", rows({(1024, 50): 1.0}, trial=f"{arm}{rank}"), spec=spec)
+    store_trial(storage, "b", rows({(1024, 50): 1.0}, trial="b"))
+    results = read_results(store_sweep(storage, planned, control="plain"), storage)
+    assert {its.label: its.other for its in results.control_contrasts} == {
+        "paused rank=4": "plain rank=4",
+        "paused rank=16": "plain rank=16",
+    }
+    assert [note for note in notes(results) if "differ in more than pauses" in note] == [
+        "paused rank=16 and its control plain rank=16 differ in more than pauses: train."
+    ]
+
+
+def test_a_control_that_was_tuned_otherwise_proves_no_effect_of_pauses(storage: Storage) -> None:
+    folder = with_control(storage, {"baseline": 0.0, "tuned_without_pauses": 0.0, "pause_tuned": 1.0})
+    spec = storage.trials / "tuned_without_pauses-trial" / "spec.json"
+    spec.write_text(spec.read_text().replace('"steps": 3', '"steps": 4'))
+    said = headline(read_results(folder, storage))
+    assert "Against tuned_without_pauses, which differs in train too" in said
+    assert said.endswith("more than chance would explain, by the pauses or by that.")
+
+
+def test_notes_say_how_many_replicates_the_compared_arms_need(storage: Storage) -> None:
+    arms = ("baseline", "one", "two", "three", "four")
+    for arm, replicate in itertools.product(arms, range(6)):
+        scores = dict.fromkeys(itertools.product(LENGTHS, DEPTHS), 0.1 * replicate if arm != "baseline" else 0.0)
+        store_trial(storage, f"{arm}{replicate}", rows(scores, trial=f"{arm}{replicate}", replicate=replicate))
+    planned = [(f"{arm}{replicate}", arm, {}, replicate) for arm in arms for replicate in range(6)]
+    results = read_results(store_sweep(storage, planned), storage)
+    assert any("With 4 compared arms that takes 8 replicates." in note for note in notes(results))  # 4 × 2^-7 = 0.031
+    assert results.conditions[1].differs  # at six replicates an effect in every cell can still be shown
+
+
+def test_answers_that_were_cut_off_are_counted_where_arms_differ(storage: Storage) -> None:
+    store_trial(storage, "b", rows({(1024, 10): 1.0, (1024, 50): 1.0}, trial="b", decoded_tokens=48))
+    store_trial(storage, "p", [cell(1024, 10, 1.0, trial="p", decoded_tokens=48), cell(1024, 50, 1.0, trial="p")])
+    both = notes(read_results(store_sweep(storage, [("b", "baseline", {}, 0), ("p", "paused", {}, 0)]), storage))
+    assert any("max_new_tokens without an end" in note and note.endswith("baseline 2 of 2 and paused 1 of 2.") for note in both)
+    one = notes(read_results(store_sweep(storage, [("b", "baseline", {}, 0)]), storage))
+    assert not any("max_new_tokens" in note for note in one)
+
+
+def test_repeated_prompts_are_noted(storage: Storage) -> None:
+    store_trial(storage, "b", rows({(1024, 10): 1.0, (1024, 11): 1.0, (1024, 50): 0.0}, trial="b", needle_token=9))
+    found = notes(read_results(store_sweep(storage, [("b", "baseline", {}, 0)]), storage))
+    assert any(note.endswith("repeated cells: baseline 2 of 3.") for note in found)
+
+
+def test_a_ledger_that_lost_cells_is_named_with_its_remedy(storage: Storage) -> None:
+    folder = sweep_of(storage, {"baseline": 0.0})
+    ledger = storage.trials / "baseline-trial" / "cells.jsonl"
+    ledger.write_text("".join(ledger.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(StorageError, match=r"8 cells and manifest\.json says 9; remove manifest\.json") as caught:
+        read_results(folder, storage)
+    assert str(ledger.parent) in str(caught.value)
+
+
+def test_costs_are_summed_over_interruptions(report: Path) -> None:
+    shown = text_of(report)
+    assert "Seconds are summed from the training logs and the ledgers" in shown
+    assert "Whole trial" not in shown
+
+
 def test_unfinished_sweeps_say_so(storage: Storage) -> None:
     folder = sweep_of(storage, {"baseline": None, "pause_tuned": 0.5, "pauses_untuned": None})
     results = read_results(folder, storage)
@@ -219,7 +355,7 @@ def test_the_terminal_table_fits_a_terminal(storage: Storage) -> None:
     shown = console.export_text()
     assert "…" not in shown
     assert max(map(len, shown.splitlines())) <= 80
-    for words in ("2 of 3 trials finished", "pause_tuned", "+0.50 [+0.50, +0.50]", "reference", "not finished"):
+    for words in ("2 of 3 trials finished", "pause_tuned", "+0.50 [+0.08, +0.74]", "reference", "not finished"):
         assert words in shown
 
 

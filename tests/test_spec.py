@@ -97,6 +97,11 @@ def test_overrides_reach_into_branches_that_are_missing_or_null_and_leave_the_or
     assert data == {"train": None, "seed": 1}
 
 
+def test_a_key_that_is_itself_dotted_can_be_reached() -> None:
+    data = {"search": {"pauses.every": {"grid": [1]}}}
+    assert with_overrides(data, {"search.pauses.every.grid": [1, 2]}) == {"search": {"pauses.every": {"grid": [1, 2]}}}
+
+
 def test_null_replaces_a_whole_branch() -> None:
     assert with_overrides({"train": {"steps": 3}}, {"train": None}) == {"train": None}
 

@@ -43,10 +43,24 @@ def test_a_killed_build_is_invisible_and_the_next_one_starts_afresh(tmp_path: Pa
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert not is_complete(tmp_path / "step")
+    [stale] = tmp_path.glob(".step.*.partial")
     with building(tmp_path / "step") as scratch:
         assert os.listdir(scratch) == []
+        assert scratch != stale, "a worker that outlived the killed build would write into this one's files"
+        assert not stale.exists()
         write_json(scratch / MANIFEST, {})
     assert is_complete(tmp_path / "step")
+    assert os.listdir(tmp_path) == ["step"]
+
+
+@pytest.mark.parametrize("other", ["model-1.2", "model-1.2-0123abcd", "model", "model-1.20-01234567.partial"])
+def test_a_build_leaves_alone_what_is_built_under_a_like_name(tmp_path: Path, other: str) -> None:
+    with building(tmp_path / other) as theirs:
+        with building(tmp_path / "model-1") as ours:
+            write_json(ours / MANIFEST, {})
+        assert theirs.exists()
+        write_json(theirs / MANIFEST, {})
+    assert is_complete(tmp_path / other)
 
 
 def test_a_full_disk_is_an_error_that_says_what_to_do_and_leaves_nothing(tmp_path: Path) -> None:
@@ -116,5 +130,5 @@ def test_a_root_that_cannot_be_written_is_an_error_that_names_the_option(tmp_pat
 
 
 def test_a_uri_is_refused_with_the_remedy() -> None:
-    with pytest.raises(StorageError, match=r"mount the bucket"):
+    with pytest.raises(StorageError, match=r"shared file system"):
         Storage.open("s3://bucket/runs")

@@ -83,7 +83,8 @@ def test_a_sweep_arrives_as_parent_and_children(storage: Storage) -> None:
     assert (trained.info.status, trained.info.run_name) == ("FINISHED", "pause_tuned every=2 #0")
     assert trained.info.end_time - trained.info.start_time == 60_000  # the manifest's 60 s
     assert trained.data.params["train.lora.rank"] == "4"
-    assert trained.data.params["arm"] == "pause_tuned"
+    assert trained.data.tags["pause_ray.arm"] == "pause_tuned"
+    assert parent.data.metrics["difference/pause_tuned every-2"] == 0.0
     assert trained.data.metrics["score"] == 0.5  # (1 + 0.5 + 0) / 3
     assert trained.data.metrics["score_at_1024_tokens"] == 0.75
     assert trained.data.metrics["score_middle"] == 0.5
@@ -102,6 +103,32 @@ def test_logging_again_sends_nothing(storage: Storage) -> None:
     before = everything(storage)
     log_sweep(folder, storage)
     assert everything(storage) == before
+
+
+@pytest.mark.mlflow
+def test_a_renamed_arm_is_brought_up_to_date(storage: Storage) -> None:
+    log_sweep(two_trials(storage), storage)
+    folder = store_sweep(storage, [("b0", "plain", {}, 0), ("p0", "paused", {"pauses.every": 2}, 0)], compare_to="plain")
+    log_sweep(folder, storage)
+    parent, children, _ = runs_of(storage)
+    assert {run.info.run_name for run in children.values()} == {"plain #0", "paused every=2 #0"}
+    assert children["p0"].data.tags["pause_ray.arm"] == "paused"
+    assert parent.data.tags["pause_ray.compare_to"] == "plain"
+    assert "pause_tuned" not in str([children["p0"].data.params, parent.data.params])
+
+
+@pytest.mark.mlflow
+def test_the_difference_to_the_control_arrives(storage: Storage) -> None:
+    for trial, trained, pauses in (("b0", False, False), ("t0", True, False), ("p0", True, True)):
+        store_trial(storage, trial, rows(GRID, trial=trial), trained=trained, pauses=pauses)
+    planned = [("b0", "baseline", {}, 0), ("t0", "tuned", {}, 0), ("p0", "paused", {}, 0)]
+    log_sweep(store_sweep(storage, planned, control="tuned"), storage)
+    parent, _, _ = runs_of(storage)
+    assert parent.data.metrics["against_control/paused"] == 0.0
+    assert "against_control/tuned" not in parent.data.metrics
+    description = parent.data.tags["mlflow.note.content"]
+    assert "| against tuned | difference |" in description
+    assert "Against tuned, which was tuned the same way" in description
 
 
 @pytest.mark.mlflow

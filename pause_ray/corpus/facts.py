@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pause_ray.corpus.spec import SLOT, FactFile, FactSpec
+from pause_ray.text.plain import folded, plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ def shared_with_evaluation(facts: FactFile, *, needles: Sequence[str], keywords:
     """Where training facts touch the evaluation's, one sentence each.
 
     They touch where a keyword is in a template or in a slot's words, and where a template can make an evaluation needle.
-    Letter case and runs of whitespace do not count.
+    Letter case, runs of white space and Unicode compatibility forms do not count.
     """
     found = []
     for fact in facts.facts:
@@ -50,11 +51,6 @@ def shared_with_evaluation(facts: FactFile, *, needles: Sequence[str], keywords:
     return found
 
 
-def plain(text: str) -> str:
-    """``text`` as it is compared: without letter case, every run of whitespace one blank, none at the ends."""
-    return " ".join(text.casefold().split())
-
-
 def _filled(template: str, words: dict[str, str]) -> str:
     return SLOT.sub(lambda slot: words[slot[1]], template)
 
@@ -64,5 +60,5 @@ def _pattern(fact: FactSpec) -> re.Pattern[str]:
     pieces = SLOT.split(" ".join(fact.needle.split()))
     for index, piece in enumerate(pieces):
         is_slot = index % 2 == 1
-        pieces[index] = f"(?:{'|'.join(re.escape(plain(word)) for word in fact.slots[piece])})" if is_slot else re.escape(piece.casefold())
+        pieces[index] = f"(?:{'|'.join(re.escape(plain(word)) for word in fact.slots[piece])})" if is_slot else re.escape(folded(piece))
     return re.compile("".join(pieces))

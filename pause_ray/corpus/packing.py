@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,16 +20,12 @@ from pause_ray.corpus.staging import Stretch
 from pause_ray.errors import SourceError, TextError
 from pause_ray.rows import NO_LOSS, PackedRow
 from pause_ray.text.pauses import PausePolicy
-from pause_ray.text.prompts import BuiltPrompt, build_prompt
-from pause_ray.text.segments import ParagraphRule
+from pause_ray.text.prompts import BuiltPrompt, PromptSpec, build_prompt
+from pause_ray.text.segments import JOINT, DocumentRules, join_documents
 from pause_ray.text.tokens import Marker, ModelTokenizer, TokenDocument
 
-JOIN = "\n\n"
-"""Between neighbouring documents of one context, as in an evaluation's haystack."""
 CHARS_PER_TOKEN = 5
 """First guess of the characters that hold enough tokens; English has 4 to 4.5. Too few are doubled."""
-EVIDENCE_CHARS = 20_000
-"""At least so much text goes with a window, beyond what a short context reads, so that its paragraphs are judged alike."""
 SPARE_TOKENS = 64
 """Taken beyond what is asked, because the cut at the end of a window can change its last tokens."""
 
@@ -39,7 +35,7 @@ class RowDraw:
     """What chance decides about one ``needle_sft`` row."""
 
     row_tokens: int
-    """Length of the row: prompt, answer and end token; pauses come on top under ``budget: content``."""
+    """Length of the row: prompt, answer and end token; pauses and instruction come on top under ``budget: content``."""
     start: float
     """Where in the corpus the context begins, as a share of its characters, in [0, 1)."""
     depth_percent: float
@@ -54,12 +50,10 @@ class Window:
     """A stretch of the corpus long enough for one context."""
 
     text: str
-    document_starts: tuple[int, ...]
-    """Offsets in ``text`` where a document, or the rest of one, begins."""
+    rules: DocumentRules
+    """Where in ``text`` a document, or the rest of one, begins, and what ends a paragraph in the whole document."""
     token_starts: NDArray[np.int64]
     """Offset of each token of the beginning of ``text`` that was tokenised."""
-    paragraph_rule: ParagraphRule
-    """That of the document it begins in, which was judged by more text than a short context has."""
 
 
 def draw_row(spec: CorpusSpec, *, seed: int, row: int) -> RowDraw:
@@ -85,15 +79,14 @@ def take_window(stretches: Iterable[Stretch], *, tokens: int, tokenizer: ModelTo
     coming, parts, chars = iter(stretches), list[Stretch](), (tokens + SPARE_TOKENS) * CHARS_PER_TOKEN
     held = 0
     while True:
-        while held < max(chars, EVIDENCE_CHARS) and (stretch := next(coming, None)) is not None:
+        while held < chars and (stretch := next(coming, None)) is not None:
             parts.append(stretch)
-            held += len(stretch.text) + len(JOIN)
-        text = JOIN.join(part.text for part in parts)
+            held += len(stretch.text) + len(JOINT)
+        text, rules = join_documents((part.text, part.paragraph_rule) for part in parts)
         token_starts = tokenizer.encode(text[:chars]).starts
-        is_all = chars >= len(text) and held < max(chars, EVIDENCE_CHARS)
+        is_all = chars >= len(text) and held < chars
         if len(token_starts) >= tokens + (0 if is_all else SPARE_TOKENS):
-            begins = accumulate((len(part.text) + len(JOIN) for part in parts[:-1]), initial=0)
-            return Window(text, tuple(begins), token_starts, parts[0].paragraph_rule)
+            return Window(text, rules, token_starts)
         if is_all:
             raise SourceError(
                 f"the corpus holds {len(token_starts)} tokens in all, but a row needs a context of up to {tokens}; "
@@ -103,60 +96,53 @@ def take_window(stretches: Iterable[Stretch], *, tokens: int, tokenizer: ModelTo
 
 
 def needle_sft_row(
-    window: Window, *, draw: RowDraw, spec: CorpusSpec, tokenizer: ModelTokenizer, policy: PausePolicy | None, marker: Marker
+    window: Window, *, draw: RowDraw, prompt: PromptSpec, tokenizer: ModelTokenizer, policy: PausePolicy | None, marker: Marker
 ) -> PackedRow:
     """A paused context with a hidden fact, the question, and the fact as answer; loss on the answer and its end token only.
 
-    The row has at most ``spec.sequence_tokens`` tokens: where pauses would exceed them, the context is made shorter.
+    Under ``budget: content`` the row holds the same content whatever the pauses, which come on top; under ``total`` it has at
+    most ``draw.row_tokens`` tokens with them.
 
     Raises:
         TextError: the row is too short for the fact, its question and the answer.
     """
-    if policy is not None and policy.paragraph_rule == "auto":
-        policy = policy.model_copy(update={"paragraph_rule": window.paragraph_rule})
     answer = np.append(tokenizer.encode(draw.fact.needle).ids, tokenizer.answer_end_id).astype(np.int32)
-    longest_prompt = spec.sequence_tokens - len(answer)
-    context_tokens = draw.row_tokens - len(answer)
-    while True:
-        prompt = build_prompt(
-            haystack=window.text,
-            needle=draw.fact.needle,
-            question=draw.fact.question,
-            context_tokens=context_tokens,
-            depth_percent=draw.depth_percent,
-            prompt=spec.prompt,
-            tokenizer=tokenizer,
-            policy=policy,
-            marker=marker,
-            seed=draw.seed,
-        )
-        excess = len(prompt.ids) - longest_prompt
-        if excess <= 0:
-            break
-        pause_tokens = prompt.num_pauses * len(marker.group_ids)
-        context_tokens -= -(-excess * prompt.content_tokens // (prompt.content_tokens + pause_tokens))
-    labels = np.concatenate([np.full(len(prompt.ids), NO_LOSS, dtype=np.int32), answer])
+    built = build_prompt(
+        haystack=window.text,
+        needle=draw.fact.needle,
+        question=draw.fact.question,
+        context_tokens=draw.row_tokens - len(answer),
+        depth_percent=draw.depth_percent,
+        prompt=prompt,
+        tokenizer=tokenizer,
+        policy=policy,
+        marker=marker,
+        seed=draw.seed,
+        rules=window.rules,
+    )
+    labels = np.concatenate([np.full(len(built.ids), NO_LOSS, dtype=np.int32), answer])
     return PackedRow(
-        input_ids=np.concatenate([prompt.ids, answer]).astype(np.int32),
+        input_ids=np.concatenate([built.ids, answer]).astype(np.int32),
         labels=labels,
-        num_pauses=prompt.num_pauses,
-        num_documents=_documents_read(window, prompt, needle_tokens=len(answer) - 1),
-        content_tokens=prompt.content_tokens,
-        longest_stretch_tokens=longest_stretch(pause_mask(prompt.ids, group_ids=marker.group_ids)),
+        num_pauses=built.num_pauses,
+        num_documents=_documents_read(window, built, needle_tokens=len(answer) - 1),
+        content_tokens=built.content_tokens,
+        longest_stretch_tokens=longest_stretch(pause_mask(built.ids, group_ids=marker.group_ids)),
     )
 
 
 def pack_language_modeling(
-    documents: Iterable[TokenDocument], *, sequence_tokens: int, end_id: int, group_tokens: int
+    documents: Iterable[TokenDocument], *, sequence_tokens: int, end_id: int, group_tokens: int, budget: Literal["content", "total"]
 ) -> Iterator[PackedRow]:
     """Documents end to end, ``end_id`` after each, in rows of ``sequence_tokens``; the last row is what remains.
 
-    A marker group is never split: a row ends before a group that does not fit. Pauses carry no loss.
+    Under ``budget: content`` a row holds so many tokens that are no pause, the same ones whatever the pauses; under
+    ``total`` pauses are among them. A marker group is never split. Pauses carry no loss.
 
     Raises:
-        TextError: one marker group is longer than a row.
+        TextError: one marker group is longer than a row that it must fit in.
     """
-    if group_tokens > sequence_tokens:
+    if budget == "total" and group_tokens > sequence_tokens:
         raise TextError(
             f"one marker group is {group_tokens} tokens, but a row holds {sequence_tokens}; lower pauses.count or raise sequence_tokens"
         )
@@ -166,12 +152,11 @@ def pack_language_modeling(
         is_pause = np.concatenate([is_pause, document.is_pause, np.array([False])])
         source = np.concatenate([source, np.full(len(document.ids) + 1, number)])
         done = 0
-        while len(ids) - done > sequence_tokens:
-            end = _end_of_row(is_pause, done, sequence_tokens, group_tokens)
+        for end in _row_ends(is_pause, sequence_tokens, group_tokens, budget):
             yield _language_row(ids[done:end], is_pause[done:end], source[done:end], end_id, group_tokens)
             done = end
         ids, is_pause, source = ids[done:], is_pause[done:], source[done:]
-    if len(ids) > 1:
+    if np.count_nonzero(~is_pause) > 1:  # a single token predicts nothing
         yield _language_row(ids, is_pause, source, end_id, group_tokens)
 
 
@@ -179,6 +164,17 @@ def longest_stretch(is_pause: NDArray[np.bool_]) -> int:
     """The most tokens in a row that are no pause."""
     edges = np.flatnonzero(np.concatenate([[True], is_pause, [True]]))
     return int(np.diff(edges).max()) - 1
+
+
+def _row_ends(is_pause: NDArray[np.bool_], sequence_tokens: int, group_tokens: int, budget: Literal["content", "total"]) -> Iterator[int]:
+    """Where the full rows end that something follows; a row of content ends in its last content token."""
+    if budget == "content":
+        yield from (np.flatnonzero(~is_pause)[sequence_tokens - 1 : -1 : sequence_tokens] + 1).tolist()
+        return
+    done = 0
+    while len(is_pause) - done > sequence_tokens:
+        done = _end_of_row(is_pause, done, sequence_tokens, group_tokens)
+        yield done
 
 
 def _end_of_row(is_pause: NDArray[np.bool_], begin: int, length: int, group_tokens: int) -> int:
@@ -204,11 +200,11 @@ def _language_row(
     )
 
 
-def _documents_read(window: Window, prompt: BuiltPrompt, *, needle_tokens: int) -> int:
+def _documents_read(window: Window, built: BuiltPrompt, *, needle_tokens: int) -> int:
     """How many of the window's documents the context reached."""
-    tokens = max(1, prompt.content_tokens - needle_tokens)
+    tokens = max(1, built.content_tokens - needle_tokens)
     last = int(window.token_starts[min(tokens, len(window.token_starts)) - 1])
-    return sum(start <= last for start in window.document_starts)
+    return sum(begin <= last for begin, _ in window.rules)
 
 
 def pause_mask(ids: NDArray[np.int32], *, group_ids: Sequence[int]) -> NDArray[np.bool_]:

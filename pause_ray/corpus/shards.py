@@ -47,11 +47,12 @@ from pause_ray.rows import DOCUMENTS, ShardSet, seal
 from pause_ray.spec import JsonObject, digest
 from pause_ray.storage import Storage, building, exclusive, is_complete, lock_of, read_json, write_json
 from pause_ray.text.pauses import PausePolicy
+from pause_ray.text.prompts import PromptSpec
 from pause_ray.text.tokens import ModelTokenizer
 
 log = logging.getLogger("pause_ray")
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Raise when the code makes other rows from the same inputs."""
 ROWS_PER_UNIT = 32
 """``needle_sft`` rows that one task makes: about a second of work at 1,024 tokens, so that progress moves."""
@@ -89,6 +90,8 @@ class ShardJob:
     """All that a shard set is made from, and what it is held apart from."""
 
     spec: CorpusSpec
+    prompt: PromptSpec
+    """The chat around a context: ``spec.prompt``, or the evaluation's where that is None."""
     policy: PausePolicy | None
     model_dir: Path
     """Folder with the tokenizer; weights are not read."""
@@ -97,7 +100,7 @@ class ShardJob:
 
 
 def shards_digest(job: ShardJob) -> str:
-    """Identity of the rows: spec, content of the sources, pauses, tokenizer and seed.
+    """Identity of the rows: spec, prompt, content of the sources, pauses, tokenizer and seed.
 
     Not the evaluation, which rows do not depend on: a checkpoint stays valid when another suite is asked.
 
@@ -146,19 +149,22 @@ def build_shards(job: ShardJob, *, storage: Storage, progress: Progress) -> Shar
 
 def _recipe(job: ShardJob) -> Recipe:
     tokenizer = ModelTokenizer.load(job.model_dir)
-    return Recipe(spec=job.spec, policy=job.policy, model_dir=job.model_dir, tokenizer_digest=tokenizer.digest, seed=job.seed)
+    return Recipe(
+        spec=job.spec, prompt=job.prompt, policy=job.policy, model_dir=job.model_dir, tokenizer_digest=tokenizer.digest, seed=job.seed
+    )
 
 
 def _identity(job: ShardJob, recipe: Recipe) -> JsonObject:
     """Every input that changes rows, and no other."""
-    aside = {"sources", "rows_per_shard", "allow_evaluation_overlap"}
+    aside = {"sources", "prompt", "rows_per_shard", "allow_evaluation_overlap"}
     policy_aside: set[str] = set()
     if job.spec.objective == "language_modeling":  # asks no question
-        aside |= {"facts", "min_context_tokens", "prompt"}
-        policy_aside = {"instruction", "budget"}
+        aside |= {"facts", "min_context_tokens"}
+        policy_aside = {"instruction"}
     return {
         "version": RECIPE_VERSION,
         "spec": job.spec.model_dump(mode="json", exclude=aside),
+        "prompt": job.prompt.model_dump(mode="json") if job.spec.objective == "needle_sft" else None,
         "sources": [source_identity(source) for source in job.spec.sources],
         "pauses": job.policy.model_dump(mode="json", exclude=policy_aside) if job.policy else None,
         "tokenizer": recipe.tokenizer_digest,

@@ -5,7 +5,6 @@ Knows files and documents; knows no segment, no token and no Ray.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pause_ray.documents import Document, SourceSpec, in_share, list_files, read
 from pause_ray.errors import SourceError
 from pause_ray.source_files import SourceFile, one_line_errors
 from pause_ray.spec import JsonObject
+from pause_ray.storage import file_sha256
 
 FILES_PER_READING = 64
 """Consecutive files that one task reads: essays come by the hundred, and a task costs milliseconds."""
@@ -100,8 +100,7 @@ def _content(file: SourceFile) -> str:
 @lru_cache(maxsize=65_536)
 def _sha256(path: str, size: int, mtime_ns: int) -> str:
     """Of a local file; kept while size and time stay, since a sweep asks once per trial."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_sha256(Path(path))
     if size != Path(path).stat().st_size:
         raise SourceError(f"{path}: changed while it was read; wait until it is written, and run again")
     return digest

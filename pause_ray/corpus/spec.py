@@ -58,15 +58,16 @@ class CorpusSpec(Spec):
     token only. ``language_modeling``: the next token of the paused text, documents packed end to end; pauses are read, never
     predicted, so that a tuned model does not write them (as in arXiv 2310.02226)."""
     sequence_tokens: int = Field(default=1024, ge=64)
-    """Longest row, in tokens, pauses included."""
+    """Longest row, in tokens. Under ``pauses.budget: content`` pauses and their instruction come on top, so that arms train on
+    the same content; under ``total`` they are inside."""
     min_context_tokens: int = Field(default=256, ge=32)
     """Shortest ``needle_sft`` row; lengths are drawn evenly between this and ``sequence_tokens``."""
     rows: int = Field(default=480, ge=1)
     """``needle_sft``: samples to make. ``language_modeling``: most rows to keep. The paper's 60 steps of 8 are 480."""
     facts: FactFile | None = None
     """Facts to hide, for ``needle_sft``; in YAML, the path of a file. They must not be those of the evaluation."""
-    prompt: PromptSpec = PromptSpec()
-    """The chat around a ``needle_sft`` context; keep it that of the evaluation."""
+    prompt: PromptSpec | None = None
+    """The chat around a ``needle_sft`` context; null for that of the evaluation."""
     rows_per_shard: int = Field(default=256, ge=1)
     """Rows in one Parquet shard of a new set. Rows do not depend on it, so an existing set is not made again."""
     allow_evaluation_overlap: bool = False

@@ -66,7 +66,7 @@ def row_statistics(shards: Sequence[Path], *, sequence_tokens: int) -> JsonObjec
         "longest_stretch_tokens": _largest(rows["longest_stretch_tokens"]),
         "longest_row_tokens": _largest(rows["tokens"]),
         "documents_per_row": _ratio(int(rows["num_documents"].sum()), len(rows)),
-        "row_tokens_histogram": _histogram(rows["tokens"], sequence_tokens),
+        "row_tokens_histogram": _histogram(rows["tokens"], max(sequence_tokens, _largest(rows["tokens"]))),
     }
 
 
@@ -78,9 +78,9 @@ def overlapping_documents(documents: Path, digests: frozenset[str]) -> list[str]
     return [str(name) for name in found["id"]]
 
 
-def _histogram(tokens: pl.Series, sequence_tokens: int) -> list[JsonObject]:
-    """Rows by length, in equal bins up to ``sequence_tokens``."""
-    edges = [-(-sequence_tokens * step // HISTOGRAM_BINS) for step in range(HISTOGRAM_BINS + 1)]
+def _histogram(tokens: pl.Series, longest: int) -> list[JsonObject]:
+    """Rows by length, in equal bins up to ``longest``."""
+    edges = [-(-longest * step // HISTOGRAM_BINS) for step in range(HISTOGRAM_BINS + 1)]
     return [
         {"from_tokens": low + 1, "to_tokens": high, "rows": int(((tokens > low) & (tokens <= high)).sum())}
         for low, high in itertools.pairwise(edges)

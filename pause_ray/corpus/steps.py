@@ -15,7 +15,6 @@ from itertools import accumulate
 from pathlib import Path
 from time import thread_time
 
-from pause_ray.corpus.facts import plain
 from pause_ray.corpus.packing import draw_row, needle_sft_row, pack_language_modeling, pause_mask, take_window
 from pause_ray.corpus.sources import Reading, ReadingDocuments
 from pause_ray.corpus.spec import CorpusSpec
@@ -26,6 +25,8 @@ from pause_ray.rows import PackedRow, rows_to_table, table_to_rows, write_rows
 from pause_ray.source_files import SourceFile
 from pause_ray.spec import JsonObject
 from pause_ray.text.pauses import PausePolicy
+from pause_ray.text.plain import plain
+from pause_ray.text.prompts import PromptSpec
 from pause_ray.text.tokens import Marker, ModelTokenizer, TokenDocument, encode_document, resolve_marker
 
 
@@ -34,6 +35,7 @@ class Recipe:
     """How rows are made from documents."""
 
     spec: CorpusSpec
+    prompt: PromptSpec
     policy: PausePolicy | None
     model_dir: Path
     tokenizer_digest: str
@@ -106,7 +108,7 @@ def make_needle_rows(item: JsonObject, *, recipe: Recipe, staged: Path, pieces: 
         begin = thread_time()
         window = take_window(stretches, tokens=draw.row_tokens, tokenizer=tokenizer)
         try:
-            row = needle_sft_row(window, draw=draw, spec=recipe.spec, tokenizer=tokenizer, policy=recipe.policy, marker=marker)
+            row = needle_sft_row(window, draw=draw, prompt=recipe.prompt, tokenizer=tokenizer, policy=recipe.policy, marker=marker)
         except TextError as error:
             raise TextError(f"corpus row {number}: {error}") from error
         seconds += thread_time() - begin
@@ -118,7 +120,7 @@ def make_language_rows(item: JsonObject, *, recipe: Recipe, staged: Path, packed
     """One staged piece → a packed file.
 
     Raises:
-        TextError: the marker occurs in a document, or a marker group is longer than a row.
+        TextError: the marker occurs in a document, or a marker group is longer than a row that it must fit in.
         StorageError: the disk is full or not writable.
     """
     tokenizer, marker = recipe.tokenizer(), recipe.marker()
@@ -129,6 +131,7 @@ def make_language_rows(item: JsonObject, *, recipe: Recipe, staged: Path, packed
         sequence_tokens=recipe.spec.sequence_tokens,
         end_id=_document_end_id(tokenizer),
         group_tokens=len(marker.group_ids),
+        budget=recipe.policy.budget if recipe.policy else "content",
     )
     made = list(rows)
     yield _packed(made, unit=item["unit"], folder=packed, seconds=thread_time() - begin)
@@ -152,7 +155,7 @@ def cut_shard(item: JsonObject, *, packed: Path, folder: Path) -> Iterator[JsonO
 
 
 def find_needles(item: JsonObject, *, recipe: Recipe, folder: Path, needles: Sequence[str]) -> Iterator[JsonObject]:
-    """A shard → the numbers of its rows whose text holds one of ``needles``, pauses, letter case and white space aside."""
+    """A shard → the numbers of its rows whose text holds one of ``needles``, pauses and what ``plain`` takes away aside."""
     import pyarrow.parquet as pq
 
     tokenizer, group_ids = recipe.tokenizer(), recipe.marker().group_ids

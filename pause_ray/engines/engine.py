@@ -44,7 +44,7 @@ class LoadedAs:
     model_dir: Path
     dtype: str
     marker: MarkerToken | None = None
-    """None when markers are ordinary text or there are none."""
+    """None when markers are ordinary text or there are none; an adapter brings the marker it was trained with."""
     adapter_dir: Path | None = None
     """Checkpoint folder (``checkpoint.Checkpoint.folder``), or None for the base model."""
 

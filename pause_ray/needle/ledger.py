@@ -9,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,8 @@ class CellResult:
     prompt_tokens: int
     content_tokens: int
     num_pauses: int
+    rule: str = ""
+    """What ends a paragraph in the documents that the context reads, ``+`` between several; empty in a ledger that has no such column."""
     depth_percent: float
     needle_token: int
     needle: str
@@ -78,18 +79,19 @@ class Ledger:
     """``cells.jsonl`` of one trial.
 
     A process that dies while appending leaves at most a last line without its end. Readers pass over it; the next
-    append cuts it off, and its cell counts as not asked.
+    append cuts it off, and its cell counts as not asked. A cell that could not be scored counts as not done either: when
+    its trial is resumed it is asked again, and the later row stands for it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._known: set[str] | None = None
+        self._scored: set[str] | None = None
 
     def rows(self) -> list[CellResult]:
-        """Every complete row, oldest first; none if there is no file yet.
+        """The last complete row of every cell, oldest first; none if there is no file yet.
 
         Raises:
-            StorageError: a line that is no row, which no interrupted run leaves behind, or a cell that is there twice.
+            StorageError: a line that is no row, which no interrupted run leaves behind, or a second row of a cell that was scored.
         """
         lines, half = self._lines()
         if half:
@@ -102,30 +104,32 @@ class Ledger:
                 raise StorageError(
                     f"{self.path}: line {number} is no cell result ({error}); remove the line and run again, its cell is asked again"
                 ) from error
-            if row.cell_id in rows:
+            before = rows.pop(row.cell_id, None)
+            if before is not None and before.score is not None:
                 raise StorageError(f"{self.path}: line {number} has cell {row.cell_id} for the second time; remove one of the two lines")
             rows[row.cell_id] = row
         return list(rows.values())
 
     def done_ids(self) -> frozenset[str]:
-        """Ids of the cells that need not be asked again."""
-        return frozenset(row.cell_id for row in self.rows())
+        """Ids of the cells that need not be asked again: those with a score."""
+        return frozenset(row.cell_id for row in self.rows() if row.score is not None)
 
     def append(self, result: CellResult) -> None:
         """Add one row; on return it is on disk.
 
         Raises:
             StorageError: disk full or not writable; the ledger is then as it was before.
-            ValueError: the cell is already there.
+            ValueError: the cell is already there with a score.
         """
-        if self._known is None:
-            self._known = set(self.done_ids())
+        if self._scored is None:
+            self._scored = set(self.done_ids())
             self._cut_half_line()
-        if result.cell_id in self._known:
+        if result.cell_id in self._scored:
             raise ValueError(f"cell {result.cell_id} is already in {self.path}")
         line = json.dumps(result.row(), ensure_ascii=False, allow_nan=False) + "\n"
         self._write(line.encode("utf-8"))
-        self._known.add(result.cell_id)
+        if result.score is not None:
+            self._scored.add(result.cell_id)
 
     def _write(self, line: bytes) -> None:
         with space_errors(self.path):
@@ -159,44 +163,6 @@ class Ledger:
             return [], b""
         *lines, half = data.split(b"\n")
         return lines, half
-
-
-@dataclass(frozen=True, kw_only=True)
-class Matrix:
-    """Length × depth; every grid is indexed ``[length][depth]``."""
-
-    context_tokens: tuple[int, ...]
-    depth_percent: tuple[float, ...]
-    mean: tuple[tuple[float | None, ...], ...]
-    """Mean score of the scored cells, None where there is none."""
-    num_scored: tuple[tuple[int, ...], ...]
-    num_unscored: tuple[tuple[int, ...], ...]
-
-
-def matrix(rows: Iterable[CellResult]) -> Matrix:
-    """Mean score by length and depth, both ascending. Unscored cells are counted, never averaged."""
-    rows = list(rows)
-    lengths = tuple(sorted({row.context_tokens for row in rows}))
-    depths = tuple(sorted({row.depth_percent for row in rows}))
-    scores: dict[tuple[int, float], list[float]] = {(length, depth): [] for length in lengths for depth in depths}
-    unscored = dict.fromkeys(scores, 0)
-    for row in rows:
-        place = (row.context_tokens, row.depth_percent)
-        if row.score is None:
-            unscored[place] += 1
-        else:
-            scores[place].append(row.score)
-    return Matrix(
-        context_tokens=lengths,
-        depth_percent=depths,
-        mean=tuple(tuple(_mean(scores[length, depth]) for depth in depths) for length in lengths),
-        num_scored=tuple(tuple(len(scores[length, depth]) for depth in depths) for length in lengths),
-        num_unscored=tuple(tuple(unscored[length, depth] for depth in depths) for length in lengths),
-    )
-
-
-def _mean(scores: Sequence[float]) -> float | None:
-    return math.fsum(scores) / len(scores) if scores else None
 
 
 def to_parquet(rows: Sequence[CellResult], path: Path) -> None:

@@ -6,10 +6,10 @@ positives (answers scored 5 or more without the keywords) are what it does not r
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import dataclass
 
 from pause_ray.needle.task import NeedleSpec
+from pause_ray.text.plain import plain
 
 SCORER = "keywords"
 
@@ -43,11 +43,6 @@ def grade(response: str, needle: NeedleSpec) -> Score:
     An empty response is an answer without keywords and scores 0; a response that never came is ``Unscored`` and does
     not get here.
     """
-    answer = normalized(response)
-    found = sum(normalized(keyword) in answer for keyword in needle.keywords)
+    answer = plain(response)
+    found = sum(plain(keyword) in answer for keyword in needle.keywords)
     return Score(value=found / len(needle.keywords))
-
-
-def normalized(text: str) -> str:
-    """Text as it is compared: NFKC, case folded, every run of white space one space, none at the ends."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

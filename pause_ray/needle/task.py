@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from pause_ray.documents import SourceSpec
 from pause_ray.spec import Spec, digest
+from pause_ray.text.plain import plain
 from pause_ray.text.prompts import PromptSpec
 
 
@@ -24,14 +25,14 @@ class NeedleSpec(Spec):
     question: str = Field(min_length=1)
     """What is asked after the context."""
     keywords: tuple[str, ...] = Field(min_length=1)
-    """The score is the share of these that the answer contains, letter case aside."""
+    """The score is the share of these that the answer contains; letter case, white space and Unicode compatibility forms aside."""
 
     @model_validator(mode="after")
     def _question_does_not_answer(self) -> Self:
-        told = [word for word in self.keywords if word.casefold() in self.question.casefold()]
+        told = [word for word in self.keywords if plain(word) in plain(self.question)]
         if told:
             raise ValueError(f"the question already contains the keywords {told}; a model could answer without the context")
-        missing = [word for word in self.keywords if word.casefold() not in self.needle.casefold()]
+        missing = [word for word in self.keywords if plain(word) not in plain(self.needle)]
         if missing:
             raise ValueError(f"the needle does not contain the keywords {missing}; no answer from it could score")
         return self

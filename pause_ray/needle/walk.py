@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -99,7 +101,22 @@ def answer_cells(
         except EngineError as error:
             yield _result(cell, prompt, None, Unscored(reason=str(error)), condition=condition, engine=engine.name)
             continue
-        yield _result(cell, prompt, completion, grade(completion.text, cell.needle), condition=condition, engine=engine.name)
+        verdict = grade(_without_markers(completion.text, policy), cell.needle)
+        shown = dataclasses.replace(completion, text=_with_markers(completion, tokenizer=tokenizer, marker=marker))
+        yield _result(cell, prompt, shown, verdict, condition=condition, engine=engine.name)
+
+
+def _with_markers(completion: Completion, *, tokenizer: ModelTokenizer, marker: Marker) -> str:
+    """The answer's text with the markers that it copied, which an engine leaves out where they are entries of the vocabulary."""
+    if marker.token is None or marker.token.token_id not in completion.ids:
+        return completion.text
+    edges = [-1, *(place for place, token_id in enumerate(completion.ids) if token_id == marker.token.token_id), len(completion.ids)]
+    return marker.token.text.join(tokenizer.decode(completion.ids[before + 1 : after]) for before, after in itertools.pairwise(edges))
+
+
+def _without_markers(response: str, policy: PausePolicy | None) -> str:
+    """What of an answer is graded: a copied marker is no part of what was said, of whichever kind it is."""
+    return response.replace(policy.marker.strip(), "") if policy else response
 
 
 def _result(
@@ -118,6 +135,7 @@ def _result(
         prompt_tokens=prompt.prompt_tokens,
         content_tokens=prompt.content_tokens,
         num_pauses=prompt.num_pauses,
+        rule=prompt.rule,
         depth_percent=cell.depth_percent,
         needle_token=prompt.needle_token,
         needle=cell.needle.needle,

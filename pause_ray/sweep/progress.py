@@ -28,7 +28,7 @@ class TrialState:
     """How far one trial is."""
 
     stage: str
-    """``text``, ``training``, ``scoring``, ``done`` or ``failed``."""
+    """``waiting`` (for another run of the same trial), ``text``, ``training``, ``scoring``, ``done`` or ``failed``."""
     done: int
     total: int
 
@@ -103,7 +103,9 @@ class SweepProgress:
         return show
 
     def _follow(self) -> None:
-        while not self._stop.wait(POLL_SECONDS):
+        last_look = False
+        while not last_look:
+            last_look = self._stop.wait(POLL_SECONDS)
             self._show(self._states())
 
     def _show(self, states: Mapping[str, TrialState]) -> None:

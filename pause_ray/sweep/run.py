@@ -9,9 +9,9 @@ transformers, peft and deepspeed costs up to 25 s of CPU).
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
+import socket
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from ray import tune
 from rich.console import Console
 
 from pause_ray import __version__, cluster
-from pause_ray.errors import UserError
+from pause_ray.errors import StorageError, UserError
 from pause_ray.needle.fleet import Fleet
 from pause_ray.spec import JsonObject, digest
 from pause_ray.storage import Storage, exclusive, is_complete, write_json
@@ -85,16 +85,33 @@ class ProgressBoard:
         return self._failures
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Shared:
+    """What all trials of a sweep share; travels to their processes."""
+
+    folder: Path
+    """The sweep's."""
+    trials: Mapping[str, _Trial]
+    storage: Storage
+    fleet: Fleet
+    board: Any
+    train_gpus: float
+
+
 class TuneTrial(tune.Trainable):  # type: ignore[misc]
     """One trial as Tune runs it: a single step. A class, because ``ray.train.report`` is refused inside Tune's function trials."""
 
-    def setup(
-        self, config: dict[str, Any], *, trials: Mapping[str, _Trial], storage: Storage, fleet: Fleet, board: Any, train_gpus: float
-    ) -> None:
-        """Keep what all trials of this process share; ``_storage`` and the like are names that Tune's own class uses."""
-        self._board = board
-        self._planned_trials = trials
-        self._line = functools.partial(run_trial, storage=storage, fleet=fleet, train_gpus=train_gpus)
+    def setup(self, config: dict[str, Any], *, shared: _Shared) -> None:
+        """Check that this machine sees the sweep's storage.
+
+        Raises:
+            StorageError: it does not, so results would be scattered over machines.
+        """
+        if not (shared.folder / "sweep.json").is_file():
+            raise StorageError(
+                f"{shared.folder}: not seen by {socket.gethostname()}; give --storage a path that is the same shared folder on every node"
+            )
+        self._shared = shared
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial in this process."""
@@ -103,20 +120,29 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
     def step(self) -> dict[str, Any]:
         """Run the trial to its end; what went wrong goes to the board, and the sweep goes on with the next."""
         key = self.config["trial"]
+        shared = self._shared
+        board = shared.board
 
         def show(stage: str, done: int, total: int) -> None:
-            self._board.show.remote(key, TrialState(stage, done, total))
+            board.show.remote(key, TrialState(stage, done, total))
 
         try:
-            trial = self._planned_trials[key]
-            score = self._line(trial.prepared, arm=trial.planned.arm, progress=show)
+            trial = shared.trials[key]
+            score = run_trial(
+                trial.prepared,
+                arm=trial.planned.arm,
+                storage=shared.storage,
+                fleet=shared.fleet,
+                train_gpus=shared.train_gpus,
+                progress=show,
+            )
         except UserError as error:
-            ray.get(self._board.fail.remote(key, str(error), None))
+            ray.get(board.fail.remote(key, str(error), None))
             return {tune.result.DONE: True}
         except Exception as error:  # noqa: BLE001 (the border of a trial's process)
-            ray.get(self._board.fail.remote(key, f"{type(error).__name__}: {error}", traceback.format_exc()))
+            ray.get(board.fail.remote(key, f"{type(error).__name__}: {error}", traceback.format_exc()))
             return {tune.result.DONE: True}
-        ray.get(self._board.show.remote(key, TrialState("done", 1, 1)))
+        ray.get(board.show.remote(key, TrialState("done", 1, 1)))
         return {"mean_score": score, tune.result.DONE: True}
 
 
@@ -153,7 +179,8 @@ def run_sweep(sweep: SweepSpec, *, storage: Storage, console: Console, command: 
         for planned in expand(sweep):
             prepared = prepare(planned.spec, cache=storage.cache)
             trials[prepared.digest] = _Trial(planned, prepared)
-    digest_of_sweep = digest([sweep.name, *sorted(trials)])
+    places = sorted([key, trial.planned.arm, trial.planned.point] for key, trial in trials.items())
+    digest_of_sweep = digest([sweep.name, sweep.reference_arm, sweep.control, places])
     folder = storage.sweeps / f"{sweep.name}-{digest_of_sweep}"
     with exclusive(folder / ".lock"):
         write_json(folder / "sweep.json", _describe(sweep, trials, digest_of_sweep=digest_of_sweep, command=command))
@@ -163,7 +190,7 @@ def run_sweep(sweep: SweepSpec, *, storage: Storage, console: Console, command: 
         failures: tuple[Failure, ...] = ()
         if missing:
             with cluster.connection():
-                failures = _run_missing(sweep, missing, storage=storage, console=console, after_trial=lambda: after_trial(folder))
+                failures = _run_missing(sweep, missing, folder=folder, storage=storage, console=console, after_trial=after_trial)
         finished = sum(is_complete(storage.trials / key) for key in trials)
     return SweepOutcome(folder=folder, finished=finished, planned=len(trials), failures=failures)
 
@@ -174,6 +201,7 @@ def _describe(sweep: SweepSpec, trials: Mapping[str, _Trial], *, digest_of_sweep
         "digest": digest_of_sweep,
         "spec": sweep.resolved(),
         "compare_to": sweep.reference_arm,
+        "control": sweep.control,
         "trials": [
             {
                 "digest": key,
@@ -190,7 +218,13 @@ def _describe(sweep: SweepSpec, trials: Mapping[str, _Trial], *, digest_of_sweep
 
 
 def _run_missing(
-    sweep: SweepSpec, trials: Mapping[str, _Trial], *, storage: Storage, console: Console, after_trial: Callable[[], None]
+    sweep: SweepSpec,
+    trials: Mapping[str, _Trial],
+    *,
+    folder: Path,
+    storage: Storage,
+    console: Console,
+    after_trial: Callable[[Path], None],
 ) -> tuple[Failure, ...]:
     places = _Places.of(sweep, next(iter(trials.values())).planned.spec.resources)
     board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
@@ -199,13 +233,10 @@ def _run_missing(
         _fleet(places) as fleet,
         SweepProgress(console, shown, lambda: ray.get(board.states.remote())) as progress,
     ):
-        for trial in trials.values():
-            if trial.prepared.shards is not None:
-                make_shards(trial.prepared, storage=storage, progress=progress.showing(f"text for {trial.planned.label}"))
-        results = _tune(sweep, trials, storage=storage, fleet=fleet, board=board, places=places, after_trial=after_trial)
-        failures = ray.get(board.failures.remote())
-    for key, message in _lost(results, trials).items():
-        failures.setdefault(key, (message, None))
+        runnable = _with_rows(trials, storage=storage, board=board, progress=progress)
+        shared = _Shared(folder=folder, trials=runnable, storage=storage, fleet=fleet, board=board, train_gpus=places.train_gpus)
+        lost = _lost(_tune(sweep, shared, places=places, after_trial=lambda: after_trial(folder))) if runnable else {}
+        failures = {**lost, **ray.get(board.failures.remote())}
     return tuple(Failure(label=trials[key].planned.label, message=message, trace=trace) for key, (message, trace) in failures.items())
 
 
@@ -254,34 +285,33 @@ def _fleet(places: _Places) -> Iterator[Fleet]:
         fleet.stop()
 
 
-def _tune(
-    sweep: SweepSpec,
-    trials: Mapping[str, _Trial],
-    *,
-    storage: Storage,
-    fleet: Fleet,
-    board: Any,
-    places: _Places,
-    after_trial: Callable[[], None],
-) -> tune.ResultGrid:
+def _with_rows(trials: Mapping[str, _Trial], *, storage: Storage, board: Any, progress: SweepProgress) -> dict[str, _Trial]:
+    """The trials whose training rows are on storage now, or that need none; for the others the board says why."""
+    runnable = {}
+    for key, trial in trials.items():
+        try:
+            if trial.prepared.shards is not None:
+                make_shards(trial.prepared, storage=storage, progress=progress.showing(f"text for {trial.planned.label}"))
+        except UserError as error:
+            ray.get(board.fail.remote(key, str(error), None))
+        else:
+            runnable[key] = trial
+    return runnable
+
+
+def _tune(sweep: SweepSpec, shared: _Shared, *, places: _Places, after_trial: Callable[[], None]) -> tune.ResultGrid:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the ledger and MLflow hold the results
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own banner; progress is shown by SweepProgress
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is kept on the board and shown once
-    trainable = tune.with_parameters(
-        TuneTrial,
-        trials=dict(trials),
-        storage=storage,
-        fleet=fleet,
-        board=board,
-        train_gpus=places.train_gpus,
-    )
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths in specs mean the same in every process
+    trainable = tune.with_parameters(TuneTrial, shared=shared)
     tuner = tune.Tuner(
         tune.with_resources(trainable, places.of_one_trial()),
-        param_space={"trial": tune.grid_search(list(trials))},
+        param_space={"trial": tune.grid_search(list(shared.trials))},
         tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=places.concurrent_trials),
         run_config=tune.RunConfig(
             name=sweep.name,
-            storage_path=str(storage.root / "tune"),
+            storage_path=str(shared.storage.root / "tune"),
             verbose=0,
             callbacks=[_AfterTrial(after_trial)],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
@@ -290,6 +320,7 @@ def _tune(
     return tuner.fit()
 
 
-def _lost(results: tune.ResultGrid, trials: Mapping[str, _Trial]) -> dict[str, str]:
-    """Trials whose process died, with Ray's words for it."""
-    return {result.config["trial"]: str(result.error).strip() for result in results if result.error is not None and result.config}
+def _lost(results: tune.ResultGrid) -> dict[str, tuple[str, str | None]]:
+    """Trials whose process died or could not begin: key → message and Ray's account of it."""
+    lost = [(result.config["trial"], str(result.error).strip()) for result in results if result.error is not None and result.config]
+    return {key: (account.splitlines()[-1], account) for key, account in lost}

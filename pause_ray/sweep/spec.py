@@ -19,7 +19,7 @@ from pause_ray.spec import JsonObject, Spec, check_path, digest, inline_files, r
 from pause_ray.trial.spec import FILE_FIELDS, TrialSpec
 
 PLACES_NOT_SEARCHED = ("replicate", "resources")
-"""Set by the sweep itself, or without effect on the result."""
+"""Set by the sweep itself, or without effect on the result; the same for every arm."""
 
 
 class GridDomain(Spec):
@@ -52,6 +52,8 @@ class SweepSpec(Spec):
     """Repetitions of every trial, each with its own haystack order, needle wording and seed."""
     compare_to: str | None = None
     """The arm that the others are compared with; null: the first of ``arms``."""
+    control: str | None = None
+    """The arm that was tuned the same way without pauses: what pause-tuned arms add to it is the effect of the pauses."""
     max_concurrent_trials: int | None = Field(default=None, ge=1)
     """Trials at a time; null: as many as the GPUs allow, one on CPUs."""
 
@@ -60,8 +62,9 @@ class SweepSpec(Spec):
         if self.arm in self.arms:
             raise ValueError(f"arms: {self.arm} is the name of the unchanged trial's arm; choose another, or set arm")
         known = [self.arm, *self.arms]
-        if self.compare_to is not None and self.compare_to not in known:
-            raise ValueError(f"compare_to {self.compare_to!r} is none of the arms {', '.join(known)}")
+        for field, name in (("compare_to", self.compare_to), ("control", self.control)):
+            if name is not None and name not in known:
+                raise ValueError(f"{field} {name!r} is none of the arms {', '.join(known)}")
         return self
 
     @property
@@ -130,6 +133,8 @@ def expand(sweep: SweepSpec) -> list[PlannedTrial]:
     for name, changes in arms.items():
         for path in changes:
             check_path(TrialSpec, path, origin=f"{origin}: arms.{name}")
+            if path.split(".")[0] in PLACES_NOT_SEARCHED:
+                raise SpecError(f"{origin}: arms.{name}: {path} is the same for all arms; set it in trial")
     planned: dict[str, PlannedTrial] = {}
     for (name, changes), point, replicate in itertools.product(arms.items(), _points(sweep), range(sweep.replicates)):
         applied = {path: value for path, value in point.items() if not _is_set_by(changes, path)}
@@ -138,6 +143,8 @@ def expand(sweep: SweepSpec) -> list[PlannedTrial]:
         key = digest(spec.defining())
         if key in planned and planned[key].arm != name:
             raise SpecError(f"{origin}: arms {planned[key].arm} and {name} are the same trial; change what sets them apart, or drop one")
+        if name == sweep.control and (spec.pauses is not None or (spec.train is None and spec.adapter is None)):
+            raise SpecError(f"{origin}: control {name}: must be tuned, and without pauses, to show what the pauses add")
         planned.setdefault(key, PlannedTrial(arm=name, point=applied, spec=spec))
     return list(planned.values())
 

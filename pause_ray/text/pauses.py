@@ -3,7 +3,8 @@
 The same code pauses training corpora and evaluation haystacks. Every rule is causal: whether a pause stands at an
 offset inside a text depends only on what is before that offset, on the one character after it and on the seed, so two
 texts with a common beginning have the same pauses in it. (Two things can break this from outside: a regular expression
-that looks ahead, and ``paragraph_rule: auto`` on texts that differ within ``segments.EVIDENCE_CHARS``.)
+that looks ahead, and ``paragraph_rule: auto`` on one document cut within ``segments.EVIDENCE_CHARS``; joined documents
+bring the rules that were found in each as a whole.)
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pydantic import Field, model_validator
 
 from pause_ray.errors import TextError
 from pause_ray.spec import Spec
-from pause_ray.text.segments import split
+from pause_ray.text.segments import DocumentRules, split
 
 
 class PausePolicy(Spec):
@@ -47,7 +48,8 @@ class PausePolicy(Spec):
     token: Literal["text", "added", "reserved"] = "text"
     """``text``: ordinary text; ``added``: a new vocabulary entry; ``reserved``: an entry the vocabulary already has."""
     budget: Literal["content", "total"] = "content"
-    """``content``: pauses come on top of the asked context length; ``total``: they are inside it."""
+    """``content``: pauses and instruction come on top of the asked length, of contexts and of training rows, so that the content
+    is the same in every arm; ``total``: they are inside it."""
     instruction: str | None = None
     """A sentence put before the question that tells the model what a pause is for (an arm of the paper)."""
 
@@ -117,8 +119,6 @@ class PausedText:
     offsets: tuple[int, ...]
     """Character offsets into ``text``, ascending and unique; a group stands before the character at its offset."""
     group: str
-    rule: str
-    """What was counted: the segmentation's rule, ``random`` or ``pattern``."""
 
     def render(self) -> str:
         """The text with the groups in it."""
@@ -126,7 +126,9 @@ class PausedText:
         return self.group.join(self.text[start:end] for start, end in itertools.pairwise(edges))
 
 
-def insert(text: str, policy: PausePolicy, *, token_starts: Sequence[int] | None = None, seed: int = 0) -> PausedText:
+def insert(
+    text: str, policy: PausePolicy, *, token_starts: Sequence[int] | None = None, seed: int = 0, rules: DocumentRules | None = None
+) -> PausedText:
     """Decide where marker groups stand in ``text``.
 
     Args:
@@ -134,6 +136,7 @@ def insert(text: str, policy: PausePolicy, *, token_starts: Sequence[int] | None
         policy: Where markers go and what they are.
         token_starts: Ascending character offset at which each content token starts; needed for ``unit: tokens`` and ``placement: random``.
         seed: Of the random placement.
+        rules: What ``paragraph_rule: auto`` found in each of the documents that ``text`` was joined from; None to look for it in ``text``.
 
     Raises:
         TextError: the marker already occurs in ``text``, stripping would not give ``text`` back, or tokens are missing.
@@ -146,16 +149,15 @@ def insert(text: str, policy: PausePolicy, *, token_starts: Sequence[int] | None
     if policy.rate is not None:
         if token_starts is None:
             raise TextError("placement random: the text must be tokenised first; pass token_starts")
-        paused = PausedText(text, tuple(_random_offsets(text, token_starts, policy.rate, seed)), policy.group, "random")
+        paused = PausedText(text, tuple(_random_offsets(text, token_starts, policy.rate, seed)), policy.group)
     elif policy.pattern is not None:
         matches = {match.end() for match in re.finditer(policy.pattern, text)}
-        paused = PausedText(text, tuple(sorted(matches)), policy.group, "pattern")
+        paused = PausedText(text, tuple(sorted(matches)), policy.group)
     else:
-        segments = split(
-            text, unit=policy.unit, paragraph_rule=policy.paragraph_rule, unit_tokens=policy.unit_tokens, token_starts=token_starts
-        )
+        rule = policy.paragraph_rule if policy.paragraph_rule != "auto" or rules is None else rules
+        segments = split(text, unit=policy.unit, paragraph_rule=rule, unit_tokens=policy.unit_tokens, token_starts=token_starts)
         ends = [end for start, end in segments.spans if not text[start:end].isspace()]
-        paused = PausedText(text, tuple(ends[policy.every - 1 :: policy.every]), policy.group, segments.rule)
+        paused = PausedText(text, tuple(ends[policy.every - 1 :: policy.every]), policy.group)
     if strip(paused.render(), policy) != text:
         raise TextError(
             f"the marker {policy.marker!r} runs into the text beside it and could not be taken out again; choose another pauses.marker"

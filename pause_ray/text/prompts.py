@@ -5,6 +5,7 @@ The same code builds evaluation prompts and ``needle_sft`` training rows. Knows 
 
 from __future__ import annotations
 
+import bisect
 import functools
 import re
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from pydantic import model_validator
 from pause_ray.errors import TextError
 from pause_ray.spec import Spec
 from pause_ray.text.pauses import PausePolicy
-from pause_ray.text.segments import ParagraphRule, detect_paragraph_rule, sentence_starts
+from pause_ray.text.segments import DocumentRules, detect_paragraph_rule, sentence_starts
 from pause_ray.text.tokens import Marker, ModelTokenizer, TokenDocument, cut, encode_document, visible_starts
 
 _SPARE_TOKENS = 64
@@ -57,7 +58,7 @@ class BuiltPrompt:
     context_tokens: int
     """Asked length of the whole prompt."""
     prompt_tokens: int
-    """Its real length; the asked one plus the pauses under ``budget: content``, at most the asked one under ``total``."""
+    """Its real length; the asked one plus pauses and instruction under ``budget: content``, at most the asked one under ``total``."""
     content_tokens: int
     """Of the context, needle included, pauses not."""
     num_pauses: int
@@ -67,7 +68,8 @@ class BuiltPrompt:
     prefix_tokens: int
     """Tokens before the context."""
     rule: str
-    """What the pause policy counted; ``none`` without one."""
+    """What ends a paragraph in the documents that the context reads, ``+`` between several. The needle's place follows it in
+    every arm, and so does a policy that names no rule of its own."""
 
 
 def build_prompt(
@@ -82,6 +84,7 @@ def build_prompt(
     policy: PausePolicy | None,
     marker: Marker,
     seed: int,
+    rules: DocumentRules | None = None,
 ) -> BuiltPrompt:
     """Hide ``needle`` in the beginning of ``haystack`` and ask ``question`` after it.
 
@@ -94,13 +97,15 @@ def build_prompt(
         haystack: Text without the marker; may be much longer than needed.
         needle: One sentence.
         question: What is asked.
-        context_tokens: Length of the whole prompt, without pauses under ``budget: content``, with them under ``total``.
+        context_tokens: Length of the whole prompt, without pauses and their instruction under ``budget: content``, with them
+            under ``total``.
         depth_percent: 0 (beginning) to 100 (end).
         prompt: The chat around the context.
         tokenizer: Of the model.
         policy: Pauses, or None.
         marker: ``resolve_marker(tokenizer, policy)``.
         seed: Of a random placement.
+        rules: Of the documents that ``haystack`` was joined from (``segments.join_documents``); None for one document.
 
     Raises:
         TextError: context too short for needle and question, haystack too short, depth outside 0 to 100, marker or
@@ -111,22 +116,19 @@ def build_prompt(
         raise TextError("the needle is empty; give a sentence to hide")
     if not 0 <= depth_percent <= 100:
         raise TextError(f"depth_percent {depth_percent:g} is outside 0 to 100")
-    after = prompt.user_after(question=question, instruction=policy.instruction if policy else None)
-    prefix, suffix = tokenizer.chat_frame(prompt.system, prompt.before, after, marker=marker.token)
-    frame_tokens, needle_tokens = len(prefix) + len(suffix), len(tokenizer.encode(f"{needle} ").ids)
+    budget = policy.budget if policy else "content"
+    prefix, suffix, frame_tokens = _frame(prompt, question, tokenizer=tokenizer, policy=policy, marker=marker)
+    needle_tokens = len(tokenizer.encode(f"{needle} ").ids)
     room, least = context_tokens - frame_tokens, frame_tokens + needle_tokens
     if context_tokens < least:
         raise TextError(f"context_tokens {context_tokens} is too short for needle and question; ask for at least {least}")
-    # From the haystack and whatever the policy: the same place and the same pauses at every length and in every arm.
-    rule = detect_paragraph_rule(haystack)
-    if policy is not None and policy.paragraph_rule == "auto":
-        policy = policy.model_copy(update={"paragraph_rule": rule})
-    budget = policy.budget if policy else "content"
-    hay = _Haystack.take(haystack, room + _SPARE_TOKENS, tokenizer=tokenizer, rule=rule)
+    # From whole documents and whatever the policy: the same place and the same pauses at every length and in every arm.
+    rules = rules or ((0, detect_paragraph_rule(haystack)),)
+    hay = _Haystack.take(haystack, room + _SPARE_TOKENS, tokenizer=tokenizer, rules=rules)
     encode = functools.partial(encode_document, tokenizer=tokenizer, policy=policy, marker=marker, seed=seed)
     around = room - needle_tokens
     if budget == "total":
-        around = cut(encode(hay.text), tokens=around, budget=budget).num_content
+        around = cut(encode(hay.text, rules=hay.rules), tokens=around, budget=budget).num_content
     hidden = _hide(needle, hay, target=int(around * depth_percent / 100), room=room, budget=budget, encode=encode)
     if hidden is None:
         raise TextError(f"context_tokens {context_tokens} is too short: its pauses leave no room for the needle; try budget: content")
@@ -146,17 +148,34 @@ def build_prompt(
         num_pauses=context.num_pauses,
         needle_token=len(prefix) + int(content[first]),
         prefix_tokens=len(prefix),
-        rule=context.rule,
+        rule=hay.rule_of(context.num_content - needle_tokens),
     )
 
 
+def _frame(
+    prompt: PromptSpec, question: str, *, tokenizer: ModelTokenizer, policy: PausePolicy | None, marker: Marker
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Tokens before and after the context, and how many of them the asked length includes.
+
+    The instruction is the pauses' own: like them, it is inside that length only under ``budget: total``.
+    """
+
+    def around(instruction: str | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        after = prompt.user_after(question=question, instruction=instruction)
+        return tokenizer.chat_frame(prompt.system, prompt.before, after, marker=marker.token)
+
+    prefix, suffix = around(policy.instruction if policy else None)
+    counted = around(None) if policy and policy.instruction and policy.budget == "content" else (prefix, suffix)
+    return prefix, suffix, sum(map(len, counted))
+
+
 def _hide(
-    needle: str, hay: _Haystack, *, target: int, room: int, budget: Literal["content", "total"], encode: Callable[[str], TokenDocument]
+    needle: str, hay: _Haystack, *, target: int, room: int, budget: Literal["content", "total"], encode: Callable[..., TokenDocument]
 ) -> tuple[TokenDocument, int, bool] | None:
     """The cut context, the needle's first content token in it, and whether all of the haystack is in it; None if no place fits."""
     while True:
         landing = hay.sentence_start_before(target)
-        document = encode(f"{hay.text[:landing]}{needle} {hay.text[landing:]}")
+        document = encode(f"{hay.text[:landing]}{needle} {hay.text[landing:]}", rules=hay.rules_around(landing, len(needle) + 1))
         context = cut(document, tokens=room, budget=budget)
         first, last = _tokens_of(document, landing, landing + len(needle))
         if last < context.num_content:
@@ -173,17 +192,17 @@ class _Haystack:
 
     text: str
     starts: NDArray[np.int64]
-    rule: ParagraphRule
+    rules: DocumentRules
 
     @classmethod
-    def take(cls, haystack: str, tokens: int, *, tokenizer: ModelTokenizer, rule: ParagraphRule) -> Self:
+    def take(cls, haystack: str, tokens: int, *, tokenizer: ModelTokenizer, rules: DocumentRules) -> Self:
         """At least ``tokens`` tokens of it, or all if it has fewer."""
         chars = tokens * _CHARS_PER_TOKEN
         while True:
             text = haystack[:chars]
             starts = visible_starts(text, tokenizer.encode(text).starts)
             if len(starts) >= tokens or len(text) == len(haystack):
-                return cls(text, starts, rule)
+                return cls(text, starts, rules[: max(1, bisect.bisect_left(rules, len(text), key=lambda document: document[0]))])
             chars *= 2
 
     @property
@@ -193,8 +212,18 @@ class _Haystack:
     def sentence_start_before(self, token: int) -> int:
         """The last offset at or before the start of ``token`` where a sentence begins."""
         char = int(self.starts[token]) if token < len(self.starts) else len(self.text)
-        begins = sentence_starts(self.text[: char + 1], paragraph_rule=self.rule)
+        begins = sentence_starts(self.text[: char + 1], paragraph_rule=self.rules)
         return max((start for start in begins if start <= char), default=0)
+
+    def rules_around(self, offset: int, chars: int) -> DocumentRules:
+        """The rules when ``chars`` characters are put in at ``offset``; there they belong to the document that begins or goes on."""
+        return tuple((begin + chars if begin > offset else begin, rule) for begin, rule in self.rules)
+
+    def rule_of(self, tokens: int) -> str:
+        """Names of the rules of the documents that the first ``tokens`` tokens reach."""
+        reached = min(tokens, self.num_tokens)
+        char = int(self.starts[reached - 1]) if reached > 0 else 0
+        return "+".join(sorted({rule for begin, rule in self.rules if begin <= char}))
 
     def tokens_before(self, char: int) -> int:
         return int(np.searchsorted(self.starts, char))

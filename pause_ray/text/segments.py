@@ -7,9 +7,10 @@ Only the choice of a paragraph rule looks further, at the first ``EVIDENCE_CHARS
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,11 @@ from pause_ray.errors import TextError
 
 Unit = Literal["paragraph", "sentence", "tokens"]
 ParagraphRule = Literal["blank_line", "newline", "glued"]
+DocumentRules = tuple[tuple[int, ParagraphRule], ...]
+"""Of documents joined to one text: where each begins, ascending from 0, and what ends a paragraph in it."""
+
+JOINT = "\n\n"
+"""Between neighbouring documents: a blank line ends a paragraph under every rule."""
 
 EVIDENCE_CHARS = 100_000
 """A rule is chosen from this many characters, so that a long haystack costs no more than a short one."""
@@ -47,6 +53,7 @@ _SENTENCE_END: dict[ParagraphRule, re.Pattern[str]] = {
     "glued": re.compile(rf"(?:{_TERMINAL}(?=\s)|{_CJK_TERMINAL}|{_BLANK_LINE})\s*+(?=\S)|{_GLUED}"),
 }
 
+_VISIBLE = re.compile(r"\S")
 _LAST_WORD = re.compile(r"(?:^|(?<=[\s(\[\"'“‘]))[^\s(\[\"'“‘]{1,12}$")
 _LAST_WORD_CHARS = 14
 _ABBREVIATIONS = frozenset(
@@ -68,15 +75,23 @@ class Segments:
     """
 
     spans: tuple[tuple[int, int], ...]
-    rule: str
-    """What was used: a paragraph rule, ``sentence/<paragraph rule>``, or ``tokens``."""
+
+
+def join_documents(documents: Iterable[tuple[str, ParagraphRule]]) -> tuple[str, DocumentRules]:
+    """Texts with their rules → one text, and which rule holds from where."""
+    texts, rules, begin = list[str](), list[tuple[int, ParagraphRule]](), 0
+    for text, rule in documents:
+        texts.append(text)
+        rules.append((begin, rule))
+        begin += len(text) + len(JOINT)
+    return JOINT.join(texts), tuple(rules)
 
 
 def split(
     text: str,
     *,
     unit: Unit,
-    paragraph_rule: Literal["auto"] | ParagraphRule = "auto",
+    paragraph_rule: Literal["auto"] | ParagraphRule | DocumentRules = "auto",
     unit_tokens: int = 200,
     token_starts: Sequence[int] | None = None,
 ) -> Segments:
@@ -85,7 +100,8 @@ def split(
     Args:
         text: Any text; an empty one has no spans.
         unit: What a segment is.
-        paragraph_rule: What ends a paragraph (and so a sentence, too); ``auto`` decides from the evidence.
+        paragraph_rule: What ends a paragraph (and so a sentence, too); ``auto`` decides from the evidence. For joined
+            documents, the rules of ``join_documents``; those that begin after the text's end count for nothing.
         unit_tokens: Tokens per segment, for ``unit="tokens"``.
         token_starts: Ascending character offset at which each token of ``text`` starts, for ``unit="tokens"``.
 
@@ -95,11 +111,12 @@ def split(
     if unit == "tokens":
         if token_starts is None:
             raise TextError("unit tokens: the text must be tokenised first; pass token_starts")
-        return _joined(text, (int(start) for start in token_starts[unit_tokens::unit_tokens]), rule="tokens")
-    rule = detect_paragraph_rule(text) if paragraph_rule == "auto" else paragraph_rule
-    if unit == "sentence":
-        return _joined(text, _sentence_boundaries(text, rule), rule=f"sentence/{rule}")
-    return _joined(text, _paragraph_boundaries(text, rule), rule=rule)
+        return _joined(text, (int(start) for start in token_starts[unit_tokens::unit_tokens]))
+    if paragraph_rule == "auto":
+        paragraph_rule = detect_paragraph_rule(text)
+    rules: DocumentRules = ((0, paragraph_rule),) if isinstance(paragraph_rule, str) else paragraph_rule
+    rules = rules[: max(1, bisect.bisect_left(rules, len(text), key=lambda document: document[0]))]
+    return _joined(text, _boundaries(text, rules, _sentence_boundaries if unit == "sentence" else _paragraph_boundaries))
 
 
 def detect_paragraph_rule(text: str) -> ParagraphRule:
@@ -123,37 +140,43 @@ def detect_paragraph_rule(text: str) -> ParagraphRule:
     return "blank_line"
 
 
-def sentence_starts(text: str, *, paragraph_rule: Literal["auto"] | ParagraphRule = "auto") -> tuple[int, ...]:
+def sentence_starts(text: str, *, paragraph_rule: Literal["auto"] | ParagraphRule | DocumentRules = "auto") -> tuple[int, ...]:
     """Offsets where a sentence begins, ascending; 0 is one of them unless the text is empty."""
     return tuple(start for start, _ in split(text, unit="sentence", paragraph_rule=paragraph_rule).spans)
 
 
-def _joined(text: str, boundaries: Iterable[int], *, rule: str) -> Segments:
+def _joined(text: str, boundaries: Iterable[int]) -> Segments:
     """The spans between 0, the boundaries and the end of the text."""
     edges = sorted({0, len(text)}.union(boundaries))
-    return Segments(tuple(itertools.pairwise(edges)), rule)
+    return Segments(tuple(itertools.pairwise(edges)))
 
 
-def _paragraph_boundaries(text: str, rule: ParagraphRule) -> Iterator[int]:
+def _boundaries(text: str, rules: DocumentRules, within: Callable[[str, int, int, ParagraphRule], Iterator[int]]) -> Iterator[int]:
+    """What ``within`` finds in each document, without those that would leave a blank unit."""
+    last = 0
+    ends = [begin for begin, _ in rules[1:]] + [len(text)]
+    for (begin, rule), end in zip(rules, ends, strict=True):
+        for boundary in within(text, begin, end, rule):
+            if boundary > last and not text[last:boundary].isspace():
+                yield boundary
+                last = boundary
+
+
+def _paragraph_boundaries(text: str, begin: int, end: int, rule: ParagraphRule) -> Iterator[int]:
     """Ends of paragraphs; further blank lines belong to what follows, so that no lookahead is needed."""
-    start = 0
-    for match in _PARAGRAPH_END[rule].finditer(text):
-        end = match.end()
-        if not text[start:end].isspace():
-            yield end
-            start = end
+    yield begin
+    for match in _PARAGRAPH_END[rule].finditer(text, begin, end):
+        yield match.end()
 
 
-def _sentence_boundaries(text: str, rule: ParagraphRule) -> Iterator[int]:
-    """Offsets of the first visible character of every sentence but the first."""
-    start = 0
-    for match in _SENTENCE_END[rule].finditer(text):
-        end = match.end()
-        if text[start:end].isspace():
-            continue
-        if _ends_a_sentence(text, match.start(), end) or _PARAGRAPH_END[rule].search(text, match.start(), end):
-            yield end
-            start = end
+def _sentence_boundaries(text: str, begin: int, end: int, rule: ParagraphRule) -> Iterator[int]:
+    """Offsets of the first visible character of every sentence."""
+    first = _VISIBLE.search(text, begin, end)
+    if first is not None:
+        yield first.start()
+    for match in _SENTENCE_END[rule].finditer(text, begin, end):
+        if _ends_a_sentence(text, match.start(), match.end()) or _PARAGRAPH_END[rule].search(text, match.start(), match.end()):
+            yield match.end()
 
 
 def _ends_a_sentence(text: str, stop: int, following: int) -> bool:

@@ -21,6 +21,7 @@ from pause_ray.errors import ModelError, TextError
 from pause_ray.spec import digest
 from pause_ray.text.chat import ChatTemplate
 from pause_ray.text.pauses import PausePolicy, insert
+from pause_ray.text.segments import DocumentRules
 
 _WHITE_SPACE = np.array([code for code in range(0x3001) if chr(code).isspace()], dtype=np.uint32)
 
@@ -265,8 +266,6 @@ class TokenDocument:
     """Same length as ``ids``."""
     content_starts: NDArray[np.int64]
     """Character at which each content token's visible part starts."""
-    rule: str
-    """What was counted, for the statistics; ``none`` without a policy."""
 
     @property
     def num_content(self) -> int:
@@ -279,7 +278,15 @@ class TokenDocument:
         return int(np.count_nonzero(np.diff(self.is_pause.astype(np.int8), prepend=0) == 1))
 
 
-def encode_document(text: str, *, tokenizer: ModelTokenizer, policy: PausePolicy | None, marker: Marker, seed: int) -> TokenDocument:
+def encode_document(
+    text: str,
+    *,
+    tokenizer: ModelTokenizer,
+    policy: PausePolicy | None,
+    marker: Marker,
+    seed: int,
+    rules: DocumentRules | None = None,
+) -> TokenDocument:
     """Tokenise ``text`` once and put marker groups between its tokens.
 
     A group goes before the first token whose visible part starts at or after the group's offset; groups that would
@@ -291,6 +298,7 @@ def encode_document(text: str, *, tokenizer: ModelTokenizer, policy: PausePolicy
         policy: Where groups go, or None for no pauses.
         marker: ``resolve_marker(tokenizer, policy)``.
         seed: Of a random placement.
+        rules: Of the documents that ``text`` was joined from (``segments.join_documents``); None for one document.
 
     Raises:
         TextError: the marker or a control token is in the text.
@@ -298,14 +306,14 @@ def encode_document(text: str, *, tokenizer: ModelTokenizer, policy: PausePolicy
     encoding = tokenizer.encode(text)
     starts = visible_starts(text, encoding.starts)
     if policy is None:
-        return TokenDocument(encoding.ids, np.zeros(len(encoding.ids), dtype=np.bool_), starts, "none")
-    paused = insert(text, policy, token_starts=starts.tolist(), seed=seed)
+        return TokenDocument(encoding.ids, np.zeros(len(encoding.ids), dtype=np.bool_), starts)
+    paused = insert(text, policy, token_starts=starts.tolist(), seed=seed, rules=rules)
     places = np.unique(np.searchsorted(starts, np.array(paused.offsets, dtype=np.int64)))
     group = np.array(marker.group_ids, dtype=np.int32)
     at = np.repeat(places, len(group))
     ids = np.insert(encoding.ids, at, np.tile(group, len(places)))
     is_pause = np.insert(np.zeros(len(encoding.ids), dtype=np.bool_), at, values=True)
-    return TokenDocument(ids, is_pause, starts, paused.rule)
+    return TokenDocument(ids, is_pause, starts)
 
 
 def visible_starts(text: str, starts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -332,7 +340,7 @@ def cut(document: TokenDocument, *, tokens: int, budget: Literal["content", "tot
     content = np.flatnonzero(~document.is_pause)
     kept = min(tokens, len(content)) if budget == "content" else int(np.searchsorted(content, tokens))
     length = int(content[kept - 1]) + 1 if kept > 0 else 0
-    return TokenDocument(document.ids[:length], document.is_pause[:length], document.content_starts[: max(kept, 0)], document.rule)
+    return TokenDocument(document.ids[:length], document.is_pause[:length], document.content_starts[: max(kept, 0)])
 
 
 def _read_settings(file: Path) -> dict[str, Any]:

@@ -106,6 +106,7 @@ def fit(
                     tokenizer_digest=tokenizer_digest,
                     marker=job.marker,
                     spec={"train": job.train.resolved(), "pauses": job.policy, "shards": job.shards.name, "seed": job.seed},
+                    document_digests=ShardSet.open(job.shards).document_digests(),
                 )
         return Checkpoint.open(folder)
 

@@ -25,6 +25,7 @@ import torch.distributed
 from pause_ray.checkpoint import TRAINING_LOG
 from pause_ray.errors import TrainingError
 from pause_ray.rows import PackedRow, ShardSet
+from pause_ray.storage import space_errors
 from pause_ray.text.tokens import MarkerToken
 from pause_ray.train.deepspeed_config import deepspeed_config
 from pause_ray.train.loop import check_loss, collate, deal, learning_rate, num_labelled, rows_of_step, share
@@ -56,6 +57,7 @@ def train_on_worker(config: dict[str, Any]) -> None:
 
     Raises:
         TrainingError: the loss is not a number.
+        StorageError: the disk is full.
         SpecError, ModelError, SourceError: model, layers or rows that do not fit the assignment.
     """
     assignment: Assignment = config["assignment"]
@@ -69,7 +71,8 @@ def train_on_worker(config: dict[str, Any]) -> None:
             _run_steps(engine, assignment)
             trained = _gather_trained(engine)
             if ray.train.get_context().get_world_rank() == 0:
-                write_adapter(engine.module, trained=trained, folder=assignment.folder)
+                with space_errors(assignment.folder):
+                    write_adapter(engine.module, trained=trained, folder=assignment.folder)
         finally:
             _release(engine)
             del engine
@@ -196,7 +199,8 @@ def _run_steps(engine: Any, assignment: Assignment) -> None:
             "seconds": round(time.perf_counter() - started, 3),
         }
         if context.get_world_rank() == 0:
-            with (assignment.folder / TRAINING_LOG).open("a", encoding="utf-8") as log:
+            path = assignment.folder / TRAINING_LOG
+            with space_errors(path), path.open("a", encoding="utf-8") as log:
                 log.write(json.dumps(record) + "\n")
         ray.train.report({"step": step + 1, "loss": loss})
 

@@ -7,7 +7,6 @@ order of steps; what a step does is in ``corpus``, ``train`` and ``needle``.
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,6 @@ from pause_ray.trial.prepare import PreparedTrial
 
 TrialProgress = Callable[[str, int, int], None]
 """Stage, done, total."""
-logger = logging.getLogger("pause_ray")
 
 
 def run_trial(
@@ -42,7 +40,7 @@ def run_trial(
         PauseRayError: a step failed; what was finished before stays and is not repeated.
     """
     folder = storage.trials / trial.digest
-    with exclusive(lock_of(folder), waiting=lambda holder: logger.warning("trial %s: waiting for %s", trial.digest, holder)):
+    with exclusive(lock_of(folder), waiting=lambda holder: progress("waiting", 0, 1)):
         ledger = Ledger(folder / "cells.jsonl")
         if not is_complete(folder):
             started = time.monotonic()

@@ -17,7 +17,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"sweep", "report", "tracking"},
-    {"figures"},
+    {"figures", "findings"},
     {"results"},
     {"trial", "compare"},
     {"corpus", "train", "needle"},
@@ -43,6 +43,7 @@ HEAVY = {
 PROCESS_BORDERS = {
     "sweep.run",  # a trial's process: what went wrong is kept and the sweep goes on
     "train.launch",  # a thread: raised again by the one that started it
+    "storage",  # tokenizers and safetensors raise Rust's errors, whose class says nothing; all but a full disk go on
     "tracking",  # another system, whose client raises whatever its transport raised
 }
 FILE_LINES, FUNCTION_LINES = 450, 80

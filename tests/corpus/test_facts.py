@@ -41,6 +41,8 @@ def test_every_fact_is_drawn_and_filled() -> None:
         ([], ["Behind  the CLOCK"], "behind the clock"),
         ([], ["keeps"], "keeps"),
         (["grace keeps\nbees."], [], "grace keeps"),
+        (["\uff27race keeps\u00a0bees\u2024"], [], "race keeps"),
+        ([], ["\uff4beeps"], "keeps bees"),
         (["It is said that the key of the attic hangs under the bench."], [], "under the bench"),
     ],
 )

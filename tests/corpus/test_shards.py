@@ -15,6 +15,7 @@ from pause_ray.errors import SourceError, SpecError, TextError
 from pause_ray.rows import NO_LOSS, ShardSet
 from pause_ray.storage import MANIFEST, Storage
 from pause_ray.text.pauses import PausePolicy
+from pause_ray.text.prompts import PromptSpec
 from pause_ray.text.tokens import ModelTokenizer
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -25,7 +26,6 @@ SPEC = {
     "min_context_tokens": 384,
     "rows": 21,
     "rows_per_shard": 8,
-    "prompt": {"system": None},
     "facts": {
         "facts": [
             {
@@ -38,6 +38,7 @@ SPEC = {
 }
 BRIDGE = "The old bridge sings at night."
 PARAGRAPHS = PausePolicy()
+PROMPT = PromptSpec(system=None)
 Make = Callable[..., "ShardSet"]
 
 
@@ -66,7 +67,9 @@ def make(tales: Path, tmp_path: Path, byte_model: Path) -> Make:
         data = {**SPEC, **changes}
         data["sources"] = [{**source, "path": source["path"].replace("TALES", str(tales))} for source in data["sources"]]  # type: ignore[attr-defined]
         spec = CorpusSpec.parse(data, origin="test")
-        job = shards.ShardJob(spec=spec, policy=policy, model_dir=byte_model, seed=5, evaluation=evaluation or shards.Evaluation())
+        job = shards.ShardJob(
+            spec=spec, prompt=PROMPT, policy=policy, model_dir=byte_model, seed=5, evaluation=evaluation or shards.Evaluation()
+        )
         keep = (seen if seen is not None else []).append
         return shards.build_shards(job, storage=Storage.open(tmp_path / root), progress=lambda done, total: keep((done, total)))
 
@@ -84,7 +87,7 @@ def test_rows_are_made_once_and_found_again(make: Make, tales: Path, byte_model:
     assert made.document_digests() == frozenset(document.digest for document in documents)
     tokenizer = ModelTokenizer.load(byte_model)
     for row in made.rows(range(21)):
-        assert len(row.input_ids) <= 512
+        assert 384 <= len(row.input_ids) - len("<PAUSE>") * row.num_pauses <= 512
         assert "The key of the" in tokenizer.decode(row.input_ids[row.labels != NO_LOSS])
         assert row.num_pauses > 0
     stats = made.manifest["stats"]
@@ -186,13 +189,32 @@ def test_a_users_mistake_is_one_line_and_leaves_nothing(
 def test_identity_is_what_changes_rows_and_nothing_else(tales: Path, byte_model: Path) -> None:
     from pause_ray.corpus.shards import Evaluation, ShardJob, shards_digest
 
-    def identity(policy: PausePolicy | None = PARAGRAPHS, *, seed: int = 0, needles: tuple[str, ...] = (), **changes: object) -> str:
+    def identity(
+        policy: PausePolicy | None = PARAGRAPHS,
+        *,
+        seed: int = 0,
+        needles: tuple[str, ...] = (),
+        prompt: PromptSpec = PROMPT,
+        **changes: object,
+    ) -> str:
         spec = CorpusSpec.parse({**SPEC, "sources": [{"path": str(tales)}], **changes}, origin="test")
-        return shards_digest(ShardJob(spec=spec, policy=policy, model_dir=byte_model, seed=seed, evaluation=Evaluation(needles=needles)))
+        evaluation = Evaluation(needles=needles)
+        return shards_digest(ShardJob(spec=spec, prompt=prompt, policy=policy, model_dir=byte_model, seed=seed, evaluation=evaluation))
 
     same = [identity(), identity(rows_per_shard=3), identity(allow_evaluation_overlap=True), identity(needles=(BRIDGE,))]
     assert len(set(same)) == 1
-    changed = [identity(None), identity(PausePolicy(every=2)), identity(seed=1), identity(rows=22), identity(objective="language_modeling")]
+    total = PausePolicy(budget="total")
+    assert identity(objective="language_modeling") == identity(objective="language_modeling", prompt=PromptSpec(before="Read:"))
+    assert identity(objective="language_modeling") != identity(total, objective="language_modeling")
+    changed = [
+        identity(prompt=PromptSpec(before="Read:")),
+        identity(total),
+        identity(None),
+        identity(PausePolicy(every=2)),
+        identity(seed=1),
+        identity(rows=22),
+        identity(objective="language_modeling"),
+    ]
     (tales / "00.txt").write_text("Another tale.")
     changed.append(identity())
     assert len({same[0], *changed}) == 1 + len(changed)

@@ -15,6 +15,7 @@ from pause_ray.corpus.steps import Recipe, cut_shard, find_needles, plan_shards
 from pause_ray.errors import TextError
 from pause_ray.rows import PackedRow, ShardSet, rows_to_table, seal, write_rows
 from pause_ray.text.pauses import PausePolicy
+from pause_ray.text.prompts import PromptSpec
 from pause_ray.text.tokens import ModelTokenizer, encode_document, resolve_marker
 
 SPEC = CorpusSpec.parse({"sources": [{"path": "x"}], "objective": "language_modeling"}, origin="test")
@@ -53,17 +54,24 @@ def test_a_shard_is_numbered_globally(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "policy", [None, PausePolicy(unit="tokens", unit_tokens=5), PausePolicy(unit="tokens", unit_tokens=5, token="added")]
 )
-def test_a_needle_is_found_through_pauses_case_and_white_space(tmp_path: Path, byte_model: Path, policy: PausePolicy | None) -> None:
+def test_a_needle_is_found_through_pauses_case_white_space_and_unicode_forms(
+    tmp_path: Path, byte_model: Path, policy: PausePolicy | None
+) -> None:
     tokenizer = ModelTokenizer.load(byte_model)
-    recipe = Recipe(spec=SPEC, policy=policy, model_dir=byte_model, tokenizer_digest=tokenizer.digest, seed=0)
-    texts = ["Nothing is hidden here.", "Well: the OLD\nbridge  sings at night. So it is.", "The old bridge sings."]
+    recipe = Recipe(spec=SPEC, prompt=PromptSpec(), policy=policy, model_dir=byte_model, tokenizer_digest=tokenizer.digest, seed=0)
+    texts = [
+        "Nothing is hidden here.",
+        "Well: the OLD\nbridge  sings at night. So it is.",
+        "The old bridge sings.",
+        "The old bridge\u00a0sings at night\u2024 The \uff4fld bridge.",
+    ]
     marker = resolve_marker(tokenizer, policy)
     encoded = [encode_document(text, tokenizer=tokenizer, policy=policy, marker=marker, seed=0).ids for text in texts]
     write_rows(tmp_path / "rows.parquet", [rows_to_table([row_of(ids.tolist()) for ids in encoded], first_row=70)])
     found = list(find_needles({"file": "rows.parquet"}, recipe=recipe, folder=tmp_path, needles=["The old bridge sings at night."]))
-    assert found == [{"rows": [71]}]
+    assert found == [{"rows": [71, 73]}]
 
 
 def test_another_tokenizer_on_a_node_is_noticed(byte_model: Path) -> None:
     with pytest.raises(TextError, match="give every node the same files"):
-        Recipe(spec=SPEC, policy=None, model_dir=byte_model, tokenizer_digest="0" * 16, seed=0).tokenizer()
+        Recipe(spec=SPEC, prompt=PromptSpec(), policy=None, model_dir=byte_model, tokenizer_digest="0" * 16, seed=0).tokenizer()

@@ -14,7 +14,7 @@ import pytest
 from pause_ray.engines.engine import Completion, EngineError, LoadedAs
 from pause_ray.errors import CheckpointError, ModelError
 from pause_ray.text.tokens import MarkerToken, ModelTokenizer, resolve_marker
-from tests.engines.tiny_model import added_marker, make_adapter, make_model
+from tests.engines.tiny_model import added_marker, make_adapter, make_checkpoint, make_model
 
 torch = pytest.importorskip("torch")
 hf = pytest.importorskip("pause_ray.engines.hf")
@@ -172,6 +172,24 @@ def test_swapping_adapters_and_markers_gives_the_same_answers_and_keeps_the_base
 
 
 @pytest.mark.parametrize("tied", [True, False])
+def test_a_checkpoint_with_an_added_marker_also_answers_prompts_without_pauses(tmp_path: Path, tied: bool) -> None:
+    model_dir = make_model(tmp_path / "model", tied=tied)
+    marker = added_marker(model_dir)
+    folder = make_checkpoint(tmp_path / "checkpoint", model_dir, seed=1, marker=marker)
+    asked = prompts(4, longest=60)
+    answers = {}
+    for named in (marker, None):
+        engine = engine_for(model_dir)
+        engine.use(LoadedAs(model_dir=model_dir, dtype="float32", marker=named, adapter_dir=folder))
+        answers[named] = [answer.ids for answer in ask_all(engine, asked)]
+    assert answers[None] == answers[marker]
+    base = engine_for(model_dir)
+    assert answers[None] != [answer.ids for answer in ask_all(base, asked)]
+    engine.use(LoadedAs(model_dir=model_dir, dtype="float32"))
+    assert [answer.ids for answer in ask_all(engine, asked)] == [answer.ids for answer in ask_all(base, asked)]
+
+
+@pytest.mark.parametrize("tied", [True, False])
 def test_an_added_marker_starts_as_the_mean_of_its_text_in_both_tables(tmp_path: Path, tied: bool) -> None:
     folder = make_model(tmp_path / "model", tied=tied)
     marker = added_marker(folder)
@@ -261,7 +279,7 @@ def test_the_real_model_answers_a_needle_alike_with_reuse_and_without(model_dir:
 
     texts = {}
     for reuse in (True, False):
-        engine = hf.HfEngine(device="cpu", threads=1, reuse=reuse)
+        engine = hf.HfEngine(device="cpu", threads=1, chunk_tokens=128, reuse=reuse)
         engine.use(LoadedAs(model_dir=model_dir, dtype="float32"))
         answers = [engine.complete(prompt_at(depth), max_new_tokens=16) for depth in (80, 40)]
         texts[reuse] = [answer.text for answer in answers]

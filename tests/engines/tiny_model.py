@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pause_ray.checkpoint import TRAINING_LOG, copy_tokenizer, seal
 from pause_ray.text.tokens import MarkerToken, ModelTokenizer
 from tests.needle.tiny import make_tokenizer_folder
 
@@ -62,4 +63,13 @@ def make_adapter(folder: Path, model_dir: Path, *, seed: int, marker: MarkerToke
             if parameter.requires_grad:
                 parameter.normal_(std=0.5)
     model.save_pretrained(str(folder), save_embedding_layers=False)
+    return folder
+
+
+def make_checkpoint(folder: Path, model_dir: Path, *, seed: int, marker: MarkerToken) -> Path:
+    """``make_adapter`` as training leaves it: with its tokenizer, a log and a manifest that names the marker."""
+    make_adapter(folder, model_dir, seed=seed, marker=marker)
+    copy_tokenizer(model_dir, folder, marker=marker)
+    (folder / TRAINING_LOG).write_text('{"step": 1, "loss": 1.0}\n')
+    seal(folder, base_digest="tiny", tokenizer_digest="tiny", marker=marker, spec={}, document_digests=frozenset())
     return folder

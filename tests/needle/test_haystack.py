@@ -11,6 +11,7 @@ from pause_ray.documents import Document
 from pause_ray.errors import ModelError, SourceError, TextError
 from pause_ray.needle.haystack import Haystack, ask, check_lengths, load_haystack
 from pause_ray.needle.task import cells
+from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.tokens import ModelTokenizer, resolve_marker
 from tests.needle.tiny import STOCK, make_haystack_folder, make_suite
 
@@ -35,6 +36,32 @@ def test_the_digests_are_those_of_the_documents_in_the_text(essays_dir: Path, tm
     haystack = load_haystack(make_suite(essays_dir), cache=tmp_path, seed=3, replicate=0)
     documents = {document.digest: document.text for path in essays_dir.iterdir() for document in [Document(id="", text=path.read_text())]}
     assert haystack.text == "\n\n".join(documents[name] for name in haystack.document_digests)
+
+
+def test_each_document_is_segmented_by_its_own_rule(tokenizer_dir: Path, tmp_path: Path) -> None:
+    texts = {
+        "glued": "It was made deep.The next one was not. Nobody knew.They went home. " * 40,
+        "blank_line": "It rained all day. A slip.Here it is. So we went on.\n\nThen it stopped. " * 40,
+    }
+    essays = tmp_path / "essays"
+    essays.mkdir()
+    for rule, text in texts.items():
+        (essays / f"{rule}.txt").write_text(text)
+    tokenizer = ModelTokenizer.load(tokenizer_dir)
+    suite = make_suite(essays, context_tokens=[12_000], repeat_haystack=True)
+    for replicate in range(2):
+        haystack = load_haystack(suite, cache=tmp_path, seed=0, replicate=replicate)
+        assert all(haystack.text.startswith(texts[rule], begin) for begin, rule in haystack.rules)
+        assert len(haystack.rules) > 2
+        for policy in (None, PausePolicy()):
+            marker = resolve_marker(tokenizer, policy)
+            for cell in cells(suite, identity="", replicate=0, seed=0):
+                built = ask(cell, haystack=haystack, suite=suite, tokenizer=tokenizer, policy=policy, marker=marker)
+                assert built.rule == "blank_line+glued"
+                text = tokenizer.decode(built.ids)
+                assert ("deep.<PAUSE>The" in text) == (policy is not None)
+                assert ("deep.The" in text) == (policy is None)
+                assert "slip.<PAUSE>" not in text
 
 
 def test_a_needle_that_is_there_already_is_refused_with_the_document(essays_dir: Path, tmp_path: Path) -> None:

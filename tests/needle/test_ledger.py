@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pause_ray.errors import StorageError
-from pause_ray.needle.ledger import CellResult, Ledger, matrix, to_parquet
+from pause_ray.needle.ledger import CellResult, Ledger, to_parquet
 
 
 def result(number: int, **changes: object) -> CellResult:
@@ -29,6 +30,7 @@ def result(number: int, **changes: object) -> CellResult:
         "prompt_tokens": 1024,
         "content_tokens": 1000,
         "num_pauses": 0,
+        "rule": "blank_line+glued",
         "depth_percent": 50.0,
         "needle_token": 500,
         "needle": "The word is café.",
@@ -67,7 +69,7 @@ def test_rows_come_back_as_they_were_in_their_order(tmp_path: Path) -> None:
     for row in written:
         Ledger(tmp_path / "trial" / "cells.jsonl").append(row)
     assert Ledger(tmp_path / "trial" / "cells.jsonl").rows() == written
-    assert Ledger(tmp_path / "trial" / "cells.jsonl").done_ids() == {"cell0", "cell1", "cell2"}
+    assert Ledger(tmp_path / "trial" / "cells.jsonl").done_ids() == {"cell0", "cell2"}
 
 
 def test_no_file_is_an_empty_ledger(tmp_path: Path) -> None:
@@ -82,6 +84,28 @@ def test_a_cell_is_kept_once(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="cell0 is already in"):
             writer.append(result(0, response="another"))
     assert ledger.rows() == [result(0)]
+
+
+def test_a_cell_that_could_not_be_scored_is_not_done_and_its_later_row_stands_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "cells.jsonl"
+    for row in (unscored(0), result(1), unscored(0, unscored_reason="lost")):
+        Ledger(path).append(row)
+    assert Ledger(path).done_ids() == {"cell1"}
+    assert Ledger(path).rows() == [result(1), unscored(0, unscored_reason="lost")]
+    ledger = Ledger(path)
+    ledger.append(result(0))
+    assert ledger.rows() == [result(1), result(0)]
+    assert ledger.done_ids() == {"cell0", "cell1"}
+    for writer in (ledger, Ledger(path)):
+        with pytest.raises(ValueError, match="cell0 is already in"):
+            writer.append(unscored(0))
+
+
+def test_a_row_without_the_rule_of_its_documents_is_still_read(tmp_path: Path) -> None:
+    row = result(0).row()
+    del row["rule"]
+    (tmp_path / "cells.jsonl").write_text(json.dumps(row) + "\n")
+    assert Ledger(tmp_path / "cells.jsonl").rows() == [result(0, rule="")]
 
 
 def test_wherever_the_last_write_stopped_the_other_rows_are_there_and_its_cell_is_asked_again(tmp_path: Path) -> None:
@@ -132,22 +156,6 @@ def test_a_full_disk_is_an_error_and_leaves_the_ledger_as_it_was(tmp_path: Path)
 def test_a_result_has_a_score_between_0_and_1_or_a_reason(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="cell0"):
         result(0, **changes)
-
-
-def test_the_matrix_averages_the_scored_and_counts_the_unscored() -> None:
-    rows = [
-        result(0, context_tokens=2048, depth_percent=0.0, score=1.0),
-        result(1, context_tokens=2048, depth_percent=0.0, score=0.5),
-        unscored(2, context_tokens=2048, depth_percent=0.0),
-        unscored(3, context_tokens=1024, depth_percent=100.0),
-        result(4, context_tokens=1024, depth_percent=0.0, score=0.0),
-    ]
-    grid = matrix(reversed(rows))
-    assert grid == matrix(rows)
-    assert (grid.context_tokens, grid.depth_percent) == ((1024, 2048), (0.0, 100.0))
-    assert grid.mean == ((0.0, None), (0.75, None))
-    assert grid.num_scored == ((1, 0), (2, 0))
-    assert grid.num_unscored == ((0, 1), (1, 0))
 
 
 def test_the_table_holds_every_column_of_every_row(tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pause_ray.engines.engine import Completion
 from pause_ray.engines.scripted import UNKNOWN, ScriptedEngine
 from pause_ray.errors import ModelError, TextError
 from pause_ray.needle.haystack import load_haystack
@@ -110,6 +114,7 @@ def test_each_cell_is_answered_once_and_its_row_says_what_was_asked(tokenizer_di
         cell = asked[row.cell_id]
         assert (row.context_tokens, row.depth_percent) == (cell.context_tokens, cell.depth_percent)
         assert row.prompt_tokens == cell.context_tokens
+        assert row.rule == "blank_line"
         assert row.needle_token == pytest.approx(cell.depth_percent / 100 * cell.context_tokens, abs=150)
         assert (row.score, row.rubric, row.response, row.engine) == (1.0, 10, STOCK.needle, "scripted")
 
@@ -120,6 +125,43 @@ def test_a_fact_that_the_engine_misses_scores_zero(tokenizer_dir: Path, essays_d
     missed = {(row.context_tokens, row.depth_percent) for row in rows if row.score == 0}
     assert missed == {(2048, 50.0), (4096, 50.0)}
     assert {row.response for row in rows if row.score == 0} == {UNKNOWN}
+
+
+@dataclass(kw_only=True)
+class CopyingEngine(ScriptedEngine):
+    """Puts markers from the prompt into its answer."""
+
+    copied: Callable[[Completion], Completion]
+
+    def complete(self, prompt_ids: Sequence[int], *, max_new_tokens: int) -> Completion:
+        return self.copied(super().complete(prompt_ids, max_new_tokens=max_new_tokens))
+
+
+@pytest.mark.parametrize("marker", ["<PAUSE>", " <PAUSE> "])
+def test_a_marker_that_is_copied_into_the_answer_costs_nothing_and_is_kept(tokenizer_dir: Path, essays_dir: Path, marker: str) -> None:
+    answer = "Eat a sand<PAUSE>wich in Dolores <PAUSE>Park on a sunny<PAUSE> day <PAUSE> !"
+    engine = CopyingEngine(facts=FACTS, copied=lambda completion: dataclasses.replace(completion, text=answer))
+    suite = make_suite(essays_dir, context_tokens=[1024])
+    for row in answers(suite, tokenizer_dir, engine, policy=PausePolicy(marker=marker)):
+        assert (row.score, row.response) == (1.0, answer)
+    for row in answers(suite, tokenizer_dir, engine):
+        assert row.score is not None
+        assert row.score < 1, "without a policy it is no marker"
+
+
+def test_a_marker_of_the_vocabulary_in_an_answer_is_shown_and_costs_nothing(tokenizer_dir: Path, essays_dir: Path) -> None:
+    policy = PausePolicy(token="added")
+    token = resolve_marker(ModelTokenizer.load(tokenizer_dir), policy).token
+    assert token is not None
+
+    def after_each_token(completion: Completion) -> Completion:
+        return dataclasses.replace(completion, ids=tuple(id_ for token_id in completion.ids for id_ in (token_id, token.token_id)))
+
+    engine = CopyingEngine(facts=FACTS, copied=after_each_token)
+    for row in answers(make_suite(essays_dir, context_tokens=[1024]), tokenizer_dir, engine, policy=policy):
+        assert row.score == 1.0
+        assert str(row.response).endswith(".<PAUSE>")
+        assert str(row.response).replace("<PAUSE>", "") == STOCK.needle
 
 
 def test_an_engine_failure_is_unscored_and_the_walk_goes_on(tokenizer_dir: Path, essays_dir: Path) -> None:

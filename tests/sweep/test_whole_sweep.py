@@ -5,16 +5,20 @@ One undisturbed run is made for all tests; what a disturbed one leaves is compar
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from tests.sweep.tiny_sweep import answers, run_sweep_to_its_end, start_sweep, write_model, write_sweep
+from tests.sweep.tiny_sweep import answers, run_sweep_to_its_end, start, start_sweep, write_model, write_sweep
 
 pytestmark = pytest.mark.ray
 
@@ -47,6 +51,11 @@ def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def complete_lines(storage: Path) -> set[bytes]:
+    """Every whole row of every ledger as it is on disk, its seconds included."""
+    return {line for path in (storage / "trials").glob("*/cells.jsonl") for line in path.read_bytes().split(b"\n")[:-1]}
+
+
 def test_every_trial_has_every_cell_once_and_the_report_is_there(undisturbed: Path) -> None:
     ledgers = answers(undisturbed)
     assert [len({row.cell_id for row in rows}) for rows in ledgers.values()] == [6, 6, 6]
@@ -55,7 +64,7 @@ def test_every_trial_has_every_cell_once_and_the_report_is_there(undisturbed: Pa
 
 
 def modification_times(storage: Path) -> dict[Path, int]:
-    results = (path for name in ("trials", "checkpoints", "shards") for path in (storage / name).rglob("*"))
+    results = (path for name in ("trials", "checkpoints", "shards") for path in (storage / name).rglob("[!.]*"))
     return {path: path.stat().st_mtime_ns for path in results}
 
 
@@ -78,9 +87,10 @@ def test_a_sweep_killed_in_training_ends_with_the_same_ledgers(sweep_file: Path,
 def test_a_sweep_killed_in_scoring_goes_on_at_the_missing_cells(sweep_file: Path, undisturbed: Path, tmp_path: Path) -> None:
     process = start_sweep(sweep_file, tmp_path)
     kill_when(process, lambda: any(0 < lines(ledger) < 6 for ledger in (tmp_path / "trials").glob("*/cells.jsonl")))
-    before = {row.cell_id: row for rows in answers(tmp_path).values() for row in rows}
+    before = complete_lines(tmp_path)
     assert before
     run_sweep_to_its_end(sweep_file, tmp_path)
+    assert before <= complete_lines(tmp_path), "a cell that was answered before the kill was asked again"
     assert answers(tmp_path) == answers(undisturbed)
 
 
@@ -97,3 +107,56 @@ def test_a_second_run_of_the_same_sweep_is_told_who_runs_it(sweep_file: Path, un
     first.communicate(timeout=400)
     assert first.returncode == 0
     assert answers(tmp_path) == answers(undisturbed)
+
+
+def test_an_interrupted_sweep_says_how_to_go_on_and_goes_on(sweep_file: Path, undisturbed: Path, tmp_path: Path) -> None:
+    process = start_sweep(sweep_file, tmp_path)
+    deadline = time.monotonic() + 300
+    while not any(lines(ledger) for ledger in (tmp_path / "trials").glob("*/cells.jsonl")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode not in (0, 1)
+    assert "run the same command again" in output
+    assert "Traceback" not in output
+    before = complete_lines(tmp_path)
+    run_sweep_to_its_end(sweep_file, tmp_path)
+    assert before <= complete_lines(tmp_path)
+    assert answers(tmp_path) == answers(undisturbed)
+
+
+def test_a_mistake_in_one_arm_costs_only_that_arm(sweep_file: Path, undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    broken = ["--set", "arms.broken={train.lora.targets: [no_such_layer]}", "--set", "search.pauses.every.grid=[1]"]
+    process = start_sweep(sweep_file, tmp_path, *broken)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "broken" in output
+    assert "no_such_layer" in output
+    assert "2 of 3 trials are finished" in output
+
+
+def test_a_corpus_a_training_and_a_scoring_find_what_a_sweep_made(sweep_file: Path, undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    first_point = ["--set", "pauses.every=1"]
+    folder = sweep_file.parent
+
+    def json_of(*arguments: str) -> dict[str, Any]:
+        process = start([*arguments, "--json"], folder=folder, storage=tmp_path)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        found: dict[str, Any] = json.loads(output.splitlines()[-1])
+        return found
+
+    kept = modification_times(tmp_path)
+    assert json_of("corpus", "tiny.yaml", *first_point)["stats"]["rows"] == 12
+    trained = json_of("train", "tiny.yaml", *first_point)
+    assert [step["step"] for step in trained["steps"]] == [1, 2, 3]
+    assert modification_times(tmp_path) == kept
+    suite = folder / "suite.yaml"
+    suite.write_text(yaml.safe_dump(yaml.safe_load(sweep_file.read_text())["trial"]["eval"]))
+    scored = json_of("eval", "suite.yaml", "--model", "model", "--adapter", trained["folder"])
+    assert scored["finished"] == 1
+    assert (Path(scored["folder"]) / "report.html").exists()

@@ -38,9 +38,9 @@ def write_texts(folder: Path, *, documents: int, seed: int) -> Path:
 
 
 def write_sweep(folder: Path, model_dir: Path, *, steps: int = 3) -> Path:
-    """A sweep of three trials: a baseline and two pause frequencies."""
-    training = write_texts(folder / "training", documents=12, seed=1)
-    haystack = write_texts(folder / "haystack", documents=12, seed=2)
+    """A sweep of three trials: a baseline and two pause frequencies; its texts are named by paths relative to ``folder``."""
+    write_texts(folder / "training", documents=12, seed=1)
+    write_texts(folder / "haystack", documents=12, seed=2)
     places = ["Oslo", "Lima", "Cairo", "Quito"]
     facts = {
         "needle": "The lamp of {place} is {colour}.",
@@ -54,7 +54,7 @@ def write_sweep(folder: Path, model_dir: Path, *, steps: int = 3) -> Path:
             "model": {"source": str(model_dir)},
             "pauses": {"unit": "paragraph", "token": "added"},
             "corpus": {
-                "sources": [{"path": str(training)}],
+                "sources": [{"path": "training"}],
                 "facts": {"facts": [facts]},
                 "prompt": {"system": None},
                 "sequence_tokens": 256,
@@ -64,7 +64,7 @@ def write_sweep(folder: Path, model_dir: Path, *, steps: int = 3) -> Path:
             "train": {"steps": steps, "batch_size": 2, "accumulation": 2, "lora": {"rank": 2}, "zero": {"stage": 2}},
             "eval": {
                 "name": "tiny",
-                "haystack": [{"path": str(haystack)}],
+                "haystack": [{"path": "haystack/*.txt"}],
                 "needles": {"needles": [needle]},
                 "context_tokens": [320, 448],
                 "prompt": {"system": None},
@@ -80,13 +80,18 @@ def write_sweep(folder: Path, model_dir: Path, *, steps: int = 3) -> Path:
     return path
 
 
-def start_sweep(sweep: Path, storage: Path) -> subprocess.Popen[str]:
-    """``pause-ray sweep`` as a user runs it, in a process (and session) of its own."""
-    command = [sys.executable, "-m", "pause_ray", "sweep", str(sweep), "--storage", str(storage)]
+def start(arguments: list[str], *, folder: Path, storage: Path) -> subprocess.Popen[str]:
+    """``pause-ray`` as a user runs it in ``folder``, in a process (and session) of its own."""
+    command = [sys.executable, "-m", "pause_ray", *arguments, "--storage", str(storage)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{storage}/mlflow.db"}
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
+
+
+def start_sweep(sweep: Path, storage: Path, *more: str) -> subprocess.Popen[str]:
+    """``pause-ray sweep`` on the tiny sweep."""
+    return start(["sweep", sweep.name, *more], folder=sweep.parent, storage=storage)
 
 
 def run_sweep_to_its_end(sweep: Path, storage: Path) -> str:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pause_ray.errors import SpecError, TextError
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.prompts import BuiltPrompt, PromptSpec, build_prompt
-from pause_ray.text.segments import sentence_starts
+from pause_ray.text.segments import detect_paragraph_rule, join_documents, sentence_starts
 from pause_ray.text.tokens import ModelTokenizer, resolve_marker
 
 NEEDLE = "The blue key lies under the third bell."
@@ -154,12 +154,50 @@ def test_the_seed_moves_random_pauses_and_nothing_else(byte_tokenizer):
     assert context_ids(one, byte_tokenizer, policy) == context_ids(other, byte_tokenizer, policy)
 
 
-def test_an_instruction_stands_before_the_question_and_costs_context(byte_tokenizer):
-    policy = PausePolicy(instruction="At each <PAUSE>, think.", token="added")
-    built = build(byte_tokenizer, policy)
-    assert byte_tokenizer.decode(built.ids).endswith(f"\n\nAt each , think. {QUESTION}\nassistant\n")
-    assert built.prompt_tokens - built.num_pauses == 600
-    assert built.content_tokens < build(byte_tokenizer).content_tokens
+@pytest.mark.parametrize("depth", range(0, 101, 20))
+def test_an_instruction_stands_before_the_question_and_costs_no_content(byte_tokenizer, depth):
+    policy = PausePolicy(instruction="At each <PAUSE>, think. " * 5, token="added")
+    silent = policy.model_copy(update={"instruction": None})
+    built, without = (build(byte_tokenizer, each, depth_percent=depth) for each in (policy, silent))
+    assert byte_tokenizer.decode(built.ids).endswith(f"\n\n{'At each , think. ' * 5}{QUESTION}\nassistant\n")
+    shared = without.prefix_tokens + without.content_tokens + without.num_pauses
+    assert built.ids[:shared].tolist() == without.ids[:shared].tolist()
+    assert (built.content_tokens, built.needle_token) == (without.content_tokens, without.needle_token)
+    assert built.content_tokens == build(byte_tokenizer, depth_percent=depth).content_tokens
+    assert built.prompt_tokens > without.prompt_tokens == 600 + without.num_pauses
+
+
+def test_under_a_total_budget_the_instruction_is_inside(byte_tokenizer):
+    policy = PausePolicy(instruction="At each <PAUSE>, think. " * 5, token="added", budget="total")
+    assert build(byte_tokenizer, policy).prompt_tokens <= 600
+
+
+GLUED = "It was made deep.The next one was not. Nobody knew.They went home. " * 20
+SPACED = "It rained all day. A slip.Here it is. So we went on.\n\nThen it stopped. " * 20
+
+
+@pytest.mark.parametrize("order", [(GLUED, SPACED), (SPACED, GLUED)])
+def test_each_document_of_a_haystack_keeps_its_own_paragraph_rule(byte_tokenizer, order):
+    haystack, rules = join_documents((text, detect_paragraph_rule(text)) for text in order)
+    assert len({rule for _, rule in rules}) == 2
+    length = 200 + len(byte_tokenizer.encode(haystack).ids)
+    for depth in (0, 45, 55, 95):
+        built = build(byte_tokenizer, PausePolicy(), haystack=haystack, rules=rules, context_tokens=length - 150, depth_percent=depth)
+        text = byte_tokenizer.decode(built.ids)
+        assert built.rule == "blank_line+glued"
+        assert "slip.Here" in text
+        assert "slip.<PAUSE>" not in text
+        assert "deep.<PAUSE>The" in text
+        assert "deep.The" not in text
+
+
+def test_the_rule_is_that_of_the_documents_that_the_context_reads(byte_tokenizer):
+    haystack, rules = join_documents([(GLUED, "glued"), (SPACED, "blank_line")])
+    first = len(byte_tokenizer.encode(GLUED).ids)
+    for policy in (None, PausePolicy()):
+        frame = build(byte_tokenizer).prompt_tokens - build(byte_tokenizer).content_tokens + len(byte_tokenizer.encode(f"{NEEDLE} ").ids)
+        found = [build(byte_tokenizer, policy, haystack=haystack, rules=rules, context_tokens=frame + first + n).rule for n in (-10, 10)]
+        assert found == ["glued", "blank_line+glued"]
 
 
 def test_braces_in_questions_are_text():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pause_ray.documents import SourceSpec, read_documents
 from pause_ray.errors import TextError
-from pause_ray.text.segments import EVIDENCE_CHARS, detect_paragraph_rule, sentence_starts, split
+from pause_ray.text.segments import EVIDENCE_CHARS, detect_paragraph_rule, join_documents, sentence_starts, split
 from tests.text.texts import texts
 
 RULES = ("blank_line", "newline", "glued")
@@ -49,6 +49,28 @@ def test_boundaries_inside_a_beginning_are_those_of_the_whole(text, unit, rule, 
         return [end for _, end in split(some, unit=unit, paragraph_rule=rule).spans if end < length]
 
     assert inside(text[:length]) == inside(text)
+
+
+documents = st.lists(st.tuples(texts.map(str.strip).filter(bool), st.sampled_from(RULES)), min_size=1, max_size=4)
+
+
+@given(documents=documents, unit=st.sampled_from(["paragraph", "sentence"]))
+def test_a_joined_document_has_the_boundaries_that_it_has_alone(documents, unit):
+    joined, rules = join_documents(documents)
+    assert [(joined[begin : begin + len(text)], rule) for (begin, _), (text, rule) in zip(rules, documents, strict=True)] == documents
+    starts = [start for start, _ in split(joined, unit=unit, paragraph_rule=rules).spans]
+    for (begin, _), (text, rule) in zip(rules, documents, strict=True):
+        alone = [start for start, _ in split(text, unit=unit, paragraph_rule=rule).spans][1:]
+        assert [start - begin for start in starts if begin < start < begin + len(text)] == alone
+        assert any(not joined[start:begin].strip() for start in starts if start <= begin), "a document begins a unit"
+
+
+@given(documents=documents, unit=st.sampled_from(["paragraph", "sentence"]), data=st.data())
+def test_boundaries_inside_the_beginning_of_joined_documents_are_those_of_the_whole(documents, unit, data):
+    joined, rules = join_documents(documents)
+    length = data.draw(st.integers(0, len(joined)))
+    whole, part = (split(text, unit=unit, paragraph_rule=rules).spans for text in (joined, joined[:length]))
+    assert [end for _, end in part if end < length] == [end for _, end in whole if end < length]
 
 
 @given(texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import os
@@ -15,7 +16,8 @@ from typing import Any
 import pytest
 
 from pause_ray.checkpoint import ADAPTER_WEIGHTS, TOKENIZER, TRAINING_LOG, Checkpoint
-from pause_ray.errors import ModelError, SourceError, SpecError, TrainingError
+from pause_ray.errors import ModelError, SourceError, SpecError, StorageError, TrainingError
+from pause_ray.spec import JsonObject
 from pause_ray.storage import Storage
 from pause_ray.train.launch import TrainJob, fit, train_digest
 from pause_ray.train.spec import LoraSpec, TrainSpec, ZeroSpec
@@ -120,6 +122,7 @@ def test_training_is_followed_recorded_and_not_done_twice(llama: Path, shards: P
     assert seen == [(step + 1, 60, loss) for step, loss in enumerate(losses)]
     assert losses[-1] < losses[0] / 2
     assert (checkpoint.num_steps, checkpoint.final_loss) == (60, losses[-1])
+    assert checkpoint.document_digests == {"d0", "d1"}
     seen.clear()
     assert run(job, tmp_path, lambda *row: seen.append(row)) == checkpoint
     assert seen == []
@@ -201,6 +204,22 @@ def test_a_loss_that_is_no_number_stops_training_and_leaves_nothing(llama: Path,
         run(job_of(llama, shards, learning_rate=1e30, steps=8), tmp_path)
     assert [path for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()] == []
     assert run(job_of(llama, shards), tmp_path).num_steps == 4
+
+
+@torch_only
+def test_a_disk_that_fills_up_while_training_is_a_storage_error_and_leaves_nothing(llama: Path, shards: Path, small_disk: Path) -> None:
+    filler = small_disk / "filler"
+
+    def fill(done: int, steps: int, row: JsonObject) -> None:
+        with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+
+    with pytest.raises(StorageError, match="disk is full"):
+        run(job_of(llama, shards, steps=100), small_disk, fill)
+    assert [path for path in (small_disk / "checkpoints").iterdir() if path.is_dir()] == []
+    filler.unlink()
+    assert run(job_of(llama, shards), small_disk).num_steps == 4
 
 
 @torch_only

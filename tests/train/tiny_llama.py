@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from pause_ray.rows import NO_LOSS, PackedRow, rows_to_table, seal, write_rows
+from pause_ray.rows import DOCUMENTS, NO_LOSS, PackedRow, rows_to_table, seal, write_rows
 from pause_ray.text.tokens import MarkerToken
 
 SENTENCES = (
@@ -88,8 +90,9 @@ def make_rows(num_rows: int, *, marker_id: int | None = None, seed: int = 0) -> 
 
 
 def make_shards(folder: Path, rows: list[PackedRow]) -> Path:
-    """A sealed shard set with these rows in two shards."""
+    """A sealed shard set with these rows in two shards, and two documents."""
     folder.mkdir(parents=True)
+    pq.write_table(pa.table({"digest": ["d0", "d1"]}), folder / DOCUMENTS)
     half = len(rows) // 2
     parts = [(folder / "rows-0.parquet", rows[:half], 0), (folder / "rows-1.parquet", rows[half:], half)]
     for path, part, first in parts:

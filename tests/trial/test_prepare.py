@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pause_ray.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER, TRAINING_LOG, seal
 from pause_ray.errors import UserError
 from pause_ray.spec import JsonObject, read_yaml, with_overrides
 from pause_ray.trial.spec import TrialSpec
@@ -19,7 +20,8 @@ pytestmark = pytest.mark.ray
 def trial(tmp_path_factory: pytest.TempPathFactory) -> JsonObject:
     folder = tmp_path_factory.mktemp("trial")
     sparse: JsonObject = read_yaml(write_sweep(folder, write_model(folder / "model")))["trial"]
-    return sparse
+    places = {"corpus.sources": [{"path": str(folder / "training")}], "eval.haystack": [{"path": str(folder / "haystack")}]}
+    return with_overrides(sparse, places)
 
 
 def digest_of(trial: JsonObject, cache: Path, **changes: object) -> str:
@@ -35,6 +37,7 @@ def digest_of(trial: JsonObject, cache: Path, **changes: object) -> str:
         ({"eval__context_tokens": [320, 2000]}, r"2000.*1024"),
         ({"eval__context_tokens": [40, 320]}, r"context_tokens|at least"),
         ({"eval__context_tokens": [1020]}, r"1024"),
+        ({"corpus__sequence_tokens": 2048}, r"corpus\.sequence_tokens 2048.*1024"),
         ({"pauses__token": "reserved"}, r"reserved"),
         ({"model__source": "no/such/folder/here"}, r"no/such/folder/here"),
         ({"train": None, "adapter": "nowhere"}, r"nowhere"),
@@ -57,6 +60,29 @@ def test_a_model_folder_without_a_tokenizer_is_told_how_to_get_one(trial: JsonOb
         digest_of(trial, tmp_path, model__source=str(model))
 
 
+def test_an_adapter_that_was_trained_on_documents_of_the_haystack_is_refused(trial: JsonObject, tmp_path: Path) -> None:
+    from pause_ray.engines.model_source import model_digest
+    from pause_ray.needle.haystack import load_haystack
+
+    model_dir = Path(trial["model"]["source"])
+    suite = TrialSpec.parse(trial, origin="test").eval
+    held = load_haystack(suite, cache=tmp_path, seed=0, replicate=0).document_digests
+
+    def digest_with(name: str, documents: frozenset[str]) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER):
+            (folder / file).write_text("{}")
+        (folder / TRAINING_LOG).write_text('{"step": 1, "loss": 1.0}\n')
+        base_digest = model_digest(model_dir, cache=tmp_path)
+        seal(folder, base_digest=base_digest, tokenizer_digest="t", marker=None, spec={}, document_digests=documents)
+        return digest_of(trial, tmp_path, train=None, pauses=None, adapter=str(folder))
+
+    assert digest_with("others", frozenset({"f" * 16}))
+    with pytest.raises(UserError, match=rf"trained on 2 of the {len(held)} documents"):
+        digest_with("same", frozenset({*held[:2], "f" * 16}))
+
+
 def test_the_identity_changes_with_what_changes_the_result_and_with_nothing_else(trial: JsonObject, tmp_path: Path) -> None:
     same = digest_of(trial, tmp_path)
     assert digest_of(trial, tmp_path, resources__scoring_actors=3) == same
@@ -70,6 +96,13 @@ def test_the_identity_changes_with_what_changes_the_result_and_with_nothing_else
         {"corpus__rows": 13},
     ]
     assert len({same, *(digest_of(trial, tmp_path, **change) for change in changes)}) == len(changes) + 1
+
+
+def test_the_identity_does_not_depend_on_how_a_path_is_spelt(trial: JsonObject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digest_of(trial, tmp_path)
+    monkeypatch.chdir(Path(trial["model"]["source"]).parent)
+    relative = {"model__source": "model", "eval__haystack": [{"path": "haystack/*.txt"}], "corpus__sources": [{"path": "training"}]}
+    assert digest_of(trial, tmp_path, **relative) == before
 
 
 def test_the_identity_follows_the_content_of_named_files(trial: JsonObject, tmp_path: Path) -> None:
