@@ -31,6 +31,7 @@ def connection() -> Iterator[None]:
         ray.init(address="auto", **quiet)
     else:
         ray.init(
+            address="local",  # not one that happens to run on this machine
             num_cpus=max(LOCAL_LOGICAL_CPUS, os.cpu_count() or 1),
             object_store_memory=LOCAL_OBJECT_STORE_BYTES,
             include_dashboard=False,

@@ -56,7 +56,7 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray for all tests that need one: starting it costs seconds, and two would fight for two cores."""
     import ray
 
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=256 * 1024**2)
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=256 * 1024**2)
     yield
     ray.shutdown()
 

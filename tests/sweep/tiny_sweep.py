@@ -56,7 +56,6 @@ def write_sweep(folder: Path, model_dir: Path, *, steps: int = 3) -> Path:
             "corpus": {
                 "sources": [{"path": "training"}],
                 "facts": {"facts": [facts]},
-                "prompt": {"system": None},
                 "sequence_tokens": 256,
                 "min_context_tokens": 192,
                 "rows": 12,

@@ -10,6 +10,7 @@ import pytest
 from pause_ray.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER, TRAINING_LOG, seal
 from pause_ray.errors import UserError
 from pause_ray.spec import JsonObject, read_yaml, with_overrides
+from pause_ray.text.prompts import PromptSpec
 from pause_ray.trial.spec import TrialSpec
 from tests.sweep.tiny_sweep import write_model, write_sweep
 
@@ -48,6 +49,19 @@ def test_a_mistake_is_one_line_that_names_it(trial: JsonObject, tmp_path: Path, 
     with pytest.raises(UserError, match=message) as caught:
         digest_of(trial, tmp_path, **changes)
     assert "\n" not in str(caught.value)
+
+
+def test_training_asks_as_the_evaluation_does_unless_it_says_otherwise(trial: JsonObject, tmp_path: Path) -> None:
+    from pause_ray.trial.prepare import prepare
+
+    def training_prompt(**changes: object) -> PromptSpec:
+        shards = prepare(TrialSpec.parse(with_overrides(trial, changes), origin="test"), cache=tmp_path).shards
+        assert shards is not None
+        return shards.prompt
+
+    assert training_prompt() == PromptSpec(system=None)
+    own = {"system": "Be brief."}
+    assert training_prompt(**{"corpus.prompt": own}) == PromptSpec(system="Be brief.")
 
 
 def test_a_model_folder_without_a_tokenizer_is_told_how_to_get_one(trial: JsonObject, tmp_path: Path) -> None:
