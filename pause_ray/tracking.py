@@ -31,6 +31,8 @@ from pause_ray.storage import MANIFEST, Storage, exclusive
 
 CONTENT_FIELDS = ("eval.needles", "corpus.facts")
 """Parts of a trial that are text, not parameters; sent as a digest, and whole in ``spec.json``."""
+CORPUS_METRICS = ("documents", "rows", "pauses_per_1k_tokens", "longest_stretch_tokens")
+"""Of the training text's statistics; all of them are in the trial's ``manifest.json``."""
 MOST_PARAM_CHARS = 500
 BATCH_METRICS, BATCH_PARAMS = 1000, 100
 """MLflow's limits of one batch."""
@@ -193,6 +195,7 @@ def _trial_run(condition: Condition, trial: TrialResult, *, scratch: Path) -> _R
         "prefilled_tokens": float(summary.prefilled_tokens),
         "decoded_tokens": float(summary.decoded_tokens),
         "answering_seconds": summary.seconds,
+        **{f"corpus_{name}": trial.corpus_stats.get(name) for name in CORPUS_METRICS},
     }
     return _Run(
         name=label,
@@ -203,12 +206,14 @@ def _trial_run(condition: Condition, trial: TrialResult, *, scratch: Path) -> _R
         ended_ms=_ended_ms(trial),
         tags={"pause_ray.kind": "trial", "pause_ray.arm": trial.arm},
         params=flattened(trial.spec),
-        metrics={name: value for name, value in metrics.items() if value is not None},
+        metrics={name: float(value) for name, value in metrics.items() if value is not None},
         series={
             f"training_{name}": [(int(row["step"]), float(row[name])) for row in trial.training if row.get(name) is not None]
             for name in ("loss", "learning_rate")
         },
-        files=[(trial.folder / "spec.json", ""), (folder / "cells.parquet", ""), (folder / "heatmap.png", "")],
+        files=[
+            (path, "") for path in (trial.folder / "spec.json", trial.folder / MANIFEST, folder / "cells.parquet", folder / "heatmap.png")
+        ],
     )
 
 

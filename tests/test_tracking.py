@@ -91,7 +91,7 @@ def test_a_sweep_arrives_as_parent_and_children(storage: Storage) -> None:
     assert trained.data.metrics["unscored_share"] == 0.25
     history = client.get_metric_history(trained.info.run_id, "training_loss")
     assert [(point.step, point.value) for point in history] == [(1, 2.5), (2, 1.5), (3, 0.75)]
-    assert artifacts(client, trained) == {"spec.json", "cells.parquet", "heatmap.png"}
+    assert artifacts(client, trained) == {"spec.json", "manifest.json", "cells.parquet", "heatmap.png"}
     assert "training_loss" not in children["b0"].data.metrics
     assert not (Path.cwd() / "mlruns").exists()
 
@@ -168,7 +168,7 @@ def test_a_half_logged_trial_is_completed_without_doubles(storage: Storage, monk
     _, children, client = runs_of(storage)
     assert set(children) == {"b0", "p0"}
     for run in children.values():
-        assert artifacts(client, run) == {"spec.json", "cells.parquet", "heatmap.png"}
+        assert artifacts(client, run) == {"spec.json", "manifest.json", "cells.parquet", "heatmap.png"}
         assert run.info.status == "FINISHED"
         assert all(
             len(client.get_metric_history(run.info.run_id, name)) == (3 if name.startswith("training_") else 1) for name in run.data.metrics

@@ -70,6 +70,16 @@ def row_statistics(shards: Sequence[Path], *, sequence_tokens: int) -> JsonObjec
     }
 
 
+def corpus_words(stats: JsonObject) -> str:
+    """The statistics that show a wrong paragraph rule or a starved corpus, in one line."""
+    rules = ", ".join(f"{count} {rule}" for rule, count in stats["documents_by_paragraph_rule"].items())
+    return (
+        f"{stats['rows']} rows from {stats['documents']} documents (paragraphs: {rules}), {stats['pauses_per_1k_tokens']:.1f} pauses per "
+        f"1K tokens, longest stretch without a pause {stats['longest_stretch_tokens']} tokens, "
+        f"{stats['tokens_per_core_second']:,.0f} tokens/s on one core"
+    )
+
+
 def overlapping_documents(documents: Path, digests: frozenset[str]) -> list[str]:
     """Ids of the documents in ``documents.parquet`` whose text is one of ``digests``, in corpus order."""
     import polars as pl

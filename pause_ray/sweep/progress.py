@@ -93,11 +93,15 @@ class SweepProgress:
         self._thread.join()
         self._progress.stop()
 
-    def showing(self, label: str) -> Callable[[str, int, int], None]:
+    def say(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._console.print(text, highlight=False)
+
+    def showing(self, label: str) -> Callable[[int, int], None]:
         """A progress callback that draws one line under ``label`` until its work is done."""
         bar = self._progress.add_task(f"  {label}", total=None, detail="")
 
-        def show(stage: str, done: int, total: int) -> None:
+        def show(done: int, total: int) -> None:
             self._progress.update(bar, completed=done, total=total, visible=done < total)
 
         return show

