@@ -179,6 +179,7 @@ def sweep(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: S
 def report(
     name: Annotated[str, typer.Argument(help="Folder of a sweep, or its name under the storage root", show_default=False)],
     log: Annotated[bool, typer.Option("--log", help="Also send to MLflow what is missing there.")] = False,
+    as_json: AsJson = False,
     storage: StorageRoot = DEFAULT_STORAGE,
 ) -> None:
     """Write the report of a sweep again from its ledgers, finished or not.
@@ -191,9 +192,12 @@ def report(
     root = Storage.open(storage)
     folder = _sweep_folder(name, root)
     path = write_report(folder, root)
-    out.print(table(folder, root))
     if log:
         log_sweep(folder, root)
+    if as_json:
+        _print_json({"folder": str(folder), "report": str(path)})
+        return
+    out.print(table(folder, root))
     out.print(f"report: {path}", highlight=False)
 
 

@@ -12,6 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pause_ray.cli import app
+from pause_ray.storage import Storage
+from tests.stored_sweep import rows, store_sweep, store_trial
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = "sweeps/quickstart.yaml"
@@ -62,6 +64,16 @@ def test_an_unknown_sweep_name_lists_those_that_exist(tmp_path: Path) -> None:
     done = pause_ray("report", "second", "--storage", str(tmp_path))
     assert done.returncode == 2
     assert "there are: first-0123" in done.stderr
+
+
+def test_a_report_is_written_again_and_says_where(tmp_path: Path) -> None:
+    storage = Storage.open(tmp_path)
+    store_trial(storage, "b", rows({(1024, 10): 1.0}, trial="b"))
+    folder = store_sweep(storage, [("b", "baseline", {}, 0)])
+    done = pause_ray("report", "demo", "--json", "--storage", str(tmp_path))
+    assert json.loads(done.stdout) == {"folder": str(folder), "report": str(folder / "report.html")}
+    assert "baseline" in (folder / "report.html").read_text()
+    assert "1 of 1 trials finished" in pause_ray("report", "demo", "--storage", str(tmp_path)).stdout
 
 
 @pytest.mark.parametrize("verb", ["check", "corpus", "train", "eval", "sweep", "report"])
