@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STORAGE ?= runs
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test test-fast lint format constraints clean
+.PHONY: help install quickstart test test-fast exactness bench lint format constraints clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,12 @@ test: install lint test-fast  ## lint, types and every test that needs no GPU
 
 test-fast: install  ## tests without Ray, torch or a model
 	$(BIN)/python -m pytest -m "not gpu and not torch and not mlflow and not ray and not real"
+
+exactness: install  ## answers with and without sharing, over 300 cells of the real model (half an hour on 2 cores)
+	PAUSE_RAY_EXACTNESS=full $(BIN)/python -m pytest tests/real/test_exactness.py
+
+bench: install  ## planned grids against generate per cell on the real model (20 minutes on 2 cores)
+	$(BIN)/python bench/nih_grid.py --storage $(STORAGE)
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pause_ray.cli import main
+from pause_ray.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -1,10 +1,9 @@
-"""How well an arm answers and how two arms differ, with the uncertainty. Pure numpy on ledger rows; knows no file and no model.
+"""How well an arm answers and how two arms differ, with the uncertainty. Works on ledger rows; knows no file and no model.
 
 Two questions are kept apart. *On these questions*: would other cells of the same kind show the difference too? *On new
-haystacks and wordings*: would other replicates? From two replicates on, intervals answer the second, by Student's t over
-the replicates' means: resampling R replicates reaches at most from the smallest to the largest and covers too little
-below some thirty. A sign-flip test over R replicates cannot give less than p = 2^(1-R), so it flips them only where that,
-corrected for the number of comparisons, can be significant; else it flips cells averaged over replicates.
+haystacks and wordings*: would other replicates? From two replicates on, intervals answer the second (``effects``, ``statistics``).
+A sign-flip test over R replicates cannot give less than p = 2^(1-R), so it flips them only where that, corrected for the
+number of comparisons, can be significant; else it flips cells averaged over replicates.
 Unscored cells are counted and never averaged; cells that are one and the same prompt count once.
 """
 
@@ -13,50 +12,22 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from statistics import fmean, stdev
-from typing import Literal, NamedTuple, TypeVar
+from statistics import fmean
+from typing import NamedTuple, TypeVar
 
-import numpy as np
+from pause_ray.effects import Effects, ScoredPair, averaged, measure_effects
+from pause_ray.needle.ledger import UNKNOWN_TOKEN, CellResult
+from pause_ray.statistics import Interval, Unit, enough_replicates, least_p, sign_flip_p, t_interval, wilson
 
-from pause_ray.needle.ledger import CellResult
-
-SIGNIFICANT = 0.05
-"""A p below this, after correction, counts as more than chance."""
-FLIP_DRAWS = 10_000
-EXACT_FLIPS = 12
-"""Up to this many differences all 2^n sign patterns are tried; beyond it, ``FLIP_DRAWS`` random ones."""
-SEED = 20250228
 MIDDLE_PERCENT = (25.0, 75.0)
 """Depths that count as the middle of a context, ends included; all others are its edges."""
-Z_95 = 1.959964
-T_95 = (
-    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
-    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
-    *(2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423),
-)
-"""Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom."""
-EQUAL = 1e-12
-"""Means closer than this differ by rounding only."""
+RECALL_EDGES = (0.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0, 100.0)
+"""Depths in percent between which the recall of facts is counted, unless others are asked for."""
 
-Unit = Literal["cells", "replicates"]
 Key = TypeVar("Key", int, float)
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A 95 % interval."""
-
-    low: float
-    high: float
-    unit: Unit
-    """What would be drawn anew: other cells of the same haystack, or other replicates (haystack, wording, seed)."""
-
-    def excludes_zero(self) -> bool:
-        """Whether all of it lies on one side of zero."""
-        return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,23 +80,70 @@ class Comparison:
     num_unpaired: int
     """Cells of either arm without a scored counterpart; left out."""
     num_replicates: int
-    difference: float
-    """Mean of the paired differences."""
-    interval: Interval | None
-    """Of the difference; None with fewer than two pairs. Never of zero width."""
-    flat: bool
-    """All replicates differ by the same, so their spread says nothing and the interval speaks of cells."""
+    effects: Effects
+    """In every measure, each with its interval."""
     p: float
     """Two-sided sign-flip test of no difference."""
     p_unit: Unit
     """What the signs are flipped of."""
     least_p: float
     """The smallest p that this many differences can give."""
-    relative_percent: float | None
-    """Mean over context lengths of the relative change of the 1-10 rubric: the paper's headline metric. None where nothing pairs."""
     difference_by_length: dict[int, float]
     warnings: tuple[str, ...]
-    """Signs that the two arms are the same data, or were asked different things."""
+    """Signs that the two arms are the same data, or were asked or scored in different ways."""
+
+    @property
+    def difference(self) -> float:
+        """Mean of the paired differences."""
+        return self.effects.difference.value
+
+    @property
+    def interval(self) -> Interval | None:
+        """Of the difference; None with fewer than two pairs. Never of zero width."""
+        return self.effects.difference.interval
+
+    @property
+    def flat(self) -> bool:
+        """All replicates differ by the same, so their spread says nothing and the interval speaks of cells."""
+        return self.effects.flat
+
+    @property
+    def detectable(self) -> float | None:
+        """The smallest true difference that this design would have found four times of five; None with fewer than two pairs."""
+        return self.effects.detectable
+
+    @property
+    def relative_percent(self) -> float | None:
+        """Mean over context lengths of the relative change of the 1-10 rubric: the paper's headline metric."""
+        return self.effects.relative.value if self.effects.relative else None
+
+
+@dataclass(frozen=True)
+class DepthRecall:
+    """How many of the facts in one stretch of the context were recalled."""
+
+    low: float
+    """Percent; the stretch begins here."""
+    high: float
+    """Percent; the stretch ends before here, the last one with it."""
+    num_facts: int
+    recall: float
+    interval: Interval
+    """Wilson's; takes the facts as independent, which those of one prompt are not quite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DifferenceMatrix:
+    """Arm A minus arm B, length by length and depth by depth. Indexed ``[depth][length]``."""
+
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    values: tuple[tuple[float | None, ...], ...]
+    """Mean difference; None where nothing pairs."""
+    num_pairs: tuple[tuple[int, ...], ...]
+    distinguishable: tuple[tuple[bool, ...], ...]
+    """Whether the 95 % interval of that cell alone excludes zero: Student's t over replicates with one imagined pair each way.
+    Never with one replicate. Of a hundred cells of equal arms up to five are distinguishable by chance."""
 
 
 def summarize(rows: Sequence[CellResult]) -> Summary:
@@ -135,7 +153,7 @@ def summarize(rows: Sequence[CellResult]) -> Summary:
     averaged over replicates), else Student's t over the replicates' means.
     """
     scored = [(row, row.score) for row in rows if row.score is not None]
-    prompts = _merged((row.replicate, row.task, row.context_tokens, row.needle_token, (row, score)) for row, score in scored)
+    prompts = _merged((_prompt(row), (row, score)) for row, score in scored)
     exact = math.fsum(fmean(score == 1 for _, score in its) for its in prompts)
     scores = [(its[0][0], fmean(score for _, score in its)) for its in prompts]
     asked = sum(row.context_tokens for row in rows)
@@ -161,14 +179,11 @@ def summarize(rows: Sequence[CellResult]) -> Summary:
 
 
 def compare_arms(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult], *, num_comparisons: int = 1) -> Comparison | None:
-    """Arm A minus arm B, paired by task, context length, depth and replicate; None when nothing pairs.
+    """Arm A minus arm B, paired by task, context length, depth, sample and replicate; None when nothing pairs.
 
-    The interval is Student's t: over the replicates' mean differences; with one replicate, or where all replicates differ by
-    the same, over the cells' differences (averaged over replicates) and one imagined pair each way, as Bonett & Price (2012)
-    do for paired proportions, so that few cells, or cells that all agree, claim no certainty that they do not have.
-    p is a sign-flip test (Fisher 1935; exact up to 2^12 patterns, else Monte Carlo with the observed pattern counted, Phipson &
-    Smyth 2010): of the replicates' mean differences from ``enough_replicates`` on, below it of the cells' differences
-    averaged over replicates.
+    Of the intervals see ``effects.measure_effects``. p is a sign-flip test (Fisher 1935; exact up to 2^12 patterns, else Monte
+    Carlo with the observed pattern counted, Phipson & Smyth 2010): of the replicates' mean differences from
+    ``enough_replicates`` on, below it of the cells' differences averaged over replicates.
 
     Args:
         rows_a: One row per cell.
@@ -179,83 +194,89 @@ def compare_arms(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult], *, 
     scored = [pair for pair in pairs if pair.difference is not None]
     if not scored:
         return None
-    prompts = _merged((its.a.replicate, its.a.task, its.a.context_tokens, (its.a.needle_token, its.b.needle_token), its) for its in scored)
-    differences = [(its[0].a, fmean(pair.difference or 0.0 for pair in its)) for its in prompts]
-    by_replicate = _averaged((row.replicate, difference) for row, difference in differences)
-    by_cell = _averaged((_place(row), difference) for row, difference in differences)
+    prompts = [_scored_pair(its) for its in _merged(((_prompt(pair.a), _prompt(pair.b)), pair) for pair in scored)]
+    by_replicate = averaged((pair.replicate, pair.difference) for pair in prompts)
+    by_cell = averaged((pair.place, pair.difference) for pair in prompts)
     unit: Unit = "replicates" if len(by_replicate) >= enough_replicates(num_comparisons) else "cells"
     flipped = by_replicate if unit == "replicates" else by_cell
-    over_replicates = _t_interval(by_replicate, least=-1.0, unit="replicates")
     return Comparison(
         num_pairs=len(prompts),
         num_unpaired=len(rows_a) + len(rows_b) - 2 * len(scored),
         num_replicates=len(by_replicate),
-        difference=fmean(difference for _, difference in differences),
-        interval=None if len(prompts) < 2 else over_replicates or _t_interval([*by_cell, -1.0, 1.0], least=-1.0, unit="cells"),
-        flat=len(by_replicate) > 1 and over_replicates is None,
+        effects=measure_effects(prompts, num_comparisons=num_comparisons),
         p=sign_flip_p(flipped),
         p_unit=unit,
         least_p=least_p(len(flipped)),
-        relative_percent=_relative_percent([its[0] for its in prompts]),
-        difference_by_length=_means((row.context_tokens, difference) for row, difference in differences),
+        difference_by_length=_means((pair.context_tokens, pair.difference) for pair in prompts),
         warnings=tuple(_warnings(rows_a, rows_b, pairs)),
+    )
+
+
+def why_nothing_pairs(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult]) -> str:
+    """What keeps two arms from being compared, for rows of which ``compare_arms`` makes nothing."""
+    if _pairs(rows_a, rows_b):
+        return "no question was scored in both arms"
+    axes: dict[str, Callable[[CellResult], Hashable]] = {
+        "tasks": lambda row: row.task,
+        "context lengths": lambda row: row.context_tokens,
+        "depths": lambda row: row.depth_percent,
+        "replicates": lambda row: row.replicate,
+        "samples": lambda row: row.sample,
+    }
+    for name, of in axes.items():
+        a, b = ({of(row) for row in rows} for rows in (rows_a, rows_b))
+        if not a & b:
+            return f"the arms have no {name} in common: {_some(a)} against {_some(b)}"
+    return "the arms have no task, length, depth, sample and replicate in common at one cell"
+
+
+def recall_by_depth(rows: Sequence[CellResult], *, edges: Sequence[float] = RECALL_EDGES) -> list[DepthRecall]:
+    """Share of the facts recalled, by where they were to stand; stretches without facts are left out.
+
+    Args:
+        rows: Of tasks with one fact or several; facts without a score do not count.
+        edges: Ascending depths in percent, from the beginning of the first stretch to the end of the last.
+    """
+    prompts = _merged((_prompt(row), row) for row in rows if row.score is not None)
+    facts = [(fact.depth_percent, fact.score) for its in prompts for fact in its[0].facts if fact.score is not None]
+    found = []
+    for low, high in itertools.pairwise(edges):
+        scores = [score for depth, score in facts if low <= depth < high or depth == high == edges[-1]]
+        if scores:
+            recalled = math.fsum(scores)
+            found.append(DepthRecall(low, high, len(scores), recalled / len(scores), wilson(recalled, len(scores))))
+    return found
+
+
+def difference_matrix(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult]) -> DifferenceMatrix:
+    """Mean paired difference at every length and depth that both arms were asked at."""
+    found: defaultdict[tuple[float, int], defaultdict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    pairs = _pairs(rows_a, rows_b)
+    for pair in pairs:
+        if pair.difference is not None:
+            found[pair.a.depth_percent, pair.a.context_tokens][pair.a.replicate].append(pair.difference)
+    cells = {place: [fmean(its) for its in by_replicate.values()] for place, by_replicate in found.items()}
+    lengths, depths = sorted({pair.a.context_tokens for pair in pairs}), sorted({pair.a.depth_percent for pair in pairs})
+
+    def differs(differences: Sequence[float]) -> bool:
+        interval = t_interval([*differences, -1.0, 1.0], least=-1.0, unit="replicates")  # of one difference it always holds zero
+        return interval is not None and interval.excludes_zero()
+
+    def count(place: tuple[float, int]) -> int:
+        return sum(len(its) for its in found[place].values()) if place in found else 0
+
+    return DifferenceMatrix(
+        lengths=tuple(lengths),
+        depths=tuple(depths),
+        values=tuple(tuple(_mean(cells.get((depth, length), [])) for length in lengths) for depth in depths),
+        num_pairs=tuple(tuple(count((depth, length)) for length in lengths) for depth in depths),
+        distinguishable=tuple(tuple(differs(cells.get((depth, length), [])) for length in lengths) for depth in depths),
     )
 
 
 def is_middle(depth_percent: float) -> bool:
     """Whether a depth counts as the middle of the context."""
     return MIDDLE_PERCENT[0] <= depth_percent <= MIDDLE_PERCENT[1]
-
-
-def wilson(successes: float, trials: int) -> Interval:
-    """Wilson's 95 % score interval of a proportion (Wilson 1927), right at 0 and at all successes too.
-
-    ``successes`` may be a sum of partial scores: the interval is then wider than it need be, since no score between 0 and 1
-    varies more than a coin with the same mean.
-    """
-    share, z2 = successes / trials, Z_95**2
-    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = Z_95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
-    return Interval(0.0 if successes == 0 else centre - half, 1.0 if successes == trials else centre + half, "cells")
-
-
-def sign_flip_p(differences: Sequence[float]) -> float:
-    """Two-sided p of the mean of paired differences when each sign is as likely as its opposite."""
-    values = np.asarray(differences, dtype=np.float64)
-    observed = abs(values.sum()) * (1 - 1e-12) - 1e-12
-    if len(values) <= EXACT_FLIPS:
-        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(values))))
-        return float(np.mean(np.abs(signs @ values) >= observed))
-    signs = np.random.default_rng(SEED).choice((-1.0, 1.0), size=(FLIP_DRAWS, len(values)))
-    return float((1 + np.count_nonzero(np.abs(signs @ values) >= observed)) / (1 + FLIP_DRAWS))
-
-
-def least_p(num_differences: int) -> float:
-    """The smallest p that ``sign_flip_p`` can give: all differences have one sign."""
-    return 2.0 ** (1 - num_differences) if num_differences <= EXACT_FLIPS else 1 / (1 + FLIP_DRAWS)
-
-
-def enough_replicates(num_comparisons: int) -> int:
-    """From how many replicates on flipping their signs can be significant after correction for ``num_comparisons``."""
-    return next((count for count in range(2, EXACT_FLIPS + 1) if least_p(count) * num_comparisons < SIGNIFICANT), EXACT_FLIPS + 1)
-
-
-def t_95(degrees_of_freedom: int) -> float:
-    """Two-sided 95 % quantile of Student's t; above 30 by the Cornish-Fisher expansion, right to four digits there."""
-    if degrees_of_freedom <= len(T_95):
-        return T_95[degrees_of_freedom - 1]
-    z, df = Z_95, degrees_of_freedom
-    return z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p values for their number (Holm 1979): the chance of one false find among all stays below the corrected p."""
-    corrected = [0.0] * len(p_values)
-    highest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
-        highest = max(highest, min(1.0, p_values[index] * (len(p_values) - rank)))
-        corrected[index] = highest
-    return corrected
 
 
 class _Pair(NamedTuple):
@@ -269,24 +290,56 @@ class _Pair(NamedTuple):
 
 def _pairs(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult]) -> list[_Pair]:
     def key(row: CellResult) -> tuple[Hashable, ...]:
-        return row.task, row.context_tokens, row.depth_percent, row.replicate
+        return *_place(row), row.replicate
 
     other = {key(row): row for row in rows_b}
     return [_Pair(row, other[key(row)]) for row in rows_a if key(row) in other]
 
 
-def _relative_percent(pairs: Sequence[_Pair]) -> float | None:
-    """The metric behind the paper's "+10.61 %": the mean over lengths of (mean rubric of A / mean rubric of B - 1)."""
-    by_length: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
-    for a, b in pairs:
-        if a.rubric is not None and b.rubric is not None:
-            by_length[a.context_tokens].append((a.rubric, b.rubric))
-    if not by_length:
-        return None
-    return 100 * (fmean(sum(a for a, _ in values) / sum(b for _, b in values) for values in by_length.values()) - 1)
+def _scored_pair(same: Sequence[_Pair]) -> ScoredPair:
+    """Pairs of one prompt as one."""
+    first = same[0].a
+    rubrics_a, rubrics_b = ([row.rubric for row in rows if row.rubric is not None] for rows in zip(*same, strict=True))
+    return ScoredPair(
+        place=_place(first),
+        replicate=first.replicate,
+        context_tokens=first.context_tokens,
+        middle=is_middle(first.depth_percent),
+        score_a=fmean(pair.a.score or 0.0 for pair in same),
+        score_b=fmean(pair.b.score or 0.0 for pair in same),
+        rubric_a=_mean(rubrics_a),
+        rubric_b=_mean(rubrics_b),
+        exact_a=fmean(pair.a.score == 1 for pair in same),
+        exact_b=fmean(pair.b.score == 1 for pair in same),
+    )
 
 
 def _warnings(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult], pairs: Sequence[_Pair]) -> Iterable[str]:
+    yield from _same_data(rows_a, rows_b, pairs)
+    different = sum(_differ(a.question, b.question) or _differ(a.references, b.references) for a, b in pairs)
+    if different:
+        yield f"{different} of {len(pairs)} pairs were asked about different facts"
+    elif any(a.seed != b.seed for a, b in pairs):
+        yield "the two arms read different haystacks (their seeds differ)"
+    unequal = sum(a.content_tokens != b.content_tokens for a, b in pairs)
+    if unequal:
+        yield f"the arms did not read the same amount of text in {unequal} of {len(pairs)} pairs (their content_tokens differ)"
+    scorers = sum(a.scorer != b.scorer for a, b in pairs)
+    if scorers:
+        names = [_some({getattr(pair, side).scorer for pair in pairs}) for side in "ab"]
+        yield f"{scorers} of {len(pairs)} pairs were scored in different ways ({names[0]} against {names[1]}): rescore one of them"
+    models = [{getattr(pair, side).model for pair in pairs} for side in "ab"]
+    if models[0] != models[1]:
+        yield f"the arms are answers of different models ({_some(models[0])} against {_some(models[1])})"
+
+
+def _differ(a: Sized, b: Sized) -> bool:
+    """Whether both are told and not the same; imported rows may not tell what was asked."""
+    return bool(a) and bool(b) and a != b
+
+
+def _same_data(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult], pairs: Sequence[_Pair]) -> Iterable[str]:
+    """One run under two names: as the two arms, as replicates of different arms, or as replicates of one."""
     answered = [pair for pair in pairs if pair.difference is not None]
     shared = {row.cell_id for row in rows_a} & {row.cell_id for row in rows_b}
     if shared:
@@ -295,52 +348,61 @@ def _warnings(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult], pairs:
         yield "every answer and its duration are the same in both arms: this looks like one run under two names"
     elif all(a.response == b.response for a, b in answered):
         yield "every answer is word for word the same in both arms"
-    different = sum(a.question != b.question or a.references != b.references for a, b in pairs)
-    if different:
-        yield f"{different} of {len(pairs)} pairs were asked about different facts"
-    elif any(a.seed != b.seed for a, b in pairs):
-        yield "the two arms read different haystacks (their seeds differ)"
-    unequal = sum(a.content_tokens != b.content_tokens for a, b in pairs)
-    if unequal:
-        yield f"the arms did not read the same amount of text in {unequal} of {len(pairs)} pairs (their content_tokens differ)"
+    runs = [(arm, number, run) for arm, rows in (("first", rows_a), ("second", rows_b)) for number, run in _runs(rows).items()]
+    for (arm, number, run), (other_arm, other_number, other) in itertools.combinations(runs, 2):
+        if _is_same_run(run, other) and (len(runs) > 2 or arm == other_arm) and not shared:
+            names = f"replicate {number} of the {arm} arm and replicate {other_number} of the {other_arm}"
+            yield f"{names} have the same answers and durations: this looks like one run under two names"
+
+
+def _runs(rows: Sequence[CellResult]) -> dict[int, dict[Hashable, tuple[str, float]]]:
+    """Replicate → what was answered at each place, and how long it took."""
+    runs: defaultdict[int, dict[Hashable, tuple[str, float]]] = defaultdict(dict)
+    for row in rows:
+        if row.response is not None and row.seconds > 0:
+            runs[row.replicate][_place(row)] = row.response, row.seconds
+    return runs
+
+
+def _is_same_run(one: Mapping[Hashable, tuple[str, float]], other: Mapping[Hashable, tuple[str, float]]) -> bool:
+    common = one.keys() & other.keys()
+    return len(common) > 1 and all(one[place] == other[place] for place in common)
 
 
 def _mean_interval(scores: Sequence[tuple[CellResult, float]]) -> Interval | None:
     """Of scores from 0 to 1. Wilson where replicates show no spread: resampling sees no doubt in an arm that is always right."""
     if not scores:
         return None
-    by_replicate = _averaged((row.replicate, score) for row, score in scores)
-    by_cell = _averaged((_place(row), score) for row, score in scores)
-    return _t_interval(by_replicate, least=0.0, unit="replicates") or wilson(math.fsum(by_cell), len(by_cell))
+    by_replicate = averaged((row.replicate, score) for row, score in scores)
+    by_cell = averaged((_place(row), score) for row, score in scores)
+    return t_interval(by_replicate, least=0.0, unit="replicates") or wilson(math.fsum(by_cell), len(by_cell))
 
 
-def _t_interval(values: Sequence[float], *, least: float, unit: Unit) -> Interval | None:
-    """Student's 95 % interval of the mean, clipped to ``least`` to 1; None where the values show no spread."""
-    if len(values) < 2 or max(values) - min(values) < EQUAL:
-        return None
-    half = t_95(len(values) - 1) * stdev(values) / math.sqrt(len(values))
-    return Interval(max(least, fmean(values) - half), min(1.0, fmean(values) + half), unit)
-
-
-def _place(row: CellResult) -> Hashable:
+def _place(row: CellResult) -> tuple[Hashable, ...]:
     """The cell that a row's replicates have in common."""
-    return row.task, row.context_tokens, row.depth_percent
+    return row.task, row.context_tokens, row.depth_percent, row.sample
 
 
-def _merged(items: Iterable[tuple[Hashable, Hashable, Hashable, Hashable, Item]]) -> list[list[Item]]:
-    """Items that agree in all but the last place: the same prompt asked under several depths."""
+def _prompt(row: CellResult) -> tuple[Hashable, ...]:
+    """What rows of one arm have in common that are the same prompt, whatever depths they were asked under."""
+    landed = tuple(fact.token for fact in row.facts) or (row.needle_token,)
+    where: Hashable = row.depth_percent if UNKNOWN_TOKEN in landed else landed
+    return row.replicate, row.task, row.context_tokens, row.sample, where
+
+
+def _merged(items: Iterable[tuple[Hashable, Item]]) -> list[list[Item]]:
+    """Items under one key, in order of appearance."""
     groups: defaultdict[Hashable, list[Item]] = defaultdict(list)
-    for *key, item in items:
-        groups[tuple(key)].append(item)
+    for key, item in items:
+        groups[key].append(item)
     return list(groups.values())
 
 
-def _averaged(items: Iterable[tuple[Hashable, float]]) -> list[float]:
-    """The mean of the values under each key."""
-    groups: defaultdict[Hashable, list[float]] = defaultdict(list)
-    for key, value in items:
-        groups[key].append(value)
-    return [fmean(values) for values in groups.values()]
+def _some(values: Iterable[Hashable]) -> str:
+    """A few of them, numbers in order."""
+    ordered = sorted(values, key=lambda value: (value, "") if isinstance(value, int | float) else (0, str(value)))
+    texts = [f"{value:g}" if isinstance(value, float) else str(value) for value in ordered]
+    return ", ".join(texts[:4]) + (" …" if len(texts) > 4 else "")
 
 
 def _means(items: Iterable[tuple[Key, float]]) -> dict[Key, float]:

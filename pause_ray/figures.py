@@ -1,21 +1,19 @@
-"""Figures of a sweep: heatmaps, differences, profiles, training curves. Knows how to draw, not what it means.
+"""Lines and points of a sweep: profiles, recall by position, overhead, training curves. Knows how to draw, not what it means.
 
 matplotlib is imported when something is drawn, without pyplot, so drawing has no global state and needs no display.
-Colours: cividis for scores, blue-red for differences, Okabe & Ito's eight (jfly.uni-koeln.de/color) for lines, each
-line with its own marker as well; all are told apart with any colour vision, and the first in grey print too.
+Lines have Okabe & Ito's eight colours (jfly.uni-koeln.de/color), each its own marker as well, so that they are told apart
+with any colour vision and in grey print. A condition looks the same in every figure.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from pause_ray.needle.ledger import CellResult
+from pause_ray.compare import MIDDLE_PERCENT
+from pause_ray.places import Axis, Point, depth_profile, drawn_in_tenths, length_profile
 from pause_ray.results import Condition
 
 if TYPE_CHECKING:
@@ -24,9 +22,9 @@ if TYPE_CHECKING:
 
 LINE_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-MOST_PANELS_PER_ROW = 4
-MOST_WIDE_CELLS = 8
-"""Up to this many lengths or depths cells have room for two decimals and a range."""
+MOST_LINES = 6
+"""More lines than this in one figure cannot be followed."""
+MOST_UPRIGHT_TICKS, MOST_TICKS = 8, 18
 PAGE_WIDTH_INCHES = 10.6
 """Wider figures are shrunk by the page, and their numbers with them."""
 MOST_MARKED_STEPS = 40
@@ -44,80 +42,87 @@ STYLE: Any = {
     "pdf.fonttype": 42,
 }
 
-Place = tuple[int, float]
-"""``context_tokens`` and ``depth_percent``: column and row of a heatmap."""
+
+def shown_as_lines(conditions: Sequence[Condition]) -> dict[int, Condition]:
+    """At most six, by their place in the sequence, which is their look: references and controls first, then the highest means."""
+    controls = {its.against_control.other for its in conditions if its.against_control}
+
+    def rank(place: int) -> tuple[bool, float]:
+        condition = conditions[place]
+        mean = condition.summary.grand_mean if condition.summary else None
+        return not (condition.is_reference or condition.label in controls), -1.0 if mean is None else -mean - 1
+
+    return {place: conditions[place] for place in sorted(sorted(range(len(conditions)), key=rank)[:MOST_LINES])}
 
 
-@dataclass(frozen=True)
-class Field:
-    """One cell of a heatmap."""
-
-    value: float | None
-    """Mean, or None where nothing could be scored."""
-    low: float
-    high: float
-    """Smallest and largest single value."""
-    complete: bool
-    """Whether every question here was scored."""
-
-
-def score_fields(rows: Sequence[CellResult]) -> dict[Place, Field]:
-    """Mean score at every length × depth, with the spread over replicates and tasks."""
-    found: defaultdict[Place, list[float | None]] = defaultdict(list)
-    for row in rows:
-        found[row.context_tokens, row.depth_percent].append(row.score)
-    return {place: _field(values) for place, values in found.items()}
-
-
-def difference_fields(rows: Sequence[CellResult], reference: Sequence[CellResult]) -> dict[Place, Field]:
-    """Mean paired difference at every length × depth that both asked about."""
-    other = {(row.task, row.context_tokens, row.depth_percent, row.replicate): row.score for row in reference}
-    found: defaultdict[Place, list[float | None]] = defaultdict(list)
-    for row in rows:
-        key = (row.task, row.context_tokens, row.depth_percent, row.replicate)
-        if key in other:
-            against = other[key]
-            found[row.context_tokens, row.depth_percent].append(None if row.score is None or against is None else row.score - against)
-    return {place: _field(values) for place, values in found.items()}
-
-
-def score_heatmaps(panels: Mapping[str, Mapping[Place, Field]]) -> Figure:
-    """One heatmap of scores per label, all on the scale 0 to 1."""
-    return _heatmaps(panels, colours="cividis", least=0.0, most=1.0, words="{:.2f}", legend="mean score")
-
-
-def difference_heatmaps(panels: Mapping[str, Mapping[Place, Field]]) -> Figure:
-    """One heatmap of differences per label, all on one scale around zero; blue is better than the reference."""
-    sizes = [abs(field.value) for fields in panels.values() for field in fields.values() if field.value is not None]
-    bound = max(0.25, math.ceil(4 * max(sizes, default=0.0)) / 4)
-    return _heatmaps(panels, colours="RdBu", least=-bound, most=bound, words="{:+.2f}", legend="difference of scores")
-
-
-def profiles(conditions: Sequence[Condition]) -> Figure:
-    """Mean score over context length and over depth, a line per condition."""
-    figure = _figure(width=9.6, height=3.1)
-    with _style():
-        by_length, by_depth = figure.subplots(1, 2, sharey=True)
-        _profile(by_length, conditions, lambda condition: condition.summary.mean_by_length if condition.summary else {}, words=_tokens)
-        _profile(
-            by_depth, conditions, lambda condition: condition.summary.mean_by_depth if condition.summary else {}, words="{:.3g} %".format
-        )
+def profiles(conditions: Mapping[int, Condition], *, axis: Axis) -> Figure:
+    """Mean score with its interval over context length and over depth, a line per condition (look → condition)."""
+    figure = blank_figure(width=PAGE_WIDTH_INCHES, height=3.3)
+    with style():
+        by_length, by_depth = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
+        lines = {look: length_profile(condition.rows) for look, condition in conditions.items()}
+        lengths = sorted({length for points in lines.values() for length in points})
+        in_tenths = drawn_in_tenths((row for condition in conditions.values() for row in condition.rows), axis=axis)
+        for nth, (look, condition) in enumerate(conditions.items()):
+            off = nth - (len(conditions) - 1) / 2  # equal lines stay visible side by side
+            places = {float(lengths.index(length)): point for length, point in lines[look].items()}
+            width = 1.8 if condition.is_reference else 1.1
+            _line(by_length, places, look=look, label=condition.label, shift=0.05 * off, width=width)
+            depths = depth_profile(condition.rows, axis=axis, in_tenths=in_tenths)
+            _line(by_depth, depths, look=look, label=None, shift=0.6 * off, width=width)
+        ticks = range(0, len(lengths), math.ceil(len(lengths) / MOST_TICKS))
+        words = [length_words(lengths)[tick] for tick in ticks]
+        by_length.set_xticks(ticks, words, rotation=0 if len(words) <= MOST_UPRIGHT_TICKS else 60)
         by_length.set(xlabel="context length (tokens)", ylabel="mean score", ylim=(-0.04, 1.04))
-        by_depth.set(xlabel="depth of the needle (0 % = beginning)")
+        by_depth.set(xlabel="depth of the needle (%, 0 = beginning)", xlim=(-4, 104), xticks=range(0, 101, 10))
+        by_depth.axvspan(*MIDDLE_PERCENT, color="#000000", alpha=0.04, linewidth=0)
         _line_legend(figure, by_length)
     return figure
 
 
-def training_curves(conditions: Sequence[Condition]) -> Figure | None:
-    """Training loss over steps, one line per replicate; colours as in ``profiles``. None when nothing was trained."""
+def recall_by_position(lines: Mapping[int, tuple[str, Mapping[float, Point]]]) -> Figure:
+    """Share of the hidden facts that answers tell, by the depth of the fact; look → label and percent → recall."""
+    figure = blank_figure(width=PAGE_WIDTH_INCHES, height=3.1)
+    with style():
+        axes = figure.subplots()
+        for nth, (look, (label, points)) in enumerate(lines.items()):
+            _line(axes, points, look=look, label=label, shift=0.5 * (nth - (len(lines) - 1) / 2), width=1.1)
+        axes.set(xlabel="depth of the fact (%, 0 = beginning)", ylabel="recall of facts")
+        axes.set(xlim=(-2, 102), ylim=(-0.04, 1.04), xticks=range(0, 101, 10))
+        axes.axvspan(*MIDDLE_PERCENT, color="#000000", alpha=0.04, linewidth=0)
+        _line_legend(figure, axes)
+    return figure
+
+
+def overhead(conditions: Mapping[int, Condition]) -> Figure:
+    """Mean score with its interval over the tokens that prompts have beyond the reference's, a point per condition."""
+    figure = blank_figure(width=PAGE_WIDTH_INCHES, height=3.1)
+    with style():
+        axes = figure.subplots()
+        for look, condition in conditions.items():
+            summary = condition.summary
+            if summary is None or summary.grand_mean is None:
+                continue
+            points = {summary.prompt_overhead_percent: Point(summary.grand_mean, summary.interval)}
+            _line(axes, points, look=look, label=condition.label, shift=0.0, width=1.1)
+            if condition.is_reference:
+                axes.axhline(summary.grand_mean, color="#888888", linewidth=0.7, linestyle=":", zorder=0)
+        axes.set(xlabel="prompt tokens beyond the asked length (%)", ylabel="mean score", ylim=(-0.04, 1.04))
+        axes.margins(x=0.08)
+        _line_legend(figure, axes)
+    return figure
+
+
+def training_curves(conditions: Mapping[int, Condition]) -> Figure | None:
+    """Training loss over steps, one line per replicate. None when nothing was trained."""
     from matplotlib.ticker import MaxNLocator
 
-    if not any(trial.training for condition in conditions for trial in condition.trials):
+    if not any(trial.training for condition in conditions.values() for trial in condition.trials):
         return None
-    figure = _figure(width=9.6, height=2.9)
-    with _style():
+    figure = blank_figure(width=PAGE_WIDTH_INCHES, height=2.9)
+    with style():
         axes = figure.subplots()
-        for index, condition in enumerate(conditions):
+        for index, condition in conditions.items():
             curves = [[(row["step"], row["loss"]) for row in trial.training] for trial in condition.trials if trial.training]
             for number, curve in enumerate(curves):
                 look = _look(index) | {"marker": "" if len(curve) > MOST_MARKED_STEPS else _look(index)["marker"], "markersize": 3}
@@ -136,7 +141,7 @@ def save(figure: Figure, stem: Path) -> str:
         The ``<svg>`` element.
     """
     save_png(figure, stem.with_suffix(".png"))
-    with _style():
+    with style():
         figure.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None, "Producer": None, "Creator": None})
         figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
     text = stem.with_suffix(".svg").read_text(encoding="utf-8")
@@ -145,131 +150,56 @@ def save(figure: Figure, stem: Path) -> str:
 
 def save_png(figure: Figure, path: Path) -> None:
     """Write the figure at 200 dots per inch."""
-    with _style():
+    with style():
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # the layout is found; finding it again for every format doubles the time
         figure.savefig(path, dpi=PNG_DOTS_PER_INCH, metadata={"Software": None})
 
 
-def _field(values: Sequence[float | None]) -> Field:
-    scored = [value for value in values if value is not None]
-    if not scored:
-        return Field(None, 0.0, 0.0, complete=False)
-    return Field(fmean(scored), min(scored), max(scored), complete=len(scored) == len(values))
+def blank_figure(*, width: float, height: float) -> Figure:
+    """An empty figure of this size in inches."""
+    from matplotlib.figure import Figure
+
+    with style():
+        return Figure(figsize=(width, height), layout="constrained")
 
 
-def _heatmaps(panels: Mapping[str, Mapping[Place, Field]], *, colours: str, least: float, most: float, words: str, legend: str) -> Figure:
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+def style() -> Any:
+    """A context in which all of a sweep's figures are drawn."""
+    import matplotlib as mpl
 
-    lengths = sorted({length for fields in panels.values() for length, _ in fields})
-    depths = sorted({depth for fields in panels.values() for _, depth in fields})
-    panel_width = max(2.2, (0.5 if len(lengths) <= MOST_WIDE_CELLS else 0.3) * len(lengths) + 0.35)
-    columns = max(1, min(MOST_PANELS_PER_ROW, len(panels), int((PAGE_WIDTH_INCHES - 0.8) / panel_width)))
-    rows = math.ceil(len(panels) / columns)
-    panel_height = max(1.5, (0.34 if len(depths) <= MOST_WIDE_CELLS else 0.2) * len(depths) + 0.85)
-    figure = _figure(width=panel_width * columns + 0.8, height=panel_height * rows)
-    with _style():
-        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-        for axes, (label, fields) in zip(grid.flat, panels.items(), strict=False):
-            _heatmap(axes, fields, lengths=lengths, depths=depths, colours=colours, least=least, most=most, words=words)
-            axes.set_title(_wrapped(label), loc="left")
-        for axes in list(grid.flat)[len(panels) :]:
-            axes.set_visible(False)
-        for number, axes in enumerate(grid.flat):
-            if number + columns >= len(panels):
-                axes.tick_params(labelbottom=True)
-                axes.set_xlabel("context length (tokens)")
-        for axes in grid[:, 0]:
-            axes.set_ylabel("needle depth (%)")
-        bar = figure.colorbar(
-            ScalarMappable(Normalize(least, most), colours),
-            ax=grid,
-            fraction=0.03,
-            pad=0.015,
-            aspect=20,
-            shrink=min(1.0, 2.2 / rows),
-            anchor=(0.0, 1.0),
-        )
-        bar.set_label(legend)
-        bar.outline.set(linewidth=0.4)
-    return figure
+    return mpl.rc_context(STYLE)
 
 
-def _heatmap(
-    axes: Axes,
-    fields: Mapping[Place, Field],
-    *,
-    lengths: list[int],
-    depths: list[float],
-    colours: str,
-    least: float,
-    most: float,
-    words: str,
-) -> None:
-    from matplotlib.patches import Rectangle
-
-    values = [[_number(fields.get((length, depth))) for length in lengths] for depth in depths]
-    image = axes.imshow(values, cmap=colours, vmin=least, vmax=most, aspect="auto", interpolation="nearest")
-    roomy = len(lengths) <= MOST_WIDE_CELLS and len(depths) <= MOST_WIDE_CELLS
-    size = min(8.0, 34 / len(lengths)) if roomy else 5.5
-    for row, depth in enumerate(depths):
-        for column, length in enumerate(lengths):
-            field = fields.get((length, depth))
-            if field is None or field.value is None:
-                axes.add_patch(
-                    Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor="#f3f3f3", edgecolor="#999999", hatch="////", linewidth=0)
-                )
-                text, colour = ("" if field is None else "n/s"), "#444444"
-            else:
-                text, colour = _words(field, words, roomy=roomy), _ink(image, field.value)
-            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour, linespacing=1.0)
-    axes.set_xticks(range(len(lengths)), [_tokens(length) for length in lengths])
-    axes.set_yticks(range(len(depths)), [f"{depth:.3g}" for depth in depths])
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    axes.set_xticks([place - 0.5 for place in range(1, len(lengths))], minor=True)
-    axes.set_yticks([place - 0.5 for place in range(1, len(depths))], minor=True)
-    axes.grid(which="minor", color="white", linewidth=1.2)
-    axes.tick_params(which="minor", length=0)
+def length_words(lengths: Sequence[int]) -> list[str]:
+    """Short where that tells them apart."""
+    short = [token_words(length) for length in lengths]
+    return short if len(set(short)) == len(short) else [f"{length:,}" for length in lengths]
 
 
-def _words(field: Field, words: str, *, roomy: bool) -> str:
-    """Mean, a dagger where questions are missing, and the range where there is room and spread."""
-    text = words.format(field.value) if roomy else words.replace(".2f", ".1f").format(field.value)
-    text = "0" if set(text) <= set("+-0.") and "+" in words else text
-    text += "" if field.complete else "†"
-    text += f"\n{field.low:.1f}…{field.high:.1f}" if roomy and field.low != field.high else ""
-    return text.replace("-", "−")
+def token_words(count: int) -> str:
+    """``4K`` for 4,096 and 4,000, the number itself where neither fits."""
+    for size in (1024, 1000):
+        if count >= size and count % size == 0:
+            return f"{count // size}K"
+    return f"{count:,}"
 
 
-def _number(field: Field | None) -> float:
-    return math.nan if field is None or field.value is None else field.value
-
-
-def _ink(image: Any, value: float) -> str:
-    """Black or white, whichever is read better on the cell's colour (relative luminance of WCAG 2, simplified)."""
-    red, green, blue, _ = image.cmap(image.norm(value))
-    return "#ffffff" if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.3 else "#111111"
-
-
-def _profile(
-    axes: Axes, conditions: Sequence[Condition], means: Callable[[Condition], Mapping[Any, float]], *, words: Callable[[Any], str]
-) -> None:
-    places = sorted({place for condition in conditions for place in means(condition)})
-    for index, condition in enumerate(conditions):
-        shift = 0.035 * (index - (len(conditions) - 1) / 2)  # equal lines stay visible side by side
-        line = [(number + shift, means(condition)[place]) for number, place in enumerate(places) if place in means(condition)]
-        if not line:
-            continue
-        axes.plot(
-            *zip(*line, strict=True),
-            **_look(index),
-            markersize=4,
-            linewidth=1.8 if condition.is_reference else 1.1,
-            label=condition.label,
-        )
-    axes.set_xticks(range(len(places)), [words(place) for place in places], rotation=0 if len(places) <= MOST_WIDE_CELLS else 60)
+def _line(axes: Axes, points: Mapping[float, Point], *, look: int, label: str | None, shift: float, width: float) -> None:
+    """A line through the means, with whiskers for their intervals."""
+    for place, point in points.items():
+        if point.interval is not None:
+            axes.plot(
+                (place + shift, place + shift),
+                (point.interval.low, point.interval.high),
+                color=_look(look)["color"],
+                linewidth=0.8,
+                alpha=0.55,
+                solid_capstyle="butt",
+            )
+    if points:
+        line = [(place + shift, point.mean) for place, point in points.items()]
+        axes.plot(*zip(*line, strict=True), **_look(look), markersize=4, linewidth=width, label=label)
     axes.grid(axis="y", color="#dddddd", linewidth=0.5)
 
 
@@ -282,29 +212,3 @@ def _look(index: int) -> dict[str, Any]:
 def _line_legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=7.5, handlelength=2.4)
-
-
-def _tokens(count: int) -> str:
-    """``4K`` for 4,096 and 4,000, the number itself where neither fits."""
-    for size in (1024, 1000):
-        if count >= size and count % size == 0:
-            return f"{count // size}K"
-    return f"{count:,}"
-
-
-def _wrapped(label: str) -> str:
-    """The arm on one line and its point on the next."""
-    return label.replace(" ", "\n", 1) if len(label) > 22 else label
-
-
-def _figure(*, width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    with _style():
-        return Figure(figsize=(width, height), layout="constrained")
-
-
-def _style() -> Any:
-    import matplotlib as mpl
-
-    return mpl.rc_context(STYLE)

@@ -9,8 +9,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from pause_ray.compare import SIGNIFICANT, Interval, enough_replicates
 from pause_ray.results import Condition, Contrast, SweepResults, TrialResult
+from pause_ray.statistics import SIGNIFICANT, Interval, enough_replicates, wilson
+from pause_ray.words import listed
+
+NEAR_TIE_LOGITS = 0.05
+"""Two continuations whose logits are this close may change places on other hardware; in bfloat16 one step of a logit near 10
+is 0.06."""
+NEAR_TIE_SHARE = 0.02
+"""From this share of answers on near-ties are worth a word."""
+UNEQUAL_TEXT_PERCENT = 1.0
+MOST_NAMED = 6
+"""More arms than this are told by their range."""
 
 
 def headline(results: SweepResults) -> str:
@@ -28,7 +38,7 @@ def notes(results: SweepResults) -> list[str]:
     found: list[str] = []
     if len(results.trials) < results.num_planned:
         waiting = [condition.label for condition in results.conditions if len(condition.trials) < condition.num_planned]
-        found.append(f"Unfinished: {results.progress}. Missing in whole or in part: {_listed(waiting)}.")
+        found.append(f"Unfinished: {results.progress}. Missing in whole or in part: {listed(waiting)}.")
     contrasts = [*results.contrasts, *results.control_contrasts]
     found += list(dict.fromkeys(f"{its.label} against {its.other}: {text}." for its in contrasts for text in its.comparison.warnings))
     found += _confounding_notes(results)
@@ -39,15 +49,29 @@ def notes(results: SweepResults) -> list[str]:
             "read the corrected p, and test the winner again on fresh replicates."
         )
     found += _power_notes(results)
+    found += _detectable_notes(results)
+    found += _text_notes(results)
     found += _cell_notes(results)
+    found += _precision_notes(results)
     if any(condition.is_reference for condition in results.scored):
         alone = [condition.label for condition in results.scored if not condition.is_reference and condition.comparison is None]
         if alone:
-            found.append(f"Without one counterpart in {results.reference_arm}, and so not compared: {_listed(alone)}.")
+            found.append(f"Without one counterpart in {results.reference_arm}, and so not compared: {listed(alone)}.")
     overlapping = [condition.label for condition in results.scored if any(trial.overlaps for trial in condition.trials)]
     if overlapping:
-        found.append(f"Training text overlaps with the evaluation, as the spec permits; not a fair test: {_listed(overlapping)}.")
+        found.append(f"Training text overlaps with the evaluation, as the spec permits; not a fair test: {listed(overlapping)}.")
     return found
+
+
+def noise_words(results: SweepResults) -> list[str]:
+    """How often arithmetic alone changed an answer, a sentence or two per precision in which that was measured."""
+    return [
+        f"In {its.dtype}, {its.num_cells} answered questions were asked again in other shapes, everything else equal: "
+        f"{_share_words(its.num_answers_changed, its.num_cells)} of the answers changed, and "
+        f"{_share_words(its.num_scores_changed, its.num_cells)} of the scores. "
+        "Single cells may differ between arms by arithmetic alone that often."
+        for its in results.noise
+    ]
 
 
 def interval_words(interval: Interval, *, signed: bool = False) -> str:
@@ -67,7 +91,7 @@ def _against_reference(results: SweepResults) -> str:
     leader = max(better or contrasts, key=lambda its: its.difference)
     highest = leader.difference == max(its.difference for its in contrasts)
     among = f", {'the best' if highest else 'one'} of {len(contrasts)} arms," if len(contrasts) > 1 else ""
-    worse_words = f"{_listed(worse)} scored lower than chance would explain." if worse else ""
+    worse_words = f"{listed(worse)} scored lower than chance would explain." if worse else ""
     measured = _measured(leader)
     if better:
         said = f"{leader.label}{among} scored {leader.difference:.2f} higher than {leader.other} {measured}: more than chance would explain"
@@ -97,9 +121,9 @@ def _against_control(results: SweepResults) -> str:
         end += f": more than chance would explain, {'by the pauses or by that' if apart else 'and so an effect of the pauses'}"
     elif leader.label not in worse:
         end += ": nothing here is shown to be due to the pauses"
-    how = f"which differs in {_listed(apart)} too" if apart else "which was tuned the same way on the same texts without pauses"
+    how = f"which differs in {listed(apart)} too" if apart else "which was tuned the same way on the same texts without pauses"
     said = f"Against {leader.other}, {how}, {which}{end}"
-    return f"{said}; with pauses {_listed(worse)} scored lower than chance would explain." if worse else f"{said}."
+    return f"{said}; with pauses {listed(worse)} scored lower than chance would explain." if worse else f"{said}."
 
 
 def _apart(results: SweepResults, contrast: Contrast) -> list[str]:
@@ -129,13 +153,13 @@ def _confounding_notes(results: SweepResults) -> list[str]:
         if results.control_arm is not None:
             remedy = f"{results.control_arm} must have finished trials, and one counterpart for each of them"
         found.append(
-            f"Tuning and pauses are confounded: {_listed(mixed)} had both and {results.reference_arm} had neither, so a difference "
+            f"Tuning and pauses are confounded: {listed(mixed)} had both and {results.reference_arm} had neither, so a difference "
             f"between them may come from tuning alone. To tell them apart, {remedy}."
         )
     for contrast in results.control_contrasts:
         apart = _apart(results, contrast)
         if apart:
-            found.append(f"{contrast.label} and its control {contrast.other} differ in more than pauses: {_listed(apart)}.")
+            found.append(f"{contrast.label} and its control {contrast.other} differ in more than pauses: {listed(apart)}.")
     return found
 
 
@@ -178,16 +202,88 @@ def _power_notes(results: SweepResults) -> list[str]:
     ]
     if at_odds:
         found.append(
-            f"Interval and p disagree on whether there is a difference: {_listed(list(dict.fromkeys(at_odds)))}. "
+            f"Interval and p disagree on whether there is a difference: {listed(list(dict.fromkeys(at_odds)))}. "
             "An arm counts as different only where both say so."
         )
     flat = [condition.label for condition in results.scored if _is_flat(condition)]
     if flat:
         found.append(
-            f"All replicates have the same mean or the same difference, so their spread says nothing: {_listed(flat)}. "
+            f"All replicates have the same mean or the same difference, so their spread says nothing: {listed(flat)}. "
             "The interval speaks of other cells instead, not of other texts."
         )
     return found
+
+
+def _detectable_notes(results: SweepResults) -> list[str]:
+    """What could have been seen, for the comparisons in which nothing was although the signs of their differences could have told."""
+    every = [(contrasts, its) for contrasts in (results.contrasts, results.control_contrasts) for its in contrasts]
+    missed = [its for contrasts, its in every if not its.differs and its.comparison.least_p * len(contrasts) < SIGNIFICANT]
+    sizes = {f"{its.label} against {its.other}": its.comparison.detectable or 0.0 for its in missed}
+    sizes = {name: size for (name, size), its in zip(sizes.items(), missed, strict=True) if size > abs(its.difference)}
+    seen = {name: size for name, size in sizes.items() if size <= 1}
+    found = []
+    if seen:
+        named = listed([f"{name} {size:.2f}" for name, size in seen.items()])
+        told = named if len(seen) <= MOST_NAMED else f"{min(seen.values()):.2f} to {max(seen.values()):.2f}"
+        found.append(
+            "Where no difference is shown, the smallest true one that this design would have found four times of five: "
+            f"{told}. A smaller one may be there."
+        )
+    if len(seen) < len(sizes):
+        names = [name for name in sizes if name not in seen]
+        told = listed(names) if len(names) <= MOST_NAMED else f"{len(names)} comparisons"
+        found.append(f"Answers so few or so scattered that even the largest true difference would often have been missed: {told}.")
+    return found
+
+
+def _text_notes(results: SweepResults) -> list[str]:
+    """Arms that read more or less text than what they are compared with."""
+    shares = {
+        its.label: sum(row.content_tokens for row in its.rows) / sum(row.context_tokens for row in its.rows) for its in results.scored
+    }
+    found = []
+    for its in [*results.contrasts, *results.control_contrasts]:
+        more = 100 * (shares[its.label] / shares[its.other] - 1) if shares[its.other] else 0.0
+        if abs(more) >= UNEQUAL_TEXT_PERCENT:
+            found.append(
+                f"{its.label} read {abs(more):.0f} % {'more' if more > 0 else 'less'} text per asked token than {its.other}: "
+                "their difference is one of context length as well."
+            )
+    return found
+
+
+def _precision_notes(results: SweepResults) -> list[str]:
+    """Where arithmetic, not the arm, may have decided."""
+    found = []
+    unmeasured = [
+        condition.label for condition in results.scored if any(_is_coarse(trial) and trial.noise is None for trial in condition.trials)
+    ]
+    if unmeasured:
+        found.append(
+            "Scored below float32, and how often that alone changes an answer was not measured (engine.recheck_cells): "
+            f"{listed(unmeasured)}."
+        )
+    margins = {its.label: [row.margin for row in its.rows if row.margin is not None] for its in results.scored}
+    near = {label: sum(margin < NEAR_TIE_LOGITS for margin in its) for label, its in margins.items()}
+    if sum(near.values()) > NEAR_TIE_SHARE * sum(map(len, margins.values())):
+        told = listed([f"{label} {number} of {len(margins[label])}" for label, number in near.items() if margins[label]])
+        found.append(
+            f"Greedy near-ties: answers in which the two best next tokens once lay within {NEAR_TIE_LOGITS} logits, so that other "
+            f"hardware or software may give another answer: {told}."
+        )
+    return found
+
+
+def _is_coarse(trial: TrialResult) -> bool:
+    """Whether transformers answered in a precision in which shapes matter."""
+    model, engine = trial.spec.get("model") or {}, trial.spec.get("engine") or {}
+    return engine.get("kind") == "hf" and (model.get("dtype") != "float32" or model.get("quantize") is not None)
+
+
+def _share_words(number: int, total: int) -> str:
+    """``1 of 12 (8 %, 95 % interval 1 to 35 %)``."""
+    interval = wilson(number, total)
+    return f"{number} of {total} ({100 * number / total:.0f} %, 95 % interval {100 * interval.low:.0f} to {100 * interval.high:.0f} %)"
 
 
 def _is_flat(condition: Condition) -> bool:
@@ -206,16 +302,23 @@ def _cell_notes(results: SweepResults) -> list[str]:
     if unscored:
         reasons = Counter(row.unscored_reason for condition in results.scored for row in condition.rows if row.score is None)
         why = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
-        found.append(f"Cells that could not be scored are in no mean: {_listed(unscored)}. Reasons: {why}.")
+        found.append(f"Cells that could not be scored are in no mean: {listed(unscored)}. Reasons: {why}.")
     unpaired = [f"{its.label} {its.comparison.num_unpaired}" for its in results.contrasts if its.comparison.num_unpaired]
     if unpaired:
-        found.append(f"Cells of the two arms without a scored counterpart are not compared: {_listed(unpaired)}.")
+        found.append(f"Cells of the two arms without a scored counterpart are not compared: {listed(unpaired)}.")
     repeated = [f"{label} {its.num_repeated} of {its.num_scored}" for label, its in summaries if its.num_repeated]
     if repeated:
         found.append(
             "Depths so close that the needle lands at the same sentence make the same prompt, which counts once in means, intervals and "
-            f"tests; repeated cells: {_listed(repeated)}."
+            f"tests; repeated cells: {listed(repeated)}."
         )
+    mixed = {condition.label: Counter(row.scorer for row in condition.rows) for condition in results.scored}
+    mixed = {label: its for label, its in mixed.items() if len(its) > 1}
+    if mixed:
+        told = "; ".join(
+            f"{label} {', '.join(f'{number} {scorer}' for scorer, number in its.most_common())}" for label, its in mixed.items()
+        )
+        found.append(f"Scores of different scorers are averaged: {told}. Rescore the ledgers with one of them.")
     return found + _cut_off_notes([(condition.label, condition.trials) for condition in results.scored])
 
 
@@ -223,8 +326,8 @@ def _cut_off_notes(conditions: Sequence[tuple[str, Sequence[TrialResult]]]) -> l
     counts = [(label, sum(its.num_cut_off for its in trials), sum(len(its.rows) for its in trials)) for label, trials in conditions]
     if len({cut_off / cells for _, cut_off, cells in counts if cells}) < 2:
         return []
-    listed = _listed([f"{label} {cut_off} of {cells}" for label, cut_off, cells in counts])
-    return [f"Arms differ in how many answers reached max_new_tokens without an end, which can cost or win keywords: {listed}."]
+    told = listed([f"{label} {cut_off} of {cells}" for label, cut_off, cells in counts])
+    return [f"Arms differ in how many answers reached max_new_tokens without an end, which can cost or win keywords: {told}."]
 
 
 def _measured(contrast: Contrast) -> str:
@@ -241,7 +344,3 @@ def _measured(contrast: Contrast) -> str:
 def _mean_score(condition: Condition) -> float:
     summary = condition.summary
     return -1.0 if summary is None or summary.grand_mean is None else summary.grand_mean
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)

@@ -8,16 +8,62 @@ Only finished trials count: a ledger that is still growing pairs with nothing ye
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pause_ray.compare import SIGNIFICANT, Comparison, Summary, compare_arms, holm, summarize
+from pause_ray.compare import Comparison, Summary, compare_arms, summarize
 from pause_ray.errors import StorageError
 from pause_ray.needle.ledger import CellResult, Ledger
+from pause_ray.places import Axis, axis_of
 from pause_ray.spec import JsonObject
+from pause_ray.statistics import SIGNIFICANT, holm
 from pause_ray.storage import MANIFEST, Storage, is_complete, read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """How often the same model gave another answer to the same prompt, because it was computed in other shapes."""
+
+    dtype: str
+    num_cells: int
+    """Asked a second time."""
+    num_answers_changed: int
+    num_scores_changed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """What answers cost."""
+
+    prompt_tokens: int
+    """Of all prompts that were answered."""
+    prefilled_tokens: int
+    """Of those that went through the model; the others were reused from the prompt before."""
+    decoded_tokens: int
+    seconds: float
+    money: float | None
+    """None where no prices were given."""
+
+    @property
+    def reused_share(self) -> float:
+        """Of the prompt tokens, 0 to 1."""
+        return 1 - self.prefilled_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+
+def spent(rows: Sequence[CellResult]) -> Spent:
+    """What the answers of these rows cost; a cell without an answer counts with its seconds and money only."""
+    answered = [row for row in rows if row.response is not None]
+    prices = [row.cost for row in rows if row.cost is not None]
+    return Spent(
+        prompt_tokens=sum(row.prompt_tokens for row in answered),
+        prefilled_tokens=sum(row.prefilled_tokens for row in answered),
+        decoded_tokens=sum(row.decoded_tokens for row in answered),
+        seconds=math.fsum(row.seconds for row in rows),
+        money=math.fsum(prices) if prices else None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +83,11 @@ class TrialResult:
     rows: tuple[CellResult, ...]
 
     @property
+    def suite(self) -> JsonObject:
+        """Resolved suite spec."""
+        return self.spec.get("eval") or {}
+
+    @property
     def training(self) -> list[JsonObject]:
         """One row per optimizer step, with at least ``step`` and ``loss``; empty for an untrained arm."""
         return list(self.manifest.get("training") or ())
@@ -54,7 +105,7 @@ class TrialResult:
     @property
     def num_cut_off(self) -> int:
         """Answers that reached ``max_new_tokens`` without an end."""
-        most = (self.spec.get("eval") or {}).get("max_new_tokens")
+        most = self.suite.get("max_new_tokens")
         return 0 if most is None else sum(row.decoded_tokens >= most for row in self.rows)
 
     @property
@@ -66,6 +117,25 @@ class TrialResult:
     def corpus_stats(self) -> JsonObject:
         """Statistics of the training corpus; empty for an untrained arm."""
         return dict(self.manifest.get("corpus_stats") or {})
+
+    @property
+    def noise(self) -> Noise | None:
+        """Measured on a sample of its cells; None where nothing was asked twice."""
+        found = self.manifest.get("noise")
+        if not found or not found["cells"]:
+            return None
+        return Noise(
+            dtype=found["dtype"],
+            num_cells=found["cells"],
+            num_answers_changed=found["answers_changed"],
+            num_scores_changed=found["scores_changed"],
+        )
+
+    @property
+    def currency(self) -> str:
+        """Of its rows' cost; empty where no prices were given."""
+        prices = (self.spec.get("engine") or {}).get("prices") or {}
+        return str(prices.get("currency", ""))
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -167,6 +237,25 @@ class SweepResults:
     def trials(self) -> list[TrialResult]:
         """Finished trials, condition by condition."""
         return [trial for condition in self.conditions for trial in condition.trials]
+
+    @property
+    def axis(self) -> Axis:
+        """Of the needle's positions; the one that fits all finished trials."""
+        return axis_of(trial.suite for trial in self.trials)
+
+    @property
+    def noise(self) -> list[Noise]:
+        """Measured in the finished trials, summed by precision."""
+        measured = [noise for trial in self.trials if (noise := trial.noise)]
+        return [
+            Noise(
+                dtype=dtype,
+                num_cells=sum(its.num_cells for its in measured if its.dtype == dtype),
+                num_answers_changed=sum(its.num_answers_changed for its in measured if its.dtype == dtype),
+                num_scores_changed=sum(its.num_scores_changed for its in measured if its.dtype == dtype),
+            )
+            for dtype in sorted({its.dtype for its in measured})
+        ]
 
     @property
     def num_planned(self) -> int:

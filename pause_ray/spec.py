@@ -180,37 +180,44 @@ def check_path(schema: type[Spec], path: str, *, origin: str) -> None:
     Raises:
         SpecError: naming the path and the fields that exist at that level.
     """
-    current: type[Spec] | None = schema
+    current: tuple[type[Spec], ...] = (schema,)
     walked: list[str] = []
     for name in path.split("."):
-        if current is None:
+        if not current:
             raise SpecError(f"{origin}: {path}: {'.'.join(walked)} is a plain value and has no field {name!r}")
-        if name not in current.model_fields:
-            near = difflib.get_close_matches(name, current.model_fields, n=1)
-            hint = f"did you mean {'.'.join([*walked, near[0]])}?" if near else f"fields there: {', '.join(current.model_fields)}"
+        fields = _fields(current)
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f"did you mean {'.'.join([*walked, near[0]])}?" if near else f"fields there: {', '.join(fields)}"
             raise SpecError(f"{origin}: unknown path {path}: no field {name!r} in {'.'.join(walked) or schema.__name__}; {hint}")
-        current = _inner_spec(current.model_fields[name].annotation)
+        current = fields[name]
         walked.append(name)
 
 
-def _inner_spec(annotation: Any) -> type[Spec] | None:
-    """The spec class inside ``Spec``, ``Spec | None`` or ``Annotated[Spec, …]``, if there is one."""
-    if isinstance(annotation, type):
-        return annotation if issubclass(annotation, Spec) else None
-    for argument in typing.get_args(annotation):
-        found = _inner_spec(argument)
-        if found is not None:
-            return found
-    return None
+def _fields(specs: tuple[type[Spec], ...]) -> dict[str, tuple[type[Spec], ...]]:
+    """The fields that one of ``specs`` has, each with the specs that it may hold."""
+    found: dict[str, tuple[type[Spec], ...]] = {}
+    for spec in specs:
+        for name, field in spec.model_fields.items():
+            found[name] = (*found.get(name, ()), *_inner_specs(field.annotation))
+    return found
+
+
+def _inner_specs(annotation: Any) -> tuple[type[Spec], ...]:
+    """The spec classes inside ``Spec``, ``Spec | Other | None``, ``tuple[Spec, ...]`` or ``Annotated[Spec, …]``."""
+    if isinstance(annotation, type) and issubclass(annotation, Spec):
+        return (annotation,)
+    return tuple(spec for argument in typing.get_args(annotation) for spec in _inner_specs(argument))
 
 
 def _explain(error: ValidationError, schema: type[Spec], origin: str) -> str:
     """One line per broken field, joined by semicolons: place, value, rule and, for a misspelt key, the nearest one."""
     lines = []
     for problem in error.errors(include_url=False):
-        place = ".".join(str(part) for part in problem["loc"]) or schema.__name__
+        location, siblings = _located(schema, problem["loc"])
+        place = ".".join(location) or schema.__name__
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{place}: unknown field{_nearest(schema, problem['loc'])}")
+            lines.append(f"{place}: unknown field{_nearest(location[-1], siblings)}")
         elif problem["type"] == "missing":
             lines.append(f"{place}: required, and missing")
         elif problem["type"] == "value_error":
@@ -221,13 +228,30 @@ def _explain(error: ValidationError, schema: type[Spec], origin: str) -> str:
     return f"{origin}: " + "; ".join(lines)
 
 
-def _nearest(schema: type[Spec], location: tuple[int | str, ...]) -> str:
-    current: type[Spec] | None = schema
-    for part in location[:-1]:
-        if current is None or part not in current.model_fields:
-            return ""
-        current = _inner_spec(current.model_fields[str(part)].annotation)
-    if current is None:
+def _located(schema: type[Spec], location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
+    """A problem's dotted path without the tags that pydantic puts in for unions, and the fields beside its last part."""
+    current: tuple[type[Spec], ...] = (schema,)
+    path, siblings = list[str](), list[str]()
+    for place, part in enumerate(location):
+        fields = _fields(current)
+        if len(current) > 1 and part not in fields and place < len(location) - 1:
+            tagged = tuple(spec for spec in current if _tag(spec) == part)
+            current = tagged or current
+            continue
+        path.append(str(part))
+        siblings = list(fields)
+        current = fields.get(str(part), current if isinstance(part, int) else ())
+    return path, siblings
+
+
+def _tag(spec: type[Spec]) -> str | None:
+    """The ``kind`` that a member of a union is told by."""
+    kind = spec.model_fields.get("kind")
+    return next(iter(typing.get_args(kind.annotation)), None) if kind else None
+
+
+def _nearest(name: str, fields: list[str]) -> str:
+    if not fields:
         return ""
-    near = difflib.get_close_matches(str(location[-1]), current.model_fields, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; fields there: {', '.join(current.model_fields)}"
+    near = difflib.get_close_matches(name, fields, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; fields there: {', '.join(fields)}"

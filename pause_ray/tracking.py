@@ -20,16 +20,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from pause_ray import figures
+from pause_ray import figures, heatmaps
 from pause_ray.compare import summarize
 from pause_ray.errors import TrackingError
-from pause_ray.findings import headline, interval_words, notes
+from pause_ray.findings import headline, interval_words, noise_words, notes
 from pause_ray.needle.ledger import to_parquet
-from pause_ray.results import Condition, Contrast, SweepResults, TrialResult, read_results
+from pause_ray.places import axis_of, score_fields
+from pause_ray.results import Condition, Contrast, SweepResults, TrialResult, read_results, spent
 from pause_ray.spec import digest
 from pause_ray.storage import MANIFEST, Storage, exclusive
 
-CONTENT_FIELDS = ("eval.needles", "corpus.facts")
+CONTENT_FIELDS = ("eval.task.needles", "eval.task.groups", "eval.noise", "corpus.facts")
 """Parts of a trial that are text, not parameters; sent as a digest, and whole in ``spec.json``."""
 CORPUS_METRICS = ("documents", "rows", "pauses_per_1k_tokens", "longest_stretch_tokens")
 """Of the training text's statistics; all of them are in the trial's ``manifest.json``."""
@@ -59,7 +60,7 @@ SAFE_REASONS = (
     "Permission denied",
 )
 """Words of a failure that are passed on; they quote no address and no password."""
-CONTENT_VERSION = 2
+CONTENT_VERSION = 3
 """Raised when other values are sent for the same files, so that runs logged before are brought up to date."""
 DIGEST_TAG, CONTENT_TAG = "pause_ray.digest", "pause_ray.content"
 logger = logging.getLogger("pause_ray")
@@ -176,12 +177,13 @@ def _sweep_run(results: SweepResults) -> _Run:
 
 
 def _trial_run(condition: Condition, trial: TrialResult, *, scratch: Path) -> _Run:
-    summary = summarize(trial.rows)
+    summary, answers, noise = summarize(trial.rows), spent(trial.rows), trial.noise
     folder = scratch / trial.digest
     folder.mkdir()
     to_parquet(trial.rows, folder / "cells.parquet")
     label = _trial_name(condition, trial)
-    figures.save_png(figures.score_heatmaps({label: figures.score_fields(trial.rows)}), folder / "heatmap.png")
+    axis = axis_of([trial.suite])
+    figures.save_png(heatmaps.score_heatmaps({label: score_fields(trial.rows, axis=axis)}, axis=axis), folder / "heatmap.png")
     metrics = {
         "score": summary.grand_mean,
         "score_middle": summary.middle_mean,
@@ -192,9 +194,14 @@ def _trial_run(condition: Condition, trial: TrialResult, *, scratch: Path) -> _R
         "cells": float(summary.num_cells),
         "prompt_overhead_percent": summary.prompt_overhead_percent,
         "pauses_per_prompt": summary.pauses_per_prompt,
-        "prefilled_tokens": float(summary.prefilled_tokens),
-        "decoded_tokens": float(summary.decoded_tokens),
-        "answering_seconds": summary.seconds,
+        "prompt_tokens": float(answers.prompt_tokens),
+        "prefilled_tokens": float(answers.prefilled_tokens),
+        "reused_share": answers.reused_share,
+        "decoded_tokens": float(answers.decoded_tokens),
+        "answering_seconds": answers.seconds,
+        "cost": answers.money,
+        "noise_answers_changed_share": noise.num_answers_changed / noise.num_cells if noise else None,
+        "noise_scores_changed_share": noise.num_scores_changed / noise.num_cells if noise else None,
         **{f"corpus_{name}": trial.corpus_stats.get(name) for name in CORPUS_METRICS},
     }
     return _Run(
@@ -229,7 +236,8 @@ def _description(results: SweepResults) -> str:
     if results.control_contrasts:
         lines += ["", f"| against {results.control_arm} | difference | 95 % interval | p (corrected) |", "|---|---|---|---|"]
         lines += [f"| {contrast.label} | {_measured(contrast)} |" for contrast in results.control_contrasts]
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes(results)), "", "The whole report is the artifact `report.html`."])
+    lines += ["", *(f"- {note}" for note in [*noise_words(results), *notes(results)])]
+    return "\n".join([*lines, "", "The whole report is the artifact `report.html`."])
 
 
 def _measured(contrast: Contrast | None, *, otherwise: str = "") -> str:

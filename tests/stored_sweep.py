@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pause_ray.needle.ledger import CellResult, Ledger
+from pause_ray.needle.ledger import CellResult, FactResult, Ledger
 from pause_ray.storage import Storage, write_json
 
 Grid = Mapping[tuple[int, float], float | None]
@@ -22,15 +22,22 @@ CORPUS_STATS = {
 TRAINING = [{"step": step, "loss": loss, "learning_rate": 2e-4, "seconds": 2.0} for step, loss in ((1, 2.5), (2, 1.5), (3, 0.75))]
 
 
+NEEDLE = "The best thing to do in Lisbon is ride tram 28 at dawn."
+
+
 def cell(
-    context_tokens: int, depth_percent: float, score: float | None, *, trial: str = "t", replicate: int = 0, **changes: Any
+    context_tokens: int, depth_percent: float, score: float | None, *, trial: str = "t", replicate: int = 0, sample: int = 0, **changes: Any
 ) -> CellResult:
     """A ledger row; what is not said is like in a run on a 1,024-token prompt without pauses."""
+    needle_token = changes.get("needle_token", int(context_tokens * depth_percent / 100))
+    references = ("tram 28", "dawn")
+    fact = FactResult(text=NEEDLE, references=references, depth_percent=depth_percent, token=needle_token, score=score)
     values: dict[str, Any] = {
-        "cell_id": f"{trial}-{context_tokens}-{depth_percent:g}",
+        "cell_id": f"{trial}-{context_tokens}-{depth_percent:g}-{sample}",
         "task": "single",
         "arm": "baseline",
         "replicate": replicate,
+        "sample": sample,
         "seed": 1000 * replicate,
         "model": "some/model",
         "adapter": None,
@@ -40,10 +47,10 @@ def cell(
         "content_tokens": context_tokens - 60,
         "num_pauses": 0,
         "depth_percent": depth_percent,
-        "needle_token": int(context_tokens * depth_percent / 100),
-        "needle": "The best thing to do in Lisbon is ride tram 28 at dawn.",
+        "needle_token": needle_token,
+        "facts": (fact,),
         "question": "What is the best thing to do in Lisbon?",
-        "references": ("tram 28", "dawn"),
+        "references": references,
         "response": None if score is None else f"{trial} answers {score}",
         "score": score,
         "rubric": None if score is None else int(1.5 + 9 * score),
@@ -62,6 +69,32 @@ def rows(grid: Grid, *, trial: str = "t", replicate: int = 0, **changes: Any) ->
     return [cell(length, depth, score, trial=trial, replicate=replicate, **changes) for (length, depth), score in grid.items()]
 
 
+def several_facts(
+    context_tokens: int,
+    places: Sequence[tuple[float, float | None]],
+    *,
+    trial: str = "t",
+    replicate: int = 0,
+    sample: int = 0,
+    **changes: Any,
+) -> CellResult:
+    """A ledger row with a fact at each depth, its own score beside it (all None: not scored); the score is their mean."""
+    facts = tuple(
+        FactResult(
+            text=f"Ingredient {number} is in the cake.",
+            references=(f"ingredient {number}",),
+            depth_percent=depth,
+            token=int(context_tokens * depth / 100),
+            score=score,
+        )
+        for number, (depth, score) in enumerate(places)
+    )
+    scores = [score for _, score in places if score is not None]
+    found = {"facts": facts, "references": tuple(fact.references[0] for fact in facts), "question": "What is in the cake?"} | changes
+    mean = sum(scores) / len(scores) if scores else None
+    return cell(context_tokens, places[0][0], mean, trial=trial, replicate=replicate, sample=sample, **found)
+
+
 def store_trial(
     storage: Storage,
     trial: str,
@@ -71,7 +104,9 @@ def store_trial(
     pauses: bool = False,
     finished: bool = True,
     spec: Mapping[str, Any] | None = None,
+    suite: Mapping[str, Any] | None = None,
     evaluation_overlap: Mapping[str, Any] | None = None,
+    noise: Mapping[str, Any] | None = None,
 ) -> Path:
     """A trial's folder as a run leaves it; unfinished ones have no manifest."""
     folder = storage.trials / trial
@@ -85,7 +120,7 @@ def store_trial(
             "model": {"source": "some/model"},
             "pauses": {"every": 1} if pauses else None,
             "train": {"steps": 3, "lora": {"rank": 4}} if trained else None,
-            "eval": {"max_new_tokens": 48},
+            "eval": {"max_new_tokens": 48, **(suite or {})},
         },
     )
     if finished:
@@ -101,6 +136,7 @@ def store_trial(
                 "corpus_stats": CORPUS_STATS if trained else None,
                 "training": TRAINING if trained else [],
                 "evaluation_overlap": evaluation_overlap,
+                "noise": noise,
                 "seconds": {"total": 60.0 if trained else 20.0},
             },
         )

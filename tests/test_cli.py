@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pause_ray.cli import app
+from pause_ray.cli.main import app
 from pause_ray.storage import Storage
 from tests.stored_sweep import rows, store_sweep, store_trial
 

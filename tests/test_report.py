@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import itertools
@@ -14,13 +15,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pause_ray import figures
 from pause_ray.errors import StorageError
-from pause_ray.findings import headline, notes
-from pause_ray.report import duration, signed, table, write_report
+from pause_ray.findings import headline, noise_words, notes
+from pause_ray.report import arms_csv, page, table, write_report
 from pause_ray.results import SweepResults, read_results
 from pause_ray.storage import Storage
-from tests.stored_sweep import cell, rows, store_sweep, store_trial
+from pause_ray.words import duration, money, signed
+from tests.stored_sweep import cell, grid, rows, several_facts, store_sweep, store_trial
 
 LENGTHS, DEPTHS = (1024, 2048, 4096), (10.0, 50.0, 90.0)
 
@@ -44,8 +45,13 @@ def results_of(storage: Storage, arms: dict[str, float | None], **changes: tuple
     return read_results(sweep_of(storage, arms, **changes), storage)
 
 
-def text_of(path: Path) -> str:
-    """What a reader sees of an HTML file, white space aside."""
+def shown_of(folder: Path, storage: Storage) -> str:
+    """What a reader sees of a sweep's report, figures and white space aside."""
+    return text_of(page(read_results(folder, storage), {}))
+
+
+def text_of(html: str) -> str:
+    """What a reader sees of HTML, white space aside."""
 
     class Reader(HTMLParser):
         def __init__(self) -> None:
@@ -64,7 +70,7 @@ def text_of(path: Path) -> str:
                 self.found.append(data)
 
     reader = Reader()
-    reader.feed(path.read_text(encoding="utf-8"))
+    reader.feed(html)
     return " ".join(" ".join(reader.found).split())
 
 
@@ -169,10 +175,8 @@ def test_what_tuning_did_is_not_called_an_effect_of_pauses(storage: Storage) -> 
     assert "Against tuned_without_pauses, which was tuned the same way on the same texts without pauses, pause_tuned differs" in said
     assert said.endswith("): nothing here is shown to be due to the pauses.")
     assert [(its.label, its.other) for its in results.control_contrasts] == [("pause_tuned", "tuned_without_pauses")]
-    shown = text_of(write_report(folder, storage))
-    assert "Against tuned_without_pauses: what the pauses add beyond tuning" in shown
-    with (folder / "arms.csv").open(encoding="utf-8") as file:
-        rows_of = {row["arm"]: row for row in csv.DictReader(file)}
+    assert "Against tuned_without_pauses: what the pauses add beyond tuning" in shown_of(folder, storage)
+    rows_of = {row["arm"]: row for row in csv.DictReader(io.StringIO(arms_csv(results)))}
     assert (rows_of["pause_tuned"]["control"], rows_of["pause_tuned"]["control_difference"]) == ("tuned_without_pauses", "0.0")
     assert rows_of["pauses_untuned"]["control"] == ""
     assert not any("confounded" in note for note in notes(results))
@@ -260,7 +264,7 @@ def test_a_ledger_that_lost_cells_is_named_with_its_remedy(storage: Storage) -> 
 
 
 def test_costs_are_summed_over_interruptions(report: Path) -> None:
-    shown = text_of(report)
+    shown = text_of(report.read_text(encoding="utf-8"))
     assert "Seconds are summed from the training logs and the ledgers" in shown
     assert "Whole trial" not in shown
 
@@ -270,13 +274,14 @@ def test_unfinished_sweeps_say_so(storage: Storage) -> None:
     results = read_results(folder, storage)
     assert "nothing yet to compare" in headline(results)
     assert notes(results)[0] == "Unfinished: 1 of 3 trials finished. Missing in whole or in part: baseline and pauses_untuned."
-    assert "1 of 3 trials finished" in text_of(write_report(folder, storage))
+    assert "1 of 3 trials finished" in shown_of(folder, storage)
 
 
 def test_a_sweep_without_a_finished_trial_has_a_report(storage: Storage) -> None:
     path = write_report(sweep_of(storage, {"baseline": None, "pause_tuned": None}), storage)
-    assert "No trial has finished yet" in text_of(path)
-    assert "<img" not in path.read_text()
+    html = path.read_text(encoding="utf-8")
+    assert "No trial has finished yet" in text_of(html)
+    assert "<img" not in html
 
 
 def test_a_ledger_that_still_grows_is_not_counted(storage: Storage) -> None:
@@ -290,6 +295,97 @@ def test_unscored_cells_are_reported_with_their_reasons(storage: Storage) -> Non
     store_trial(storage, "b", rows({(1024, 10): 1.0, (1024, 50): None}, trial="b"))
     results = read_results(store_sweep(storage, [("b", "baseline", {}, 0)]), storage)
     assert any("baseline 1 of 2. Reasons: 1 × engine: out of memory." in note for note in notes(results))
+
+
+def test_the_noise_floor_is_summed_by_precision_and_said_beside_the_scores(storage: Storage) -> None:
+    for trial, dtype, changed in (("b", "bfloat16", 3), ("p", "bfloat16", 1), ("q", "nf4", 0)):
+        noise = {"dtype": dtype, "cells": 12, "answers_changed": changed, "scores_changed": 0}
+        store_trial(storage, trial, rows({(1024, 10): 1.0}, trial=trial), noise=noise)
+    folder = store_sweep(storage, [("b", "baseline", {}, 0), ("p", "paused", {}, 0), ("q", "quantized", {}, 0)])
+    coarse, coarser = noise_words(read_results(folder, storage))
+    assert coarse.startswith("In bfloat16, 24 answered questions")
+    assert "4 of 24 (17 %, 95 % interval 7 to 36 %) of the answers" in coarse  # Wilson's: 0.167, 0.067 to 0.359
+    assert "0 of 24 (0 %, 95 % interval 0 to 14 %) of the scores" in coarse
+    assert "12 answered questions" in coarser
+    assert coarse in shown_of(folder, storage)
+
+
+def test_precision_that_was_not_rechecked_is_noted(storage: Storage) -> None:
+    for trial, dtype, kind in (("a", "bfloat16", "hf"), ("b", "float32", "hf"), ("c", "bfloat16", "endpoint")):
+        store_trial(storage, trial, rows({(1024, 10): 1.0}, trial=trial), spec={"model": {"dtype": dtype}, "engine": {"kind": kind}})
+    found = notes(read_results(store_sweep(storage, [(trial, trial, {}, 0) for trial in "abc"]), storage))
+    assert [note for note in found if "below float32" in note and note.endswith("(engine.recheck_cells): a.")]
+
+
+def test_near_ties_are_noted_where_they_are_many(storage: Storage) -> None:
+    def told(near: int) -> list[str]:
+        found = [cell(1024, depth, 1.0, trial="b", margin=0.01 if depth < near else 2.0) for depth in range(50)]
+        place = Storage.open(storage.root / str(near))
+        store_trial(place, "b", found)
+        return [note for note in notes(read_results(store_sweep(place, [("b", "baseline", {}, 0)]), place)) if "near-ties" in note]
+
+    assert told(0) == told(1) == []
+    assert told(2)[0].endswith("baseline 2 of 50.")
+
+
+def test_what_the_design_could_not_have_seen_is_said_only_where_nothing_was_seen(storage: Storage) -> None:
+    scores = {"baseline": [0.0] * 9 + [1.0], "same": [1.0] + [0.0] * 9, "better": [1.0] * 10}
+    for arm, values in scores.items():
+        store_trial(storage, arm, [cell(1024, 10 * place, value, trial=arm) for place, value in enumerate(values)])
+    results = read_results(store_sweep(storage, [(arm, arm, {}, 0) for arm in scores]), storage)
+    [missed, seen] = results.contrasts
+    assert seen.differs
+    [note] = [note for note in notes(results) if "four times of five" in note]
+    assert f"four times of five: same against baseline {missed.comparison.detectable:.2f}." in note
+
+
+def test_arms_that_read_unequal_text_are_named_with_how_much(storage: Storage) -> None:
+    store_trial(storage, "b", rows({(1000, 10): 1.0, (1000, 50): 1.0}, trial="b", content_tokens=1000))
+    store_trial(storage, "p", rows({(1000, 10): 1.0, (1000, 50): 1.0}, trial="p", content_tokens=800))
+    found = notes(read_results(store_sweep(storage, [("b", "baseline", {}, 0), ("p", "paused", {}, 0)]), storage))
+    assert any(note.startswith("paused read 20 % less text per asked token than baseline") for note in found)
+
+
+def test_scores_of_different_scorers_are_not_averaged_in_silence(storage: Storage) -> None:
+    store_trial(storage, "b", [cell(1024, 10, 1.0, trial="b"), cell(1024, 50, 1.0, trial="b", scorer="judge")])
+    found = notes(read_results(store_sweep(storage, [("b", "baseline", {}, 0)]), storage))
+    assert any("Scores of different scorers are averaged: baseline 1 keywords, 1 judge." in note for note in found)
+
+
+def test_suites_of_random_samples_and_several_facts_are_reported(storage: Storage) -> None:
+    for trial, found in (("b", 0.0), ("p", 1.0)):
+        asked = [(length, sample) for length in (1024, 2048) for sample in range(4)]
+        results = [
+            several_facts(length, [(20.0 * sample, 1.0), (35.0 + sample, found)], trial=trial, sample=sample) for length, sample in asked
+        ]
+        store_trial(storage, trial, results, suite={"samples": 4})
+    folder = store_sweep(storage, [("b", "baseline", {}, 0), ("p", "paused", {}, 0)])
+    shown = text_of(write_report(folder, storage).read_text(encoding="utf-8"))
+    assert "random, 4 per length" in shown
+    assert "Facts per question 2" in shown
+    assert "tenth of the prompt in which a fact landed, each fact with its own recall" in shown
+    assert (folder / "figures" / "recall.png").is_file()
+    [contrast] = read_results(folder, storage).contrasts
+    assert (contrast.comparison.num_pairs, contrast.difference) == (8, 0.5)
+
+
+def test_costs_say_what_reuse_saved_and_what_an_endpoint_took(storage: Storage) -> None:
+    spec = {"engine": {"kind": "endpoint", "prices": {"currency": "EUR"}}}
+    found = rows(grid((1000,), (10, 50, 90), lambda _, depth: None if depth == 90 else 1.0), trial="b", prefilled_tokens=250, cost=0.25)
+    store_trial(storage, "b", found, spec=spec)
+    shown = shown_of(store_sweep(storage, [("b", "baseline", {}, 0)]), storage)
+    assert "2,000 500 75 % 24 3.0 s 0.75 EUR" in shown  # the cell without an answer cost seconds and money, and saved nothing
+    assert "engine: out of memory 1 baseline 1" in shown
+
+
+def test_the_middle_and_its_edges_are_compared_apart(storage: Storage) -> None:
+    for trial, middle in (("b", 0.0), ("p", 1.0)):
+        scores = grid(LENGTHS, DEPTHS, lambda _, depth, middle=middle: middle if depth == 50 else 0.5)
+        store_trial(storage, trial, rows(scores, trial=trial))
+    shown = shown_of(store_sweep(storage, [("b", "baseline", {}, 0), ("p", "paused", {}, 0)]), storage)
+    row = shown[shown.index("Gain in the middle") :]
+    assert re.search(r"baseline 0\.00 \S+ to \S+ 0\.50 \S+ to \S+ −0\.50 reference", row)
+    assert re.search(r"paused 1\.00 \S+ to \S+ 0\.50 \S+ to \S+ \+0\.50 \+1\.00 \S+ to \S+ 0\.00 \S+ to \S+ \+1\.00", row)
 
 
 def test_permitted_overlap_is_reported(storage: Storage) -> None:
@@ -313,17 +409,21 @@ def test_the_report_needs_nothing_from_outside(report: Path) -> None:
     assert all(reference.startswith("data:image/svg+xml;base64,") for reference in references)
     assert "<script" not in html
     assert "@import" not in html
+    for reference in references:
+        figure = base64.b64decode(reference.partition(",")[2]).decode()
+        assert all(inner.startswith(("#", "data:")) for inner in re.findall(r"""href="([^"]*)""", figure))
+        assert all(inner.startswith("#") for inner in re.findall(r"""url\(([^)]*)""", figure))
 
 
 def test_answers_of_a_model_cannot_become_markup(storage: Storage) -> None:
     store_trial(storage, "b", [cell(1024, 10, 0.0, trial="b", response="<script>alert(1)</script> & <PAUSE>")])
-    html = write_report(store_sweep(storage, [("b", "baseline", {}, 0)]), storage).read_text(encoding="utf-8")
+    html = page(read_results(store_sweep(storage, [("b", "baseline", {}, 0)]), storage), {})
     assert "<script" not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;PAUSE&gt;" in html
 
 
 def test_the_report_shows_arms_training_corpus_and_how_it_was_made(report: Path) -> None:
-    shown = text_of(report)
+    shown = text_of(report.read_text(encoding="utf-8"))
     for part in ("Where the fact is found", "Where the arms differ from baseline", "Training corpora", "How it was made"):
         assert part in shown
     assert "+0.50" in shown
@@ -342,6 +442,7 @@ def test_figures_for_papers_and_the_table_of_arms_lie_beside_it(report: Path) ->
         base, tuned = csv.DictReader(file)
     assert (base["arm"], base["score"], base["difference"]) == ("baseline", "0.25", "")
     assert (tuned["score"], tuned["difference"], tuned["score_2048_tokens"], tuned["pairs"]) == ("0.75", "0.5", "0.75", "9")
+    assert (tuned["score_change_percent"], tuned["exact_recall_difference"], tuned["middle_gain"]) == ("200.0", "0.0", "0.0")
 
 
 def test_the_same_storage_gives_the_same_report(report: Path) -> None:
@@ -367,24 +468,10 @@ def test_a_damaged_ledger_is_named(storage: Storage) -> None:
         write_report(folder, storage)
 
 
-def test_heatmap_fields_keep_unscored_apart_and_show_the_spread() -> None:
-    first = rows({(1024, 10): 1.0, (1024, 50): None, (2048, 10): None}, replicate=0)
-    second = rows({(1024, 10): 0.5, (1024, 50): 0.5, (2048, 10): None}, replicate=1)
-    fields = figures.score_fields([*first, *second])
-    assert fields[1024, 10] == figures.Field(0.75, 0.5, 1.0, complete=True)
-    assert fields[1024, 50] == figures.Field(0.5, 0.5, 0.5, complete=False)
-    assert fields[2048, 10].value is None
-
-
-def test_difference_fields_pair_replicate_by_replicate() -> None:
-    a = [cell(1024, 10, 1.0, replicate=0), cell(1024, 10, 0.0, replicate=1), cell(1024, 10, 1.0, replicate=2)]
-    b = [cell(1024, 10, 0.0, replicate=0), cell(1024, 10, 1.0, replicate=1)]
-    assert figures.difference_fields(a, b) == {(1024, 10): figures.Field(0.0, -1.0, 1.0, complete=True)}
-
-
 def test_numbers_for_people() -> None:
     assert [signed(value) for value in (0.125, -0.5, 0.001, None)] == ["+0.12", "−0.50", "0.00", "–"]
     assert [duration(seconds) for seconds in (0.4, 41, 720, 9000)] == ["0.4 s", "41 s", "12 min", "2.5 h"]
+    assert [money(amount) for amount in (1234.567, 0.000123)] == ["1,234.57", "0.00012"]
 
 
 def test_reading_results_needs_no_plotting() -> None:

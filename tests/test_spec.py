@@ -131,12 +131,12 @@ def test_an_unknown_path_is_refused_with_the_nearest_known_one(path: str, messag
 
 def test_a_named_file_is_found_beside_or_above_the_file_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "sweeps" / "deep").mkdir(parents=True)
-    (tmp_path / "suite.yaml").write_text("name: above\nneedles: needles.yaml\n")
+    (tmp_path / "suite.yaml").write_text("name: above\ntask: {needles: needles.yaml}\n")
     (tmp_path / "needles.yaml").write_text("needles: []\n")
     origin = tmp_path / "sweeps" / "deep" / "x.yaml"
     assert find_file("suite.yaml", beside=origin) == tmp_path / "suite.yaml"
-    inlined = inline_files({"eval": "suite.yaml"}, ("eval", "eval.needles"), origin=origin)
-    assert inlined == {"eval": {"name": "above", "needles": {"needles": []}}}
+    inlined = inline_files({"eval": "suite.yaml"}, ("eval", "eval.task.needles"), origin=origin)
+    assert inlined == {"eval": {"name": "above", "task": {"needles": {"needles": []}}}}
 
 
 def test_a_named_file_that_is_nowhere_is_an_error(tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ def storage(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def two_trials(storage: Storage, *, second_finished: bool = True) -> Path:
     store_trial(storage, "b0", rows(GRID, trial="b0"))
-    store_trial(storage, "p0", rows(GRID, trial="p0"), trained=True, finished=second_finished)
+    noise = {"dtype": "bfloat16", "cells": 8, "answers_changed": 2, "scores_changed": 1}
+    store_trial(storage, "p0", rows(GRID, trial="p0", prefilled_tokens=512), trained=True, finished=second_finished, noise=noise)
     return store_sweep(storage, [("b0", "baseline", {}, 0), ("p0", "pause_tuned", {"pauses.every": 2}, 0)])
 
 
@@ -88,7 +89,14 @@ def test_a_sweep_arrives_as_parent_and_children(storage: Storage) -> None:
     assert trained.data.metrics["score"] == 0.5  # (1 + 0.5 + 0) / 3
     assert trained.data.metrics["score_at_1024_tokens"] == 0.75
     assert trained.data.metrics["score_middle"] == 0.5
+    assert trained.data.metrics["score_edges"] == 0.5  # (1 + 0) / 2
+    assert trained.data.metrics["exact_recall"] == pytest.approx(1 / 3)
+    assert trained.data.metrics["prompt_overhead_percent"] == 0.0
     assert trained.data.metrics["unscored_share"] == 0.25
+    assert trained.data.metrics["reused_share"] == 1 - 3 * 512 / 4096  # of the three that were answered
+    assert trained.data.metrics["noise_answers_changed_share"] == 0.25
+    assert not {"cost", "noise_answers_changed_share"} & set(children["b0"].data.metrics)
+    assert "In bfloat16, 8 answered questions" in parent.data.tags["mlflow.note.content"]
     history = client.get_metric_history(trained.info.run_id, "training_loss")
     assert [(point.step, point.value) for point in history] == [(1, 2.5), (2, 1.5), (3, 0.75)]
     assert artifacts(client, trained) == {"spec.json", "manifest.json", "cells.parquet", "heatmap.png"}
@@ -268,7 +276,7 @@ def test_a_spec_becomes_dotted_parameters() -> None:
         "pauses": None,
         "train": {"lora": {"rank": 4, "targets": ["q_proj", "v_proj"]}, "learning_rate": 2e-4},
         "corpus": {"sources": [{"path": "a.txt"}], "facts": {"facts": [{"needle": "x" * 900}]}},
-        "eval": {"needles": {"needles": []}, "prompt": {"system": "s" * 900}},
+        "eval": {"task": {"kind": "single", "needles": {"needles": []}}, "prompt": {"system": "s" * 900}},
         "resources": {"threads": 2},
     }
     params = flattened(spec)
@@ -278,6 +286,8 @@ def test_a_spec_becomes_dotted_parameters() -> None:
     assert params["train.learning_rate"] == "0.0002"
     assert params["corpus.sources.0.path"] == "a.txt"
     assert params["corpus.facts"].startswith("digest ")
+    assert params["eval.task.needles"].startswith("digest ")
+    assert params["eval.task.kind"] == "single"
     assert len(params["eval.prompt.system"]) == 500
     assert not any(name.startswith("resources") for name in params)
 

@@ -20,7 +20,7 @@ from pause_ray.corpus.staging import Stretch
 from pause_ray.errors import SourceError, TextError
 from pause_ray.rows import NO_LOSS, PackedRow
 from pause_ray.text.pauses import PausePolicy
-from pause_ray.text.prompts import BuiltPrompt, PromptSpec, build_prompt
+from pause_ray.text.prompts import BuiltPrompt, HiddenText, PromptBuilder, PromptSpec
 from pause_ray.text.segments import JOINT, DocumentRules, join_documents
 from pause_ray.text.tokens import Marker, ModelTokenizer, TokenDocument
 
@@ -107,19 +107,11 @@ def needle_sft_row(
         TextError: the row is too short for the fact, its question and the answer.
     """
     answer = np.append(tokenizer.encode(draw.fact.needle).ids, tokenizer.answer_end_id).astype(np.int32)
-    built = build_prompt(
-        haystack=window.text,
-        needle=draw.fact.needle,
-        question=draw.fact.question,
-        context_tokens=draw.row_tokens - len(answer),
-        depth_percent=draw.depth_percent,
-        prompt=prompt,
-        tokenizer=tokenizer,
-        policy=policy,
-        marker=marker,
-        seed=draw.seed,
-        rules=window.rules,
+    builder = PromptBuilder(
+        window.text, rules=window.rules, prompt=prompt, tokenizer=tokenizer, policy=policy, marker=marker, seed=draw.seed
     )
+    hidden = HiddenText(text=draw.fact.needle, depth_percent=draw.depth_percent)
+    built = builder.build([hidden], question=draw.fact.question, context_tokens=draw.row_tokens - len(answer))
     labels = np.concatenate([np.full(len(built.ids), NO_LOSS, dtype=np.int32), answer])
     return PackedRow(
         input_ids=np.concatenate([built.ids, answer]).astype(np.int32),

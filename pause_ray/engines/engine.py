@@ -1,21 +1,26 @@
-"""What an engine is: token ids in, greedy text out. Knows no model library, no Ray and no task.
+"""What an engine is: prompts in, greedy answers out. Knows no model library, no Ray and no task.
 
 A model is named by a ``ModelSpec``; what is loaded is a local folder of safetensors with its tokenizer
-(``engines.model_source.resolve_model`` makes one from every kind of source).
+(``engines.model_source.resolve_model`` makes one from every kind of source). An ``EngineSpec`` says who computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import Annotated, Literal, Protocol, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from pause_ray.errors import PauseRayError
-from pause_ray.spec import Spec
+from pause_ray.spec import JsonObject, Spec
+from pause_ray.text.prompts import BuiltPrompt
 from pause_ray.text.tokens import MarkerToken
+
+Reuse = Literal["full", "depth", "none"]
+"""What prompts share. ``full``: every common beginning is computed once; ``depth``: only between prompts of one asked length;
+``none``: each prompt is computed from its first token, the reference. Answers are the same."""
 
 
 class ModelSpec(Spec):
@@ -28,7 +33,9 @@ class ModelSpec(Spec):
     revision: str | None = None
     """Commit of a hub repository; recommended, since a branch name can move."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the weights while scoring. bfloat16 flips near-ties whenever shapes change."""
+    """Precision of the weights while scoring. bfloat16 flips near-ties whenever shapes change; how often is measured and reported."""
+    quantize: Literal["nf4"] | None = None
+    """4-bit weights while scoring, as in QLoRA; computations are in ``dtype``."""
 
     @model_validator(mode="after")
     def _package_is_pinned(self) -> Self:
@@ -37,16 +44,119 @@ class ModelSpec(Spec):
         return self
 
 
+class HfEngineSpec(Spec):
+    """transformers in this project's own processes. Its fields change how long an answer takes, not what it is."""
+
+    kind: Literal["hf"] = "hf"
+    reuse: Reuse = "full"
+    """What prompts share."""
+    drafts: bool = True
+    """Verify the reference answer, then text from the prompt, as speculative drafts."""
+    chunk_tokens: int | None = Field(default=None, ge=16)
+    """Prompt tokens per forward pass; null: 512 on a CPU, 4,096 on a GPU."""
+    kv: Literal["device", "host"] = "device"
+    """Where keys and values are kept. ``host``: in the memory of the machine, when a GPU is too small for a long context."""
+    recheck_cells: int | None = Field(default=None, ge=0)
+    """Cells of a trial that are answered a second time in other shapes, to measure how often the precision alone changes an answer.
+    null: none in float32, 12 in other precisions."""
+
+    def identity(self) -> JsonObject:
+        """What of it changes an answer: nothing."""
+        return {}
+
+
+CPU_CHUNK_TOKENS = 512
+GPU_CHUNK_TOKENS = 4096
+
+
+def default_chunk_tokens(*, on_gpu: bool) -> int:
+    """Prompt tokens per forward pass where a spec names none."""
+    return GPU_CHUNK_TOKENS if on_gpu else CPU_CHUNK_TOKENS
+
+
+def grain_of(*, dtype: str, quantize: str | None, chunk_tokens: int) -> int:
+    """Only multiples of this many tokens are kept from one prompt to the next.
+
+    In float32 any number: what is recomputed in other shapes differs by 1e-6, less than any near-tie seen. Below it rounding
+    depends on shapes, so only whole chunks are kept: then every key and value comes out of a forward pass of the same shape
+    with reuse and without, and answers are equal bit by bit.
+    """
+    return 1 if dtype == "float32" and quantize is None else chunk_tokens
+
+
+class Prices(Spec):
+    """What an endpoint charges, in its currency."""
+
+    input_per_million: float = Field(ge=0)
+    """Of prompt tokens."""
+    cached_input_per_million: float | None = Field(default=None, ge=0)
+    """Of prompt tokens that the server had cached; null: as for others."""
+    output_per_million: float = Field(ge=0)
+    """Of answer tokens."""
+    currency: str = "USD"
+    """For the report."""
+
+
+class EndpointSpec(Spec):
+    """A server that speaks the OpenAI protocol: vLLM, SGLang, TGI, ``transformers serve``, or a vendor's."""
+
+    kind: Literal["endpoint"]
+    url: str = Field(pattern=r"^https?://[^\s@?#]+$")
+    """Base URL up to and without ``/completions``, for example ``http://127.0.0.1:8000/v1``. Keys do not belong here."""
+    model: str = Field(min_length=1)
+    """The model's name on the server."""
+    api: Literal["completions", "chat"] = "completions"
+    """``completions`` sends exactly the token ids that were counted; ``chat`` sends messages, and the server applies its own template."""
+    key_variable: str | None = None
+    """Environment variable that holds the key; null: none is sent."""
+    concurrency: int = Field(default=8, ge=1)
+    """Requests at the same time."""
+    timeout_seconds: float = Field(default=600.0, gt=0)
+    """Longest wait for one answer."""
+    retries: int = Field(default=5, ge=0)
+    """Attempts after the first, with growing pauses, on 429, 5xx, lost connections and timeouts; never on another 4xx."""
+    load_adapters: bool = False
+    """Ask the server to load a checkpoint under a name of its own (vLLM's ``/load_lora_adapter``); it must see the storage root."""
+    prices: Prices | None = None
+    """For the cost of each cell."""
+
+    def identity(self) -> JsonObject:
+        """What of it changes an answer."""
+        return {"kind": self.kind, "url": self.url, "model": self.model, "api": self.api}
+
+
+def _kind(data: object) -> str | None:
+    return data.get("kind", "hf") if isinstance(data, dict) else getattr(data, "kind", None)
+
+
+EngineSpec = Annotated[Annotated[HfEngineSpec, Tag("hf")] | Annotated[EndpointSpec, Tag("endpoint")], Discriminator(_kind)]
+"""Who answers; ``hf`` where no kind is named."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadedAs:
     """What an engine must be to answer: base weights, the marker's row, an adapter."""
 
     model_dir: Path
+    """Weights and tokenizer; an endpoint reads only the tokenizer."""
     dtype: str
+    quantize: str | None = None
     marker: MarkerToken | None = None
     """None when markers are ordinary text or there are none; an adapter brings the marker it was trained with."""
     adapter_dir: Path | None = None
     """Checkpoint folder (``checkpoint.Checkpoint.folder``), or None for the base model."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Step:
+    """One prompt of a walk (``needle.walk``), as an engine gets it."""
+
+    prompt: BuiltPrompt
+    keep_tokens: int
+    """Leading tokens that the prompt shares with the one before it and that need no computing; 0 for the first."""
+    draft_ids: tuple[int, ...]
+    """How the answer probably begins, without an end token; verified in one forward pass. Empty for no drafts at all."""
+    max_new_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +165,20 @@ class Completion:
 
     text: str
     ids: tuple[int, ...]
+    """Of the answer, without the end token; empty where an endpoint does not tell them."""
     prefilled_tokens: int
     """Prompt tokens that went through the model; less than the prompt's length where a prefix was reused."""
     decoded_tokens: int
+    """Tokens of the answer."""
     seconds: float
+    forwards: int = 0
+    """Forward passes after the prompt's; at most ``decoded_tokens``, fewer where drafts were right."""
+    margin: float | None = None
+    """Smallest gap between the best and the second-best logit over the answer and its end: how near it was to another answer."""
+    reference_margin: float | None = None
+    """Gap between the chosen token's logit and the draft's where the answer first leaves the draft; None if it never does."""
+    cost: float | None = None
+    """In the currency of the endpoint's prices."""
 
 
 class EngineError(PauseRayError, RuntimeError):
@@ -71,13 +191,18 @@ class Engine(Protocol):
     name: str
     """For the ledger's ``engine`` column."""
 
+    @property
+    def grain_tokens(self) -> int:
+        """Only multiples of this many leading tokens can be kept from one prompt to the next; 1 where any number can."""
+
     def use(self, wanted: LoadedAs) -> None:
         """Load what differs from what is loaded: the base rarely, the adapter often."""
 
-    def complete(self, prompt_ids: Sequence[int], *, max_new_tokens: int) -> Completion:
-        """Greedy continuation of ``prompt_ids`` up to the model's end token or ``max_new_tokens``.
+    def answer(self, steps: Sequence[Step]) -> Iterator[tuple[int, Completion | EngineError]]:
+        """Index of a step and its greedy answer, up to the model's end token or ``max_new_tokens``, as soon as it is there.
+
+        An engine in this process answers in the order of ``steps``, an endpoint in any.
 
         Raises:
-            ModelError: the prompt is longer than the model takes.
-            EngineError: this prompt cannot be answered.
+            ModelError: a prompt is longer than the model takes, or the model cannot be asked at all.
         """

@@ -1,45 +1,52 @@
 """A transformers model in this process: base weights, the marker's row, an adapter. Knows no Ray and no task.
 
 The base is loaded once; a marker's row and an adapter are put in and taken out without touching its other weights.
-One key-value cache is kept, and the next prompt goes on from the whole chunks that it shares with the last one.
+Answers are computed by ``engines.greedy`` along a path of keys and values that is kept from prompt to prompt.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import peft
 import torch
 import transformers
-from numpy.typing import NDArray
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from safetensors import SafetensorError
-from transformers.cache_utils import DynamicLayer
 
 from pause_ray.checkpoint import Checkpoint
-from pause_ray.engines.engine import Completion, EngineError, LoadedAs
+from pause_ray.engines.attention import use_path_attention
+from pause_ray.engines.engine import Completion, EngineError, HfEngineSpec, LoadedAs, Step, default_chunk_tokens, grain_of
+from pause_ray.engines.greedy import Answer, GreedyReader
+from pause_ray.engines.kv import path_cache
 from pause_ray.engines.model_source import model_limit_tokens
-from pause_ray.engines.prefix import reusable_tokens
 from pause_ray.errors import CheckpointError, ModelError
 from pause_ray.storage import is_complete
 from pause_ray.text.tokens import MarkerToken, ModelTokenizer
 
-Ids = NDArray[np.int32]
-CHUNK_TOKENS = 256
-"""Default length of a prefill step, and the grain of reuse: a prompt recomputes 128 shared tokens on average."""
+log = logging.getLogger("pause_ray")
+
+SPREAD = "auto"
+"""Device of a model whose layers are spread over all GPUs that the process sees."""
+
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 
-def load_base(model_dir: Path, *, dtype: str, marker: MarkerToken | None, device: str) -> transformers.PreTrainedModel:
+def load_base(
+    model_dir: Path, *, dtype: str, marker: MarkerToken | None, device: str, quantize: str | None = None
+) -> transformers.PreTrainedModel:
     """The base model in eval mode with ``sdpa`` attention, and the row of an added marker at its initial value.
 
     Args:
         model_dir: Folder with config.json and *.safetensors.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         marker: Marker token that needs a row, or None.
-        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for layers spread over all GPUs.
+        quantize: ``nf4`` for 4-bit linear layers that compute in ``dtype``, or None.
 
     Raises:
         ModelError: the folder holds no causal language model that transformers can load without remote code.
@@ -53,14 +60,50 @@ def load_base(model_dir: Path, *, dtype: str, marker: MarkerToken | None, device
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
+            **_placement(device, dtype=dtype, quantize=quantize),
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"model folder {model_dir}: transformers cannot load it ({reason})") from error
-    model = model.to(device)
+    if device != SPREAD and quantize is None:
+        model = model.to(device)
+    _keep_plain_quantization(model)
     if marker is not None:
         add_marker_row(model, marker)
     return model.eval()
+
+
+def _placement(device: str, *, dtype: str, quantize: str | None) -> dict[str, Any]:
+    """Arguments of loading; plain weights for one device are moved there afterwards, which is fastest."""
+    if quantize is not None:
+        quantization = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=quantize, bnb_4bit_compute_dtype=getattr(torch, dtype)
+        )
+        return {"quantization_config": quantization, "device_map": device if device == SPREAD else {"": device}}
+    return {"device_map": SPREAD} if device == SPREAD else {}
+
+
+def _keep_plain_quantization(model: transformers.PreTrainedModel) -> None:
+    """No special form of 4-bit weights for some processors.
+
+    bitsandbytes 0.50 packs them at the first forward pass where a CPU knows AVX512-BF16, rounds their scales, and cannot go on
+    after ``state_dict()``, which PEFT calls when an adapter comes: the base then answers differently.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _own_device() -> str:
+    """Where a model goes that no one gave a place."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return SPREAD if torch.cuda.device_count() > 1 else "cuda"
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory was short; torch has a class of its own for its GPU allocator only, others say it in words."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 @torch.no_grad()
@@ -125,30 +168,70 @@ def _unfilled(model: peft.PeftModel, missing: Sequence[str]) -> list[str]:
     return [name for name in missing if name in state and state[name].data_ptr() not in filled]
 
 
+@torch.no_grad()
+def _put_in_rows(model: peft.PeftModel) -> None:
+    """Write an adapter's trained vocabulary rows into the tables, where PEFT would copy a whole table in every forward pass."""
+    for layer in model.modules():
+        if isinstance(layer, TrainableTokensLayer):
+            for name in layer.active_adapters:
+                weight = layer.get_base_layer().weight
+                weight[layer.token_indices[name]] = layer.trainable_tokens_delta[name].to(weight)
+                layer.merged_adapters.append(name)
+
+
+@torch.no_grad()
+def _take_back_rows(model: peft.PeftModel) -> None:
+    for layer in model.modules():
+        if isinstance(layer, TrainableTokensLayer) and layer.merged:
+            layer.unmerge()
+
+
+class _OutOfMemory(EngineError):
+    """The device, or the machine, has too little memory for a prompt."""
+
+
 class HfEngine:
     """Greedy answers of a transformers model.
 
     Args:
-        device: ``cpu`` or ``cuda``; None takes a GPU where there is one.
+        spec: How answers are computed, which does not change them.
+        device: ``cpu``, ``cuda`` or ``cuda:N``; None takes the GPUs that this process sees, a model that needs several spread over
+            them layer by layer, or the CPU where there is none.
         threads: Threads of CPU computation in this process; None leaves them as they are.
-        chunk_tokens: Prompt tokens in one forward pass.
-        reuse: Go on from what the last prompt shares with the next. False computes every prompt from its first token:
-            the reference, which gives the same answers.
     """
 
     name = "hf"
 
-    def __init__(
-        self, *, device: str | None = None, threads: int | None = None, chunk_tokens: int = CHUNK_TOKENS, reuse: bool = True
-    ) -> None:
-        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, spec: HfEngineSpec | None = None, *, device: str | None = None, threads: int | None = None) -> None:
+        self._spec = spec or HfEngineSpec()
+        self._device = device or _own_device()
         if threads is not None:
             torch.set_num_threads(threads)
-        self._chunk_tokens = chunk_tokens
-        self._reuse = reuse
+        self._chunk_tokens = self._spec.chunk_tokens or default_chunk_tokens(on_gpu=self._device != "cpu")
         self._base: _Base | None = None
-        self._reader: _Reader | None = None
+        self._reader: GreedyReader | None = None
         self._loaded: LoadedAs | None = None
+
+    @property
+    def grain_tokens(self) -> int:
+        """1 in float32; otherwise whole chunks, or, where nothing can be kept, more tokens than a prompt has."""
+        base, _ = self._ready()
+        return base.grain_tokens(self._chunk_tokens) if base.can_rewind else base.limit_tokens
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Prompt tokens in one forward pass."""
+        return self._chunk_tokens
+
+    @property
+    def model(self) -> Any:
+        """The loaded model, for measurements of it."""
+        return self._ready()[1].model
+
+    @property
+    def kv_bytes(self) -> int:
+        """Memory of the keys and values that are held now."""
+        return self._reader.kv_bytes if self._reader is not None else 0
 
     def use(self, wanted: LoadedAs) -> None:
         """Load what differs from what is loaded: the base rarely, the adapter often.
@@ -160,116 +243,136 @@ class HfEngine:
         if wanted == self._loaded:
             return
         if self._reader is not None and isinstance(self._reader.model, peft.PeftModel):
+            _take_back_rows(self._reader.model)
             self._reader.model.unload()
         self._reader = self._loaded = None
-        if self._base is None or (self._base.model_dir, self._base.dtype) != (wanted.model_dir, wanted.dtype):
+        if self._base is None or not self._base.is_for(wanted):
             self._base = None  # frees the old weights before the new ones come
-            self._base = _Base(wanted.model_dir, wanted.dtype, device=self._device)
+            self._base = _Base(wanted, device=self._device)
         self._base.place(wanted.marker or _own_marker(wanted.adapter_dir))
-        model = load_adapter(self._base.model, wanted.adapter_dir) if wanted.adapter_dir else self._base.model
-        self._reader = _Reader(model, self._base.model.config, chunk_tokens=self._chunk_tokens, reuse=self._reuse)
+        model = self._base.model
+        if wanted.adapter_dir is not None:
+            model = load_adapter(model, wanted.adapter_dir)
+            _put_in_rows(model)
+        self._reader = self._reader_of(model, chunk_tokens=self._chunk_tokens)
         self._loaded = wanted
 
-    @torch.inference_mode()
-    def complete(self, prompt_ids: Sequence[int], *, max_new_tokens: int) -> Completion:
-        """Greedy continuation of ``prompt_ids`` up to an end token, ``max_new_tokens`` or the model's limit.
+    def answer(self, steps: Sequence[Step]) -> Iterator[tuple[int, Completion | EngineError]]:
+        """Index of a step and its greedy answer, in the order of ``steps``; see ``engine.Engine``.
+
+        Raises:
+            ModelError: a prompt alone is as long as the model's limit; nothing has been computed then.
+        """
+        _, reader = self._ready()
+        reader.reserve(max((len(step.prompt.ids) + self._most(step) for step in steps), default=0))
+        for index, step in enumerate(steps):
+            yield index, self._outcome(reader, step, drafts=self._spec.drafts and bool(step.draft_ids))
+
+    def answer_otherwise(self, step: Step) -> Completion:
+        """The answer to ``step`` in other shapes: half the chunk, nothing kept, no drafts. Equal up to rounding.
 
         Raises:
             ModelError: the prompt alone is as long as the model's limit.
-            EngineError: no answer could be computed: out of memory, or logits that are not numbers.
+            EngineError: no answer could be computed.
         """
-        if self._base is None or self._reader is None:
-            raise RuntimeError("HfEngine.complete before HfEngine.use")
-        prompt = np.asarray(prompt_ids, dtype=np.int32)
-        limit = self._base.limit_tokens
-        if len(prompt) >= limit:
-            raise ModelError(
-                f"a prompt of {len(prompt)} tokens (pauses included) does not fit model {self._base.model_dir}, whose limit is "
-                f"{limit} with the answer; ask for shorter contexts, or set pauses.budget to total"
-            )
+        _, reader = self._ready()
+        reader.forget()
+        other = self._reader_of(reader.model, chunk_tokens=max(1, self._chunk_tokens // 2))
+        outcome = self._outcome(other, step, drafts=False)
+        if isinstance(outcome, EngineError):
+            raise outcome
+        return outcome
+
+    def _outcome(self, reader: GreedyReader, step: Step, *, drafts: bool) -> Completion | EngineError:
+        """The answer, or why there is none; where the room for the longest prompt of the walk is too much, with room for this one."""
+        needed = len(step.prompt.ids) + self._most(step)
+        reader.reserve(needed)
+        outcome, room = self._attempt(reader, step, drafts=drafts), reader.reserved_tokens
+        if isinstance(outcome, Completion):
+            return outcome
+        reader.forget()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if isinstance(outcome, _OutOfMemory) and room > needed:
+            return self._outcome(reader, step, drafts=drafts)
+        return outcome
+
+    def _attempt(self, reader: GreedyReader, step: Step, *, drafts: bool) -> Completion | EngineError:
+        base, _ = self._ready()
         start = time.perf_counter()
+        answer = Answer(most=self._most(step), end_ids=base.end_ids, reference=step.draft_ids)
         try:
-            ids, prefilled = self._reader.answer(prompt, most=min(max_new_tokens, limit - len(prompt)), end_ids=self._base.end_ids)
-        except torch.OutOfMemoryError as error:
-            self._reader.forget()
-            raise EngineError(f"out of memory on a prompt of {len(prompt)} tokens") from error
-        except EngineError:
-            self._reader.forget()
-            raise
+            with torch.inference_mode():
+                reader.answer(step.prompt.ids, answer, keep_tokens=step.keep_tokens, drafts=drafts)
+        except EngineError as error:
+            return error.with_traceback(None)  # which holds the tensors of the failed step
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            return _OutOfMemory(f"out of memory on a prompt of {len(step.prompt.ids)} tokens")
         return Completion(
-            text=self._base.tokenizer.decode(ids),
-            ids=tuple(ids),
-            prefilled_tokens=prefilled,
-            decoded_tokens=len(ids),
+            text=base.tokenizer.decode(answer.ids),
+            ids=tuple(answer.ids),
+            prefilled_tokens=answer.prefilled_tokens,
+            decoded_tokens=len(answer.ids),
             seconds=time.perf_counter() - start,
+            forwards=answer.forwards,
+            margin=answer.margin,
+            reference_margin=answer.reference_margin,
         )
 
+    def _most(self, step: Step) -> int:
+        """Longest answer to ``step``."""
+        base, _ = self._ready()
+        room = base.limit_tokens - len(step.prompt.ids)
+        if room < 1:
+            raise ModelError(
+                f"a prompt of {len(step.prompt.ids)} tokens (pauses included) does not fit model {base.model_dir}, whose limit is "
+                f"{base.limit_tokens} with the answer; ask for shorter contexts, or set pauses.budget to total"
+            )
+        return min(step.max_new_tokens, room)
 
-class _Reader:
-    """A model with the keys and values of the last prompt's whole chunks."""
+    def _reader_of(self, model: Any, *, chunk_tokens: int) -> GreedyReader:
+        if self._base is None:
+            raise RuntimeError("no base is loaded")
+        grain, host = self._base.grain_tokens(chunk_tokens), self._spec.kv == "host"
+        return GreedyReader(model, self._base.model.config, chunk_tokens=chunk_tokens, grain_tokens=grain, host=host)
 
-    def __init__(self, model: Any, config: transformers.PreTrainedConfig, *, chunk_tokens: int, reuse: bool) -> None:
-        self.model = model
-        self._config = config
-        self._chunk_tokens = chunk_tokens
-        self._reuse = reuse
-        self.forget()
-
-    def forget(self) -> None:
-        """Drop the keys and values."""
-        self._cache = transformers.DynamicCache(config=self._config)
-        self._computed: Ids = np.empty(0, dtype=np.int32)
-
-    def answer(self, prompt: Ids, *, most: int, end_ids: frozenset[int]) -> tuple[list[int], int]:
-        """Up to ``most`` greedy ids without the end token, and how many prompt tokens went through the model."""
-        reused = reusable_tokens(self._computed, prompt, chunk_tokens=self._chunk_tokens)
-        self._go_back_to(reused)
-        for begin in range(reused, len(prompt), self._chunk_tokens):
-            logits = self._forward(torch.as_tensor(prompt[begin : begin + self._chunk_tokens], dtype=torch.long))
-        ids: list[int] = []
-        for _ in range(most):
-            if logits.isnan().any():
-                raise EngineError("the model's logits are not numbers; score in float32 or bfloat16")
-            token = logits.argmax()
-            if int(token) in end_ids:
-                break
-            ids.append(int(token))
-            if len(ids) < most:
-                logits = self._forward(token.view(1))
-        # What came after the last whole chunk was computed in shapes that no other prompt would have.
-        self._computed = prompt[: len(prompt) - len(prompt) % self._chunk_tokens]
-        self._go_back_to(len(self._computed) if self._reuse else 0)
-        return ids, len(prompt) - reused
-
-    def _go_back_to(self, num_tokens: int) -> None:
-        """Keep the keys and values of the first ``num_tokens`` tokens only."""
-        # Sliding windows and recurrent states have dropped what going back would need.
-        if num_tokens == 0 or any(type(layer) is not DynamicLayer for layer in self._cache.layers):
-            self.forget()
-        else:
-            self._cache.crop(num_tokens - self._cache.get_seq_length())
-            self._computed = self._computed[:num_tokens]
-
-    def _forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits [vocabulary] after ``ids`` [tokens], which go on from the cache."""
-        output = self.model(input_ids=ids[None].to(self.model.device), past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        last: torch.Tensor = output.logits[0, -1]
-        return last
+    def _ready(self) -> tuple[_Base, GreedyReader]:
+        if self._base is None or self._reader is None:
+            raise RuntimeError("HfEngine asked before HfEngine.use")
+        return self._base, self._reader
 
 
 class _Base:
     """Base weights and the marker's row, which can be taken out again exactly."""
 
-    def __init__(self, model_dir: Path, dtype: str, *, device: str) -> None:
-        self.model_dir = model_dir
-        self.dtype = dtype
-        self.tokenizer = ModelTokenizer.load(model_dir)
+    def __init__(self, wanted: LoadedAs, *, device: str) -> None:
+        self.model_dir = wanted.model_dir
+        self._precision = (wanted.dtype, wanted.quantize)
+        self.tokenizer = ModelTokenizer.load(wanted.model_dir)
         self.end_ids = frozenset(self.tokenizer.end_ids)
-        self.limit_tokens = model_limit_tokens(model_dir)
-        self.model = load_base(model_dir, dtype=dtype, marker=None, device=device)
+        self.limit_tokens = model_limit_tokens(wanted.model_dir)
+        self.model = load_base(wanted.model_dir, dtype=wanted.dtype, marker=None, device=device, quantize=wanted.quantize)
+        use_path_attention(self.model)
+        self.can_rewind = path_cache(self.model.config, host=False) is not None
+        if not self.can_rewind:
+            log.warning(
+                "%s models keep states that cannot be rewound: every prompt is computed whole, and drafts are not verified",
+                self.model.config.model_type,
+            )
         self._num_rows = _num_rows(self.model)
         self._marker: MarkerToken | None = None
         self._overwritten: tuple[int, list[torch.Tensor]] = (0, [])
+
+    def grain_tokens(self, chunk_tokens: int) -> int:
+        """What can be kept in this precision."""
+        dtype, quantize = self._precision
+        return grain_of(dtype=dtype, quantize=quantize, chunk_tokens=chunk_tokens)
+
+    def is_for(self, wanted: LoadedAs) -> bool:
+        """Whether ``wanted`` stands on these weights in this precision."""
+        return (self.model_dir, *self._precision) == (wanted.model_dir, wanted.dtype, wanted.quantize)
 
     @torch.no_grad()
     def place(self, marker: MarkerToken | None) -> None:

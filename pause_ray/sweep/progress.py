@@ -28,14 +28,14 @@ class TrialState:
     """How far one trial is."""
 
     stage: str
-    """``waiting`` (for another run of the same trial), ``text``, ``training``, ``scoring``, ``done`` or ``failed``."""
+    """``waiting`` (for another run of the same trial), ``text``, ``training``, ``scoring``, ``rechecking``, ``done`` or ``failed``."""
     done: int
     total: int
 
 
 def work_of(spec: TrialSpec) -> tuple[float, float]:
     """Training and scoring work of a trial, in prompt-token equivalents."""
-    scoring = float(sum(spec.eval.context_tokens) * len(spec.eval.depth_percent))
+    scoring = float(sum(tokens * positions for tokens, positions in spec.eval.num_positions.items()))
     if spec.train is None or spec.corpus is None:
         return 0.0, scoring
     rows = spec.train.steps * spec.train.batch_size * spec.train.accumulation
@@ -51,7 +51,7 @@ def work_done(spec: TrialSpec, state: TrialState) -> float:
         return training * share
     if state.stage == "scoring":
         return training + scoring * share
-    return training + scoring if state.stage in ("done", "failed") else 0.0
+    return training + scoring if state.stage in ("rechecking", "done", "failed") else 0.0
 
 
 class SweepProgress:

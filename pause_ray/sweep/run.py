@@ -25,6 +25,7 @@ from rich.console import Console
 from pause_ray import __version__, cluster
 from pause_ray.corpus.shards import build_shards
 from pause_ray.corpus.statistics import corpus_words
+from pause_ray.engines.engine import HfEngineSpec
 from pause_ray.errors import SpecError, StorageError, UserError
 from pause_ray.needle.fleet import Fleet
 from pause_ray.spec import JsonObject, digest
@@ -33,7 +34,7 @@ from pause_ray.sweep.progress import SweepProgress, TrialState
 from pause_ray.sweep.spec import PlannedTrial, SweepSpec, expand
 from pause_ray.trial.prepare import PreparedTrial, prepare
 from pause_ray.trial.run import run_trial
-from pause_ray.trial.spec import Resources
+from pause_ray.trial.spec import Resources, TrialSpec
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ def _run_missing(
     console: Console,
     after_trial: Callable[[Path], None],
 ) -> tuple[Failure, ...]:
-    places = _Places.of(sweep, next(iter(trials.values())).planned.spec.resources)
+    places = _Places.of(sweep, next(iter(trials.values())).planned.spec)
     board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
     shown = {key: (trial.planned.label, trial.planned.spec) for key, trial in trials.items()}
     with (
@@ -256,11 +257,12 @@ class _Places:
     concurrent_trials: int
 
     @classmethod
-    def of(cls, sweep: SweepSpec, resources: Resources) -> _Places:
-        gpus = cluster.total_gpus()
-        share = min(1.0, gpus / 2)
+    def of(cls, sweep: SweepSpec, trial: TrialSpec) -> _Places:
+        resources, gpus = trial.resources, cluster.total_gpus()
+        here = isinstance(trial.engine, HfEngineSpec)
+        share = min(1.0, gpus / 2 if here else gpus)
         train = share if resources.train_gpus_per_worker is None else resources.train_gpus_per_worker
-        scoring = share if resources.scoring_gpus_per_actor is None else resources.scoring_gpus_per_actor
+        scoring = share * here if resources.scoring_gpus_per_actor is None else resources.scoring_gpus_per_actor
         per_trial = train * max(1, resources.train_workers)
         fitting = int((gpus - scoring * resources.scoring_actors) // per_trial) if per_trial else 1
         return cls(

@@ -1,14 +1,13 @@
-"""A question about a long context, in token ids: haystack, hidden needle, pauses, chat frame, exact length.
+"""A question about a long context, in token ids: haystack, hidden texts, pauses, chat frame, exact length.
 
 The same code builds evaluation prompts and ``needle_sft`` training rows. Knows no grid, no score and no model weights.
 """
 
 from __future__ import annotations
 
-import bisect
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -18,14 +17,15 @@ from pydantic import model_validator
 
 from pause_ray.errors import TextError
 from pause_ray.spec import Spec
+from pause_ray.text.insertion import REACH_TOKENS, Beginning, Insertion, put_in
 from pause_ray.text.pauses import PausePolicy
-from pause_ray.text.segments import DocumentRules, detect_paragraph_rule, sentence_starts
-from pause_ray.text.tokens import Marker, ModelTokenizer, TokenDocument, cut, encode_document, visible_starts
+from pause_ray.text.segments import DocumentRules, detect_paragraph_rule, split
+from pause_ray.text.tokens import Marker, ModelTokenizer, TokenDocument, cut, put_pauses
 
-_SPARE_TOKENS = 64
-"""Haystack taken beyond the cut, so that the tokens before the cut are those of the whole haystack."""
-_CHARS_PER_TOKEN = 5
-"""First guess of how many characters to take; English prose has 4 to 4.5 per token."""
+_KEPT_DOCUMENTS = 8
+"""Encoded contexts that are kept: prompts with the same texts at the same places are asked one after the other. 13 bytes a token."""
+_KEPT_FRAMES = 64
+"""Chats around a context that are kept, one for each question."""
 
 
 class PromptSpec(Spec):
@@ -50,6 +50,18 @@ class PromptSpec(Spec):
         return re.sub(r"\{question\}|\{instruction\}", lambda match: values[match.group()], self.after)
 
 
+@dataclass(frozen=True, kw_only=True)
+class HiddenText:
+    """A text to hide in a context, and where."""
+
+    text: str
+    """A sentence; in a haystack of lines, a line."""
+    depth_percent: float
+    """Of the context's haystack tokens: 0 (beginning) to 100 (end)."""
+    position_tokens: int | None = None
+    """Instead of the depth: haystack tokens before it; beyond the context's end it stands at the end."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BuiltPrompt:
     """A prompt ready for an engine, and what is in it. All counts are tokens of the model's own tokenizer."""
@@ -60,173 +72,243 @@ class BuiltPrompt:
     prompt_tokens: int
     """Its real length; the asked one plus pauses and instruction under ``budget: content``, at most the asked one under ``total``."""
     content_tokens: int
-    """Of the context, needle included, pauses not."""
+    """Of the context, hidden texts included, pauses not."""
     num_pauses: int
     """Marker groups in the context."""
-    needle_token: int
-    """Index in ``ids`` of the needle's first token."""
+    needle_tokens: tuple[int, ...]
+    """Index in ``ids`` of each hidden text's first token, in the order in which they were given."""
     prefix_tokens: int
     """Tokens before the context."""
+    suffix_tokens: int
+    """Tokens after the context, the answer's beginning included."""
     rule: str
-    """What ends a paragraph in the documents that the context reads, ``+`` between several. The needle's place follows it in
-    every arm, and so does a policy that names no rule of its own."""
-
-
-def build_prompt(
-    *,
-    haystack: str,
-    needle: str,
-    question: str,
-    context_tokens: int,
-    depth_percent: float,
-    prompt: PromptSpec,
-    tokenizer: ModelTokenizer,
-    policy: PausePolicy | None,
-    marker: Marker,
-    seed: int,
-    rules: DocumentRules | None = None,
-) -> BuiltPrompt:
-    """Hide ``needle`` in the beginning of ``haystack`` and ask ``question`` after it.
-
-    The needle goes, as a sentence of its own, to the last sentence start at or before ``depth_percent`` of the context's
-    haystack tokens; where that is depends on the number of tokens before it and not on the length of the context. It is
-    put into the text, so the pause policy treats it like any other content. Costs time in proportion to ``context_tokens``,
-    however long the haystack is.
-
-    Args:
-        haystack: Text without the marker; may be much longer than needed.
-        needle: One sentence.
-        question: What is asked.
-        context_tokens: Length of the whole prompt, without pauses and their instruction under ``budget: content``, with them
-            under ``total``.
-        depth_percent: 0 (beginning) to 100 (end).
-        prompt: The chat around the context.
-        tokenizer: Of the model.
-        policy: Pauses, or None.
-        marker: ``resolve_marker(tokenizer, policy)``.
-        seed: Of a random placement.
-        rules: Of the documents that ``haystack`` was joined from (``segments.join_documents``); None for one document.
-
-    Raises:
-        TextError: context too short for needle and question, haystack too short, depth outside 0 to 100, marker or
-            control token in a text.
-    """
-    needle = needle.strip()
-    if not needle:
-        raise TextError("the needle is empty; give a sentence to hide")
-    if not 0 <= depth_percent <= 100:
-        raise TextError(f"depth_percent {depth_percent:g} is outside 0 to 100")
-    budget = policy.budget if policy else "content"
-    prefix, suffix, frame_tokens = _frame(prompt, question, tokenizer=tokenizer, policy=policy, marker=marker)
-    needle_tokens = len(tokenizer.encode(f"{needle} ").ids)
-    room, least = context_tokens - frame_tokens, frame_tokens + needle_tokens
-    if context_tokens < least:
-        raise TextError(f"context_tokens {context_tokens} is too short for needle and question; ask for at least {least}")
-    # From whole documents and whatever the policy: the same place and the same pauses at every length and in every arm.
-    rules = rules or ((0, detect_paragraph_rule(haystack)),)
-    hay = _Haystack.take(haystack, room + _SPARE_TOKENS, tokenizer=tokenizer, rules=rules)
-    encode = functools.partial(encode_document, tokenizer=tokenizer, policy=policy, marker=marker, seed=seed)
-    around = room - needle_tokens
-    if budget == "total":
-        around = cut(encode(hay.text, rules=hay.rules), tokens=around, budget=budget).num_content
-    hidden = _hide(needle, hay, target=int(around * depth_percent / 100), room=room, budget=budget, encode=encode)
-    if hidden is None:
-        raise TextError(f"context_tokens {context_tokens} is too short: its pauses leave no room for the needle; try budget: content")
-    context, first, exhausted = hidden
-    if exhausted and (context.num_content if budget == "content" else len(context.ids)) < room:
-        raise TextError(
-            f"the haystack has only {hay.num_tokens} tokens and context_tokens {context_tokens} needs {room - needle_tokens}; "
-            "add documents, ask for shorter contexts or set repeat_haystack"
-        )
-    content = np.flatnonzero(~context.is_pause)
-    ids = np.concatenate([np.array(prefix, dtype=np.int32), context.ids, np.array(suffix, dtype=np.int32)])
-    return BuiltPrompt(
-        ids=ids,
-        context_tokens=context_tokens,
-        prompt_tokens=len(ids),
-        content_tokens=context.num_content,
-        num_pauses=context.num_pauses,
-        needle_token=len(prefix) + int(content[first]),
-        prefix_tokens=len(prefix),
-        rule=hay.rule_of(context.num_content - needle_tokens),
-    )
-
-
-def _frame(
-    prompt: PromptSpec, question: str, *, tokenizer: ModelTokenizer, policy: PausePolicy | None, marker: Marker
-) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """Tokens before and after the context, and how many of them the asked length includes.
-
-    The instruction is the pauses' own: like them, it is inside that length only under ``budget: total``.
-    """
-
-    def around(instruction: str | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        after = prompt.user_after(question=question, instruction=instruction)
-        return tokenizer.chat_frame(prompt.system, prompt.before, after, marker=marker.token)
-
-    prefix, suffix = around(policy.instruction if policy else None)
-    counted = around(None) if policy and policy.instruction and policy.budget == "content" else (prefix, suffix)
-    return prefix, suffix, sum(map(len, counted))
-
-
-def _hide(
-    needle: str, hay: _Haystack, *, target: int, room: int, budget: Literal["content", "total"], encode: Callable[..., TokenDocument]
-) -> tuple[TokenDocument, int, bool] | None:
-    """The cut context, the needle's first content token in it, and whether all of the haystack is in it; None if no place fits."""
-    while True:
-        landing = hay.sentence_start_before(target)
-        document = encode(f"{hay.text[:landing]}{needle} {hay.text[landing:]}", rules=hay.rules_around(landing, len(needle) + 1))
-        context = cut(document, tokens=room, budget=budget)
-        first, last = _tokens_of(document, landing, landing + len(needle))
-        if last < context.num_content:
-            return context, first, context.num_content == document.num_content
-        if landing == 0:
-            return None
-        # Pauses beside the needle, or tokens that merge differently around it, took its place: go one sentence back.
-        target = hay.tokens_before(landing) - 1
-
-
-@dataclass(frozen=True, eq=False)
-class _Haystack:
-    """The beginning of a haystack, and where its tokens start."""
-
-    text: str
-    starts: NDArray[np.int64]
-    rules: DocumentRules
-
-    @classmethod
-    def take(cls, haystack: str, tokens: int, *, tokenizer: ModelTokenizer, rules: DocumentRules) -> Self:
-        """At least ``tokens`` tokens of it, or all if it has fewer."""
-        chars = tokens * _CHARS_PER_TOKEN
-        while True:
-            text = haystack[:chars]
-            starts = visible_starts(text, tokenizer.encode(text).starts)
-            if len(starts) >= tokens or len(text) == len(haystack):
-                return cls(text, starts, rules[: max(1, bisect.bisect_left(rules, len(text), key=lambda document: document[0]))])
-            chars *= 2
+    """What ends a paragraph in the documents that the context reads, ``+`` between several. The places of hidden texts follow it
+    in every arm, and so does a policy that names no rule of its own."""
+    system: str | None
+    """System message."""
+    user_before: str
+    """User's text before the context."""
+    user_after: str
+    """User's text after the context."""
+    answer_prefix: str
+    """Beginning of the assistant's turn that is given to the model."""
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.starts)
+    def needle_token(self) -> int:
+        """Index in ``ids`` of the first hidden text's first token."""
+        return self.needle_tokens[0]
 
-    def sentence_start_before(self, token: int) -> int:
-        """The last offset at or before the start of ``token`` where a sentence begins."""
-        char = int(self.starts[token]) if token < len(self.starts) else len(self.text)
-        begins = sentence_starts(self.text[: char + 1], paragraph_rule=self.rules)
-        return max((start for start in begins if start <= char), default=0)
 
-    def rules_around(self, offset: int, chars: int) -> DocumentRules:
-        """The rules when ``chars`` characters are put in at ``offset``; there they belong to the document that begins or goes on."""
-        return tuple((begin + chars if begin > offset else begin, rule) for begin, rule in self.rules)
+@dataclass(frozen=True)
+class _Frame:
+    """All of a prompt but its context."""
 
-    def rule_of(self, tokens: int) -> str:
-        """Names of the rules of the documents that the first ``tokens`` tokens reach."""
-        reached = min(tokens, self.num_tokens)
-        char = int(self.starts[reached - 1]) if reached > 0 else 0
-        return "+".join(sorted({rule for begin, rule in self.rules if begin <= char}))
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    num_tokens: int
+    """Of prefix and suffix, those that the asked length includes."""
+    user_after: str
 
-    def tokens_before(self, char: int) -> int:
-        return int(np.searchsorted(self.starts, char))
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A document with hidden texts and pauses, as far as it was needed."""
+
+    document: TokenDocument
+    base_tokens: int
+    """Haystack tokens that were asked for."""
+
+
+class PromptBuilder:
+    """Prompts over one haystack under one pause policy; what they share is computed once.
+
+    Every prompt is the one that a builder of its own would make. Hidden texts go, each as a sentence of its own, to the last
+    sentence start at or before their place; where that is depends on the number of haystack tokens before it and not on the
+    length of the context. They are put into the text, so the pause policy treats them like any other content. A prompt costs
+    time in proportion to its length, however long the haystack is.
+    """
+
+    def __init__(
+        self,
+        haystack: str,
+        *,
+        rules: DocumentRules | None,
+        joiner: str = " ",
+        prompt: PromptSpec,
+        tokenizer: ModelTokenizer,
+        policy: PausePolicy | None,
+        marker: Marker,
+        seed: int,
+    ) -> None:
+        """Read nothing yet.
+
+        Args:
+            haystack: Text without the marker; may be much longer than needed.
+            rules: Of the documents that ``haystack`` was joined from (``segments.join_documents``); None for one document.
+            joiner: Between a hidden text and what follows it. A line end: the haystack is made of lines, and hidden texts
+                become lines of it; otherwise they become sentences.
+            prompt: The chat around a context.
+            tokenizer: Of the model.
+            policy: Pauses, or None.
+            marker: ``resolve_marker(tokenizer, policy)``.
+            seed: Of a random placement.
+        """
+        # From whole documents and whatever the policy: the same place and the same pauses at every length and in every arm.
+        self._rules: DocumentRules = rules or ((0, detect_paragraph_rule(haystack)),)
+        self._joiner = joiner
+        self._prompt = prompt
+        self._tokenizer = tokenizer
+        self._policy = policy
+        self._marker = marker
+        self._seed = seed
+        self._budget: Literal["content", "total"] = policy.budget if policy else "content"
+        self._beginning = Beginning(haystack, tokenizer=tokenizer)
+        self._starts: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
+        self._documents: dict[tuple[Insertion, ...], _Encoded] = {}
+        self._frame = functools.lru_cache(maxsize=_KEPT_FRAMES)(self._framed)
+        self._num_tokens = functools.lru_cache(maxsize=_KEPT_FRAMES)(lambda text: len(tokenizer.encode(text).ids))
+
+    def build(self, facts: Sequence[HiddenText], *, question: str, context_tokens: int, answer_prefix: str = "") -> BuiltPrompt:
+        """Hide ``facts`` in the beginning of the haystack and ask ``question`` after it.
+
+        Args:
+            facts: Those that come to stand at the same place keep their order.
+            question: What is asked.
+            context_tokens: Length of the whole prompt, without pauses and their instruction under ``budget: content``, with
+                them under ``total``.
+            answer_prefix: Beginning of the assistant's turn, part of the prompt.
+
+        Raises:
+            TextError: context too short for facts and question, haystack too short, depth outside 0 to 100, marker or
+                control token in a text.
+        """
+        texts = [f"{_checked(fact)}{self._joiner}" for fact in facts]
+        frame = self._frame(question, answer_prefix)
+        fact_tokens = sum(map(self._num_tokens, texts))
+        room, least = context_tokens - frame.num_tokens, frame.num_tokens + fact_tokens
+        if context_tokens < least:
+            raise TextError(f"context_tokens {context_tokens} is too short for needle and question; ask for at least {least}")
+        self._beginning.first(room + REACH_TOKENS)
+        around = needed = room - fact_tokens
+        if self._budget == "total":
+            around = cut(self._encoded((), tokens=room), tokens=needed, budget="total").num_content
+        places = [self._landing(_target(fact, around)) for fact in facts]
+        hidden = self._hide(texts, places, room=room)
+        if hidden is None:
+            raise TextError(f"context_tokens {context_tokens} is too short: its pauses leave no room for the needle; try budget: content")
+        context, first_tokens, is_exhausted = hidden
+        if is_exhausted and (context.num_content if self._budget == "content" else len(context.ids)) < room:
+            raise TextError(
+                f"the haystack has only {len(self._beginning.read.ids)} tokens and context_tokens {context_tokens} needs {needed}; "
+                "add documents, ask for shorter contexts or set repeat_haystack"
+            )
+        content = np.flatnonzero(~context.is_pause)
+        ids = np.concatenate([np.array(frame.prefix, np.int32), context.ids, np.array(frame.suffix, np.int32)])
+        return BuiltPrompt(
+            ids=ids,
+            context_tokens=context_tokens,
+            prompt_tokens=len(ids),
+            content_tokens=context.num_content,
+            num_pauses=context.num_pauses,
+            needle_tokens=tuple(len(frame.prefix) + int(content[first]) for first in first_tokens),
+            prefix_tokens=len(frame.prefix),
+            suffix_tokens=len(frame.suffix),
+            rule=self._rule_of(context.num_content - fact_tokens),
+            system=self._prompt.system,
+            user_before=self._prompt.before,
+            user_after=frame.user_after,
+            answer_prefix=answer_prefix,
+        )
+
+    def _framed(self, question: str, answer_prefix: str) -> _Frame:
+        """Tokens before and after the context.
+
+        The instruction is the pauses' own: like them, it is inside the asked length only under ``budget: total``.
+        """
+
+        def around(instruction: str | None) -> tuple[tuple[int, ...], tuple[int, ...], str]:
+            after = self._prompt.user_after(question=question, instruction=instruction)
+            frame = self._tokenizer.chat_frame(self._prompt.system, self._prompt.before, after, marker=self._marker.token)
+            return *frame, after
+
+        instruction = self._policy.instruction if self._policy else None
+        prefix, suffix, user_after = around(instruction)
+        counted = around(None) if instruction and self._budget == "content" else (prefix, suffix)
+        begun = tuple(self._tokenizer.encode(answer_prefix).ids.tolist())
+        return _Frame(prefix, suffix + begun, len(counted[0]) + len(counted[1]) + len(begun), user_after)
+
+    def _hide(self, texts: Sequence[str], places: list[int], *, room: int) -> tuple[TokenDocument, list[int], bool] | None:
+        """The cut context, each text's first content token in it, and whether all of the haystack is in it; None if they do not fit."""
+        while True:
+            order = sorted(range(len(texts)), key=lambda index: places[index])
+            document = self._encoded(tuple(Insertion(places[index], texts[index]) for index in order), tokens=room)
+            context = cut(document, tokens=room, budget=self._budget)
+            first, last, shift = [0] * len(texts), -1, 0
+            for index in order:
+                begin = places[index] + shift
+                first[index], last = _tokens_of(document, begin, begin + len(texts[index]) - len(self._joiner))
+                shift += len(texts[index])
+            if last < context.num_content:  # the last one stands behind all others
+                return context, first, context.num_content == document.num_content
+            furthest = max(places)
+            if furthest == 0:
+                return None
+            # Pauses beside a text, or tokens that merge differently around it, took its place: go one sentence back.
+            earlier = self._landing(int(np.searchsorted(self._beginning.read.starts, furthest)) - 1)
+            places = [earlier if place == furthest else place for place in places]
+
+    def _encoded(self, insertions: tuple[Insertion, ...], *, tokens: int) -> TokenDocument:
+        """The haystack with ``insertions`` and pauses; its first ``tokens`` content tokens at least."""
+        kept = self._documents.pop(insertions, None)
+        if kept is None or kept.base_tokens < tokens:
+            wanted = max(tokens, 2 * kept.base_tokens) if kept else tokens
+            kept = _Encoded(self._encode(insertions, tokens=wanted), wanted)
+        self._documents[insertions] = kept
+        if len(self._documents) > _KEPT_DOCUMENTS:
+            del self._documents[next(iter(self._documents))]
+        return kept.document
+
+    def _encode(self, insertions: tuple[Insertion, ...], *, tokens: int) -> TokenDocument:
+        whole = put_in(self._beginning.first(tokens + REACH_TOKENS), insertions, tokenizer=self._tokenizer)
+        rules = _shifted(self._rules, insertions)
+        return put_pauses(whole.text, whole.ids, whole.starts, policy=self._policy, marker=self._marker, seed=self._seed, rules=rules)
+
+    def _landing(self, token: int) -> int:
+        """The last offset at or before the start of haystack token ``token`` where a sentence, or a line, begins."""
+        read = self._beginning.read
+        if self._starts[0] != len(read.text):
+            unit: Literal["paragraph", "sentence"] = "paragraph" if self._joiner == "\n" else "sentence"
+            spans = split(read.text, unit=unit, paragraph_rule=self._rules).spans
+            self._starts = (len(read.text), np.array([begin for begin, _ in spans], np.int64))
+        char = int(read.starts[token]) if token < len(read.starts) else len(read.text)
+        place = int(np.searchsorted(self._starts[1], char, side="right")) - 1
+        return int(self._starts[1][place]) if place >= 0 else 0
+
+    def _rule_of(self, tokens: int) -> str:
+        """Names of the rules of the documents that the first ``tokens`` haystack tokens reach."""
+        starts = self._beginning.read.starts
+        reached = min(tokens, len(starts))
+        char = int(starts[reached - 1]) if reached > 0 else 0
+        return "+".join(sorted({rule for begin, rule in self._rules if begin <= char}))
+
+
+def _checked(fact: HiddenText) -> str:
+    text = fact.text.strip()
+    if not text:
+        raise TextError("the needle is empty; give a sentence to hide")
+    if not 0 <= fact.depth_percent <= 100:
+        raise TextError(f"depth_percent {fact.depth_percent:g} is outside 0 to 100")
+    return text
+
+
+def _target(fact: HiddenText, around: int) -> int:
+    """Haystack tokens before a fact, in a context that has ``around`` of them."""
+    return int(around * fact.depth_percent / 100) if fact.position_tokens is None else min(fact.position_tokens, around)
+
+
+def _shifted(rules: DocumentRules, insertions: Sequence[Insertion]) -> DocumentRules:
+    """The rules when texts are put in; at a document's beginning they belong to it."""
+    return tuple((begin + sum(len(each.text) for each in insertions if each.offset < begin), rule) for begin, rule in rules)
 
 
 def _tokens_of(document: TokenDocument, start: int, end: int) -> tuple[int, int]:

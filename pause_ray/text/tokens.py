@@ -305,15 +305,41 @@ def encode_document(
     """
     encoding = tokenizer.encode(text)
     starts = visible_starts(text, encoding.starts)
+    return put_pauses(text, encoding.ids, starts, policy=policy, marker=marker, seed=seed, rules=rules)
+
+
+def put_pauses(
+    text: str,
+    ids: NDArray[np.int32],
+    starts: NDArray[np.int64],
+    *,
+    policy: PausePolicy | None,
+    marker: Marker,
+    seed: int,
+    rules: DocumentRules | None = None,
+) -> TokenDocument:
+    """What ``encode_document`` does with a text that is tokenised already.
+
+    Args:
+        text: Text without the marker.
+        ids: Its tokens.
+        starts: ``visible_starts`` of them.
+        policy: Where groups go, or None for no pauses.
+        marker: ``resolve_marker(tokenizer, policy)``.
+        seed: Of a random placement.
+        rules: Of the documents that ``text`` was joined from; None for one document.
+
+    Raises:
+        TextError: the marker is in the text.
+    """
     if policy is None:
-        return TokenDocument(encoding.ids, np.zeros(len(encoding.ids), dtype=np.bool_), starts)
+        return TokenDocument(ids, np.zeros(len(ids), dtype=np.bool_), starts)
     paused = insert(text, policy, token_starts=starts.tolist(), seed=seed, rules=rules)
     places = np.unique(np.searchsorted(starts, np.array(paused.offsets, dtype=np.int64)))
     group = np.array(marker.group_ids, dtype=np.int32)
     at = np.repeat(places, len(group))
-    ids = np.insert(encoding.ids, at, np.tile(group, len(places)))
-    is_pause = np.insert(np.zeros(len(encoding.ids), dtype=np.bool_), at, values=True)
-    return TokenDocument(ids, is_pause, starts)
+    is_pause = np.insert(np.zeros(len(ids), dtype=np.bool_), at, values=True)
+    return TokenDocument(np.insert(ids, at, np.tile(group, len(places))), is_pause, starts)
 
 
 def visible_starts(text: str, starts: NDArray[np.int64]) -> NDArray[np.int64]:

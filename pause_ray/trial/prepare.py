@@ -11,10 +11,11 @@ from pathlib import Path
 from pause_ray.checkpoint import Checkpoint
 from pause_ray.corpus.shards import Evaluation, ShardJob, shards_digest
 from pause_ray.corpus.spec import CorpusSpec
+from pause_ray.engines.engine import HfEngineSpec
 from pause_ray.engines.model_source import model_digest, model_limit_tokens, resolve_model
 from pause_ray.errors import ModelError, SpecError
-from pause_ray.needle.haystack import Haystack, ask, check_lengths, load_haystack
-from pause_ray.needle.task import Cell, cells
+from pause_ray.needle.haystack import Haystack, ask, check_lengths, load_haystack, prompt_builder
+from pause_ray.needle.task import Cell, cells, known_facts
 from pause_ray.spec import JsonObject, digest
 from pause_ray.storage import MANIFEST
 from pause_ray.text.tokens import Marker, ModelTokenizer, resolve_marker
@@ -34,6 +35,7 @@ class PreparedTrial:
     """Of the spec's defining fields and of the content of everything they name."""
     model_dir: Path
     base_digest: str
+    """Of the base weights, or of what names them where a server holds them."""
     marker: Marker
     shards: ShardJob | None
     """None when nothing is trained."""
@@ -46,21 +48,23 @@ def prepare(spec: TrialSpec, *, cache: Path) -> PreparedTrial:
     Raises:
         UserError: a model, text, marker, adapter or length that does not fit; the message says which and what to do.
     """
-    model_dir = resolve_model(spec.model, cache=cache)
-    base_digest = model_digest(model_dir, cache=cache)
+    has_weights = spec.train is not None or isinstance(spec.engine, HfEngineSpec)
+    model_dir = resolve_model(spec.model, cache=cache, weights=has_weights)
+    tokenizer = ModelTokenizer.load(model_dir)
+    base_digest = model_digest(model_dir, cache=cache) if has_weights else digest([spec.engine.identity(), tokenizer.digest])
     limit_tokens = model_limit_tokens(model_dir)
     check_lengths(spec.eval, limit_tokens=limit_tokens, origin=spec.model.source)
-    tokenizer = ModelTokenizer.load(model_dir)
     if spec.train and spec.corpus and spec.corpus.sequence_tokens > limit_tokens:
         raise ModelError(
             f"corpus.sequence_tokens {spec.corpus.sequence_tokens} exceeds the {limit_tokens} tokens that {spec.model.source} can read"
         )
     marker = resolve_marker(tokenizer, spec.pauses)
-    haystack = load_haystack(spec.eval, cache=cache, seed=spec.seed, replicate=spec.replicate)
+    haystack = load_haystack(spec.eval, cache=cache, seed=spec.seed, replicate=spec.replicate, data_seed=spec.data_seed)
     shards = _shard_job(spec, spec.corpus, model_dir, haystack) if spec.train and spec.corpus else None
     adapter = Checkpoint.open(Path(spec.adapter)) if spec.adapter is not None else None
     if adapter is not None:
-        adapter.check_fits(base_digest=base_digest, marker=marker.token)
+        if has_weights:
+            adapter.check_fits(base_digest=base_digest, marker=marker.token)
         _check_unseen(adapter, haystack)
     identity = digest(
         {
@@ -100,6 +104,7 @@ def _named_by_content(spec: TrialSpec) -> JsonObject:
 
 
 def _shard_job(spec: TrialSpec, corpus: CorpusSpec, model_dir: Path, haystack: Haystack) -> ShardJob:
+    facts = known_facts(spec.eval, seed=spec.data_seed, replicate=spec.replicate)
     return ShardJob(
         spec=corpus,
         prompt=corpus.prompt or spec.eval.prompt,
@@ -108,8 +113,8 @@ def _shard_job(spec: TrialSpec, corpus: CorpusSpec, model_dir: Path, haystack: H
         seed=spec.data_seed,
         evaluation=Evaluation(
             document_digests=frozenset(haystack.document_digests),
-            needles=tuple(needle.needle for needle in spec.eval.needles.needles),
-            keywords=tuple(word for needle in spec.eval.needles.needles for word in needle.keywords),
+            needles=tuple(fact.text for fact in facts),
+            keywords=tuple(reference for fact in facts for reference in fact.references),
         ),
     )
 
@@ -117,10 +122,12 @@ def _shard_job(spec: TrialSpec, corpus: CorpusSpec, model_dir: Path, haystack: H
 def _check_lengths(
     spec: TrialSpec, grid: list[Cell], haystack: Haystack, tokenizer: ModelTokenizer, marker: Marker, *, limit_tokens: int
 ) -> None:
-    """Build the shortest and the longest prompt: the first may have no room for the needle, the second may exceed the model."""
-    by_length = sorted(grid, key=lambda cell: cell.context_tokens)
-    for cell in (by_length[0], by_length[-1]):
-        prompt = ask(cell, haystack=haystack, suite=spec.eval, tokenizer=tokenizer, policy=spec.pauses, marker=marker)
+    """Build the shortest prompts and the longest: the first may have no room for their facts, the last may exceed the model."""
+    builder = prompt_builder(haystack, suite=spec.eval, tokenizer=tokenizer, policy=spec.pauses, marker=marker, seed=spec.data_seed)
+    shortest, longest = min(spec.eval.context_tokens), max(spec.eval.context_tokens)
+    extremes = [cell for cell in grid if cell.context_tokens == shortest]
+    for cell in [*extremes, next(cell for cell in reversed(grid) if cell.context_tokens == longest)]:
+        prompt = ask(cell, builder)
         needed = prompt.prompt_tokens + spec.eval.max_new_tokens
         if needed > limit_tokens:
             raise ModelError(

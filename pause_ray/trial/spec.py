@@ -8,13 +8,13 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from pause_ray.corpus.spec import CorpusSpec
-from pause_ray.engines.engine import ModelSpec
+from pause_ray.engines.engine import EndpointSpec, EngineSpec, HfEngineSpec, ModelSpec
 from pause_ray.needle.task import SuiteSpec
 from pause_ray.spec import JsonObject, Spec, check_path, inline_files, read_yaml, with_overrides
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.train.spec import TrainSpec
 
-FILE_FIELDS = ("eval", "eval.needles", "corpus.facts")
+FILE_FIELDS = ("eval", "eval.task.needles", "eval.task.groups", "corpus.facts")
 """Dotted paths where a trial's YAML may name a file instead of writing its content."""
 
 
@@ -52,6 +52,8 @@ class TrialSpec(Spec):
     """Folder of a finished checkpoint to score instead of training one."""
     eval: SuiteSpec
     """What is asked; in YAML, the path of a suite file."""
+    engine: EngineSpec = HfEngineSpec()
+    """Who answers: transformers here, or a server."""
     seed: int = Field(default=0, ge=0)
     """Of haystack order, training facts, data order and initial adapter."""
     replicate: int = Field(default=0, ge=0)
@@ -71,6 +73,12 @@ class TrialSpec(Spec):
             raise ValueError(f"adapter {self.adapter} and train exclude each other; set train to null to score that adapter")
         return self
 
+    @model_validator(mode="after")
+    def _model_is_what_the_engine_loads(self) -> Self:
+        if isinstance(self.engine, EndpointSpec) and self.model.quantize is not None:
+            raise ValueError(f"model.quantize {self.model.quantize} has no effect on an endpoint; choose it on the server")
+        return self
+
     @property
     def data_seed(self) -> int:
         """The seed of this replicate: of haystack order, training facts, data order and initial adapter."""
@@ -80,6 +88,7 @@ class TrialSpec(Spec):
         """The fields that change the result: without resources, and without the corpus when nothing is trained."""
         data = self.resolved()
         del data["resources"]
+        data["engine"] = self.engine.identity()
         if self.train is None:
             del data["corpus"]
         return data

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pause_ray.cli import app
+from pause_ray.cli.main import app
 from pause_ray.sweep.spec import expand, read_sweep
 
 ROOT = Path(__file__).resolve().parents[2]

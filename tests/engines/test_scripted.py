@@ -1,23 +1,33 @@
-"""The scripted engine counts, reuses, ends and answers as a real engine does."""
+"""The scripted engine counts, keeps, ends and answers as a real engine does."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from pause_ray.engines.prefix import reusable_tokens
+from pause_ray.engines.engine import Completion, EngineError, Step
 from pause_ray.engines.scripted import UNKNOWN, ScriptedEngine
+from pause_ray.errors import ModelError
 from pause_ray.text.tokens import ModelTokenizer
+from tests.engines.prompt_steps import step_of, walk_of
 from tests.needle.tiny import STOCK, base, make_text, make_tokenizer_folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tokenizer_folder(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def ask(engine: ScriptedEngine, steps: list[Step]) -> list[Completion | EngineError]:
+    places, outcomes = zip(*engine.answer(steps), strict=True)
+    assert list(places) == list(range(len(steps)))
+    return list(outcomes)
+
+
+def answered(outcome: Completion | EngineError) -> Completion:
+    assert isinstance(outcome, Completion)
+    return outcome
 
 
 def test_it_answers_the_question_asked_from_the_prompt_only(folder: Path) -> None:
@@ -27,22 +37,35 @@ def test_it_answers_the_question_asked_from_the_prompt_only(folder: Path) -> Non
     tokenizer = ModelTokenizer.load(folder)
     told = make_text(20, seed=1) + " " + STOCK.needle + " "
     for question, answer in ((STOCK.question, STOCK.needle), ("Where is the old stone?", UNKNOWN), ("Who?", UNKNOWN)):
-        ids = tokenizer.encode(told + question).ids
-        assert engine.complete(ids.tolist(), max_new_tokens=200).text == answer
-        assert engine.complete(ids.tolist(), max_new_tokens=3).decoded_tokens == 3
+        ids = tokenizer.encode(told + question).ids.tolist()
+        whole, cut = ask(engine, [step_of(ids, most=200), step_of(ids, most=3)])
+        assert answered(whole).text == answer
+        assert answered(cut).decoded_tokens == 3
 
 
-ids = st.lists(st.integers(0, 2), max_size=40)
+@pytest.mark.parametrize("grain", [1, 4])
+def test_what_is_kept_is_not_computed_again_and_is_lost_with_a_failure(folder: Path, grain: int) -> None:
+    engine = ScriptedEngine(facts={}, fails_from_tokens=40, grain_tokens=grain)
+    engine.use(base(folder))
+    trunk = list(range(100, 130))
+    prompts = [[*trunk, 5], [*trunk[:21], 6, 7], list(range(100, 150)), [*trunk[:21], 8]]
+    outcomes = ask(engine, walk_of(prompts, grain=grain))
+    assert [answered(outcome).prefilled_tokens for outcome in outcomes[:2]] == [31, 23 - 21 // grain * grain]
+    assert isinstance(outcomes[2], EngineError)
+    assert answered(outcomes[3]).prefilled_tokens == 22
 
 
-@given(common=ids, before=ids, after=st.lists(st.integers(0, 2), min_size=1, max_size=40), chunk_tokens=st.integers(1, 9))
-def test_what_is_reused_is_shared_whole_chunks_and_never_the_last_token(
-    common: list[int], before: list[int], after: list[int], chunk_tokens: int
-) -> None:
-    computed, prompt = np.array(common + before, dtype=np.int32), np.array(common + after, dtype=np.int32)
-    reused = reusable_tokens(computed, prompt, chunk_tokens=chunk_tokens)
-    assert reused % chunk_tokens == 0
-    assert reused < len(prompt)
-    assert computed[:reused].tolist() == prompt[:reused].tolist()
-    longer = reused + chunk_tokens
-    assert longer >= len(prompt) or longer > len(computed) or computed[:longer].tolist() != prompt[:longer].tolist()
+def test_a_plan_that_keeps_what_is_not_there_is_a_bug_and_no_answer(folder: Path) -> None:
+    engine = ScriptedEngine(facts={})
+    engine.use(base(folder))
+    with pytest.raises(RuntimeError, match="keeps 3 tokens"):
+        ask(engine, [step_of([10, 11, 12, 13]), step_of([10, 11, 99, 13], keep=3)])
+
+
+def test_a_prompt_beyond_the_limit_is_refused(folder: Path) -> None:
+    engine = ScriptedEngine(facts={}, limit_tokens=6)
+    engine.use(base(folder))
+    [outcome] = ask(engine, [step_of([10] * 4)])
+    assert answered(outcome).decoded_tokens == 2
+    with pytest.raises(ModelError, match=r"6 tokens .* limit is 6"):
+        ask(engine, [step_of([10] * 6)])

@@ -1,4 +1,4 @@
-"""A tiny random Llama over the tiny tokenizer, and adapters for it."""
+"""Tiny random models of several architectures over the tiny tokenizer, and adapters for them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,27 @@ from pause_ray.checkpoint import TRAINING_LOG, copy_tokenizer, seal
 from pause_ray.text.tokens import MarkerToken, ModelTokenizer
 from tests.needle.tiny import make_tokenizer_folder
 
+WINDOW = 24
+"""Tokens of the tiny sliding windows: shorter than the tests' prompts."""
 
-def make_model(folder: Path, *, tied: bool = True, seed: int = 0, limit_tokens: int = 4096, **config: Any) -> Path:
-    """Two layers of 32 values, weights large enough that answers depend on the whole prompt."""
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {"head_dim": 16},
+    "mistral": {"sliding_window": WINDOW},
+    "gemma3_text": {
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "phi3": {"sliding_window": 2 * WINDOW, "pad_token_id": 0, "bos_token_id": 1},
+}
+"""Architectures that differ in norms, fused projections, windows and the mixing of layers."""
+
+
+def make_model(folder: Path, *, kind: str = "llama", tied: bool = True, seed: int = 0, limit_tokens: int = 4096, **config: Any) -> Path:
+    """Two or three layers of 32 values, weights large enough that answers depend on the whole prompt."""
     import torch
     import transformers
 
@@ -31,7 +49,8 @@ def make_model(folder: Path, *, tied: bool = True, seed: int = 0, limit_tokens: 
         "initializer_range": 0.3,
         "eos_token_id": 0,
     }
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**(settings | config))).save_pretrained(folder)
+    full = transformers.AutoConfig.for_model(kind, **(settings | KINDS.get(kind, {}) | config))
+    transformers.AutoModelForCausalLM.from_config(full).save_pretrained(folder)
     return folder
 
 
@@ -53,7 +72,7 @@ def make_adapter(folder: Path, model_dir: Path, *, seed: int, marker: MarkerToke
     config = peft.LoraConfig(
         r=4,
         lora_alpha=4,
-        target_modules=["q_proj", "v_proj", "down_proj"],
+        target_modules=r".*\.(q_proj|v_proj|qkv_proj|down_proj)",
         trainable_token_indices={"embed_tokens": [marker.token_id]} if marker else None,
         task_type="CAUSAL_LM",
     )

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from pause_ray.engines.engine import Completion
+from pause_ray.engines.engine import Completion, EngineError, HfEngineSpec, Step
 from pause_ray.engines.scripted import ScriptedEngine
 from pause_ray.errors import FleetError, ModelError, StorageError
+from pause_ray.needle.answer import Condition
 from pause_ray.needle.ledger import CellResult, Ledger
 from pause_ray.needle.task import Cell, cells
-from pause_ray.needle.walk import Condition
 from tests.needle.tiny import STOCK, base, make_suite
 
 fleet = pytest.importorskip("pause_ray.needle.fleet")
@@ -30,12 +30,14 @@ class MortalEngine(ScriptedEngine):
     tombstone: Path | None
     """Made just before dying; if it exists, the engine lives on. None: it dies every time."""
 
-    def complete(self, prompt_ids: Sequence[int], *, max_new_tokens: int) -> Completion:
-        if len(prompt_ids) == self.dies_at_tokens and not (self.tombstone and self.tombstone.exists()):
-            if self.tombstone:
-                self.tombstone.touch()
-            os._exit(1)
-        return super().complete(prompt_ids, max_new_tokens=max_new_tokens)
+    def answer(self, steps: Sequence[Step]) -> Iterator[tuple[int, Completion | EngineError]]:
+        for place, step in enumerate(steps):
+            if len(step.prompt.ids) == self.dies_at_tokens and not (self.tombstone and self.tombstone.exists()):
+                if self.tombstone:
+                    self.tombstone.touch()
+                os._exit(1)
+            [(_, outcome)] = super().answer([step])
+            yield place, outcome
 
 
 class BrokenEngine(ScriptedEngine):
@@ -61,6 +63,8 @@ def job_of(tokenizer_dir: Path, essays_dir: Path) -> tuple[fleet.ScoringJob, lis
         policy=None,
         replicate=0,
         seed=0,
+        data_seed=0,
+        engine=HfEngineSpec(),
         loaded=base(tokenizer_dir),
         condition=Condition(arm="baseline", model="tiny", adapter=None, pauses="none"),
         cache=tokenizer_dir,

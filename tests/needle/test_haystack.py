@@ -9,11 +9,17 @@ import pytest
 
 from pause_ray.documents import Document
 from pause_ray.errors import ModelError, SourceError, TextError
-from pause_ray.needle.haystack import Haystack, ask, check_lengths, load_haystack
-from pause_ray.needle.task import cells
+from pause_ray.needle.haystack import Haystack, ask, check_lengths, load_haystack, prompt_builder
+from pause_ray.needle.task import SuiteSpec, ask_for, cells
 from pause_ray.text.pauses import PausePolicy
+from pause_ray.text.prompts import PromptBuilder
 from pause_ray.text.tokens import ModelTokenizer, resolve_marker
 from tests.needle.tiny import STOCK, make_haystack_folder, make_suite
+
+
+def builder_of(haystack: Haystack, suite: SuiteSpec, tokenizer: ModelTokenizer, policy: PausePolicy | None = None) -> PromptBuilder:
+    marker = resolve_marker(tokenizer, policy)
+    return prompt_builder(haystack, suite=suite, tokenizer=tokenizer, policy=policy, marker=marker, seed=0)
 
 
 def test_the_order_is_that_of_seed_and_replicate_not_of_the_files(essays_dir: Path, tmp_path: Path) -> None:
@@ -54,9 +60,9 @@ def test_each_document_is_segmented_by_its_own_rule(tokenizer_dir: Path, tmp_pat
         assert all(haystack.text.startswith(texts[rule], begin) for begin, rule in haystack.rules)
         assert len(haystack.rules) > 2
         for policy in (None, PausePolicy()):
-            marker = resolve_marker(tokenizer, policy)
+            builder = builder_of(haystack, suite, tokenizer, policy)
             for cell in cells(suite, identity="", replicate=0, seed=0):
-                built = ask(cell, haystack=haystack, suite=suite, tokenizer=tokenizer, policy=policy, marker=marker)
+                built = ask(cell, builder)
                 assert built.rule == "blank_line+glued"
                 text = tokenizer.decode(built.ids)
                 assert ("deep.<PAUSE>The" in text) == (policy is not None)
@@ -72,21 +78,104 @@ def test_a_needle_that_is_there_already_is_refused_with_the_document(essays_dir:
         load_haystack(make_suite(tmp_path / "essays"), cache=tmp_path, seed=0, replicate=0)
 
 
-def test_a_short_haystack_is_repeated_only_on_request(tokenizer_dir: Path, tmp_path: Path) -> None:
+def test_a_reference_that_is_there_already_is_told_once_with_the_documents(
+    essays_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(essays_dir, tmp_path / "essays")
+    for number in (3, 5):
+        told = tmp_path / "essays" / f"essay{number}.txt"
+        told.write_text(told.read_text() + "\nWe met in DOLORES\nPark once.")
+    suite = make_suite(tmp_path / "essays", name="told")
+    for replicate in range(2):
+        load_haystack(suite, cache=tmp_path, seed=0, replicate=replicate)
+    [message] = [record.getMessage() for record in caplog.records]
+    assert "'Dolores Park'" in message
+    assert "essay3.txt" in message
+    assert "and 1 more" in message
+    assert "sandwich" not in message
+
+
+def test_a_short_haystack_is_repeated_only_on_request_and_that_is_said(
+    tokenizer_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     essays_dir = make_haystack_folder(tmp_path / "essays", num_documents=1)
     tokenizer = ModelTokenizer.load(tokenizer_dir)
-    marker = resolve_marker(tokenizer, None)
     lengths = [20_000]
     for repeat in (False, True):
-        suite = make_suite(essays_dir, context_tokens=lengths, repeat_haystack=repeat)
+        suite = make_suite(essays_dir, name="short", context_tokens=lengths, repeat_haystack=repeat)
         haystack = load_haystack(suite, cache=tmp_path, seed=0, replicate=0)
+        builder = builder_of(haystack, suite, tokenizer)
         [cell, *_] = cells(suite, identity="", replicate=0, seed=0)
+        said = [record.getMessage() for record in caplog.records]
         if repeat:
-            built = ask(cell, haystack=haystack, suite=suite, tokenizer=tokenizer, policy=None, marker=marker)
-            assert built.prompt_tokens == lengths[0]
+            assert ask(cell, builder).prompt_tokens == lengths[0]
+            assert len(said) == 1
+            assert f"{len(next(essays_dir.iterdir()).read_text()):,} characters" in said[0]
         else:
+            assert not said
             with pytest.raises(TextError, match="repeat_haystack"):
-                ask(cell, haystack=haystack, suite=suite, tokenizer=tokenizer, policy=None, marker=marker)
+                ask(cell, builder)
+
+
+def test_noise_is_repeated_in_lines_and_a_fact_is_a_line_of_it(tokenizer_dir: Path, tmp_path: Path) -> None:
+    tokenizer = ModelTokenizer.load(tokenizer_dir)
+    noise = "The river is slow. The stone is old."
+    suite = make_suite(None, noise=f"{noise}\n", context_tokens=[700, 9_000])
+    haystack = load_haystack(suite, cache=tmp_path, seed=0, replicate=0)
+    assert haystack.document_digests == ()
+    for policy in (None, PausePolicy(), PausePolicy(unit="sentence", token="added")):
+        builder = builder_of(haystack, suite, tokenizer, policy)
+        for cell in cells(suite, identity="", replicate=0, seed=0):
+            built = ask(cell, builder)
+            assert built.prompt_tokens - built.num_pauses * len(resolve_marker(tokenizer, policy).group_ids) == cell.context_tokens
+            context = tokenizer.decode(built.ids[built.prefix_tokens : len(built.ids) - built.suffix_tokens]).replace("<PAUSE>", "")
+            *whole, cut = context.split("\n")
+            assert set(whole) <= {noise, STOCK.needle}
+            assert [*whole, cut].count(STOCK.needle) == 1
+            assert noise.startswith(cut) or cut == STOCK.needle
+
+
+def test_noise_that_has_the_needle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="its noise already contains the needle"):
+        load_haystack(make_suite(None, noise=f"So. {STOCK.needle}"), cache=tmp_path, seed=0, replicate=0)
+
+
+def test_lines_of_a_task_depend_on_seed_and_replicate_and_on_the_length_only_by_where_they_end(tmp_path: Path) -> None:
+    def load(seed: int, replicate: int, tokens: int) -> str:
+        suite = make_suite(None, task={"kind": "key_value"}, context_tokens=[tokens])
+        return load_haystack(suite, cache=tmp_path, seed=seed, replicate=replicate).text
+
+    short, long = load(0, 0, 1_000), load(0, 0, 5_000)
+    assert long.startswith(short)
+    assert load(0, 0, 1_000) == short
+    assert len({load(seed, replicate, 1_000) for seed in range(2) for replicate in range(2)}) == 4
+
+
+def test_a_pair_among_pairs_is_a_line_at_its_depth(tokenizer_dir: Path, tmp_path: Path) -> None:
+    tokenizer = ModelTokenizer.load(tokenizer_dir)
+    suite = make_suite(None, task={"kind": "key_value"}, depth_percent=[0, 50, 100], context_tokens=[4_000])
+    haystack = load_haystack(suite, cache=tmp_path, seed=0, replicate=0)
+    builder = builder_of(haystack, suite, tokenizer)
+    for cell in cells(suite, identity="", replicate=0, seed=0):
+        built = ask(cell, builder)
+        lines = tokenizer.decode(built.ids[built.prefix_tokens : len(built.ids) - built.suffix_tokens]).split("\n")
+        place = lines.index(cell.facts[0].text)
+        assert haystack.text.startswith("\n".join(lines[:place]))
+        assert abs(place - cell.depth_percent / 100 * len(lines)) <= 2
+        assert tokenizer.decode(built.ids).endswith(cell.answer_prefix)
+
+
+def test_a_text_made_for_other_questions_may_have_their_facts(essays_dir: Path, tmp_path: Path) -> None:
+    """Only what this replicate hides counts; its questions have a seed of their own."""
+    suite = make_suite(essays_dir, task={"kind": "uuid"})
+    [fact] = ask_for(suite, seed=7, replicate=0, sample=0).facts
+    shutil.copytree(essays_dir, tmp_path / "essays")
+    told = tmp_path / "essays" / "essay3.txt"
+    told.write_text(f"{told.read_text()}\n{fact.text}")
+    suite = make_suite(tmp_path / "essays", task={"kind": "uuid"})
+    load_haystack(suite, cache=tmp_path, seed=0, replicate=0, data_seed=8)
+    with pytest.raises(SourceError, match=r"essay3\.txt"):
+        load_haystack(suite, cache=tmp_path, seed=0, replicate=0, data_seed=7)
 
 
 def test_contexts_longer_than_the_model_takes_are_refused_with_the_longest_that_fits(essays_dir: Path) -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pause_ray.errors import StorageError
-from pause_ray.needle.ledger import CellResult, Ledger, to_parquet
+from pause_ray.needle.ledger import CellResult, FactResult, Ledger, to_parquet
 
 
 def result(number: int, **changes: object) -> CellResult:
@@ -33,7 +33,7 @@ def result(number: int, **changes: object) -> CellResult:
         "rule": "blank_line+glued",
         "depth_percent": 50.0,
         "needle_token": 500,
-        "needle": "The word is café.",
+        "facts": (FactResult(text="The word is café.", references=("café",), depth_percent=50.0, token=500, score=1.0),),
         "question": "Which word?",
         "references": ("café",),
         "response": "café\n\u2028line",
@@ -101,11 +101,12 @@ def test_a_cell_that_could_not_be_scored_is_not_done_and_its_later_row_stands_fo
             writer.append(unscored(0))
 
 
-def test_a_row_without_the_rule_of_its_documents_is_still_read(tmp_path: Path) -> None:
+def test_a_row_of_another_version_is_an_error_that_names_the_column(tmp_path: Path) -> None:
     row = result(0).row()
-    del row["rule"]
+    row["needle"] = "The word is café."
     (tmp_path / "cells.jsonl").write_text(json.dumps(row) + "\n")
-    assert Ledger(tmp_path / "cells.jsonl").rows() == [result(0, rule="")]
+    with pytest.raises(StorageError, match="line 1 is no cell result .*'needle'"):
+        Ledger(tmp_path / "cells.jsonl").rows()
 
 
 def test_wherever_the_last_write_stopped_the_other_rows_are_there_and_its_cell_is_asked_again(tmp_path: Path) -> None:

@@ -1,58 +1,136 @@
-"""Every cell is answered once, in an order that reuses what the last prompt computed, and failures are not zeros."""
+"""A plan visits every prompt once, keeps only what is common, and computes every token of the tree once."""
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pause_ray.engines.engine import Completion
-from pause_ray.engines.scripted import UNKNOWN, ScriptedEngine
-from pause_ray.errors import ModelError, TextError
-from pause_ray.needle.haystack import load_haystack
-from pause_ray.needle.ledger import CellResult
-from pause_ray.needle.task import Cell, SuiteSpec, cells
-from pause_ray.needle.walk import Condition, answer_cells, new_tokens, order_for_reuse, split_for_actors
-from pause_ray.text.pauses import PausePolicy
-from pause_ray.text.tokens import ModelTokenizer, resolve_marker
-from tests.needle.tiny import STOCK, base, make_suite
+from pause_ray.engines.cost import ModelShape
+from pause_ray.needle.question import PlacedFact
+from pause_ray.needle.task import Cell
+from pause_ray.needle.walk import Forecast, Ids, Walk, by_position, forecast, new_tokens, plan, split_for_actors
 
-CONDITION = Condition(arm="baseline", model="tiny", adapter=None, pauses="none")
-FACTS = {STOCK.question: STOCK.needle}
+END = 7
+"""Ends every prompt and stands nowhere else, as a question does: no prompt is the beginning of another."""
+
+prompts_of_few_tokens = st.lists(st.lists(st.integers(0, 2), max_size=12), min_size=1, max_size=12, unique_by=tuple).map(
+    lambda bodies: [np.array([*body, END], dtype=np.int32) for body in bodies]
+)
+
+
+def distinct_prefixes(prompts: Sequence[Ids]) -> int:
+    return len({tuple(prompt[:length]) for prompt in prompts for length in range(1, len(prompt) + 1)})
+
+
+@given(prompts=prompts_of_few_tokens, grain=st.integers(1, 4), reuse=st.sampled_from(["full", "depth", "none"]))
+def test_following_the_plan_gives_every_prompt(prompts: list[Ids], grain: int, reuse: str) -> None:
+    walk = plan(prompts, reuse=reuse, grain_tokens=grain, lengths=[len(prompt) for prompt in prompts])  # type: ignore[arg-type]
+    assert sorted(visit.prompt for visit in walk.visits) == list(range(len(prompts)))
+    held = np.empty(0, dtype=np.int32)
+    for visit in walk.visits:
+        assert visit.keep_tokens % grain == 0
+        assert visit.keep_tokens < visit.num_tokens, "the last token's logits are needed"
+        assert visit.keep_tokens <= max(0, len(held) - 1)
+        held = np.concatenate([held[: visit.keep_tokens], prompts[visit.prompt][visit.keep_tokens :]])
+        assert held.tolist() == prompts[visit.prompt].tolist()
+
+
+@given(prompts=prompts_of_few_tokens)
+def test_every_token_of_the_tree_is_computed_once(prompts: list[Ids]) -> None:
+    assert plan(prompts).prefilled_tokens == distinct_prefixes(prompts)
+
+
+@given(prompts=prompts_of_few_tokens)
+def test_reuse_by_depth_shares_within_a_length_only(prompts: list[Ids]) -> None:
+    lengths = [len(prompt) for prompt in prompts]
+    groups = [[prompt for prompt in prompts if len(prompt) == length] for length in set(lengths)]
+    assert plan(prompts, reuse="depth", lengths=lengths).prefilled_tokens == sum(map(distinct_prefixes, groups))
+
+
+@given(prompts=prompts_of_few_tokens, seed=st.integers(0, 9))
+def test_without_reuse_everything_is_computed(prompts: list[Ids], seed: int) -> None:
+    walk = plan(random.Random(seed).sample(prompts, len(prompts)), reuse="none")
+    assert walk.prefilled_tokens == walk.asked_tokens == sum(map(len, prompts))
+    assert walk.longest_tokens == max(map(len, prompts))
+
+
+def test_equal_prompts_compute_one_token_each_beyond_the_first() -> None:
+    prompt = np.arange(100, dtype=np.int32)
+    assert plan([prompt, prompt, prompt]).prefilled_tokens == 102
+
+
+def test_large_ids_sort_as_numbers() -> None:
+    """Byte order matters: 256 is less than 65,535, and bytes of the wrong end would tear neighbours apart."""
+    trunk = [70_000, 3]
+    prompts = [np.array([*trunk, last], dtype=np.int32) for last in (256, 65_535, 1)]
+    assert plan(prompts).prefilled_tokens == 3 + 1 + 1
+
+
+@given(prompts=prompts_of_few_tokens, chunk=st.integers(1, 5))
+def test_forward_passes_cover_what_is_prefilled(prompts: list[Ids], chunk: int) -> None:
+    walk = plan(prompts)
+    forwards = list(walk.forwards(chunk))
+    assert sum(new for _, new in forwards) == walk.prefilled_tokens
+    assert all(1 <= new <= chunk for _, new in forwards)
+    assert max(past + new for past, new in forwards) == walk.longest_tokens
+
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "tie_word_embeddings": True,
+}
+
+
+def test_a_forecast_is_of_what_is_computed_and_held(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    shape = ModelShape.load(tmp_path)
+
+    def expect(walk: Walk, *, chunk: int = 8) -> Forecast:
+        return forecast(walk, shape, chunk_tokens=chunk, max_new_tokens=4, dtype="float32")
+
+    prompts = [np.arange(40, dtype=np.int32), np.append(np.arange(30, dtype=np.int32), END)]
+    shared, alone = expect(plan(prompts)), expect(plan(prompts, reuse="none"))
+    assert shared.prefill_flops < alone.prefill_flops
+    assert shared.kv_bytes == alone.kv_bytes == (40 + 4) * 2 * 2 * 2 * 16 * 4, "keys and values, layers, heads, size, bytes"
+    whole = shape.forward_flops(new_tokens=40, past_tokens=0, logit_rows=1)
+    assert expect(plan(prompts[:1]), chunk=40).prefill_flops == whole
+    in_chunks = sum(shape.forward_flops(new_tokens=8, past_tokens=past, logit_rows=1) for past in range(0, 40, 8))
+    assert expect(plan(prompts[:1]), chunk=8).prefill_flops == in_chunks
 
 
 def grid(lengths: list[int], depths: list[float]) -> list[Cell]:
     return [
-        Cell(task="t", context_tokens=length, depth_percent=depth, replicate=0, seed=0, needle=STOCK, identity="")
+        Cell(
+            task="t",
+            context_tokens=length,
+            depth_percent=depth,
+            replicate=0,
+            sample=0,
+            seed=0,
+            facts=(PlacedFact(text="Fact.", references=("Fact",), depth_percent=depth),),
+            question="Which?",
+            answer_prefix="",
+            draft="",
+            labels=(),
+            scorer="keywords",
+            identity="",
+        )
         for length in lengths
         for depth in depths
     ]
-
-
-def answers(suite: SuiteSpec, model_dir: Path, engine: ScriptedEngine, *, policy: PausePolicy | None = None) -> list[CellResult]:
-    tokenizer = ModelTokenizer.load(model_dir)
-    marker = resolve_marker(tokenizer, policy)
-    engine.use(base(model_dir))
-    asked = cells(suite, identity="i", replicate=0, seed=0)
-    haystack = load_haystack(suite, cache=model_dir, seed=0, replicate=0)
-    return list(
-        answer_cells(
-            asked,
-            engine=engine,
-            suite=suite,
-            haystack=haystack,
-            tokenizer=tokenizer,
-            policy=policy,
-            marker=marker,
-            condition=CONDITION,
-        )
-    )
 
 
 grids = st.builds(
@@ -62,122 +140,18 @@ grids = st.builds(
 )
 
 
-@given(asked=grids, seed=st.integers(0, 9))
-def test_the_order_is_that_of_the_cells_not_of_the_list(asked: list[Cell], seed: int) -> None:
+@given(asked=grids, seed=st.integers(0, 9), num_actors=st.integers(1, 6))
+def test_actors_share_the_cells_whatever_their_order(asked: list[Cell], seed: int, num_actors: int) -> None:
     shuffled = random.Random(seed).sample(asked, len(asked))
-    assert order_for_reuse(shuffled) == order_for_reuse(asked)
-    assert sorted(order_for_reuse(asked), key=lambda cell: cell.id) == sorted(asked, key=lambda cell: cell.id)
-
-
-@given(asked=grids, num_actors=st.integers(1, 6))
-def test_the_runs_of_the_actors_are_the_order_cut_into_pieces(asked: list[Cell], num_actors: int) -> None:
-    runs = split_for_actors(asked, num_actors=num_actors)
-    assert [cell for run in runs for cell in run] == order_for_reuse(asked)
+    runs = split_for_actors(shuffled, num_actors=num_actors)
+    assert [cell for run in runs for cell in run] == by_position(asked)
+    assert sorted(by_position(asked), key=lambda cell: cell.id) == sorted(asked, key=lambda cell: cell.id)
     assert len(runs) <= num_actors
     assert all(runs)
 
 
-def test_two_actors_share_the_work_about_evenly() -> None:
-    runs = split_for_actors(grid([1000 * step for step in range(1, 17)], [float(step) for step in range(0, 101, 10)]), num_actors=2)
-    work = [sum(new_tokens(run)) for run in runs]
-    assert max(work) < 1.25 * min(work)
-
-
-@pytest.mark.parametrize(
-    ("depths", "policy", "least_gain"),
-    [
-        ([0, 50, 100], None, 1.5),
-        ([0, 50, 100], PausePolicy(), 1.5),
-        ([0, 50, 100], PausePolicy(placement="random", rate=5.0), 1.5),
-        ([10, 50, 90], None, 1.35),
-    ],
-)
-def test_reuse_saves_prefill_and_the_estimate_is_about_right(
-    tokenizer_dir: Path, essays_dir: Path, depths: list[float], least_gain: float, policy: PausePolicy | None
-) -> None:
-    suite = make_suite(essays_dir, depth_percent=depths)
-    rows = answers(suite, tokenizer_dir, ScriptedEngine(facts=FACTS), policy=policy)
-    prompts, prefilled = sum(row.prompt_tokens for row in rows), sum(row.prefilled_tokens for row in rows)
-    assert prompts / prefilled >= least_gain
-    if policy is None:
-        estimate = sum(new_tokens(order_for_reuse(cells(suite, identity="i", replicate=0, seed=0))))
-        assert estimate == pytest.approx(prefilled, rel=0.15)
-
-
-def test_each_cell_is_answered_once_and_its_row_says_what_was_asked(tokenizer_dir: Path, essays_dir: Path) -> None:
-    suite = make_suite(essays_dir)
-    rows = answers(suite, tokenizer_dir, ScriptedEngine(facts=FACTS))
-    asked = {cell.id: cell for cell in cells(suite, identity="i", replicate=0, seed=0)}
-    assert {row.cell_id for row in rows} == asked.keys()
-    assert len(rows) == len(asked) == 9
-    for row in rows:
-        cell = asked[row.cell_id]
-        assert (row.context_tokens, row.depth_percent) == (cell.context_tokens, cell.depth_percent)
-        assert row.prompt_tokens == cell.context_tokens
-        assert row.rule == "blank_line"
-        assert row.needle_token == pytest.approx(cell.depth_percent / 100 * cell.context_tokens, abs=150)
-        assert (row.score, row.rubric, row.response, row.engine) == (1.0, 10, STOCK.needle, "scripted")
-
-
-def test_a_fact_that_the_engine_misses_scores_zero(tokenizer_dir: Path, essays_dir: Path) -> None:
-    engine = ScriptedEngine(facts=FACTS, blind_percent=(25, 75), blind_from_tokens=2000)
-    rows = answers(make_suite(essays_dir), tokenizer_dir, engine)
-    missed = {(row.context_tokens, row.depth_percent) for row in rows if row.score == 0}
-    assert missed == {(2048, 50.0), (4096, 50.0)}
-    assert {row.response for row in rows if row.score == 0} == {UNKNOWN}
-
-
-@dataclass(kw_only=True)
-class CopyingEngine(ScriptedEngine):
-    """Puts markers from the prompt into its answer."""
-
-    copied: Callable[[Completion], Completion]
-
-    def complete(self, prompt_ids: Sequence[int], *, max_new_tokens: int) -> Completion:
-        return self.copied(super().complete(prompt_ids, max_new_tokens=max_new_tokens))
-
-
-@pytest.mark.parametrize("marker", ["<PAUSE>", " <PAUSE> "])
-def test_a_marker_that_is_copied_into_the_answer_costs_nothing_and_is_kept(tokenizer_dir: Path, essays_dir: Path, marker: str) -> None:
-    answer = "Eat a sand<PAUSE>wich in Dolores <PAUSE>Park on a sunny<PAUSE> day <PAUSE> !"
-    engine = CopyingEngine(facts=FACTS, copied=lambda completion: dataclasses.replace(completion, text=answer))
-    suite = make_suite(essays_dir, context_tokens=[1024])
-    for row in answers(suite, tokenizer_dir, engine, policy=PausePolicy(marker=marker)):
-        assert (row.score, row.response) == (1.0, answer)
-    for row in answers(suite, tokenizer_dir, engine):
-        assert row.score is not None
-        assert row.score < 1, "without a policy it is no marker"
-
-
-def test_a_marker_of_the_vocabulary_in_an_answer_is_shown_and_costs_nothing(tokenizer_dir: Path, essays_dir: Path) -> None:
-    policy = PausePolicy(token="added")
-    token = resolve_marker(ModelTokenizer.load(tokenizer_dir), policy).token
-    assert token is not None
-
-    def after_each_token(completion: Completion) -> Completion:
-        return dataclasses.replace(completion, ids=tuple(id_ for token_id in completion.ids for id_ in (token_id, token.token_id)))
-
-    engine = CopyingEngine(facts=FACTS, copied=after_each_token)
-    for row in answers(make_suite(essays_dir, context_tokens=[1024]), tokenizer_dir, engine, policy=policy):
-        assert row.score == 1.0
-        assert str(row.response).endswith(".<PAUSE>")
-        assert str(row.response).replace("<PAUSE>", "") == STOCK.needle
-
-
-def test_an_engine_failure_is_unscored_and_the_walk_goes_on(tokenizer_dir: Path, essays_dir: Path) -> None:
-    rows = answers(make_suite(essays_dir), tokenizer_dir, ScriptedEngine(facts=FACTS, fails_from_tokens=4000))
-    failed = [row for row in rows if row.score is None]
-    assert {row.context_tokens for row in failed} == {4096}
-    assert all("out of memory" in str(row.unscored_reason) and row.response is None and row.rubric is None for row in failed)
-    assert {row.score for row in rows if row.context_tokens < 4096} == {1.0}
-
-
-def test_a_prompt_beyond_the_models_limit_is_an_error_with_both_numbers(tokenizer_dir: Path, essays_dir: Path) -> None:
-    with pytest.raises(ModelError, match=r"4096 tokens .* limit is 3000"):
-        answers(make_suite(essays_dir), tokenizer_dir, ScriptedEngine(facts=FACTS, limit_tokens=3000))
-
-
-def test_a_length_that_cannot_hold_the_question_fails_before_anything_is_asked(tokenizer_dir: Path, essays_dir: Path) -> None:
-    refuses_all = ScriptedEngine(facts=FACTS, limit_tokens=1)
-    with pytest.raises(TextError, match="context_tokens 40 is too short"):
-        answers(make_suite(essays_dir, context_tokens=[4096, 40]), tokenizer_dir, refuses_all)
+@pytest.mark.parametrize("num_actors", [2, 5])
+def test_actors_share_the_work_about_evenly(num_actors: int) -> None:
+    asked = grid([1000 * step for step in range(1, 17)], [float(step) for step in range(0, 101, 10)])
+    work = [sum(new_tokens(run)) for run in split_for_actors(asked, num_actors=num_actors)]
+    assert max(work) < 1.4 * min(work)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pause_ray.engines.engine import LoadedAs
-from pause_ray.needle.task import NeedleSpec, SuiteSpec
+from pause_ray.needle.task import SuiteSpec
+from pause_ray.needle.tasks.stock import NeedleSpec
 
 STOCK = NeedleSpec(
     needle="The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.",
@@ -61,12 +62,12 @@ def make_haystack_folder(folder: Path, *, num_documents: int = 8) -> Path:
     return folder
 
 
-def make_suite(haystack: Path, **changes: Any) -> SuiteSpec:
-    """Three lengths × three depths of the stock needle."""
+def make_suite(haystack: Path | None, **changes: Any) -> SuiteSpec:
+    """Three lengths × three depths of the stock needle in a folder's texts; None: ``changes`` say in what."""
     data: dict[str, Any] = {
         "name": "tiny",
-        "haystack": [{"path": str(haystack / "*.txt")}],
-        "needles": {"needles": [STOCK.resolved()]},
+        "haystack": [{"path": str(haystack / "*.txt")}] if haystack else [],
+        "task": {"kind": "single", "needles": {"needles": [STOCK.resolved()]}},
         "context_tokens": [1024, 2048, 4096],
         "depth_percent": [0, 50, 100],
     }

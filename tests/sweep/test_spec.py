@@ -28,7 +28,10 @@ SWEEP: JsonObject = {
         "eval": {
             "name": "single",
             "haystack": [{"path": "texts"}],
-            "needles": {"needles": [{"needle": "The dog is blue.", "question": "Which colour is the dog?", "keywords": ["blue"]}]},
+            "task": {
+                "kind": "single",
+                "needles": {"needles": [{"needle": "The dog is blue.", "question": "Which colour is the dog?", "keywords": ["blue"]}]},
+            },
             "context_tokens": [100],
             "depth_percent": [50],
         },

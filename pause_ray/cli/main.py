@@ -1,0 +1,48 @@
+"""The command line: every verb, and the process border around them.
+
+Heavy modules (Ray, torch, MLflow) are imported by the verb that needs them, so that ``check`` and ``--help`` answer at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+from rich.logging import RichHandler
+from rich.markup import escape
+
+from pause_ray import __version__
+from pause_ray.cli import making, reading
+from pause_ray.cli.terminal import app, err
+from pause_ray.errors import UserError
+
+__all__ = ["app", "main", "making", "reading"]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pause-ray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False,
+) -> None:
+    logging.getLogger("pause_ray").setLevel(logging.INFO)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries are not news; what came of them is said by who asked
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=err, show_time=False, show_path=False)])
+
+
+def main() -> None:
+    """The process border: a mistake of the user is one line and exit code 2, a bug keeps its traceback and exits with 1."""
+    try:
+        app()
+    except UserError as error:
+        err.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("stopped; run the same command again to go on where it was")
+        sys.exit(130)

@@ -1,0 +1,188 @@
+"""Verbs that read what others left: report, compare, rescore, import."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pause_ray.cli.terminal import DEFAULT_STORAGE, AsJson, Sets, StorageRoot, app, bar, err, out, print_json
+from pause_ray.engines.engine import EndpointSpec, EngineSpec, HfEngineSpec, LoadedAs, ModelSpec
+from pause_ray.errors import SpecError, UserError
+from pause_ray.needle.task import Scorer
+from pause_ray.spec import Spec, parse_assignments, read_yaml, with_overrides
+from pause_ray.storage import Storage
+
+if TYPE_CHECKING:
+    from pause_ray.needle.rescore import Judge
+
+
+@app.command()
+def report(
+    name: Annotated[str, typer.Argument(help="Folder of a sweep, or its name under the storage root", show_default=False)],
+    log: Annotated[bool, typer.Option("--log", help="Also send to MLflow what is missing there.")] = False,
+    as_json: AsJson = False,
+    storage: StorageRoot = DEFAULT_STORAGE,
+) -> None:
+    """Write the report of a sweep again from its ledgers, finished or not.
+
+    Example: `pause-ray report quickstart --log`
+    """
+    from pause_ray.ledger_files import find_sweep
+    from pause_ray.report import table, write_report
+    from pause_ray.tracking import log_sweep
+
+    root = Storage.open(storage)
+    folder = find_sweep(name, root)
+    path = write_report(folder, root)
+    if log:
+        log_sweep(folder, root)
+    if as_json:
+        print_json({"folder": str(folder), "report": str(path)})
+        return
+    out.print(table(folder, root))
+    out.print(f"report: {path}", highlight=False)
+
+
+Arms = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="ARM",
+        help="Ledger file, trial folder, folder of ledgers (its replicates), or SWEEP:ARM; the first is the reference.",
+        show_default=False,
+    ),
+]
+
+
+@app.command()
+def compare(arms: Arms, as_json: AsJson = False, storage: StorageRoot = DEFAULT_STORAGE) -> None:
+    """Compare arms cell by cell, with intervals and corrected p values; works on any ledgers.
+
+    Examples: `pause-ray compare quickstart:baseline quickstart:pauses_untuned`;
+    `pause-ray compare base.jsonl tuned.jsonl`
+    """
+    from pause_ray.ledger_comparison import compare_ledgers, comparison_json, comparison_view
+
+    result = compare_ledgers(arms, Storage(Path(storage).expanduser().absolute()))  # not opened: nothing is written
+    if as_json:
+        print_json(comparison_json(result))
+        return
+    out.print(comparison_view(result, width=out.width))
+
+
+@app.command()
+def rescore(
+    ledgers: Arms,
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder for the new ledgers; the old stay as they are.", show_default=False)],
+    scorer: Annotated[str | None, typer.Option(help=f"One of {', '.join(typing.get_args(Scorer))}.")] = None,
+    judge: Annotated[Path | None, typer.Option(help="YAML file of a judge, such as eval/judges/single.yaml.")] = None,
+    set_: Sets = None,
+    as_json: AsJson = False,
+    storage: StorageRoot = DEFAULT_STORAGE,
+) -> None:
+    """Score the answers in ledgers again, by another rule (needs no model) or by a judge.
+
+    Examples: `pause-ray rescore quickstart:baseline --scorer exact --out rescored`;
+    a judge: `pause-ray rescore quickstart:baseline --judge eval/judges/single.yaml --out judged
+    --set engine.kind=endpoint --set engine.url=http://127.0.0.1:8000/v1 --set engine.model=NAME --set engine.api=chat`,
+    or a model here: `--set model.source=FOLDER`
+    """
+    from pause_ray.ledger_files import find_arm
+    from pause_ray.needle.rescore import agreement_table, rescore_ledgers
+
+    if (scorer is None) == (judge is None):
+        raise UserError("rescore: needs either --scorer or --judge, for example --scorer exact")
+    if scorer is not None and scorer not in typing.get_args(Scorer):
+        raise UserError(f"--scorer {scorer}: unknown; choose one of {', '.join(typing.get_args(Scorer))}")
+    if scorer is not None and set_:
+        raise UserError("--set describes a judge's model, and --scorer needs none; leave it out")
+    root = Storage.open(storage)
+    paths = [path for name in ledgers for path in find_arm(name, root).ledgers]
+    by = _judge(judge, set_, root) if judge else typing.cast(Scorer, scorer)
+    with bar() as show:
+        rescored = rescore_ledgers(paths, scorer=by, out=out_folder, progress=lambda done, total: show("scoring", done, total))
+    if as_json:
+        print_json({"ledgers": [{**dataclasses.asdict(its), "source": str(its.source), "ledger": str(its.ledger)} for its in rescored]})
+        return
+    out.print(agreement_table(rescored))
+    costs = [its.judge_cost for its in rescored if its.judge_cost is not None]
+    if costs:
+        out.print(f"the judge cost {sum(costs):.4f}", highlight=False)
+    for its in rescored:
+        out.print(f"ledger: {its.ledger}", highlight=False, soft_wrap=True)
+
+
+class _JudgesModel(Spec):
+    """What ``--set`` may say about a judge's model."""
+
+    model: ModelSpec | None = None
+    engine: EngineSpec = HfEngineSpec()
+
+
+def _judge(path: Path, set_: list[str] | None, storage: Storage) -> Judge:
+    """The judge of a file, on the model that ``--set`` names."""
+    from pause_ray.engines.model_source import resolve_model
+    from pause_ray.needle.judge import JudgeSpec
+    from pause_ray.needle.rescore import Judge, judge_at
+    from pause_ray.text.tokens import ModelTokenizer
+
+    spec = JudgeSpec.parse(read_yaml(path), origin=str(path))
+    asked = _JudgesModel.parse(with_overrides({}, parse_assignments(set_ or [])), origin="--set")
+    remote = isinstance(asked.engine, EndpointSpec)
+    folder = resolve_model(asked.model, cache=storage.cache, weights=not remote) if asked.model else None
+    if isinstance(asked.engine, EndpointSpec):
+        return judge_at(asked.engine, spec=spec, model_dir=folder)
+    if folder is None or asked.model is None:
+        raise SpecError("--judge: needs a model that follows it; --set model.source=FOLDER_OR_HUB_ID, or --set engine.kind=endpoint …")
+    from pause_ray.engines.hf import HfEngine
+
+    with err.status("loading the judge"):
+        engine = HfEngine(asked.engine)
+        engine.use(LoadedAs(model_dir=folder, dtype=asked.model.dtype, quantize=asked.model.quantize))
+    return Judge(spec=spec, engine=engine, model=asked.model.source, tokenizer=ModelTokenizer.load(folder))
+
+
+@app.command("import")
+def import_(
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="RESULTS", help="Folders or files of results; one run each.", show_default=False)
+    ],
+    out_file: Annotated[Path, typer.Option("--out", help="Ledger to write or to add to.", show_default=False)],
+    arm: Annotated[str | None, typer.Option(help="Name of the arm; default: the folder's.")] = None,
+    task: Annotated[str | None, typer.Option(help="Name of the task, by which arms are paired; default: the tester's.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only results of this model.")] = None,
+    replicate: Annotated[int | None, typer.Option(min=0, help="Number of the first run; default: the file's version.")] = None,
+    keep_repeats: Annotated[bool, typer.Option("--keep-repeats", help="Results of one cell in one run are replicates.")] = False,
+    question: Annotated[str, typer.Option(help="What was asked, where files do not say.")] = "",
+    reference: Annotated[
+        list[str] | None, typer.Option(help="What a right answer contains, where files do not say. May be repeated.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read results of the original needle-in-a-haystack tester (v0.1 folders, v2 JSONL) into a ledger.
+
+    Example: `pause-ray import results/base_run1 results/base_run2 --out base.jsonl --reference sandwich --reference "Dolores Park"`
+    """
+    from pause_ray.needle.imported import Naming, import_results
+
+    naming = Naming(
+        arm=arm,
+        task=task,
+        model=model,
+        replicate=replicate,
+        keep_repeats=keep_repeats,
+        question=question,
+        references=tuple(reference or ()),
+    )
+    found = import_results(sources, out=out_file, naming=naming)
+    if as_json:
+        print_json({**dataclasses.asdict(found), "ledger": str(found.ledger)})
+        return
+    grid = f"{found.num_lengths} lengths × {found.num_depths} depths, {len(found.replicates)} replicates"
+    out.print(f"{found.arm}: {found.num_results} results of {found.model} ({grid}), {found.num_added} new, {found.num_unscored} unscored")
+    for note in found.notes:
+        out.print(f"note: {note}", highlight=False)
+    out.print(f"ledger: {found.ledger}", highlight=False, soft_wrap=True)

@@ -1,0 +1,210 @@
+"""Tests, intervals and corrections for paired differences and for shares. Pure numbers; knows no arm, row or file.
+
+Three ways to an interval, by how many independent units there are: Student's t (from two on), Student's t over delete-one
+estimates for what is no mean (from two on), and the bootstrap (many). Resampling n units reaches at most from the smallest
+to the largest and its spread is too small by (n - 1)/n, so plain percentiles of few units cover too little. For means of
+3, 6, 8 and 20 normal values, where 95 % are claimed, they hold the truth in 75, 86, 90 and 93 % of cases, ``bootstrap_interval`` in 75,
+94, 95 and 95 %, ``delete_one_interval`` in 95 %; for exponential values 69, 82, 84 and 90 %, 69, 89, 91 and 93 %, 88, 89, 90 and 91 %
+(2,000 draws each; ``tests/test_statistics.py`` draws some of them anew). Hence ``BOOTSTRAP_UNITS``.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist, fmean, stdev
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+SIGNIFICANT = 0.05
+"""A p below this, after correction, counts as more than chance."""
+POWER = 0.8
+"""How often a difference of the size that ``detectable_difference`` names would be found."""
+FLIP_DRAWS = 10_000
+EXACT_FLIPS = 12
+"""Up to this many differences all 2^n sign patterns are tried; beyond it, ``FLIP_DRAWS`` random ones."""
+BOOTSTRAP_DRAWS = 4000
+BOOTSTRAP_UNITS = 8
+"""From this many units on they are resampled; below, the range of what a resample can reach holds the truth too rarely."""
+SEED = 20250228
+EQUAL = 1e-12
+"""Values closer than this differ by rounding only."""
+Z_95 = NormalDist().inv_cdf(0.975)
+_EXACT_DEGREES = 200
+"""Up to this many degrees of freedom quantiles of Student's t come from the exact sum; above, from an expansion."""
+
+Unit = Literal["cells", "replicates"]
+Draws = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95 % interval."""
+
+    low: float
+    high: float
+    unit: Unit
+    """What would be drawn anew: other cells of the same haystack, or other replicates (haystack, wording, seed)."""
+
+    def excludes_zero(self) -> bool:
+        """Whether all of it lies on one side of zero."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and how sure it is."""
+
+    value: float
+    interval: Interval | None
+    """None where the data show no spread to judge by."""
+
+
+def wilson(successes: float, trials: int) -> Interval:
+    """Wilson's 95 % score interval of a proportion (Wilson 1927), right at 0 and at all successes too.
+
+    ``successes`` may be a sum of partial scores: the interval is then wider than it need be, since no score between 0 and 1
+    varies more than a coin with the same mean.
+    """
+    share, z2 = successes / trials, Z_95**2
+    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = Z_95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
+    return Interval(0.0 if successes == 0 else centre - half, 1.0 if successes == trials else centre + half, "cells")
+
+
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """Two-sided p of the mean of paired differences when each sign is as likely as its opposite."""
+    values = np.asarray(differences, dtype=np.float64)
+    observed = abs(values.sum()) * (1 - 1e-12) - 1e-12
+    if len(values) <= EXACT_FLIPS:
+        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(values))))
+        return float(np.mean(np.abs(signs @ values) >= observed))
+    signs = np.random.default_rng(SEED).choice((-1.0, 1.0), size=(FLIP_DRAWS, len(values)))
+    return float((1 + np.count_nonzero(np.abs(signs @ values) >= observed)) / (1 + FLIP_DRAWS))
+
+
+def least_p(num_differences: int) -> float:
+    """The smallest p that ``sign_flip_p`` can give: all differences have one sign."""
+    return 2.0 ** (1 - num_differences) if num_differences <= EXACT_FLIPS else 1 / (1 + FLIP_DRAWS)
+
+
+def enough_replicates(num_comparisons: int) -> int:
+    """From how many replicates on flipping their signs can be significant after correction for ``num_comparisons``."""
+    return next((count for count in range(2, EXACT_FLIPS + 1) if least_p(count) * num_comparisons < SIGNIFICANT), EXACT_FLIPS + 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct p values for their number (Holm 1979): the chance of one false find among all stays below the corrected p."""
+    corrected = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        highest = max(highest, min(1.0, p_values[index] * (len(p_values) - rank)))
+        corrected[index] = highest
+    return corrected
+
+
+@functools.lru_cache(maxsize=1024)
+def t_quantile(probability: float, degrees_of_freedom: int) -> float:
+    """The value below which Student's t lies with ``probability`` (0.5 to below 1).
+
+    Up to 200 degrees of freedom by bisection of the exact finite sums (Abramowitz & Stegun 26.7.3 and 26.7.4); above by the
+    Cornish-Fisher expansion to the third order (26.7.5), right to six digits there.
+    """
+    if degrees_of_freedom > _EXACT_DEGREES:
+        z, df = NormalDist().inv_cdf(probability), degrees_of_freedom
+        second, third = (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+        return z + (z**3 + z) / (4 * df) + second / df**2 + third / df**3
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_inside(middle, degrees_of_freedom) < 2 * probability - 1 else (low, middle)
+    return math.tan(low) * math.sqrt(degrees_of_freedom)
+
+
+def t_95(degrees_of_freedom: int) -> float:
+    """Two-sided 95 % quantile of Student's t."""
+    return t_quantile(0.975, degrees_of_freedom)
+
+
+def t_interval(values: Sequence[float], *, least: float, unit: Unit) -> Interval | None:
+    """Student's 95 % interval of the mean, clipped to ``least`` to 1; None where the values show no spread."""
+    if len(values) < 2 or max(values) - min(values) < EQUAL:
+        return None
+    half = t_95(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return Interval(max(least, fmean(values) - half), min(1.0, fmean(values) + half), unit)
+
+
+def detectable_difference(values: Sequence[float], *, num_comparisons: int) -> float:
+    """The smallest true mean that as many values of this spread would show, with power 0.8, two-sided 5 %.
+
+    (t(1 - 0.05/(2 m), n - 1) + t(0.8, n - 1)) × s/√n for m comparisons: the step up from a t test's threshold that four of
+    five experiments pass. Bonferroni's share of the 5 % is what Holm asks of the first find.
+
+    Args:
+        values: Differences of independent units, at least two.
+        num_comparisons: How many comparisons share the 5 %.
+    """
+    degrees = len(values) - 1
+    quantiles = t_quantile(1 - SIGNIFICANT / (2 * num_comparisons), degrees) + t_quantile(POWER, degrees)
+    return quantiles * stdev(values) / math.sqrt(len(values))
+
+
+def bootstrap_weights(strata: Sequence[int]) -> Draws:
+    """How often each unit is drawn in each resample: draws × units; every stratum keeps its number of units.
+
+    Args:
+        strata: The stratum of each unit; units are resampled within theirs.
+    """
+    random, places = np.random.default_rng(SEED), np.asarray(strata)
+    weights = np.empty((BOOTSTRAP_DRAWS, len(places)))
+    for stratum in sorted(set(strata)):
+        units = np.flatnonzero(places == stratum)
+        weights[:, units] = random.multinomial(len(units), np.full(len(units), 1 / len(units)), size=BOOTSTRAP_DRAWS)
+    return weights
+
+
+def bootstrap_interval(value: float, draws: Draws, *, num_units: int, num_strata: int, unit: Unit) -> Interval | None:
+    """The bootstrap's 95 % percentile interval, corrected for bias and moved out as far as few units need.
+
+    For the bias, which a mean of ratios has, the percentiles move by twice the normal quantile of the share of draws below
+    ``value`` (Efron 1981). For few units they lie where a normal distribution reaches √(n/(n - strata)) × t(0.975, n - strata)
+    (Hesterberg 2015, section 5.3). None where the draws do not differ, or where one in twenty of them has no value (such as a
+    ratio to nothing).
+    """
+    known = draws[np.isfinite(draws)]
+    degrees = num_units - num_strata
+    if degrees < 1 or len(known) < 0.95 * len(draws) or float(np.ptp(known)) < EQUAL:
+        return None
+    normal, reach = NormalDist(), math.sqrt(num_units / degrees) * t_95(degrees)
+    below = (np.count_nonzero(known < value - EQUAL) + np.count_nonzero(known <= value + EQUAL)) / (2 * len(known))
+    shift = 2 * normal.inv_cdf(min(max(float(below), 1 / len(known)), 1 - 1 / len(known)))
+    low, high = np.quantile(known, [normal.cdf(shift - reach), normal.cdf(shift + reach)])
+    return Interval(float(low), float(high), unit)
+
+
+def delete_one_interval(value: float, without: Draws, *, unit: Unit) -> Interval | None:
+    """Student's 95 % interval around ``value`` from its values without each one unit (Tukey's jackknife).
+
+    For a mean this is the ordinary t interval. None where leaving a unit out changes nothing or leaves no value.
+    """
+    if len(without) < 2 or not np.isfinite(without).all() or float(np.ptp(without)) < EQUAL:
+        return None
+    half = t_95(len(without) - 1) * (len(without) - 1) * float(without.std(ddof=1)) / math.sqrt(len(without))
+    return Interval(value - half, value + half, unit)
+
+
+def _t_inside(angle: float, degrees_of_freedom: int) -> float:
+    """The share of Student's t between ±t, for t = tan(angle) × √degrees."""
+    odd, square = degrees_of_freedom % 2, math.cos(angle) ** 2
+    term, total = (math.cos(angle), math.cos(angle)) if odd else (1.0, 1.0)
+    for step in range(1, degrees_of_freedom // 2):
+        term *= square * (2 * step / (2 * step + 1) if odd else (2 * step - 1) / (2 * step))
+        total += term
+    if not odd:
+        return math.sin(angle) * total
+    return 2 / math.pi * (angle + (math.sin(angle) * total if degrees_of_freedom > 1 else 0.0))

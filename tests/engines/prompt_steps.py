@@ -1,0 +1,46 @@
+"""Steps of a walk made from bare token ids."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from pause_ray.engines.engine import Step
+from pause_ray.text.prompts import BuiltPrompt
+
+
+def prompt_of(ids: Sequence[int]) -> BuiltPrompt:
+    return BuiltPrompt(
+        ids=np.asarray(ids, dtype=np.int32),
+        context_tokens=len(ids),
+        prompt_tokens=len(ids),
+        content_tokens=len(ids),
+        num_pauses=0,
+        needle_tokens=(0,),
+        prefix_tokens=0,
+        suffix_tokens=0,
+        rule="newline",
+        system=None,
+        user_before="",
+        user_after="",
+        answer_prefix="",
+    )
+
+
+def step_of(ids: Sequence[int], *, keep: int = 0, draft: Sequence[int] = (), most: int = 12) -> Step:
+    return Step(prompt=prompt_of(ids), keep_tokens=keep, draft_ids=tuple(draft), max_new_tokens=most)
+
+
+def shared(before: Sequence[int], after: Sequence[int]) -> int:
+    """Leading ids that both have in common, without the last of either."""
+    most = min(len(before), len(after)) - 1
+    return next((place for place in range(most) if before[place] != after[place]), most)
+
+
+def walk_of(prompts: Sequence[Sequence[int]], *, grain: int = 1, drafts: Sequence[Sequence[int]] = (), most: int = 12) -> list[Step]:
+    """Each prompt keeps all it can of the one before."""
+    kept = [0, *(shared(before, after) // grain * grain for before, after in itertools.pairwise(prompts))]
+    given = drafts or [()] * len(prompts)
+    return [step_of(ids, keep=keep, draft=draft, most=most) for ids, keep, draft in zip(prompts, kept, given, strict=True)]

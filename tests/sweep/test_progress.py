@@ -1,0 +1,41 @@
+"""The work that a sweep's bar counts."""
+
+from __future__ import annotations
+
+import pytest
+
+from pause_ray.sweep.progress import TrialState, work_done, work_of
+from pause_ray.trial.spec import TrialSpec
+
+NEEDLES = {"needles": [{"needle": "The key is under the mat.", "question": "Where is it?", "keywords": ["mat"]}]}
+
+
+def trial(**grid: object) -> TrialSpec:
+    suite = {"name": "s", "task": {"kind": "single", "needles": NEEDLES}, "noise": "Grass is green.", "context_tokens": [1000, 3000]}
+    return TrialSpec.parse({"model": {"source": "some/model"}, "eval": suite | grid}, origin="test")
+
+
+@pytest.mark.parametrize(
+    ("grid", "tokens"),
+    [
+        ({"depth_percent": [0, 50, 100]}, 3 * 1000 + 3 * 3000),
+        ({"lattice_tokens": 1000}, 2 * 1000 + 4 * 3000),  # 0 and the end; 0, 1000, 2000 and the end
+        ({"samples": 5}, 5 * 1000 + 5 * 3000),
+    ],
+)
+def test_scoring_is_counted_in_the_prompt_tokens_of_every_cell(grid: dict[str, object], tokens: int) -> None:
+    assert work_of(trial(**grid)) == (0.0, tokens)
+
+
+def test_work_that_is_behind_a_trial_never_shrinks() -> None:
+    spec = trial(samples=2)
+    stages = [
+        TrialState("waiting", 0, 1),
+        TrialState("scoring", 0, 4),
+        TrialState("scoring", 3, 4),
+        TrialState("rechecking", 0, 2),
+        TrialState("done", 1, 1),
+    ]
+    done = [work_done(spec, state) for state in stages]
+    assert done == sorted(done)
+    assert done[-1] == sum(work_of(spec))

@@ -1,0 +1,71 @@
+"""Lines and points are the ledger's means, and arms can be told apart; read back from the figures' own objects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pause_ray import figures
+from pause_ray.places import Axis, Point
+from pause_ray.results import SweepResults, read_results
+from pause_ray.storage import Storage
+from tests.stored_sweep import grid, rows, store_sweep, store_trial
+
+LENGTHS, DEPTHS = (1024, 2048, 4096), (10.0, 50.0, 90.0)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> SweepResults:
+    """A reference that is worst, a control, and eight arms, each better and longer than the one before."""
+    storage = Storage.open(tmp_path_factory.mktemp("figures"))
+    arms = ["baseline", "control", *(f"arm{number}" for number in range(8))]
+    for number, arm in enumerate(arms):
+        scores = grid(LENGTHS, DEPTHS, lambda length, depth, number=number: (number + (depth == 50.0) + length // 2048) / 20)
+        its = [
+            row
+            for length in LENGTHS
+            for row in rows(
+                {key: score for key, score in scores.items() if key[0] == length}, trial=arm, prompt_tokens=length + length * number // 16
+            )
+        ]
+        store_trial(storage, arm, its, trained=arm != "baseline", pauses=arm.startswith("arm"))
+    return read_results(store_sweep(storage, [(arm, arm, {}, 0) for arm in arms], control="control"), storage)
+
+
+def lines_of(axes: Any) -> dict[str, Any]:
+    return {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+
+
+def test_profiles_go_through_the_summarys_means(results: SweepResults) -> None:
+    shown = dict(list(enumerate(results.scored))[:3])
+    by_length, by_depth = figures.profiles(shown, axis=Axis("percent")).axes
+    for label, line in lines_of(by_length).items():
+        [summary] = [its.summary for its in results.scored if its.label == label]
+        assert list(line.get_ydata()) == list(summary.mean_by_length.values())
+    marked = [line for line in by_depth.lines if line.get_marker() != "None"]
+    assert [list(line.get_ydata()) for line in marked] == [list(its.summary.mean_by_depth.values()) for its in shown.values()]
+    assert len(by_depth.lines) == len(marked) + 3 * len(DEPTHS)  # and a whisker for each mean
+
+
+def test_the_reference_and_the_control_are_always_shown(results: SweepResults) -> None:
+    shown = figures.shown_as_lines(results.scored)
+    assert [condition.label for condition in shown.values()] == ["baseline", "control", "arm4", "arm5", "arm6", "arm7"]
+    assert [results.scored[look] for look in shown] == list(shown.values())
+
+
+def test_overhead_is_drawn_where_the_summary_says(results: SweepResults) -> None:
+    [axes] = figures.overhead(dict(enumerate(results.scored))).axes
+    drawn = {label: (line.get_xdata()[0], line.get_ydata()[0]) for label, line in lines_of(axes).items()}
+    assert drawn == {its.label: (its.summary.prompt_overhead_percent, its.summary.grand_mean) for its in results.scored}
+
+
+def test_arms_differ_without_colour(results: SweepResults) -> None:
+    lines = lines_of(figures.overhead(dict(enumerate(results.scored))).axes[0]).values()
+    assert len({(line.get_marker(), line.get_linestyle()) for line in lines}) == len(results.scored)
+
+
+def test_recall_has_a_point_where_it_was_measured() -> None:
+    recall = {5.0: Point(1.0, None), 55.0: Point(0.25, None)}
+    [axes] = figures.recall_by_position({2: ("arm", recall), 5: ("never asked", {})}).axes
+    assert {label: list(line.get_ydata()) for label, line in lines_of(axes).items()} == {"arm": [1.0, 0.25]}
