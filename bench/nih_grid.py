@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -147,12 +148,10 @@ class Bench:
         )
 
     def _prefill(self, asked: Sequence[Asked], *, chunk_tokens: int) -> int:
-        flops = 0
-        for _, step in asked:
-            for begin in range(step.keep_tokens, len(step.prompt.ids), chunk_tokens):
-                new = min(chunk_tokens, len(step.prompt.ids) - begin)
-                flops += self.shape.forward_flops(new_tokens=new, past_tokens=begin, logit_rows=1)
-        return flops
+        return sum(
+            self.shape.prompt_flops(prompt_tokens=len(step.prompt.ids), kept_tokens=step.keep_tokens, chunk_tokens=chunk_tokens)
+            for _, step in asked
+        )
 
     def _decoding(self, asked: Sequence[Asked], answers: Answers) -> int:
         """Of the answers, token by token: a draft that is verified costs the same operations in fewer passes."""
@@ -235,6 +234,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows there")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     cache = Storage.open(args.storage).cache
     spec = {"source": args.model} if args.model else QUICKSTART
     model_dir = resolve_model(ModelSpec.parse(spec, origin="--model"), cache=cache)

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple, TypeVar
 
-from pause_ray.effects import Effects, ScoredPair, averaged, measure_effects
+from pause_ray.effects import Effects, ScoredPair, averaged, grouped, measure_effects
 from pause_ray.needle.ledger import UNKNOWN_TOKEN, CellResult
-from pause_ray.statistics import Interval, Unit, enough_replicates, least_p, sign_flip_p, t_interval, wilson
+from pause_ray.statistics import SIGNIFICANT, Interval, Unit, clustered_interval, enough_replicates, least_p, sign_flip_p, wilson
 
 MIDDLE_PERCENT = (25.0, 75.0)
 """Depths that count as the middle of a context, ends included; all others are its edges."""
@@ -27,7 +27,6 @@ RECALL_EDGES = (0.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0, 100.0
 """Depths in percent between which the recall of facts is counted, unless others are asked for."""
 
 Key = TypeVar("Key", int, float)
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +54,6 @@ class Summary:
     prompt_overhead_percent: float
     """Prompt tokens beyond the asked context lengths, in percent of those: what pauses cost under ``budget: content``."""
     pauses_per_prompt: float
-    prefilled_tokens: int
-    decoded_tokens: int
-    seconds: float
-    """Answering, all cells."""
 
     @property
     def num_unscored(self) -> int:
@@ -112,10 +107,9 @@ class Comparison:
         """The smallest true difference that this design would have found four times of five; None with fewer than two pairs."""
         return self.effects.detectable
 
-    @property
-    def relative_percent(self) -> float | None:
-        """Mean over context lengths of the relative change of the 1-10 rubric: the paper's headline metric."""
-        return self.effects.relative.value if self.effects.relative else None
+    def is_beyond_chance(self, corrected_p: float) -> bool:
+        """Whether the difference is more than chance would explain: by its interval, and by p after correction."""
+        return self.interval is not None and self.interval.excludes_zero() and corrected_p < SIGNIFICANT
 
 
 @dataclass(frozen=True)
@@ -132,30 +126,19 @@ class DepthRecall:
     """Wilson's; takes the facts as independent, which those of one prompt are not quite."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DifferenceMatrix:
-    """Arm A minus arm B, length by length and depth by depth. Indexed ``[depth][length]``."""
-
-    lengths: tuple[int, ...]
-    depths: tuple[float, ...]
-    values: tuple[tuple[float | None, ...], ...]
-    """Mean difference; None where nothing pairs."""
-    num_pairs: tuple[tuple[int, ...], ...]
-    distinguishable: tuple[tuple[bool, ...], ...]
-    """Whether the 95 % interval of that cell alone excludes zero: Student's t over replicates with one imagined pair each way.
-    Never with one replicate. Of a hundred cells of equal arms up to five are distinguishable by chance."""
-
-
 def summarize(rows: Sequence[CellResult]) -> Summary:
-    """Means, intervals and costs of one arm's rows (at least one).
+    """Means and intervals of one arm's rows (at least one).
 
     The interval of the mean is Wilson's with one replicate, or where all replicates have the same mean (then over cells
-    averaged over replicates), else Student's t over the replicates' means.
+    averaged over replicates), else Student's t over replicates.
     """
     scored = [(row, row.score) for row in rows if row.score is not None]
-    prompts = _merged((_prompt(row), (row, score)) for row, score in scored)
+    prompts = grouped((_prompt(row), (row, score)) for row, score in scored)
     exact = math.fsum(fmean(score == 1 for _, score in its) for its in prompts)
     scores = [(its[0][0], fmean(score for _, score in its)) for its in prompts]
+    middle, edge = (
+        averaged((_prompt(row), score) for row, score in scored if is_middle(row.depth_percent) is inside) for inside in (True, False)
+    )
     asked = sum(row.context_tokens for row in rows)
     return Summary(
         num_cells=len(rows),
@@ -166,15 +149,12 @@ def summarize(rows: Sequence[CellResult]) -> Summary:
         interval=_mean_interval(scores),
         mean_by_length=_means((row.context_tokens, score) for row, score in scores),
         mean_by_depth=_means((row.depth_percent, score) for row, score in scored),
-        middle_mean=_mean([score for row, score in scored if is_middle(row.depth_percent)]),
-        edge_mean=_mean([score for row, score in scored if not is_middle(row.depth_percent)]),
+        middle_mean=_mean(middle),
+        edge_mean=_mean(edge),
         exact_recall=exact / len(prompts) if prompts else None,
         exact_interval=wilson(exact, len(prompts)) if prompts else None,
         prompt_overhead_percent=100 * (sum(row.prompt_tokens for row in rows) / asked - 1),
         pauses_per_prompt=fmean(row.num_pauses for row in rows),
-        prefilled_tokens=sum(row.prefilled_tokens for row in rows),
-        decoded_tokens=sum(row.decoded_tokens for row in rows),
-        seconds=math.fsum(row.seconds for row in rows),
     )
 
 
@@ -194,7 +174,7 @@ def compare_arms(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult], *, 
     scored = [pair for pair in pairs if pair.difference is not None]
     if not scored:
         return None
-    prompts = [_scored_pair(its) for its in _merged(((_prompt(pair.a), _prompt(pair.b)), pair) for pair in scored)]
+    prompts = [_scored_pair(its) for its in grouped(((_prompt(pair.a), _prompt(pair.b)), pair) for pair in scored)]
     by_replicate = averaged((pair.replicate, pair.difference) for pair in prompts)
     by_cell = averaged((pair.place, pair.difference) for pair in prompts)
     unit: Unit = "replicates" if len(by_replicate) >= enough_replicates(num_comparisons) else "cells"
@@ -237,7 +217,7 @@ def recall_by_depth(rows: Sequence[CellResult], *, edges: Sequence[float] = RECA
         rows: Of tasks with one fact or several; facts without a score do not count.
         edges: Ascending depths in percent, from the beginning of the first stretch to the end of the last.
     """
-    prompts = _merged((_prompt(row), row) for row in rows if row.score is not None)
+    prompts = grouped((_prompt(row), row) for row in rows if row.score is not None)
     facts = [(fact.depth_percent, fact.score) for its in prompts for fact in its[0].facts if fact.score is not None]
     found = []
     for low, high in itertools.pairwise(edges):
@@ -246,32 +226,6 @@ def recall_by_depth(rows: Sequence[CellResult], *, edges: Sequence[float] = RECA
             recalled = math.fsum(scores)
             found.append(DepthRecall(low, high, len(scores), recalled / len(scores), wilson(recalled, len(scores))))
     return found
-
-
-def difference_matrix(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult]) -> DifferenceMatrix:
-    """Mean paired difference at every length and depth that both arms were asked at."""
-    found: defaultdict[tuple[float, int], defaultdict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    pairs = _pairs(rows_a, rows_b)
-    for pair in pairs:
-        if pair.difference is not None:
-            found[pair.a.depth_percent, pair.a.context_tokens][pair.a.replicate].append(pair.difference)
-    cells = {place: [fmean(its) for its in by_replicate.values()] for place, by_replicate in found.items()}
-    lengths, depths = sorted({pair.a.context_tokens for pair in pairs}), sorted({pair.a.depth_percent for pair in pairs})
-
-    def differs(differences: Sequence[float]) -> bool:
-        interval = t_interval([*differences, -1.0, 1.0], least=-1.0, unit="replicates")  # of one difference it always holds zero
-        return interval is not None and interval.excludes_zero()
-
-    def count(place: tuple[float, int]) -> int:
-        return sum(len(its) for its in found[place].values()) if place in found else 0
-
-    return DifferenceMatrix(
-        lengths=tuple(lengths),
-        depths=tuple(depths),
-        values=tuple(tuple(_mean(cells.get((depth, length), [])) for length in lengths) for depth in depths),
-        num_pairs=tuple(tuple(count((depth, length)) for length in lengths) for depth in depths),
-        distinguishable=tuple(tuple(differs(cells.get((depth, length), [])) for length in lengths) for depth in depths),
-    )
 
 
 def is_middle(depth_percent: float) -> bool:
@@ -304,7 +258,8 @@ def _scored_pair(same: Sequence[_Pair]) -> ScoredPair:
         place=_place(first),
         replicate=first.replicate,
         context_tokens=first.context_tokens,
-        middle=is_middle(first.depth_percent),
+        middle=any(is_middle(pair.a.depth_percent) for pair in same),
+        edge=not all(is_middle(pair.a.depth_percent) for pair in same),
         score_a=fmean(pair.a.score or 0.0 for pair in same),
         score_b=fmean(pair.b.score or 0.0 for pair in same),
         rubric_a=_mean(rubrics_a),
@@ -340,13 +295,13 @@ def _differ(a: Sized, b: Sized) -> bool:
 
 def _same_data(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult], pairs: Sequence[_Pair]) -> Iterable[str]:
     """One run under two names: as the two arms, as replicates of different arms, or as replicates of one."""
-    answered = [pair for pair in pairs if pair.difference is not None]
+    answered = [pair for pair in pairs if pair.difference is not None and pair.a.response is not None]
     shared = {row.cell_id for row in rows_a} & {row.cell_id for row in rows_b}
     if shared:
         yield f"{len(shared)} cells are the same rows in both arms: part of this compares data with itself"
-    elif all(a.response == b.response and a.seconds == b.seconds for a, b in answered):
+    elif answered and all(a.response == b.response and a.seconds == b.seconds > 0 for a, b in answered):
         yield "every answer and its duration are the same in both arms: this looks like one run under two names"
-    elif all(a.response == b.response for a, b in answered):
+    elif answered and all(a.response == b.response for a, b in answered):
         yield "every answer is word for word the same in both arms"
     runs = [(arm, number, run) for arm, rows in (("first", rows_a), ("second", rows_b)) for number, run in _runs(rows).items()]
     for (arm, number, run), (other_arm, other_number, other) in itertools.combinations(runs, 2):
@@ -373,9 +328,9 @@ def _mean_interval(scores: Sequence[tuple[CellResult, float]]) -> Interval | Non
     """Of scores from 0 to 1. Wilson where replicates show no spread: resampling sees no doubt in an arm that is always right."""
     if not scores:
         return None
-    by_replicate = averaged((row.replicate, score) for row, score in scores)
+    by_replicate = grouped((row.replicate, score) for row, score in scores)
     by_cell = averaged((_place(row), score) for row, score in scores)
-    return t_interval(by_replicate, least=0.0, unit="replicates") or wilson(math.fsum(by_cell), len(by_cell))
+    return clustered_interval(by_replicate, least=0.0, unit="replicates") or wilson(math.fsum(by_cell), len(by_cell))
 
 
 def _place(row: CellResult) -> tuple[Hashable, ...]:
@@ -388,14 +343,6 @@ def _prompt(row: CellResult) -> tuple[Hashable, ...]:
     landed = tuple(fact.token for fact in row.facts) or (row.needle_token,)
     where: Hashable = row.depth_percent if UNKNOWN_TOKEN in landed else landed
     return row.replicate, row.task, row.context_tokens, row.sample, where
-
-
-def _merged(items: Iterable[tuple[Hashable, Item]]) -> list[list[Item]]:
-    """Items under one key, in order of appearance."""
-    groups: defaultdict[Hashable, list[Item]] = defaultdict(list)
-    for key, item in items:
-        groups[key].append(item)
-    return list(groups.values())
 
 
 def _some(values: Iterable[Hashable]) -> str:

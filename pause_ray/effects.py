@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,12 +29,16 @@ from pause_ray.statistics import (
     Estimate,
     Interval,
     Unit,
+    blocks,
     bootstrap_interval,
     bootstrap_weights,
+    clustered_interval,
     delete_one_interval,
     detectable_difference,
     t_interval,
 )
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +50,9 @@ class ScoredPair:
     replicate: int
     context_tokens: int
     middle: bool
+    """Whether it was asked in the middle of the context."""
+    edge: bool
+    """Whether it was asked at the edges; the same prompt may have been asked under a depth of each."""
     score_a: float
     score_b: float
     rubric_a: float | None
@@ -65,7 +73,7 @@ class Effects:
     """Arm A minus arm B in every measure."""
 
     difference: Estimate
-    """Of mean scores. Student's t over the replicates' means, also with many of them: it is what coverage was measured for."""
+    """Of mean scores. Student's t over replicates, also with many of them: it is what coverage was measured for."""
     flat: bool
     """All replicates differ by the same, so their spread says nothing and the interval of ``difference`` speaks of cells."""
     detectable: float | None
@@ -90,10 +98,10 @@ Measure = Callable[[Draws], Draws]
 def measure_effects(pairs: Sequence[ScoredPair], *, num_comparisons: int) -> Effects:
     """Every measure with its interval, from at least one pair.
 
-    Intervals of means of scores (``difference``, ``exact_difference``) are Student's t: over the replicates' means; with one
-    replicate, or where all replicates differ by the same, over the cells' differences (averaged over replicates) and one
-    imagined pair each way, as Bonett & Price (2012) do for paired proportions, so that few cells, or cells that all agree, claim
-    no certainty that they do not have. The bootstrap imagines none: where few cells differ its intervals are too narrow.
+    Intervals of means of scores (``difference``, ``exact_difference``) are Student's t: over replicates; with one replicate, or
+    where all replicates differ by the same, over the cells' differences (averaged over replicates) and one imagined pair each
+    way, as Bonett & Price (2012) do for paired proportions, so that few cells, or cells that all agree, claim no certainty that
+    they do not have. The bootstrap imagines none: where few cells differ its intervals are too narrow.
 
     Args:
         pairs: One per question and replicate.
@@ -103,7 +111,7 @@ def measure_effects(pairs: Sequence[ScoredPair], *, num_comparisons: int) -> Eff
     exact, _, _ = _mean_difference(pairs, [pair.exact_a - pair.exact_b for pair in pairs])
     rubric_a, rubric_b = _both([pair.rubric_a for pair in pairs], [pair.rubric_b for pair in pairs])
     score_a, score_b = np.array([pair.score_a for pair in pairs]), np.array([pair.score_b for pair in pairs])
-    middle = np.array([pair.middle for pair in pairs])
+    middle, edge = np.array([pair.middle for pair in pairs]), np.array([pair.edge for pair in pairs])
     resampled = _Resampled(pairs)
     return Effects(
         difference=difference,
@@ -113,16 +121,21 @@ def measure_effects(pairs: Sequence[ScoredPair], *, num_comparisons: int) -> Eff
         rubric_change=resampled.estimate(lambda weights: _change(weights, rubric_a, rubric_b)),
         score_change=resampled.estimate(lambda weights: _change(weights, score_a, score_b)),
         exact_difference=exact,
-        middle_gain=resampled.estimate(lambda weights: _gain(weights, score_a - score_b, middle)),
+        middle_gain=resampled.estimate(lambda weights: _gain(weights, score_a - score_b, middle, edge)),
     )
 
 
 def averaged(items: Iterable[tuple[Hashable, float]]) -> list[float]:
     """The mean of the values under each key."""
-    groups: defaultdict[Hashable, list[float]] = defaultdict(list)
-    for key, value in items:
-        groups[key].append(value)
-    return [fmean(values) for values in groups.values()]
+    return [fmean(values) for values in grouped(items)]
+
+
+def grouped(items: Iterable[tuple[Hashable, Item]]) -> list[list[Item]]:
+    """The items under each key, in order of appearance."""
+    groups: defaultdict[Hashable, list[Item]] = defaultdict(list)
+    for key, item in items:
+        groups[key].append(item)
+    return list(groups.values())
 
 
 class _Resampled:
@@ -134,8 +147,7 @@ class _Resampled:
         self._replicates = _index([pair.replicate for pair in pairs])
         self._cells = _index([pair.place for pair in pairs])
         self.num_replicates = int(self._replicates.max()) + 1
-        num_cells = int(self._cells.max()) + 1
-        self._strata = [int(self.lengths[np.argmax(self._cells == cell)]) for cell in range(num_cells)]
+        self._strata: list[int] = self.lengths[np.unique(self._cells, return_index=True)[1]].tolist()
 
     def estimate(self, measure: Measure) -> Estimate | None:
         """The measure of all pairs and its interval; None where it has no value."""
@@ -146,27 +158,34 @@ class _Resampled:
         if self.num_replicates < BOOTSTRAP_UNITS:
             without = self._replicates[None, :] != np.arange(self.num_replicates)[:, None]
             return delete_one_interval(value, measure(without.astype(np.float64)), unit="replicates") if self.num_replicates > 1 else None
-        return bootstrap_interval(value, measure(self._drawn_replicates), num_units=self.num_replicates, num_strata=1, unit="replicates")
+        draws = self._resampled(measure, self._drawn_replicates, self._replicates)
+        return bootstrap_interval(value, draws, num_units=self.num_replicates, num_strata=1, unit="replicates")
 
     def _over_cells(self, measure: Measure, value: float) -> Interval | None:
         num_strata = len(set(self._strata))
-        return bootstrap_interval(value, measure(self._drawn_cells), num_units=len(self._strata), num_strata=num_strata, unit="cells")
+        draws = self._resampled(measure, self._drawn_cells, self._cells)
+        return bootstrap_interval(value, draws, num_units=len(self._strata), num_strata=num_strata, unit="cells")
+
+    def _resampled(self, measure: Measure, drawn: NDArray[np.uint8], units: NDArray[np.intp]) -> Draws:
+        """The measure of every resample; ``units`` says which column of ``drawn`` is a pair's."""
+        ends = np.cumsum(blocks(len(drawn), self._num_pairs))[:-1]
+        return np.concatenate([measure(block[:, units].astype(np.float64)) for block in np.split(drawn, ends)])
 
     @functools.cached_property
-    def _drawn_replicates(self) -> Draws:
-        return bootstrap_weights([0] * self.num_replicates)[:, self._replicates]
+    def _drawn_replicates(self) -> NDArray[np.uint8]:
+        return bootstrap_weights([0] * self.num_replicates)
 
     @functools.cached_property
-    def _drawn_cells(self) -> Draws:
-        return bootstrap_weights(self._strata)[:, self._cells]
+    def _drawn_cells(self) -> NDArray[np.uint8]:
+        return bootstrap_weights(self._strata)
 
 
 def _mean_difference(pairs: Sequence[ScoredPair], values: Sequence[float]) -> tuple[Estimate, list[float], Unit]:
     """The mean of a value of each pair with its t interval, and the independent values and units which that speaks of."""
-    by_replicate = averaged((pair.replicate, value) for pair, value in zip(pairs, values, strict=True))
-    interval = t_interval(by_replicate, least=-1.0, unit="replicates")
+    by_replicate = grouped((pair.replicate, value) for pair, value in zip(pairs, values, strict=True))
+    interval = clustered_interval(by_replicate, least=-1.0, unit="replicates")
     if interval is not None:
-        return Estimate(fmean(values), interval), by_replicate, "replicates"
+        return Estimate(fmean(values), interval), [fmean(its) for its in by_replicate], "replicates"
     by_cell = [*averaged((pair.place, value) for pair, value in zip(pairs, values, strict=True)), -1.0, 1.0]
     return Estimate(fmean(values), t_interval(by_cell, least=-1.0, unit="cells") if len(pairs) > 1 else None), by_cell, "cells"
 
@@ -192,10 +211,10 @@ def _mean_change(weights: Draws, a: Draws, b: Draws, lengths: NDArray[np.intp]) 
         return np.asarray(np.where(known, changes, 0).sum(axis=1) / known.sum(axis=1))
 
 
-def _gain(weights: Draws, differences: Draws, middle: NDArray[np.bool_]) -> Draws:
+def _gain(weights: Draws, differences: Draws, middle: NDArray[np.bool_], edge: NDArray[np.bool_]) -> Draws:
     """Mean difference in the middle minus mean difference at the edges."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        inside, outside = (weights[:, where] @ differences[where] / weights[:, where].sum(axis=1) for where in (middle, ~middle))
+        inside, outside = (weights[:, where] @ differences[where] / weights[:, where].sum(axis=1) for where in (middle, edge))
         return np.asarray(inside - outside)
 
 

@@ -40,6 +40,7 @@ STYLE: Any = {
     "ytick.major.width": 0.6,
     "svg.hashsalt": "pause_ray",
     "pdf.fonttype": 42,
+    "text.parse_math": False,
 }
 
 

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from pause_ray.results import Condition, Contrast, SweepResults, TrialResult
-from pause_ray.statistics import SIGNIFICANT, Interval, enough_replicates, wilson
-from pause_ray.words import listed
+from pause_ray.statistics import SIGNIFICANT, enough_replicates, wilson
+from pause_ray.words import listed, p_value, signed, span
 
 NEAR_TIE_LOGITS = 0.05
 """Two continuations whose logits are this close may change places on other hardware; in bfloat16 one step of a logit near 10
@@ -74,16 +74,6 @@ def noise_words(results: SweepResults) -> list[str]:
     ]
 
 
-def interval_words(interval: Interval, *, signed: bool = False) -> str:
-    """``+0.02 to +0.31``."""
-    return f"{interval.low:+.2f} to {interval.high:+.2f}" if signed else f"{interval.low:.2f} to {interval.high:.2f}"
-
-
-def p_words(p: float) -> str:
-    """``= 0.031``, ``< 0.001``."""
-    return "< 0.001" if p < 0.001 else f"= {p:.3f}" if p < 0.1 else f"= {p:.2f}"
-
-
 def _against_reference(results: SweepResults) -> str:
     contrasts, reference = results.contrasts, results.reference_arm
     better = [its for its in contrasts if its.differs and its.difference > 0]
@@ -97,7 +87,7 @@ def _against_reference(results: SweepResults) -> str:
         said = f"{leader.label}{among} scored {leader.difference:.2f} higher than {leader.other} {measured}: more than chance would explain"
         return f"{said}; {worse_words}" if worse else f"{said}."
     if leader.difference <= 0:
-        said = f"No arm scored higher than {reference}: the closest, {leader.label}, differs by {leader.difference:+.2f} {measured}"
+        said = f"No arm scored higher than {reference}: the closest, {leader.label}, differs by {signed(leader.difference)} {measured}"
     else:
         said = f"No arm is better than {reference} beyond chance: {leader.label}{among} scored {leader.difference:.2f} higher {measured}"
     return f"{said}; {worse_words}" if worse else f"{said}. This sweep cannot tell the arms apart."
@@ -116,9 +106,11 @@ def _against_control(results: SweepResults) -> str:
         leader = contrasts[max((its for its in results.scored if its.label in contrasts), key=_mean_score).label]
     apart = _apart(results, leader)
     which = "the best pause-tuned arm, " if len(contrasts) > 1 and not better else ""
-    end = f"{leader.label}{',' if which else ''} differs by {leader.difference:+.2f} {_measured(leader)}"
+    end = f"{leader.label}{',' if which else ''} differs by {signed(leader.difference)} {_measured(leader)}"
     if better:
-        end += f": more than chance would explain, {'by the pauses or by that' if apart else 'and so an effect of the pauses'}"
+        once = leader.comparison.num_replicates == 1
+        alone = "by the pauses or by the luck of one training run each" if once else "and so an effect of the pauses"
+        end += f": more than chance would explain, {'by the pauses or by that' if apart else alone}"
     elif leader.label not in worse:
         end += ": nothing here is shown to be due to the pauses"
     how = f"which differs in {listed(apart)} too" if apart else "which was tuned the same way on the same texts without pauses"
@@ -196,13 +188,13 @@ def _power_notes(results: SweepResults) -> list[str]:
             found += [text] if text not in found else []
     every = [*results.contrasts, *results.control_contrasts]
     at_odds = [
-        its.label
+        f"{its.label} against {its.other}"
         for its in every
         if its.comparison.interval and its.comparison.interval.excludes_zero() != (its.comparison.p < SIGNIFICANT)
     ]
     if at_odds:
         found.append(
-            f"Interval and p disagree on whether there is a difference: {listed(list(dict.fromkeys(at_odds)))}. "
+            f"Interval and p disagree on whether there is a difference: {listed(at_odds)}. "
             "An arm counts as different only where both say so."
         )
     flat = [condition.label for condition in results.scored if _is_flat(condition)]
@@ -303,7 +295,11 @@ def _cell_notes(results: SweepResults) -> list[str]:
         reasons = Counter(row.unscored_reason for condition in results.scored for row in condition.rows if row.score is None)
         why = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
         found.append(f"Cells that could not be scored are in no mean: {listed(unscored)}. Reasons: {why}.")
-    unpaired = [f"{its.label} {its.comparison.num_unpaired}" for its in results.contrasts if its.comparison.num_unpaired]
+    unpaired = [
+        f"{its.label} against {its.other} {its.comparison.num_unpaired}"
+        for its in [*results.contrasts, *results.control_contrasts]
+        if its.comparison.num_unpaired
+    ]
     if unpaired:
         found.append(f"Cells of the two arms without a scored counterpart are not compared: {listed(unpaired)}.")
     repeated = [f"{label} {its.num_repeated} of {its.num_scored}" for label, its in summaries if its.num_repeated]
@@ -333,10 +329,11 @@ def _cut_off_notes(conditions: Sequence[tuple[str, Sequence[TrialResult]]]) -> l
 def _measured(contrast: Contrast) -> str:
     """``on the same 9 questions (95 % interval -0.10 to +0.30, p = 0.25, corrected 1.00)``."""
     comparison = contrast.comparison
-    details = [f"95 % interval {interval_words(comparison.interval, signed=True)}"] if comparison.interval else []
-    details.append(f"p {p_words(comparison.p)}")
+    interval = comparison.interval
+    details = [f"95 % interval {span(interval.low, interval.high, signs=True)}"] if interval else []
+    details.append(f"p {p_value(comparison.p)}" if comparison.p < 0.001 else f"p = {p_value(comparison.p)}")
     if contrast.corrected_p != comparison.p:
-        details.append(f"corrected {p_words(contrast.corrected_p).removeprefix('= ')}")
+        details.append(f"corrected {p_value(contrast.corrected_p)}")
     where = ", on this haystack and wording" if comparison.num_replicates == 1 else ""
     return f"on the same {comparison.num_pairs} questions{where} ({', '.join(details)})"
 

@@ -109,6 +109,7 @@ def _heatmap(axes: Axes, fields: Mapping[Place, Field], *, lengths: list[int], p
     wide, tall = len(lengths) <= MOST_WIDE_CELLS, len(positions) <= MOST_WIDE_CELLS
     numbered = max(len(lengths), len(positions)) <= MOST_NUMBERED_CELLS
     size = min(8.0 if tall else 7.0, 34 / len(lengths)) if wide else 5.5
+    dots: dict[str, list[tuple[float, float]]] = {}
     for (length, position), field in fields.items():
         column, row = lengths.index(length), positions.index(position)
         if field.value is None:
@@ -119,7 +120,11 @@ def _heatmap(axes: Axes, fields: Mapping[Place, Field], *, lengths: list[int], p
         if numbered:
             axes.text(column, row, text, ha="center", va="center", fontsize=size, color=ink, linespacing=1.0)
         if field.uncertain:
-            axes.plot(column + 0.42, row - 0.36, marker="o", markersize=2.4 if numbered else 1.5, markeredgewidth=0, color=ink)
+            dots.setdefault(ink, []).append((column + 0.42, row - 0.36))
+    for ink, places in dots.items():  # one element for all: of thousands, each takes a millisecond in each format
+        axes.plot(
+            *zip(*places, strict=True), linestyle="none", marker="o", markersize=2.4 if numbered else 1.5, markeredgewidth=0, color=ink
+        )
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xticks([place - 0.5 for place in range(1, len(lengths))], minor=True)

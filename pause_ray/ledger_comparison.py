@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pause_ray.compare import Comparison, Summary, compare_arms, difference_matrix, summarize, why_nothing_pairs
+from pause_ray.compare import Comparison, Summary, compare_arms, summarize, why_nothing_pairs
 from pause_ray.errors import UserError
 from pause_ray.ledger_files import ArmRows, find_arm
+from pause_ray.places import Axis, difference_fields
+from pause_ray.results import spent
 from pause_ray.spec import JsonObject
-from pause_ray.statistics import SIGNIFICANT, Estimate, Interval, holm
+from pause_ray.statistics import Estimate, Interval, holm
 from pause_ray.storage import Storage
-from pause_ray.words import MINUS, count, number, signed, signed_percent
+from pause_ray.words import count, number, p_value, signed, signed_percent, span
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -50,8 +52,7 @@ class ComparedArm:
     @property
     def differs(self) -> bool:
         """Whether the difference is more than chance would explain, by interval and by corrected p."""
-        interval = self.comparison.interval if self.comparison else None
-        return interval is not None and interval.excludes_zero() and self.corrected_p is not None and self.corrected_p < SIGNIFICANT
+        return self.comparison is not None and self.corrected_p is not None and self.comparison.is_beyond_chance(self.corrected_p)
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,9 @@ def comparison_json(result: LedgerComparison) -> JsonObject:
                 "name": its.arm.name,
                 "ledgers": [str(path) for path in its.arm.ledgers],
                 "summary": dataclasses.asdict(its.summary),
+                "spent": dataclasses.asdict(spent(its.arm.rows)),
                 "comparison": dataclasses.asdict(its.comparison) if its.comparison else None,
-                "cells": dataclasses.asdict(difference_matrix(its.arm.rows, result.reference.arm.rows)) if its.comparison else None,
+                "cells": _cells(its, result.reference) if its.comparison else None,
                 "corrected_p": its.corrected_p,
                 "differs": its.differs,
                 "problem": its.problem,
@@ -138,6 +140,14 @@ def comparison_json(result: LedgerComparison) -> JsonObject:
         ],
         "notes": result.notes,
     }
+
+
+def _cells(its: ComparedArm, reference: ComparedArm) -> list[JsonObject]:
+    """The paired difference at every length and depth."""
+    fields = difference_fields(its.arm.rows, reference.arm.rows, axis=Axis("percent"))
+    return [
+        {"context_tokens": length, "depth_percent": depth, **dataclasses.asdict(field)} for (length, depth), field in sorted(fields.items())
+    ]
 
 
 def comparison_view(result: LedgerComparison, *, width: int = 80) -> RenderableType:
@@ -185,8 +195,8 @@ def _measure_table(reference: ComparedArm, others: Sequence[ComparedArm]) -> Tab
     of_pairs("paired questions", lambda its: count(its.num_pairs))
     of_arms("mean score", lambda its: number(its.grand_mean))
     estimate("difference", lambda its: its.effects.difference, signed)
-    of_pairs("p (sign flips)", lambda its: _p_words(its.p))
-    table.add_row("  p corrected", "", *(_p_words(its.corrected_p) for its in others))
+    of_pairs("p (sign flips)", lambda its: p_value(its.p))
+    table.add_row("  p corrected", "", *(p_value(its.corrected_p) for its in others))
     table.add_row("  more than chance", "", *("yes" if its.differs else "no" if its.comparison else "–" for its in others), style="bold")
     of_pairs(
         "detectable from", lambda its: "–" if its.detectable is None else number(its.detectable) if its.detectable < 1 else "none there is"
@@ -232,9 +242,4 @@ def _table(corner: str, reference: ComparedArm, others: Sequence[ComparedArm]) -
 def _interval_words(interval: Interval | None, unit: str) -> str:
     if interval is None:
         return "no interval"
-    digits = 1 if unit else 2
-    return f"{interval.low:+.{digits}f} to {interval.high:+.{digits}f}{unit} {interval.unit[0]}".replace("-", MINUS)
-
-
-def _p_words(p: float | None) -> str:
-    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+    return f"{span(interval.low, interval.high, digits=1 if unit else 2, signs=True, unit=unit)} {interval.unit[0]}"

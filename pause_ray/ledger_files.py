@@ -14,6 +14,7 @@ from pause_ray.errors import StorageError, UserError
 from pause_ray.needle.ledger import CellResult, Ledger
 from pause_ray.results import Condition, read_results
 from pause_ray.storage import Storage
+from pause_ray.words import listed
 
 LEDGER = "cells.jsonl"
 """Of a trial."""
@@ -115,6 +116,14 @@ def _of_files(name: str, paths: Sequence[Path]) -> ArmRows:
     if len(paths) > 1 and len(arms) > 1:
         raise UserError(f"{name}: holds ledgers of several arms ({', '.join(arms)}); name one of them, such as {paths[0]}")
     _refuse_doubles(read)
+    for path, rows in read:
+        question, answers = Counter((*_cell(row), row.replicate) for row in rows).most_common(1)[0]
+        if answers > 1:
+            task, length, depth, _, replicate = question
+            raise UserError(
+                f"{path}: has {answers} answers of replicate {replicate} for {task} at {length} tokens and {depth:g} %"
+                f"{f' (arms: {listed(arms)})' if len(arms) > 1 else ''}; keep each arm and run in a ledger of its own"
+            )
     return ArmRows(name, tuple(paths), tuple(row for rows in _numbered([rows for _, rows in read]) for row in rows))
 
 
@@ -128,8 +137,14 @@ def _refuse_doubles(read: Sequence[tuple[Path, Sequence[CellResult]]]) -> None:
 
 
 def _numbered(ledgers: Sequence[Sequence[CellResult]]) -> list[list[CellResult]]:
-    """The rows as they are; where two ledgers answer the same cell of the same replicate, ledgers are replicates by their order."""
-    cells = Counter((row.task, row.context_tokens, row.depth_percent, row.sample, row.replicate) for rows in ledgers for row in rows)
+    """The rows as they are; where two ledgers answer the same cell of the same replicate, their replicates are counted through."""
+    cells = Counter((*_cell(row), row.replicate) for rows in ledgers for row in rows)
     if max(cells.values()) == 1:
         return [list(rows) for rows in ledgers]
-    return [[replace(row, replicate=number) for row in rows] for number, rows in enumerate(ledgers)]
+    runs = sorted({(place, row.replicate) for place, rows in enumerate(ledgers) for row in rows})
+    numbers = {run: number for number, run in enumerate(runs)}
+    return [[replace(row, replicate=numbers[place, row.replicate]) for row in rows] for place, rows in enumerate(ledgers)]
+
+
+def _cell(row: CellResult) -> tuple[str, int, float, int]:
+    return row.task, row.context_tokens, row.depth_percent, row.sample

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 
 from pause_ray import figures, heatmaps, sections
 from pause_ray.compare import recall_by_depth
-from pause_ray.findings import headline, interval_words, noise_words, notes, p_words
+from pause_ray.findings import headline, noise_words, notes
 from pause_ray.places import Point, difference_fields, drawn_in_tenths, score_fields
 from pause_ray.results import Condition, Contrast, SweepResults, read_results, spent
 from pause_ray.spec import JsonObject
-from pause_ray.statistics import Estimate, Interval, enough_replicates
+from pause_ray.statistics import BOOTSTRAP_UNITS, Estimate, Interval, enough_replicates
 from pause_ray.storage import Storage, space_errors, write_text
-from pause_ray.words import MINUS, count, duration, money, number, percent, signed, signed_percent, title
+from pause_ray.words import count, duration, money, number, p_value, percent, signed, signed_percent, span, title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,8 +57,8 @@ def page(results: SweepResults, drawn: Mapping[str, str]) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     words = {"number": number, "signed": signed, "signed_percent": signed_percent, "count": count}
-    environment.filters |= words | {"percent": percent, "money": money, "duration": duration, "title": title}
-    environment.globals |= {"p_words": p_words, "interval_words": _interval_words, "percent_words": _percent_words}
+    environment.filters |= words | {"percent": percent, "money": money, "duration": duration, "title": title, "p_value": p_value}
+    environment.globals |= {"interval_words": _interval_words, "percent_words": _percent_words}
     return environment.get_template("report.html.jinja").render(_view(results, drawn))
 
 
@@ -77,30 +77,34 @@ def table(sweep_folder: Path, storage: Storage) -> Table:
     """The arms as a table for the terminal (80 columns are enough), with the finding as its caption.
 
     Differences are against the sweep's reference; rows named ``A vs B`` hold those against its control.
-    ``n/s`` counts cells that could not be scored; bold arms differ from the reference by more than chance would explain.
+    p is corrected for the number of comparisons; ``n/s`` counts cells that could not be scored; bold arms differ by more than
+    chance would explain.
 
     Raises:
         StorageError: the sweep's or a trial's files are damaged.
     """
     from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table
 
     results = read_results(sweep_folder, storage)
     shown = Table(
-        title=f"{results.name}: {results.progress}",
-        caption=headline(results),
+        title=escape(f"{results.name}: {results.progress}"),
+        caption=escape(headline(results)),
         caption_justify="left",
         title_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
     shown.add_column("arm", overflow="fold")
-    for column in ("score [95 %]", "difference [95 %]", "p", "exact", "n/s"):
+    for column in ("score [95 %]", "difference [95 %]", "p corr.", "exact", "n/s"):
         shown.add_column(column, justify="right", no_wrap=True)
     for condition in results.conditions:
-        shown.add_row(*_terminal_row(condition), style="bold" if condition.differs else None)
+        name, *cells = _terminal_row(condition)
+        shown.add_row(escape(name), *cells, style="bold" if condition.differs else None)
     for contrast in results.control_contrasts:
-        shown.add_row(*_control_row(contrast), style="bold" if contrast.differs else None)
+        name, *cells = _control_row(contrast)
+        shown.add_row(escape(name), *cells, style="bold" if contrast.differs else None)
     return shown
 
 
@@ -118,12 +122,12 @@ def corpus_table(stats: JsonObject) -> Table:
 
 
 def _interval_words(interval: Interval | None, *, signs: bool = False) -> str:
-    return "–" if interval is None else interval_words(interval, signed=signs).replace("-", MINUS)
+    return "–" if interval is None else span(interval.low, interval.high, signs=signs)
 
 
 def _percent_words(interval: Interval | None) -> str:
     """``−1.2 to +4.0 %``, of an interval in percent."""
-    return "" if interval is None else f"{interval.low:+.1f} to {interval.high:+.1f} %".replace("-", MINUS)
+    return "" if interval is None else span(interval.low, interval.high, digits=1, signs=True, unit=" %")
 
 
 def _terminal_row(condition: Condition) -> list[str]:
@@ -139,7 +143,7 @@ def _terminal_row(condition: Condition) -> list[str]:
         else f"{signed(comparison.difference)}{_bracketed(comparison.interval, signs=True)}"
         if comparison
         else "",
-        p_words(comparison.p).removeprefix("= ") if comparison else "",
+        p_value(condition.corrected_p) if comparison else "",
         percent(summary.exact_recall),
         str(summary.num_unscored),
     ]
@@ -148,7 +152,7 @@ def _terminal_row(condition: Condition) -> list[str]:
 def _control_row(contrast: Contrast) -> list[str]:
     comparison = contrast.comparison
     difference = f"{signed(contrast.difference)}{_bracketed(comparison.interval, signs=True)}"
-    return [f"{contrast.label} vs {contrast.other}", "", difference, p_words(comparison.p).removeprefix("= "), "", ""]
+    return [f"{contrast.label} vs {contrast.other}", "", difference, p_value(contrast.corrected_p), "", ""]
 
 
 def _bracketed(interval: Interval | None, *, signs: bool = False) -> str:
@@ -196,12 +200,13 @@ def _view(results: SweepResults, drawn: Mapping[str, str]) -> JsonObject:
     bound = max((abs(edge) for contrast in [*results.contrasts, *results.control_contrasts] for edge in _reach(contrast)), default=1.0)
     return {
         "results": results,
-        "headline": headline(results).replace(" -", f" {MINUS}"),
+        "headline": headline(results),
         "notes": notes(results),
         "noise": noise_words(results),
         "conditions": conditions,
         "scored": scored,
         "bound": max(0.1, bound),
+        "bootstrap_units": BOOTSTRAP_UNITS,
         "enough": enough_replicates(max(1, len(results.contrasts))),
         "facts": sections.facts(results),
         "score_words": sections.score_words(results),

@@ -19,7 +19,7 @@ from pause_ray.errors import StorageError
 from pause_ray.needle.ledger import CellResult, Ledger
 from pause_ray.places import Axis, axis_of
 from pause_ray.spec import JsonObject
-from pause_ray.statistics import SIGNIFICANT, holm
+from pause_ray.statistics import holm
 from pause_ray.storage import MANIFEST, Storage, is_complete, read_json
 
 
@@ -163,8 +163,7 @@ class Contrast:
     @property
     def differs(self) -> bool:
         """Whether the difference is more than chance would explain, by interval and by corrected p."""
-        interval = self.comparison.interval
-        return interval is not None and interval.excludes_zero() and self.corrected_p < SIGNIFICANT
+        return self.comparison.is_beyond_chance(self.corrected_p)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -222,6 +222,8 @@ def _explain(error: ValidationError, schema: type[Spec], origin: str) -> str:
             lines.append(f"{place}: required, and missing")
         elif problem["type"] == "value_error":
             lines.append(f"{place}: {problem['ctx']['error']!s}")
+        elif problem["type"] == "union_tag_invalid":
+            lines.append(f"{place}.kind: {problem['ctx']['tag']!r} is none of {problem['ctx']['expected_tags']}")
         else:
             shown = json.dumps(problem["input"], default=str)
             lines.append(f"{place} = {shown if len(shown) <= 80 else shown[:77] + '...'}: {problem['msg']}")

@@ -27,7 +27,7 @@ POWER = 0.8
 """How often a difference of the size that ``detectable_difference`` names would be found."""
 FLIP_DRAWS = 10_000
 EXACT_FLIPS = 12
-"""Up to this many differences all 2^n sign patterns are tried; beyond it, ``FLIP_DRAWS`` random ones."""
+"""Up to this many differences that are not zero all 2^n sign patterns are tried; beyond it, ``FLIP_DRAWS`` random ones."""
 BOOTSTRAP_DRAWS = 4000
 BOOTSTRAP_UNITS = 8
 """From this many units on they are resampled; below, the range of what a resample can reach holds the truth too rarely."""
@@ -35,6 +35,8 @@ SEED = 20250228
 EQUAL = 1e-12
 """Values closer than this differ by rounding only."""
 Z_95 = NormalDist().inv_cdf(0.975)
+BLOCK_VALUES = 2**21
+"""Draws are made and used in blocks of so many numbers (16 MB), whatever their number and that of the units."""
 _EXACT_DEGREES = 200
 """Up to this many degrees of freedom quantiles of Student's t come from the exact sum; above, from an expansion."""
 
@@ -79,13 +81,20 @@ def wilson(successes: float, trials: int) -> Interval:
 
 def sign_flip_p(differences: Sequence[float]) -> float:
     """Two-sided p of the mean of paired differences when each sign is as likely as its opposite."""
-    values = np.asarray(differences, dtype=np.float64)
+    values = np.array([value for value in differences if value != 0], dtype=np.float64)  # the sign of a zero changes no sum
     observed = abs(values.sum()) * (1 - 1e-12) - 1e-12
     if len(values) <= EXACT_FLIPS:
         signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(values))))
         return float(np.mean(np.abs(signs @ values) >= observed))
-    signs = np.random.default_rng(SEED).choice((-1.0, 1.0), size=(FLIP_DRAWS, len(values)))
-    return float((1 + np.count_nonzero(np.abs(signs @ values) >= observed)) / (1 + FLIP_DRAWS))
+    random = np.random.default_rng(SEED)
+    sums = [(2 * random.integers(2, size=(draws, len(values)), dtype=np.int8) - 1) @ values for draws in blocks(FLIP_DRAWS, len(values))]
+    return float((1 + np.count_nonzero(np.abs(np.concatenate(sums)) >= observed)) / (1 + FLIP_DRAWS))
+
+
+def blocks(num_draws: int, num_values: int) -> list[int]:
+    """Sizes of the blocks in which draws of so many values each are made."""
+    most = max(1, BLOCK_VALUES // num_values)
+    return [min(most, num_draws - start) for start in range(0, num_draws, most)]
 
 
 def least_p(num_differences: int) -> float:
@@ -139,6 +148,22 @@ def t_interval(values: Sequence[float], *, least: float, unit: Unit) -> Interval
     return Interval(max(least, fmean(values) - half), min(1.0, fmean(values) + half), unit)
 
 
+def clustered_interval(clusters: Sequence[Sequence[float]], *, least: float, unit: Unit) -> Interval | None:
+    """Student's 95 % interval of the mean of all values, clipped to ``least`` to 1; what is independent are the clusters.
+
+    Of clusters of one size it is ``t_interval`` of their means. Of unequal ones, such as replicates in which some cells could
+    not be scored, it is that of the means without one cluster each, around the mean of all values: so it never leaves that out.
+    It holds the truth in 92 to 95 % of cases where every other one of 3, 6 or 10 clusters lost four of five values (1,500 draws).
+    None with one cluster, or where none makes a difference.
+    """
+    sums, sizes = np.array([math.fsum(values) for values in clusters]), np.array([len(values) for values in clusters])
+    if len(clusters) < 2:
+        return None
+    without = (sums.sum() - sums) / (sizes.sum() - sizes)
+    found = delete_one_interval(float(sums.sum() / sizes.sum()), without, unit=unit)
+    return None if found is None else Interval(max(least, found.low), min(1.0, found.high), unit)
+
+
 def detectable_difference(values: Sequence[float], *, num_comparisons: int) -> float:
     """The smallest true mean that as many values of this spread would show, with power 0.8, two-sided 5 %.
 
@@ -154,17 +179,18 @@ def detectable_difference(values: Sequence[float], *, num_comparisons: int) -> f
     return quantiles * stdev(values) / math.sqrt(len(values))
 
 
-def bootstrap_weights(strata: Sequence[int]) -> Draws:
+def bootstrap_weights(strata: Sequence[int]) -> NDArray[np.uint8]:
     """How often each unit is drawn in each resample: draws × units; every stratum keeps its number of units.
 
     Args:
         strata: The stratum of each unit; units are resampled within theirs.
     """
     random, places = np.random.default_rng(SEED), np.asarray(strata)
-    weights = np.empty((BOOTSTRAP_DRAWS, len(places)))
+    weights = np.empty((BOOTSTRAP_DRAWS, len(places)), dtype=np.uint8)  # a unit is drawn once on average, and never 255 times
     for stratum in sorted(set(strata)):
         units = np.flatnonzero(places == stratum)
-        weights[:, units] = random.multinomial(len(units), np.full(len(units), 1 / len(units)), size=BOOTSTRAP_DRAWS)
+        shares, sizes = np.full(len(units), 1 / len(units)), blocks(BOOTSTRAP_DRAWS, len(units))
+        weights[:, units] = np.concatenate([random.multinomial(len(units), shares, size=size).astype(np.uint8) for size in sizes])
     return weights
 
 

@@ -23,12 +23,13 @@ from urllib.parse import urlsplit
 from pause_ray import figures, heatmaps
 from pause_ray.compare import summarize
 from pause_ray.errors import TrackingError
-from pause_ray.findings import headline, interval_words, noise_words, notes
+from pause_ray.findings import headline, noise_words, notes
 from pause_ray.needle.ledger import to_parquet
 from pause_ray.places import axis_of, score_fields
 from pause_ray.results import Condition, Contrast, SweepResults, TrialResult, read_results, spent
 from pause_ray.spec import digest
 from pause_ray.storage import MANIFEST, Storage, exclusive
+from pause_ray.words import number, p_value, signed, span
 
 CONTENT_FIELDS = ("eval.task.needles", "eval.task.groups", "eval.noise", "corpus.facts")
 """Parts of a trial that are text, not parameters; sent as a digest, and whole in ``spec.json``."""
@@ -60,7 +61,7 @@ SAFE_REASONS = (
     "Permission denied",
 )
 """Words of a failure that are passed on; they quote no address and no password."""
-CONTENT_VERSION = 3
+CONTENT_VERSION = 4
 """Raised when other values are sent for the same files, so that runs logged before are brought up to date."""
 DIGEST_TAG, CONTENT_TAG = "pause_ray.digest", "pause_ray.content"
 logger = logging.getLogger("pause_ray")
@@ -229,15 +230,20 @@ def _description(results: SweepResults) -> str:
     lines = [headline(results), "", "| arm | score | difference | 95 % interval | p (corrected) | unscored |", "|---|---|---|---|---|---|"]
     for condition in results.conditions:
         summary = condition.summary
-        score = "not finished" if summary is None else "–" if summary.grand_mean is None else f"{summary.grand_mean:.2f}"
+        score = "not finished" if summary is None else number(summary.grand_mean)
         unscored = f"{summary.num_unscored} of {summary.num_cells}" if summary else ""
         measured = _measured(condition.against_reference, otherwise="reference" if condition.is_reference else "")
-        lines.append(f"| {condition.label} | {score} | {measured} | {unscored} |")
+        lines.append(f"| {_cell(condition.label)} | {score} | {measured} | {unscored} |")
     if results.control_contrasts:
         lines += ["", f"| against {results.control_arm} | difference | 95 % interval | p (corrected) |", "|---|---|---|---|"]
-        lines += [f"| {contrast.label} | {_measured(contrast)} |" for contrast in results.control_contrasts]
+        lines += [f"| {_cell(contrast.label)} | {_measured(contrast)} |" for contrast in results.control_contrasts]
     lines += ["", *(f"- {note}" for note in [*noise_words(results), *notes(results)])]
     return "\n".join([*lines, "", "The whole report is the artifact `report.html`."])
+
+
+def _cell(text: str) -> str:
+    """As one cell of a Markdown table: a marker such as ``<|pause|>`` has its ends in it."""
+    return text.replace("|", r"\|")
 
 
 def _measured(contrast: Contrast | None, *, otherwise: str = "") -> str:
@@ -245,8 +251,8 @@ def _measured(contrast: Contrast | None, *, otherwise: str = "") -> str:
     if contrast is None:
         return f"{otherwise} | | "
     interval = contrast.comparison.interval
-    words = interval_words(interval, signed=True) if interval else ""
-    return f"{contrast.difference:+.2f} | {words} | {contrast.comparison.p:.3f} ({contrast.corrected_p:.3f})"
+    words = span(interval.low, interval.high, signs=True) if interval else ""
+    return f"{signed(contrast.difference)} | {words} | {p_value(contrast.comparison.p)} ({p_value(contrast.corrected_p)})"
 
 
 def _content(condition: Condition, trial: TrialResult) -> str:

@@ -24,6 +24,17 @@ def signed_percent(value: float | None) -> str:
     return "–" if value is None else f"{value:+.1f} %".replace("-", MINUS)
 
 
+def span(low: float, high: float, *, digits: int = 2, signs: bool = False, unit: str = "") -> str:
+    """``0.44 to 0.89``, ``−0.12 to +0.31``, ``+1.2 to +4.0 %``."""
+    shape = f"{'+' if signs else ''}.{digits}f"
+    return f"{low:{shape}} to {high:{shape}}{unit}".replace("-", MINUS)
+
+
+def p_value(p: float | None) -> str:
+    """``0.031``, ``< 0.001``, or a dash."""
+    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
 def count(value: float) -> str:
     """``12,345``."""
     return f"{value:,.0f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ CORPUS_STATS = {
 TRAINING = [{"step": step, "loss": loss, "learning_rate": 2e-4, "seconds": 2.0} for step, loss in ((1, 2.5), (2, 1.5), (3, 0.75))]
 
 
+LENGTHS, DEPTHS = (1024, 2048, 4096), (10.0, 50.0, 90.0)
 NEEDLE = "The best thing to do in Lisbon is ride tram 28 at dawn."
 
 
@@ -46,6 +48,7 @@ def cell(
         "prompt_tokens": context_tokens,
         "content_tokens": context_tokens - 60,
         "num_pauses": 0,
+        "rule": "newline",
         "depth_percent": depth_percent,
         "needle_token": needle_token,
         "facts": (fact,),
@@ -177,3 +180,19 @@ def grid(
 ) -> dict[tuple[int, float], float | None]:
     """Scores by rule."""
     return {(length, depth): score(length, depth) for length in lengths for depth in depths}
+
+
+def sweep_of(storage: Storage, arms: dict[str, float | None], *, lengths: tuple[int, ...] = LENGTHS) -> Path:
+    """One replicate per arm, all of whose cells have one score; None: not finished."""
+    for arm, score in arms.items():
+        if score is not None:
+            scores = dict.fromkeys(itertools.product(lengths, DEPTHS), score)
+            tuned = arm in ("pause_tuned", "tuned_without_pauses")
+            store_trial(storage, f"{arm}-trial", rows(scores, trial=arm), trained=tuned, pauses=arm.startswith("pause"))
+    return store_sweep(storage, [(f"{arm}-trial", arm, {}, 0) for arm in arms])
+
+
+def with_control(storage: Storage, scores: dict[str, float], *, control: str | None = "tuned_without_pauses") -> Path:
+    """As ``sweep_of``, with a control."""
+    sweep_of(storage, scores)
+    return store_sweep(storage, [(f"{arm}-trial", arm, {}, 0) for arm in scores], control=control)

@@ -17,6 +17,7 @@ from tests.stored_sweep import rows, store_sweep, store_trial
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = "sweeps/quickstart.yaml"
+SUITE = "eval/suites/single.yaml"
 
 
 def pause_ray(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -48,6 +49,15 @@ def test_check_prints_json_that_holds_every_resolved_trial() -> None:
         (("check", QUICKSTART, "--set", "nonsense"), "expected dotted.path=value"),
         (("check", QUICKSTART, "--set", "trial.eval.depth_percent=[120]"), "depth_percent 120 is outside 0 to 100"),
         (("report", "nowhere", "--storage", "/proc/nowhere"), "choose another with --storage"),
+        (("check", "eval/needles/multi.yaml"), "describes no sweep (no trial in it), no trial (no model) and no suite (no task)"),
+        (("check", SUITE, "--set", "contxt_tokens=[100]"), "did you mean context_tokens?"),
+        (("check", SUITE, "--set", "depth_percent=[120]"), "depth_percent 120 is outside 0 to 100"),
+        (("check", SUITE, "--resolve"), "a suite names no model"),
+        (("check", QUICKSTART, "--set", "trial.engine={kind: vllm}"), "engine.kind: 'vllm' is none of 'hf', 'endpoint'"),
+        (("eval", QUICKSTART, "--model", "some/model"), f"{QUICKSTART}: is a sweep, and a suite is needed"),
+        (("sweep", SUITE), f"{SUITE}: is a suite, and a sweep is needed"),
+        (("train", SUITE), f"{SUITE}: is a suite, and a trial or sweep is needed"),
+        (("eval", "nowhere.yaml", "--model", "some/model", "--dry-run"), "nowhere.yaml: cannot be read"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], message: str) -> None:
@@ -56,6 +66,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], messa
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_check_takes_a_suite_and_counts_its_cells() -> None:
+    done = pause_ray("check", "eval/suites/lattice.yaml", "--set", "context_tokens=[512, 1024]")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:2] == ["512 tokens: 2 cells", "1,024 tokens: 3 cells"], "every 512 tokens, and the end"
+    assert "suite lattice, 5 cells per replicate, no mistakes found" in done.stdout
+    found = json.loads(pause_ray("check", SUITE, "--json").stdout)
+    assert found["suite"]["task"]["needles"]["needles"]
+    assert set(found["cells"].values()) == {len(found["suite"]["depth_percent"])}
 
 
 def test_an_unknown_sweep_name_lists_those_that_exist(tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 
-from pause_ray.compare import compare_arms, difference_matrix, recall_by_depth, summarize, why_nothing_pairs
+from pause_ray.compare import compare_arms, is_middle, recall_by_depth, summarize, why_nothing_pairs
 from pause_ray.needle.ledger import UNKNOWN_TOKEN, CellResult, FactResult
 from pause_ray.statistics import wilson
 from tests.stored_sweep import cell, rows
@@ -29,18 +30,47 @@ def test_nothing_scored_gives_no_number_rather_than_zero() -> None:
     assert summary.unscored_share == 1
 
 
-def test_costs_are_sums_and_overhead_is_relative_to_what_was_asked() -> None:
-    paused = [
-        cell(1000, depth, 1.0, prompt_tokens=1050, num_pauses=10, prefilled_tokens=600, decoded_tokens=7, seconds=0.5) for depth in (0, 50)
-    ]
+def test_overhead_is_relative_to_what_was_asked() -> None:
+    paused = [cell(1000, depth, 1.0, prompt_tokens=1050, num_pauses=10) for depth in (0, 50)]
     summary = summarize(paused)
     assert summary.prompt_overhead_percent == pytest.approx(5.0)
-    assert (summary.pauses_per_prompt, summary.prefilled_tokens, summary.decoded_tokens, summary.seconds) == (10, 1200, 14, 1.0)
+    assert summary.pauses_per_prompt == 10
 
 
 def test_depths_of_25_and_75_percent_belong_to_the_middle() -> None:
     summary = summarize(rows({(1024, 24.9): 0.0, (1024, 25): 1.0, (1024, 75): 1.0, (1024, 75.1): 0.0}))
     assert (summary.middle_mean, summary.edge_mean) == (1.0, 0.0)
+
+
+def test_a_prompt_asked_under_a_depth_of_the_middle_and_one_of_the_edges_counts_once_in_each() -> None:
+    # Depths 24 and 26 of 1,024 tokens land at one place, 70 and 74 at another, 90 alone.
+    places = {24: 240, 26: 240, 70: 700, 74: 700, 90: 900}
+
+    def arm(trial: str, right: dict[float, float]) -> list[CellResult]:
+        return [cell(1024, depth, right[depth], trial=trial, needle_token=token) for depth, token in places.items()]
+
+    a = arm("a", {24: 1.0, 26: 1.0, 70: 0.0, 74: 0.0, 90: 0.0})
+    b = arm("b", {24: 0.0, 26: 0.0, 70: 0.5, 74: 0.5, 90: 0.0})
+    summary = summarize(a)
+    assert (summary.num_repeated, summary.middle_mean, summary.edge_mean) == (2, 0.5, 0.5)
+    assert summary.middle_mean == summarize([row for row in a if is_middle(row.depth_percent)]).grand_mean
+    comparison = compare_arms(a, b)
+    assert comparison is not None
+    assert comparison.effects.middle_gain is not None
+    assert comparison.effects.middle_gain.value == pytest.approx((1 - 0.5) / 2 - 1 / 2)  # one place each, 24/26 in both
+
+
+def test_replicates_of_unequal_sizes_have_an_interval_around_their_estimate() -> None:
+    sizes = [50, 1, 1, 1, 1, 1, 1, 1]
+    differences = [[0.5 if replicate else 0.0] * size for replicate, size in enumerate(sizes)]
+    comparison = compare_arms(*replicated(differences))
+    assert comparison is not None
+    assert comparison.interval is not None
+    assert comparison.interval.low < comparison.difference < comparison.interval.high
+    summary = summarize(replicated(differences)[0])
+    assert summary.interval is not None
+    assert summary.grand_mean == pytest.approx(3.5 / 57)
+    assert summary.interval.low <= 3.5 / 57 <= summary.interval.high
 
 
 def test_arms_are_paired_by_question_not_by_order() -> None:
@@ -68,7 +98,8 @@ def test_relative_change_is_the_papers_mean_over_lengths() -> None:
     b = rows({(1024, 10): 1.0, (2048, 10): 0.0}, trial="b")
     comparison = compare_arms(a, b)
     assert comparison is not None
-    assert comparison.relative_percent == pytest.approx(450)
+    assert comparison.effects.relative is not None
+    assert comparison.effects.relative.value == pytest.approx(450)
 
 
 def replicated(differences: list[list[float]]) -> tuple[list[CellResult], list[CellResult]]:
@@ -292,21 +323,6 @@ def test_recall_by_depth_counts_facts_where_they_were_to_stand() -> None:
     assert recall_by_depth([several, other, again], edges=(0, 10, 100))[0].num_facts == 2
 
 
-def test_differences_by_length_and_depth_and_which_of_them_stand_out() -> None:
-    grid = {(1000, 10): 1.0, (1000, 50): 0.5, (2000, 10): 0.0}
-    pairs = [(rows(grid, trial=f"a{r}", replicate=r), rows(dict.fromkeys(grid, 0.0), trial=f"b{r}", replicate=r)) for r in range(8)]
-    matrix = difference_matrix([row for a, _ in pairs for row in a], [row for _, b in pairs for row in b])
-    assert (matrix.lengths, matrix.depths) == ((1000, 2000), (10, 50))
-    assert matrix.values == ((1.0, 0.0), (0.5, None))
-    assert matrix.num_pairs == ((8, 8), (8, 0))
-    # Eight ones and ±1: mean 0.8, variance (10 - 6.4)/9 = 0.4, error 0.2, t(9) = 2.262: above zero. Eight halves: mean 0.4,
-    # variance (4 - 1.6)/9, error 0.163, times 2.262 = 0.369: just above. Zeros: not.
-    assert matrix.distinguishable == ((True, False), (True, False))
-    alone = difference_matrix(*pairs[0])
-    assert alone.values == matrix.values
-    assert not any(any(line) for line in alone.distinguishable)
-
-
 def test_unlike_scorers_and_models_are_noticed() -> None:
     grid = {(1024, 10): 1.0, (1024, 50): 0.0}
     judged = compare_arms(rows(grid, trial="x"), rows(grid, trial="y", scorer="judge"))
@@ -344,6 +360,18 @@ def test_one_run_that_stands_as_two_replicates_of_an_arm_is_noticed() -> None:
     comparison = compare_arms([*run("a0", 0), *run("a1", 1, like="a0")], [*run("b0", 0), *run("b1", 1)])
     assert comparison is not None
     assert [text.split(" have ")[0] for text in comparison.warnings] == ["replicate 0 of the first arm and replicate 1 of the first"]
+
+
+def test_equal_answers_without_a_clock_are_not_called_one_run() -> None:
+    def arm(trial: str, **changes: Any) -> list[CellResult]:
+        return [dataclasses.replace(row, seconds=0.0, **changes) for row in run(trial, 0, like="x")]
+
+    same = compare_arms(arm("a"), arm("b"))
+    assert same is not None
+    assert same.warnings == ("every answer is word for word the same in both arms",)
+    graded_elsewhere = compare_arms(arm("a", response=None), arm("b", response=None))
+    assert graded_elsewhere is not None
+    assert graded_elsewhere.warnings == ()
 
 
 def test_one_answer_that_two_replicates_share_proves_nothing() -> None:

@@ -30,7 +30,8 @@ def test_the_papers_table_gives_its_headline_and_what_it_does_not_say(model: str
     b = [cell(1000 * 2**n, 50, 1.0, trial="b", rubric=value) for n, value in enumerate(base)]
     comparison = compare_arms(a, b)
     assert comparison is not None
-    assert comparison.relative_percent == pytest.approx(headline, abs=0.05)
+    assert comparison.effects.relative is not None
+    assert comparison.effects.relative.value == pytest.approx(headline, abs=0.05)
     assert comparison.effects.rubric_change is not None
     assert comparison.effects.rubric_change.value == pytest.approx(grand, abs=0.05)
 
@@ -123,6 +124,7 @@ def test_coverage_of_the_papers_metric_with_one_replicate_of_a_grid() -> None:
                 replicate=0,
                 context_tokens=place[0],
                 middle=3 < place[1] < 11,
+                edge=not 3 < place[1] < 11,
                 score_a=float(a),
                 score_b=float(b),
                 rubric_a=1 + 9 * float(a),

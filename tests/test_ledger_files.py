@@ -120,6 +120,19 @@ def test_what_is_not_found_is_answered_with_what_there_is(storage: Storage, name
         find_arm(name, storage)
 
 
+def test_a_ledger_that_answers_a_question_twice_is_refused(tmp_path: Path, storage: Storage) -> None:
+    both = write(tmp_path / "both.jsonl", [*arm_rows("one", 0.5), *arm_rows("two", 1.0)])
+    with pytest.raises(UserError, match=r"both.jsonl: has 2 answers of replicate 0 for single at 1024 tokens .*\(arms: one and two\)"):
+        find_arm(str(both), storage)
+
+
+def test_ledgers_of_several_replicates_each_are_counted_through(tmp_path: Path, storage: Storage) -> None:
+    for name in "xy":
+        write(tmp_path / f"{name}.jsonl", [cell(1024, 50, 1.0, trial=f"{name}{number}", replicate=number) for number in (0, 1)])
+    found = find_arm(str(tmp_path), storage).rows
+    assert [(row.cell_id[:2], row.replicate) for row in found] == [("x0", 0), ("x1", 1), ("y0", 2), ("y1", 3)]
+
+
 def test_a_name_that_is_one_sweeps_whole_name_is_that_sweep(storage: Storage) -> None:
     folder = store_sweep(storage, [])
     store_sweep(storage, [], name="demo_long")
@@ -194,7 +207,8 @@ def test_machines_get_everything_as_plain_json(three: LedgerComparison) -> None:
     a, b, c = data["arms"]
     assert a["comparison"] is None
     assert (b["comparison"]["effects"]["difference"]["value"], b["differs"]) == (0.75, True)
-    assert b["cells"]["values"] == [[0.75, 0.75]] * 3
+    assert [(its["context_tokens"], its["value"]) for its in b["cells"]] == [(1024, 0.75)] * 3 + [(2048, 0.75)] * 3
+    assert (b["spent"]["decoded_tokens"], b["spent"]["money"]) == (6 * 12, None)
     assert c["problem"].startswith("the arms have no tasks in common")
     assert b["ledgers"][0].endswith("b.jsonl")
     assert data["notes"] == three.notes

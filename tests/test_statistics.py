@@ -14,6 +14,7 @@ from pause_ray.statistics import (
     FLIP_DRAWS,
     bootstrap_interval,
     bootstrap_weights,
+    clustered_interval,
     delete_one_interval,
     detectable_difference,
     enough_replicates,
@@ -105,6 +106,37 @@ def test_leaving_one_out_of_a_mean_is_students_t() -> None:
     assert ordinary is not None
     assert left_out.low == pytest.approx(ordinary.low)
     assert left_out.high - values.mean() == pytest.approx(values.mean() - ordinary.low)
+
+
+def test_clusters_of_one_size_are_students_t_of_their_means() -> None:
+    clusters = clustered_interval([[0.0, 0.2], [0.5, 0.5], [0.1, 0.5]], least=-1, unit="replicates")
+    means = t_interval([0.1, 0.5, 0.3], least=-1, unit="replicates")
+    assert clusters is not None
+    assert means is not None
+    assert (clusters.low, clusters.high) == (pytest.approx(means.low), pytest.approx(means.high))
+    assert clustered_interval([[0.2, 0.4], [0.3, 0.3]], least=-1, unit="replicates") is None
+    assert clustered_interval([[0.2, 0.4]], least=-1, unit="replicates") is None
+
+
+def test_an_interval_holds_the_mean_of_clusters_of_unequal_sizes() -> None:
+    # 50 zeros and seven halves: mean 0.061. The clusters' means, 0 and seven times 0.5, have the interval 0.29 to 0.58.
+    # Means without one cluster: 0.5, and seven times 3/56; 2.3646 × 7 × 0.15783 / √8 = 0.924 each way.
+    clusters = [[0.0] * 50, *[[0.5]] * 7]
+    interval = clustered_interval(clusters, least=-1, unit="replicates")
+    assert interval is not None
+    assert (interval.low, interval.high) == (pytest.approx(3.5 / 57 - 0.9236, abs=1e-3), pytest.approx(3.5 / 57 + 0.9236, abs=1e-3))
+
+
+def test_draws_are_the_same_in_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    differences = [0.1 * (place % 7) - 0.2 for place in range(40)]
+    whole = bootstrap_weights([0, 1] * 20), sign_flip_p(differences)
+    monkeypatch.setattr("pause_ray.statistics.BLOCK_VALUES", 100)
+    assert (bootstrap_weights([0, 1] * 20) == whole[0]).all()
+    assert sign_flip_p(differences) == pytest.approx(whole[1], abs=0.02)
+
+
+def test_zeros_change_no_sign_flip() -> None:
+    assert sign_flip_p([0.0] * 500 + [1, 2, 3]) == 2 / 8
 
 
 def test_resamples_keep_the_size_of_every_stratum() -> None:

@@ -6,17 +6,18 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
 
 from pause_ray.cli.terminal import DEFAULT_STORAGE, AsJson, Sets, SpecFile, StorageRoot, app, bar, err, out, print_json, program
 from pause_ray.errors import SpecError, StorageError, TrackingError, UserError
+from pause_ray.needle.task import SuiteSpec
 from pause_ray.spec import JsonObject, parse_assignments, read_yaml
 from pause_ray.storage import Storage
 from pause_ray.sweep.spec import PlannedTrial, SweepSpec, expand, read_sweep
-from pause_ray.trial.spec import TrialSpec, read_trial, sparse_trial
+from pause_ray.trial.spec import TrialSpec, read_suite, read_trial, sparse_trial
 
 if TYPE_CHECKING:
     from pause_ray.tracking import LoggedSweep
@@ -30,10 +31,18 @@ def check(
     resolve: Annotated[bool, typer.Option("--resolve", help="Also fetch the models and texts, and check lengths and markers.")] = False,
     storage: StorageRoot = DEFAULT_STORAGE,
 ) -> None:
-    """Check a file and list its trials, without starting anything.
+    """Check the file of a sweep or a trial and list its trials, or that of a suite and list its cells, without starting anything.
 
-    Example: `pause-ray check sweeps/quickstart.yaml --set search.pauses.every.grid='[1, 2]'`
+    Examples: `pause-ray check sweeps/quickstart.yaml --set search.pauses.every.grid='[1, 2]'`;
+    `pause-ray check eval/suites/lattice.yaml`
     """
+    if _kind_of(spec) == "suite":
+        if resolve:
+            raise SpecError(
+                f"{spec}: a suite names no model, so --resolve has nothing to fetch; see pause-ray eval {spec} --model M --dry-run"
+            )
+        _check_suite(read_suite(spec, parse_assignments(set_ or [])), spec, as_json=as_json)
+        return
     planned = _plan(spec, set_)
     if resolve:
         from pause_ray.trial.prepare import prepare
@@ -46,7 +55,18 @@ def check(
         return
     for trial in planned:
         out.print(trial.label, highlight=False)
-    out.print(f"{spec}: {len(planned)} trials, {sum(_num_cells(trial) for trial in planned)} cells, no mistakes found", highlight=False)
+    num_cells = sum(_num_cells(trial) for trial in planned)
+    out.print(f"{spec}: {len(planned)} trials, {num_cells} cells, no mistakes found", highlight=False, soft_wrap=True)
+
+
+def _check_suite(suite: SuiteSpec, path: Path, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"suite": suite.resolved(), "cells": suite.num_positions})
+        return
+    for tokens, cells in suite.num_positions.items():
+        out.print(f"{tokens:,} tokens: {cells} cells", highlight=False)
+    num_cells = sum(suite.num_positions.values())
+    out.print(f"{path}: suite {suite.name}, {num_cells} cells per replicate, no mistakes found", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -61,7 +81,7 @@ def corpus(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: 
     from pause_ray.trial.run import make_shards
 
     root = Storage.open(storage)
-    trial = prepare(read_trial(spec, parse_assignments(set_ or [])), cache=root.cache)
+    trial = prepare(_trial(spec, set_), cache=root.cache)
     with cluster.connection(), bar() as show:
         shards = make_shards(trial, storage=root, progress=show)
     if shards is None:
@@ -84,7 +104,7 @@ def train(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: S
     from pause_ray.trial.run import make_checkpoint, make_shards
 
     root = Storage.open(storage)
-    trial = prepare(read_trial(spec, parse_assignments(set_ or [])), cache=root.cache)
+    trial = prepare(_trial(spec, set_), cache=root.cache)
     with cluster.connection(), bar() as show:
         shards = make_shards(trial, storage=root, progress=show)
         gpus = trial.spec.resources.train_gpus_per_worker
@@ -103,8 +123,8 @@ def train(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: S
 def _scoring_command(spec: TrialSpec, adapter: Path) -> str:
     """The command that scores an adapter as it was trained: on its model, with its pauses."""
     command = [program("pause-ray"), "eval", "eval/suites/single.yaml", "--model", spec.model.source, "--adapter", str(adapter)]
-    if spec.model.sha256:
-        command += ["--set", f"model.sha256={spec.model.sha256}"]
+    for field, value in spec.model.model_dump(mode="json", exclude_defaults=True, exclude={"source"}).items():
+        command += ["--set", f"model.{field}={value}"]
     if spec.pauses:
         command += ["--set", f"pauses={json.dumps(spec.pauses.model_dump(mode='json', exclude_defaults=True))}"]
     return shlex.join(command)
@@ -128,7 +148,8 @@ def evaluate(
     a server: `--set engine.kind=endpoint --set engine.url=http://127.0.0.1:8000/v1 --set engine.model=NAME`
     (`--model` then names whose tokenizer counts)
     """
-    trial: JsonObject = {"model": {"source": model}, "adapter": adapter, "eval": str(suite.absolute())}
+    _expect(suite, "suite")
+    trial: JsonObject = {"model": {"source": model}, "adapter": adapter, "eval": read_yaml(suite)}
     data = sparse_trial(trial, parse_assignments(set_ or []), origin=suite)
     if not isinstance(data["eval"], dict):
         raise SpecError(f"--set eval={data['eval']}: expected the path of a suite's file")
@@ -161,6 +182,7 @@ def sweep(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: S
 
     On a cluster: `ray job submit --working-dir . -- python -m pause_ray sweep sweeps/quickstart.yaml --storage /mnt/shared/runs`
     """
+    _expect(spec, "sweep")
     _run(read_sweep(spec, parse_assignments(set_ or [])), storage=storage, as_json=as_json)
 
 
@@ -213,10 +235,41 @@ class _Tracker:
 
 def _plan(spec: Path, set_: list[str] | None) -> list[PlannedTrial]:
     """The trials of a sweep's file, or the one of a trial's file."""
-    overrides = parse_assignments(set_ or [])
-    if "trial" in read_yaml(spec):
-        return expand(read_sweep(spec, overrides))
-    return [PlannedTrial(arm="trial", point={}, spec=read_trial(spec, overrides))]
+    if _kind_of(spec) == "sweep":
+        return expand(read_sweep(spec, parse_assignments(set_ or [])))
+    return [PlannedTrial(arm="trial", point={}, spec=_trial(spec, set_))]
+
+
+def _trial(spec: Path, set_: list[str] | None) -> TrialSpec:
+    """The trial of a trial's file, or the unchanged one of a sweep's file."""
+    _expect(spec, "trial", "sweep")
+    return read_trial(spec, parse_assignments(set_ or []))
+
+
+Kind = Literal["sweep", "trial", "suite"]
+_EXAMPLES: dict[Kind, str] = {"sweep": "sweeps/quickstart.yaml", "trial": "sweeps/quickstart.yaml", "suite": "eval/suites/single.yaml"}
+
+
+def _expect(path: Path, *kinds: Kind) -> None:
+    kind = _kind_of(path)
+    if kind not in kinds:
+        raise SpecError(f"{path}: is a {kind}, and a {' or '.join(kinds)} is needed; give a file such as {_EXAMPLES[kinds[0]]}")
+
+
+def _kind_of(path: Path) -> Kind:
+    """What a file describes.
+
+    Raises:
+        SpecError: none of these.
+    """
+    fields = read_yaml(path).keys()
+    kinds: dict[str, Kind] = {"trial": "sweep", "model": "trial", "eval": "trial", "task": "suite"}
+    for field, kind in kinds.items():
+        if field in fields:
+            return kind
+    raise SpecError(
+        f"{path}: describes no sweep (no trial in it), no trial (no model) and no suite (no task); its fields: {', '.join(fields)}"
+    )
 
 
 def _num_cells(trial: PlannedTrial) -> int:

@@ -28,6 +28,8 @@ _CONNECT_SECONDS = 30.0
 _LARGEST_BODY = 16 * 1024**2
 """Bytes of one reply; an answer has a few thousand."""
 _QUOTED_CHARS = 240
+_SHORTEST_SECRET = 8
+"""Characters; what is shorter stands in for a key where a server wants none, such as ``EMPTY``, and may be a word of an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +171,7 @@ class Connection:
     def _blotted(self, text: str) -> str:
         """``text`` without the key: a server may repeat it in what it answers."""
         key = self._key()
-        return text.replace(key, "[key]") if key else text
+        return text.replace(key, "[key]") if len(key) >= _SHORTEST_SECRET else text
 
 
 def _parsed(text: str) -> Any:

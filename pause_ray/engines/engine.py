@@ -45,7 +45,10 @@ class ModelSpec(Spec):
 
 
 class HfEngineSpec(Spec):
-    """transformers in this project's own processes. Its fields change how long an answer takes, not what it is."""
+    """transformers in this project's own processes. Its fields change how long an answer takes, not what it is.
+
+    Where shapes decide near-ties (``depends_on_shapes``), ``chunk_tokens`` and ``drafts`` do so too: as often as a recheck finds.
+    """
 
     kind: Literal["hf"] = "hf"
     reuse: Reuse = "full"
@@ -53,12 +56,12 @@ class HfEngineSpec(Spec):
     drafts: bool = True
     """Verify the reference answer, then text from the prompt, as speculative drafts."""
     chunk_tokens: int | None = Field(default=None, ge=16)
-    """Prompt tokens per forward pass; null: 512 on a CPU, 4,096 on a GPU."""
+    """Prompt tokens per forward pass; null: 512 on a CPU, 2,048 on a GPU."""
     kv: Literal["device", "host"] = "device"
     """Where keys and values are kept. ``host``: in the memory of the machine, when a GPU is too small for a long context."""
     recheck_cells: int | None = Field(default=None, ge=0)
     """Cells of a trial that are answered a second time in other shapes, to measure how often the precision alone changes an answer.
-    null: none in float32, 12 in other precisions."""
+    null: none in float32, 12 in other precisions and with quantized weights."""
 
     def identity(self) -> JsonObject:
         """What of it changes an answer: nothing."""
@@ -66,12 +69,17 @@ class HfEngineSpec(Spec):
 
 
 CPU_CHUNK_TOKENS = 512
-GPU_CHUNK_TOKENS = 4096
+GPU_CHUNK_TOKENS = 2048
 
 
 def default_chunk_tokens(*, on_gpu: bool) -> int:
     """Prompt tokens per forward pass where a spec names none."""
     return GPU_CHUNK_TOKENS if on_gpu else CPU_CHUNK_TOKENS
+
+
+def depends_on_shapes(*, dtype: str, quantize: str | None) -> bool:
+    """Whether rounding changes answers where the same prompt is computed in other shapes; not in float32 weights."""
+    return dtype != "float32" or quantize is not None
 
 
 def grain_of(*, dtype: str, quantize: str | None, chunk_tokens: int) -> int:
@@ -81,7 +89,7 @@ def grain_of(*, dtype: str, quantize: str | None, chunk_tokens: int) -> int:
     depends on shapes, so only whole chunks are kept: then every key and value comes out of a forward pass of the same shape
     with reuse and without, and answers are equal bit by bit.
     """
-    return 1 if dtype == "float32" and quantize is None else chunk_tokens
+    return chunk_tokens if depends_on_shapes(dtype=dtype, quantize=quantize) else 1
 
 
 class Prices(Spec):
@@ -110,7 +118,7 @@ class EndpointSpec(Spec):
     key_variable: str | None = None
     """Environment variable that holds the key; null: none is sent."""
     concurrency: int = Field(default=8, ge=1)
-    """Requests at the same time."""
+    """Requests at the same time, of each scoring actor."""
     timeout_seconds: float = Field(default=600.0, gt=0)
     """Longest wait for one answer."""
     retries: int = Field(default=5, ge=0)

@@ -301,9 +301,7 @@ class EndpointEngine:
 
     def _completion(self, answer: _Answer, step: Step, *, seconds: float) -> Completion:
         prompt_tokens = step.prompt.prompt_tokens if answer.prompt_tokens is None else answer.prompt_tokens
-        decoded = answer.completion_tokens
-        if decoded is None:
-            decoded = len(self._known_tokenizer().encode(answer.text).ids)
+        decoded = self._counted(answer, step) if answer.completion_tokens is None else answer.completion_tokens
         return Completion(
             text=answer.text,
             ids=(),
@@ -312,6 +310,13 @@ class EndpointEngine:
             seconds=seconds,
             cost=self._cost(prompt_tokens, min(answer.cached_tokens, prompt_tokens), decoded),
         )
+
+    def _counted(self, answer: _Answer, step: Step) -> int:
+        """Tokens of an answer whose length the server does not tell; 0 where no tokenizer is known, as of a chat judge."""
+        if answer.finish_reason == "length":
+            return step.max_new_tokens
+        known = self._model_dir is not None and (self._model_dir / "tokenizer.json").is_file()
+        return len(self._known_tokenizer().encode(answer.text).ids) if known else 0
 
     def _cost(self, prompt_tokens: int, cached_tokens: int, decoded_tokens: int) -> float | None:
         prices = self._spec.prices

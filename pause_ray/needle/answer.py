@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from pause_ray.engines.engine import Completion, Engine, EngineError, Reuse, Step
 from pause_ray.needle.haystack import ask
@@ -104,23 +104,23 @@ def answer_cells(asked: Sequence[Asked], *, engine: Engine, reader: Reader, cond
     """
     for place, outcome in engine.answer([step for _, step in asked]):
         cell, step = asked[place]
-        if isinstance(outcome, EngineError):
-            yield _result(cell, step.prompt, None, Unscored(reason=str(outcome)), condition=condition, engine=engine.name)
-            continue
-        verdict = reader.graded(cell, outcome)
-        shown = dataclasses.replace(outcome, text=reader.shown(outcome))
-        yield _result(cell, step.prompt, shown, verdict, condition=condition, engine=engine.name)
+        yield _row(cell, step.prompt, outcome, reader=reader, condition=condition, engine=engine.name)
 
 
+@runtime_checkable
 class OtherwiseEngine(Engine, Protocol):
     """An engine that can compute an answer in other shapes."""
 
     def answer_otherwise(self, step: Step) -> Completion:
-        """The same prompt, cut and computed differently: equal up to the rounding of the precision."""
+        """The same prompt, cut and computed differently: equal up to the rounding of the precision.
+
+        Raises:
+            EngineError: no answer could be computed.
+        """
 
 
 def answer_otherwise(cells: Sequence[Cell], *, engine: OtherwiseEngine, reader: Reader, condition: Condition) -> list[CellResult]:
-    """The cells' results computed in other shapes, in their order.
+    """The cells' results computed in other shapes, in their order; unscored where none could be computed.
 
     Raises:
         TextError: a prompt cannot be built.
@@ -128,10 +128,21 @@ def answer_otherwise(cells: Sequence[Cell], *, engine: OtherwiseEngine, reader: 
     """
     results = []
     for cell, prompt in zip(cells, reader.prompts(cells), strict=True):
-        completion = engine.answer_otherwise(reader.step(cell, prompt, keep_tokens=0, drafts=False))
-        shown = dataclasses.replace(completion, text=reader.shown(completion))
-        results.append(_result(cell, prompt, shown, reader.graded(cell, completion), condition=condition, engine=engine.name))
+        try:
+            outcome: Completion | EngineError = engine.answer_otherwise(reader.step(cell, prompt, keep_tokens=0, drafts=False))
+        except EngineError as error:
+            outcome = error
+        results.append(_row(cell, prompt, outcome, reader=reader, condition=condition, engine=engine.name))
     return results
+
+
+def _row(
+    cell: Cell, prompt: BuiltPrompt, outcome: Completion | EngineError, *, reader: Reader, condition: Condition, engine: str
+) -> CellResult:
+    if isinstance(outcome, EngineError):
+        return _result(cell, prompt, None, Unscored(reason=str(outcome)), condition=condition, engine=engine)
+    shown = dataclasses.replace(outcome, text=reader.shown(outcome))
+    return _result(cell, prompt, shown, reader.graded(cell, outcome), condition=condition, engine=engine)
 
 
 def _result(

@@ -20,7 +20,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from pause_ray.engines.engine import Engine, EngineSpec, HfEngineSpec, LoadedAs
 from pause_ray.errors import FleetError, UserError
-from pause_ray.needle.answer import Condition, Reader, answer_cells, answer_otherwise, planned
+from pause_ray.needle.answer import Condition, OtherwiseEngine, Reader, answer_cells, answer_otherwise, planned
 from pause_ray.needle.haystack import Haystack, load_haystack, prompt_builder
 from pause_ray.needle.ledger import CellResult
 from pause_ray.needle.task import Cell, SuiteSpec
@@ -74,12 +74,10 @@ class _Scorer:
 
     def answer_otherwise(self, job: ScoringJob, cells: list[Cell]) -> list[CellResult]:
         """Results of the same cells computed in other shapes."""
-        from pause_ray.engines.hf import HfEngine
-
         engine = self._engine_of(job.engine)
-        if not isinstance(engine, HfEngine):
-            raise TypeError(f"engine {engine.name} cannot compute an answer in other shapes")
         engine.use(job.loaded)
+        if not isinstance(engine, OtherwiseEngine):
+            raise TypeError(f"engine {engine.name} cannot compute an answer in other shapes")
         return answer_otherwise(cells, engine=engine, reader=self._reader_of(job), condition=job.condition)
 
     def _engine_of(self, spec: EngineSpec) -> Engine:
@@ -166,9 +164,14 @@ class Fleet:
 
         Raises:
             UserError: what the prompt, the model or the adapter raised in the actor, as it is.
+            FleetError: the actor was lost ``MOST_LOSSES_PER_CELL`` times.
         """
+        # Asked again if the actor is lost, or is just restarting because scoring has lost it.
+        again = self.actors[0].answer_otherwise.options(max_task_retries=MOST_LOSSES_PER_CELL - 1)
         try:
-            results: list[CellResult] = ray.get(self.actors[0].answer_otherwise.remote(job, list(cells)))
+            results: list[CellResult] = ray.get(again.remote(job, list(cells)))
+        except RayActorError as error:
+            raise FleetError(f"the scoring actor was lost while cells were asked again: {' '.join(str(error).split())}") from error
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from error

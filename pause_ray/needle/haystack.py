@@ -194,3 +194,17 @@ def check_lengths(suite: SuiteSpec, *, limit_tokens: int, origin: str) -> None:
             f"suite {suite.name}: context_tokens {longest} and an answer of {suite.max_new_tokens} are longer than the {limit_tokens} "
             f"tokens that model {origin} takes; ask for at most {limit_tokens - suite.max_new_tokens} (pauses come on top of that)"
         )
+
+
+def check_fits(prompt: BuiltPrompt, *, max_new_tokens: int, limit_tokens: int, origin: str) -> None:
+    """Refuse a prompt, its pauses included, that leaves no room for its answer; arguments as ``check_lengths``.
+
+    Raises:
+        ModelError: naming its lengths and the limit.
+    """
+    if prompt.prompt_tokens + max_new_tokens > limit_tokens:
+        raise ModelError(
+            f"eval.context_tokens {prompt.context_tokens}: {prompt.prompt_tokens} prompt tokens ({prompt.num_pauses} pauses included) "
+            f"and {max_new_tokens} for the answer exceed the {limit_tokens} that {origin} can read; "
+            "lower eval.context_tokens, or use pauses.budget: total"
+        )

@@ -1,7 +1,7 @@
 """Results of other testers as ledgers, so that they can be compared, reported and rescored like one's own.
 
-What the files do not tell is not made up: prompt and content tokens are the asked length, pauses none, the needle's
-place ``UNKNOWN_TOKEN``. Each run (a folder; within it a version or seed) becomes a replicate. A row's ``cell_id`` is a digest of
+What the files do not tell is not made up: prompt and content tokens are the asked length, pauses unknown and none counted, the
+needle's place ``UNKNOWN_TOKEN``. Each run (a folder; within it a version or seed) becomes a replicate. A row's ``cell_id`` is a digest of
 what was answered and when, so that a run that was copied has the same ids wherever it is imported.
 """
 
@@ -124,7 +124,7 @@ def _runs(results: Sequence[TesterResult], source: Path, *, keep_repeats: bool) 
         if len(its) > 1 and not keep_repeats:
             raise SourceError(
                 f"{its[0].origin} and {its[1].origin} are both the cell of {length} tokens at {depth:g} %; "
-                "remove one, or keep all as replicates with --repeats"
+                "remove one, or keep all as replicates with --keep-repeats"
             )
     runs: defaultdict[tuple[int, int], list[TesterResult]] = defaultdict(list)
     for (series, *_), its in repeats.items():
@@ -189,6 +189,7 @@ def _row(result: TesterResult, *, arm: str, replicate: int, naming: Naming) -> C
         facts=facts,
         question=result.question or naming.question,
         references=references,
+        labels=result.labels,
         response=result.response,
         score=result.score,
         rubric=result.rubric,

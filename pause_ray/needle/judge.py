@@ -35,10 +35,10 @@ class JudgeSpec(Spec):
     system: str | None = None
     """System message, or null for none."""
     prompt: str
-    """User message. {question}, {references} (what a right answer contains), {facts} (what was hidden, a line each), {answer},
-    {lowest} and {highest} are replaced; what replaces them is not read again."""
+    """User message. {question}, {references} (what a right answer contains), {facts} (the hidden texts that hold it, a line each),
+    {answer}, {lowest} and {highest} are replaced; what replaces them is not read again."""
     max_new_tokens: int = Field(default=256, ge=1)
-    """Longest reply."""
+    """Longest reply; one that is cut there leaves the answer unscored."""
 
     @model_validator(mode="after")
     def _shows_what_it_asks_about(self) -> Self:
@@ -108,17 +108,19 @@ def judge_step(message: str, *, spec: JudgeSpec, tokenizer: ModelTokenizer | Non
 
 # A whole number or one with decimals, not inside a word, a list number, a version or a percentage, and not negative.
 _NUMBER = r"(?<![\w.,/\u2212-])(?>\d+(?:[.,]\d+)?)(?![\w%])"
-_OUT_OF = r"(?:\s*(?:/|out\s+of)\s*(?P<{0}>\d+))?"
-_RANGE = r"(?P<{0}>\s*(?:-|\u2013|\u2026|\.\.|to|or|and)\s*\d)?"
+_OUT_OF = r"(?:\s*(?:/|out\s+of)\s*(?P<{0}>\d++))?+"
+_RANGE = r"(?P<{0}>\s*(?:-|\u2013|\u2026|\.\.|to|or|and)\s*\d)?+"
+# What a grade would take, or stands for, is not given: "a score of 10 would need the park", "grade 10 means right".
+_GIVEN = r"(?!\s+(?:would|could|might|should|means?|needs?|requires?|stands?)\b)"
 _LABELLED = re.compile(
     r"\b(?:grade|graded|score|scored|rating|rated|mark|verdict|final)\b(?:\s*\([^)\n]*\)|\s+out\s+of\s+\d+)?"
     r"(?:[^\w\u2212-]|-(?!\d)|\b(?:is|of|as|be|at|a|an|the|this|it|answer|grade|score|rating|mark|verdict|would|will)\b)*"
-    rf"(?P<number>{_NUMBER}){_OUT_OF.format('scale')}{_RANGE.format('range')}",
+    rf"(?P<number>{_NUMBER}){_OUT_OF.format('scale')}{_RANGE.format('range')}{_GIVEN}",
     re.IGNORECASE,
 )
 _BRACKETED = re.compile(rf"\[\[\s*(?P<number>{_NUMBER}){_OUT_OF.format('scale')}{_RANGE.format('range')}\s*\]\]", re.IGNORECASE)
 _FRACTION = re.compile(
-    rf"(?P<number>{_NUMBER})\s*(?:/|out\s+of)\s*(?P<scale>\d+)(?P<range>)(?=[^\w\n]*(?:$|\n)|\s*[.,;:!)\]*])", re.IGNORECASE
+    rf"(?<!\bnot )(?P<number>{_NUMBER})\s*(?:/|out\s+of)\s*(?P<scale>\d+)(?P<range>)(?=[^\w\n]*(?:$|\n)|\s*[.,;:!)\]*])", re.IGNORECASE
 )
 _ALONE = re.compile(rf"^[^\w\n\u2212-]*(?P<number>{_NUMBER})(?P<scale>)(?P<range>)[^\w\n]*$", re.MULTILINE)
 

@@ -205,9 +205,7 @@ def judged(rows: Sequence[CellResult], *, judge: Judge) -> Iterator[tuple[CellRe
         if row.response is None:
             yield row, None
             continue
-        message = judge.spec.user_message(
-            question=row.question, references=row.references, facts=[fact.text for fact in row.facts], answer=_said(row)
-        )
+        message = judge.spec.user_message(question=row.question, references=row.references, facts=_asked_for(row), answer=_said(row))
         try:
             asked.append((row, judge_step(message, spec=judge.spec, tokenizer=judge.tokenizer)))
         except TextError as error:
@@ -222,7 +220,13 @@ def judged(rows: Sequence[CellResult], *, judge: Judge) -> Iterator[tuple[CellRe
         if isinstance(outcome, EngineError):
             yield _with(row, Unscored(reason=f"the judge did not answer: {outcome}"), scorer=judge.scorer, transcript=None), None
             continue
-        given = read_grade(outcome.text, judge.spec)
+        # A reply that was cut may end in the 1 of a 10, or before the judge thought better of it.
+        is_cut = outcome.decoded_tokens >= judge.spec.max_new_tokens
+        given = (
+            Unscored(reason=f"the judge came to no end in {outcome.decoded_tokens} tokens")
+            if is_cut
+            else read_grade(outcome.text, judge.spec)
+        )
         verdict = given if isinstance(given, Unscored) else Score(value=judge.spec.share(given), fact_scores=())
         yield _with(row, verdict, scorer=judge.scorer, transcript=outcome.text), outcome.cost
 
@@ -301,6 +305,11 @@ def _with(row: CellResult, verdict: Score | Unscored, *, scorer: str, transcript
     if isinstance(verdict, Unscored):
         return dataclasses.replace(changed, score=None, rubric=None, unscored_reason=verdict.reason)
     return dataclasses.replace(changed, score=verdict.value, rubric=verdict.rubric, unscored_reason=None)
+
+
+def _asked_for(row: CellResult) -> list[str]:
+    """What was hidden and has something of the answer; all that was hidden where the row does not say."""
+    return [fact.text for fact in row.facts if fact.references] or [fact.text for fact in row.facts]
 
 
 def _said(row: CellResult) -> str:

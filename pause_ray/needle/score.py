@@ -3,6 +3,9 @@
 On the pause-tuning paper's released answers the keyword share correlates with its GPT judge at 0.965, and the judge's
 false positives (answers scored 5 or more without the keywords) are what it does not reproduce. A beginning of the answer
 that was given to the model is part of the prompt, not of what is scored.
+
+A reference occurs wherever its letters do, in a longer word or number too (``42`` in ``1423``), as in RULER, needlehaystack 2.0 and
+*Lost in the Middle*. So references should be long; those that tasks draw have five letters or digits at least.
 """
 
 from __future__ import annotations

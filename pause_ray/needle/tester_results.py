@@ -41,6 +41,8 @@ class TesterResult:
     facts: tuple[FactResult, ...]
     question: str
     references: tuple[str, ...]
+    labels: tuple[str, ...]
+    """Of a chain, what leads to its end, without the beginning that the question names; only 2 tells."""
     response: str | None
     score: float | None
     """0 to 1."""
@@ -136,6 +138,7 @@ def _version_1(data: Mapping[str, Any], origin: str) -> TesterResult:
         facts=tuple(FactResult(text=text.strip(), references=(), depth_percent=depth, token=UNKNOWN_TOKEN, score=None) for text in texts),
         question=fields.text("question", default=""),
         references=(),
+        labels=(),
         response=response,
         score=None if grade is None else (grade - 1) / 9,
         rubric=grade,
@@ -185,6 +188,7 @@ def _version_2(data: Mapping[str, Any], origin: str) -> TesterResult:
         facts=facts,
         question=fields.text("prompt_question", default=""),
         references=references,
+        labels=metadata.texts("chain")[1:],
         response=response if score is not None else None,
         score=score,
         rubric=None if score is None else int(1.5 + 9 * score),

@@ -11,7 +11,7 @@ Pure: knows tokens, no engine, no torch and no files.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,12 +56,6 @@ class Walk:
     def longest_tokens(self) -> int:
         """Of one prompt: as many keys and values are held at most, and those of its answer."""
         return max((visit.num_tokens for visit in self.visits), default=0)
-
-    def forwards(self, chunk_tokens: int) -> Iterator[tuple[int, int]]:
-        """(tokens before, new tokens) of every forward pass over prompt tokens."""
-        for visit in self.visits:
-            for begin in range(visit.keep_tokens, visit.num_tokens, chunk_tokens):
-                yield begin, min(chunk_tokens, visit.num_tokens - begin)
 
 
 def plan(prompts: Sequence[Ids], *, reuse: Reuse = "full", grain_tokens: int = 1, lengths: Sequence[int] = ()) -> Walk:
@@ -123,7 +117,10 @@ def forecast(walk: Walk, shape: ModelShape, *, chunk_tokens: int, max_new_tokens
         num_prompts=len(walk.visits),
         asked_tokens=walk.asked_tokens,
         prefilled_tokens=walk.prefilled_tokens,
-        prefill_flops=sum(shape.forward_flops(new_tokens=new, past_tokens=past, logit_rows=1) for past, new in walk.forwards(chunk_tokens)),
+        prefill_flops=sum(
+            shape.prompt_flops(prompt_tokens=visit.num_tokens, kept_tokens=visit.keep_tokens, chunk_tokens=chunk_tokens)
+            for visit in walk.visits
+        ),
         answer_flops=sum(shape.forward_flops(new_tokens=1, past_tokens=longest + place, logit_rows=1) for place in range(max_new_tokens)),
         kv_bytes=(longest + max_new_tokens) * shape.kv_bytes_per_token(bytes_per_value),
         weight_bytes=shape.weight_bytes(dtype, quantize),

@@ -15,6 +15,9 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pause_ray.engines.engine import HfEngineSpec
+from pause_ray.needle.task import Cell, cells
+from pause_ray.needle.walk import by_position, new_tokens
 from pause_ray.trial.spec import TrialSpec
 
 TRAINED_TOKEN_COST = 3.0
@@ -35,7 +38,7 @@ class TrialState:
 
 def work_of(spec: TrialSpec) -> tuple[float, float]:
     """Training and scoring work of a trial, in prompt-token equivalents."""
-    scoring = float(sum(tokens * positions for tokens, positions in spec.eval.num_positions.items()))
+    scoring = _scoring_work(spec)
     if spec.train is None or spec.corpus is None:
         return 0.0, scoring
     rows = spec.train.steps * spec.train.batch_size * spec.train.accumulation
@@ -43,9 +46,19 @@ def work_of(spec: TrialSpec) -> tuple[float, float]:
     return TRAINED_TOKEN_COST * rows * tokens, scoring
 
 
-def work_done(spec: TrialSpec, state: TrialState) -> float:
-    """The part of ``work_of`` that is behind a trial in this state."""
-    training, scoring = work_of(spec)
+def _scoring_work(spec: TrialSpec) -> float:
+    """Prompt tokens that are computed, roughly: what prompts share counts once where the engine shares it."""
+    reuse = spec.engine.reuse if isinstance(spec.engine, HfEngineSpec) else "none"
+    sharing: dict[object, list[Cell]] = {}
+    for cell in cells(spec.eval, identity="", replicate=spec.replicate, seed=spec.data_seed):
+        key = {"full": None, "depth": cell.context_tokens, "none": cell.id}[reuse]
+        sharing.setdefault(key, []).append(cell)
+    return sum(sum(new_tokens(by_position(together))) for together in sharing.values())
+
+
+def work_done(work: tuple[float, float], state: TrialState) -> float:
+    """The part of a trial's ``work_of`` that is behind it in this state."""
+    training, scoring = work
     share = state.done / state.total if state.total else 0.0
     if state.stage == "training":
         return training * share
@@ -64,7 +77,7 @@ class SweepProgress:
         self._console = console
         self._trials = trials
         self._states = states
-        self._total = sum(sum(work_of(spec)) for _, spec in trials.values())
+        self._work = {key: work_of(spec) for key, (_, spec) in trials.items()}
         self._bars: dict[str, TaskID] = {}
         self._stages: dict[str, str] = {}
         self._stop = threading.Event()
@@ -84,7 +97,7 @@ class SweepProgress:
 
     def __enter__(self) -> Self:
         self._progress.start()
-        self._all = self._progress.add_task("all trials", total=self._total, detail=f"0/{len(self._trials)}")
+        self._all = self._progress.add_task("all trials", total=sum(map(sum, self._work.values())), detail=f"0/{len(self._trials)}")
         self._thread.start()
         return self
 
@@ -114,7 +127,7 @@ class SweepProgress:
 
     def _show(self, states: Mapping[str, TrialState]) -> None:
         ended = sum(state.stage in ("done", "failed") for state in states.values())
-        work = sum(work_done(self._trials[key][1], state) for key, state in states.items())
+        work = sum(work_done(self._work[key], state) for key, state in states.items())
         self._progress.update(self._all, completed=work, detail=f"{ended}/{len(self._trials)}")
         for key, state in states.items():
             self._show_trial(key, state)

@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,7 +233,7 @@ def _run_missing(
     console: Console,
     after_trial: Callable[[Path], None],
 ) -> tuple[Failure, ...]:
-    places = _Places.of(sweep, next(iter(trials.values())).planned.spec)
+    places = _Places.of(sweep, [trial.planned.spec for trial in trials.values()])
     board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
     shown = {key: (trial.planned.label, trial.planned.spec) for key, trial in trials.items()}
     with (
@@ -257,9 +257,9 @@ class _Places:
     concurrent_trials: int
 
     @classmethod
-    def of(cls, sweep: SweepSpec, trial: TrialSpec) -> _Places:
-        resources, gpus = trial.resources, cluster.total_gpus()
-        here = isinstance(trial.engine, HfEngineSpec)
+    def of(cls, sweep: SweepSpec, trials: Sequence[TrialSpec]) -> _Places:
+        resources, gpus = trials[0].resources, cluster.total_gpus()  # the same for all trials of a sweep
+        here = any(isinstance(trial.engine, HfEngineSpec) for trial in trials)
         share = min(1.0, gpus / 2 if here else gpus)
         train = share if resources.train_gpus_per_worker is None else resources.train_gpus_per_worker
         scoring = share * here if resources.scoring_gpus_per_actor is None else resources.scoring_gpus_per_actor

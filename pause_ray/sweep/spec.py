@@ -125,6 +125,8 @@ def expand(sweep: SweepSpec) -> list[PlannedTrial]:
         SpecError: a searched or arm path that the trial does not have, a trial that breaks a rule, or two arms that are the same trial.
     """
     origin = f"sweep {sweep.name}"
+    if "replicate" in sweep.trial:
+        raise SpecError(f"{origin}: trial.replicate {sweep.trial['replicate']} is set by the sweep, from 0 to replicates - 1; leave it out")
     arms: dict[str, JsonObject] = {sweep.arm: {}, **sweep.arms}
     for path in sweep.search:
         check_path(TrialSpec, path, origin=f"{origin}: search")

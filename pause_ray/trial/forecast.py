@@ -7,13 +7,14 @@ from pathlib import Path
 
 from rich.table import Table
 
+from pause_ray.checkpoint import Checkpoint
 from pause_ray.engines.cost import ModelShape
 from pause_ray.engines.engine import HfEngineSpec, Reuse, default_chunk_tokens, grain_of
-from pause_ray.engines.model_source import resolve_model
+from pause_ray.engines.model_source import model_limit_tokens, resolve_model
 from pause_ray.needle.answer import Reader
-from pause_ray.needle.haystack import load_haystack, prompt_builder
+from pause_ray.needle.haystack import check_fits, check_lengths, load_haystack, prompt_builder
 from pause_ray.needle.task import cells
-from pause_ray.needle.walk import Forecast, forecast, plan
+from pause_ray.needle.walk import Forecast, Walk, forecast, plan, split_for_actors
 from pause_ray.spec import JsonObject
 from pause_ray.text.tokens import ModelTokenizer, resolve_marker
 from pause_ray.trial.spec import TrialSpec
@@ -30,6 +31,8 @@ class TrialForecast:
     """Prompt tokens per forward pass that were assumed."""
     num_pauses: int
     """Marker groups in all prompts."""
+    num_actors: int
+    """Among which the prompts are divided; weights, keys and values are in each."""
 
     def as_json(self) -> JsonObject:
         """Plain data."""
@@ -37,30 +40,46 @@ class TrialForecast:
 
 
 def forecast_trial(spec: TrialSpec, *, cache: Path) -> TrialForecast:
-    """Build the trial's prompts and plan their walk.
+    """Build the trial's prompts and plan their walk, or the walks of several actors.
 
     Raises:
-        ModelError: unknown model, or a config that does not tell its shape.
+        ModelError: unknown model, a config that does not tell its shape, or a prompt that is too long for the model.
+        CheckpointError: no adapter where the spec names one.
         SourceError: a document that cannot be read.
         TextError: a prompt cannot be built.
     """
     model_dir = resolve_model(spec.model, cache=cache, weights=False)
+    limit_tokens = model_limit_tokens(model_dir)
+    check_lengths(spec.eval, limit_tokens=limit_tokens, origin=spec.model.source)
+    if spec.adapter is not None:
+        Checkpoint.open(Path(spec.adapter))
     tokenizer = ModelTokenizer.load(model_dir)
     marker = resolve_marker(tokenizer, spec.pauses)
     haystack = load_haystack(spec.eval, cache=cache, seed=spec.seed, replicate=spec.replicate, data_seed=spec.data_seed)
     builder = prompt_builder(haystack, suite=spec.eval, tokenizer=tokenizer, policy=spec.pauses, marker=marker, seed=spec.data_seed)
     reader = Reader(builder=builder, tokenizer=tokenizer, policy=spec.pauses, marker=marker, max_new_tokens=spec.eval.max_new_tokens)
     grid = cells(spec.eval, identity="", replicate=spec.replicate, seed=spec.data_seed)
-    prompts = reader.prompts(grid)
+    prompts = {cell.id: prompt for cell, prompt in zip(grid, reader.prompts(grid), strict=True)}
+    for prompt in prompts.values():
+        check_fits(prompt, max_new_tokens=spec.eval.max_new_tokens, limit_tokens=limit_tokens, origin=spec.model.source)
+    runs = split_for_actors(grid, num_actors=spec.resources.scoring_actors)
     engine = spec.engine if isinstance(spec.engine, HfEngineSpec) else HfEngineSpec()
     chunk = engine.chunk_tokens or default_chunk_tokens(on_gpu=bool(spec.resources.scoring_gpus_per_actor))
     grain = grain_of(dtype=spec.model.dtype, quantize=spec.model.quantize, chunk_tokens=chunk)
     shape = ModelShape.load(model_dir)
 
     def of(reuse: Reuse) -> Forecast:
-        walk = plan([prompt.ids for prompt in prompts], reuse=reuse, grain_tokens=grain, lengths=[cell.context_tokens for cell in grid])
+        walks = [
+            plan(
+                [prompts[cell.id].ids for cell in run],
+                reuse=reuse,
+                grain_tokens=grain,
+                lengths=[cell.context_tokens for cell in run],
+            )
+            for run in runs
+        ]
         return forecast(
-            walk,
+            Walk(tuple(visit for walk in walks for visit in walk.visits)),
             shape,
             chunk_tokens=chunk,
             max_new_tokens=spec.eval.max_new_tokens,
@@ -73,17 +92,19 @@ def forecast_trial(spec: TrialSpec, *, cache: Path) -> TrialForecast:
         by_reuse={reuse: of(reuse) for reuse in modes},
         reuse=engine.reuse,
         chunk_tokens=chunk,
-        num_pauses=sum(prompt.num_pauses for prompt in prompts),
+        num_actors=len(runs),
+        num_pauses=sum(prompt.num_pauses for prompt in prompts.values()),
     )
 
 
 def forecast_table(found: TrialForecast) -> Table:
     """For people: one row per way to share prompts."""
     planned = found.by_reuse[found.reuse]
+    each = f" in each of {found.num_actors} actors" if found.num_actors > 1 else ""
     table = Table(
         title=f"{planned.num_prompts} prompts, {planned.asked_tokens:,} tokens, {found.num_pauses:,} pauses in them",
         caption=(
-            f"answers: up to {planned.answer_flops / 1e12:.3g} TFLOP each · weights {planned.weight_bytes / 2**30:.2f} GiB · "
+            f"answers: up to {planned.answer_flops / 1e12:.3g} TFLOP each · weights {planned.weight_bytes / 2**30:.2f} GiB{each} · "
             f"{found.chunk_tokens} prompt tokens per forward pass · → what the spec asks for"
         ),
     )

@@ -14,7 +14,7 @@ from pause_ray.corpus.spec import CorpusSpec
 from pause_ray.engines.engine import HfEngineSpec
 from pause_ray.engines.model_source import model_digest, model_limit_tokens, resolve_model
 from pause_ray.errors import ModelError, SpecError
-from pause_ray.needle.haystack import Haystack, ask, check_lengths, load_haystack, prompt_builder
+from pause_ray.needle.haystack import Haystack, ask, check_fits, check_lengths, load_haystack, prompt_builder
 from pause_ray.needle.task import Cell, cells, known_facts
 from pause_ray.spec import JsonObject, digest
 from pause_ray.storage import MANIFEST
@@ -22,7 +22,7 @@ from pause_ray.text.tokens import Marker, ModelTokenizer, resolve_marker
 from pause_ray.train.launch import FORMAT as TRAINING_FORMAT
 from pause_ray.trial.spec import TrialSpec
 
-TRIAL_FORMAT = 1
+TRIAL_FORMAT = 2
 """Part of a trial's identity; raised when the same spec begins to ask or grade differently."""
 
 
@@ -122,16 +122,9 @@ def _shard_job(spec: TrialSpec, corpus: CorpusSpec, model_dir: Path, haystack: H
 def _check_lengths(
     spec: TrialSpec, grid: list[Cell], haystack: Haystack, tokenizer: ModelTokenizer, marker: Marker, *, limit_tokens: int
 ) -> None:
-    """Build the shortest prompts and the longest: the first may have no room for their facts, the last may exceed the model."""
+    """Build the shortest prompts and a longest one: the first may have no room for their facts, the last may exceed the model."""
     builder = prompt_builder(haystack, suite=spec.eval, tokenizer=tokenizer, policy=spec.pauses, marker=marker, seed=spec.data_seed)
     shortest, longest = min(spec.eval.context_tokens), max(spec.eval.context_tokens)
     extremes = [cell for cell in grid if cell.context_tokens == shortest]
     for cell in [*extremes, next(cell for cell in reversed(grid) if cell.context_tokens == longest)]:
-        prompt = ask(cell, builder)
-        needed = prompt.prompt_tokens + spec.eval.max_new_tokens
-        if needed > limit_tokens:
-            raise ModelError(
-                f"eval.context_tokens {cell.context_tokens}: {prompt.prompt_tokens} prompt tokens ({prompt.num_pauses} pauses included) "
-                f"and {spec.eval.max_new_tokens} for the answer exceed the {limit_tokens} that {spec.model.source} can read; "
-                "lower eval.context_tokens, or use pauses.budget: total"
-            )
+        check_fits(ask(cell, builder), max_new_tokens=spec.eval.max_new_tokens, limit_tokens=limit_tokens, origin=spec.model.source)

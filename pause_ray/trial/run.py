@@ -14,7 +14,7 @@ from pathlib import Path
 from pause_ray import __version__
 from pause_ray.checkpoint import Checkpoint
 from pause_ray.corpus.shards import build_shards
-from pause_ray.engines.engine import HfEngineSpec, LoadedAs
+from pause_ray.engines.engine import HfEngineSpec, LoadedAs, depends_on_shapes
 from pause_ray.needle.answer import Condition
 from pause_ray.needle.fleet import Fleet, ScoringJob
 from pause_ray.needle.ledger import CellResult, Ledger
@@ -143,23 +143,25 @@ def recheck_cells(trial: PreparedTrial, job: ScoringJob, *, ledger: Ledger, flee
 
     None where nothing is rechecked.
     """
-    engine = trial.spec.engine
+    engine, model = trial.spec.engine, trial.spec.model
     if not isinstance(engine, HfEngineSpec):
         return None
     wanted = engine.recheck_cells
     if wanted is None:
-        wanted = 0 if trial.spec.model.dtype == "float32" else RECHECKED_CELLS
+        wanted = RECHECKED_CELLS if depends_on_shapes(dtype=model.dtype, quantize=model.quantize) else 0
     rows = {row.cell_id: row for row in ledger.rows() if row.score is not None}
     sample = sorted((cell for cell in trial.cells if cell.id in rows), key=lambda cell: cell.id)[:wanted]
     if not sample:
         return None
     progress("rechecking", 0, len(sample))
-    again = fleet.answer_otherwise(job, sample)
+    again = [result for result in fleet.answer_otherwise(job, sample) if result.score is not None]
+    if not again:
+        return None
     return {
-        "cells": len(sample),
+        "cells": len(again),
         "answers_changed": sum(result.response != rows[result.cell_id].response for result in again),
         "scores_changed": sum(result.score != rows[result.cell_id].score for result in again),
-        "dtype": trial.spec.model.dtype if trial.spec.model.quantize is None else trial.spec.model.quantize,
+        "dtype": model.quantize or model.dtype,
     }
 
 

@@ -14,7 +14,8 @@ from pause_ray.spec import JsonObject, Spec, check_path, inline_files, read_yaml
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.train.spec import TrainSpec
 
-FILE_FIELDS = ("eval", "eval.task.needles", "eval.task.groups", "corpus.facts")
+_SUITE_FILE_FIELDS = ("task.needles", "task.groups")
+FILE_FIELDS = ("eval", *(f"eval.{field}" for field in _SUITE_FILE_FIELDS), "corpus.facts")
 """Dotted paths where a trial's YAML may name a file instead of writing its content."""
 
 
@@ -34,7 +35,7 @@ class Resources(Spec):
     scoring_cpus_per_actor: float = Field(default=1, gt=0)
     """Logical CPUs of each scoring actor."""
     threads: int | None = Field(default=None, ge=1)
-    """Threads of one computation on the CPU; null: all cores of the machine."""
+    """Threads of one computation on the CPU; null: all cores of the machine, scoring actors on it share them."""
 
 
 class TrialSpec(Spec):
@@ -74,9 +75,19 @@ class TrialSpec(Spec):
         return self
 
     @model_validator(mode="after")
-    def _model_is_what_the_engine_loads(self) -> Self:
-        if isinstance(self.engine, EndpointSpec) and self.model.quantize is not None:
+    def _a_server_can_answer_so(self) -> Self:
+        """What a server will refuse, before anything is trained for it."""
+        if not isinstance(self.engine, EndpointSpec):
+            return self
+        if self.model.quantize is not None:
             raise ValueError(f"model.quantize {self.model.quantize} has no effect on an endpoint; choose it on the server")
+        token = self.pauses.token if self.pauses else "text"
+        if token == "added" or (token == "reserved" and self.train is not None):
+            raise ValueError(
+                f"pauses.token {token}: a server does not load the marker's row; use pauses.token: text, or engine: {{kind: hf}}"
+            )
+        if (self.train is not None or self.adapter is not None) and not self.engine.load_adapters:
+            raise ValueError("engine.load_adapters: must be true for a server to answer with an adapter; set it, or use engine: {kind: hf}")
         return self
 
     @property
@@ -85,10 +96,15 @@ class TrialSpec(Spec):
         return self.seed + 1000 * self.replicate
 
     def defining(self) -> JsonObject:
-        """The fields that change the result: without resources, and without the corpus when nothing is trained."""
+        """The fields that change the result.
+
+        Without resources, without the corpus when nothing is trained, and without the precision where a server decides it.
+        """
         data = self.resolved()
         del data["resources"]
         data["engine"] = self.engine.identity()
+        if isinstance(self.engine, EndpointSpec):
+            del data["model"]["dtype"]
         if self.train is None:
             del data["corpus"]
         return data
@@ -104,6 +120,18 @@ def read_trial(path: Path, overrides: JsonObject) -> TrialSpec:
     if isinstance(data.get("trial"), dict):
         data = data["trial"]
     return TrialSpec.parse(sparse_trial(data, overrides, origin=path), origin=str(path))
+
+
+def read_suite(path: Path, overrides: JsonObject) -> SuiteSpec:
+    """A suite from its YAML file, with overrides applied.
+
+    Raises:
+        SpecError: unknown field or path, a value that breaks a rule, or a file it names that is not there.
+    """
+    for dotted in overrides:
+        check_path(SuiteSpec, dotted, origin="--set")
+    whole = inline_files(read_yaml(path), _SUITE_FILE_FIELDS, origin=path)
+    return SuiteSpec.parse(inline_files(with_overrides(whole, overrides), _SUITE_FILE_FIELDS, origin=path), origin=str(path))
 
 
 def sparse_trial(data: JsonObject, overrides: JsonObject, *, origin: Path) -> JsonObject:

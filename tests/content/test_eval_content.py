@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from pause_ray.corpus.facts import shared_with_evaluation
 from pause_ray.corpus.spec import FactFile, FactSpec
 from pause_ray.needle.haystack import ask, load_haystack, prompt_builder
-from pause_ray.needle.task import SuiteSpec, ask_for, cells
+from pause_ray.needle.task import SuiteSpec, ask_for, cells, known_facts
 from pause_ray.needle.tasks.stock import NeedleFile, NeedleGroupFile
 from pause_ray.spec import inline_files, read_yaml
 from pause_ray.sweep.spec import expand, read_sweep
@@ -277,6 +278,15 @@ def test_no_training_fact_shares_a_keyword_or_place_with_the_evaluation(fact):
         places = set(re.findall(r"(?<!^)\b[A-Z][a-z]+", needle))
         assert not places & set(re.findall(r"[A-Z][a-z]+", taught))
     assert "best thing to do" not in taught.casefold()
+
+
+@every_suite
+def test_every_suite_can_score_what_was_trained_on_the_shipped_facts(path):
+    hidden = [fact for replicate in range(5) for fact in known_facts(parse_suite(path), seed=0, replicate=replicate)]
+    references = {reference for fact in hidden for reference in fact.references}
+    # the texts of one replicate will do: a template makes all of a task's sentences or none
+    assert references
+    assert shared_with_evaluation(FactFile(facts=FACTS), needles=[fact.text for fact in hidden[:50]], keywords=list(references)) == []
 
 
 def test_a_groups_facts_are_sentences_of_one_form():

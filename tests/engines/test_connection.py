@@ -190,6 +190,14 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
     assert not any(KEY in text for text in written)
 
 
+@pytest.mark.parametrize("placeholder", ["EMPTY", "none", "e"])
+def test_a_word_in_place_of_a_key_changes_no_answer(folder: Path, monkeypatch: pytest.MonkeyPatch, placeholder: str) -> None:
+    monkeypatch.setenv(VARIABLE, placeholder)
+    with EndpointServer(in_turn(completion("The box is EMPTY, there is none."))) as server:
+        engine = engine_for(server, folder, key_variable=VARIABLE)
+        assert good(only(engine, step_of(folder, "Stone."))).text == "The box is EMPTY, there is none."
+
+
 def test_without_a_key_variable_nothing_is_signed_whatever_netrc_says(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

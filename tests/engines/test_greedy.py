@@ -204,3 +204,18 @@ def test_what_a_step_wrongly_keeps_is_computed_anew(model_of: Any) -> None:
     expected = [answer.ids for answer in read(model, walk_of([first.ids, second.ids, np.flip(first.ids)], grain=1000, most=6))]
     assert [ids for ids, _ in found] == expected
     assert [tokens for _, tokens in found] == [96, 30, 96], "nothing was there to be kept; 70 tokens were; none were"
+
+
+def test_where_only_whole_chunks_are_kept_the_last_one_is_computed_anew(model_of: Any) -> None:
+    """It was not whole, or it was computed together with a draft."""
+    model, _ = model_of("llama")
+    first, second = [step.prompt.ids for step in walk_of(prompts(seed=7)[:2])]
+    longer = np.append(first, second[:2])
+    assert len(first) % CHUNK == 0
+    reader = greedy.GreedyReader(model, model.config, chunk_tokens=CHUNK, grain_tokens=CHUNK)
+    computed = []
+    with torch.inference_mode():
+        for ids, keep in ((first, 0), (second, 70), (first, 70), (longer, len(first))):
+            answer = reader.answer(ids, Recorded(most=6, end_ids=frozenset([0]), reference=()), keep_tokens=keep, drafts=False)
+            computed.append(answer.prefilled_tokens)
+    assert computed == [len(first), len(second) - 64, len(first) - 64, CHUNK + 2]

@@ -63,12 +63,14 @@ def test_what_the_server_counted_is_what_the_ledger_gets(folder: Path) -> None:
 @pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": "many", "completion_tokens": -1, "prompt_tokens_details": 3}])
 def test_without_a_usable_count_the_own_tokenizer_counts(folder: Path, usage: object) -> None:
     step = step_of(folder, "A stone.")
-    act = Act(body=json.dumps({"choices": [{"text": "a stone", "finish_reason": "length"}], "usage": usage}))
-    with EndpointServer(in_turn(act)) as server:
-        answer = good(only(engine_for(server, folder), step))
-    assert answer.prefilled_tokens == len(step.prompt.ids)
-    assert answer.decoded_tokens == len(ModelTokenizer.load(folder).encode("a stone").ids)
-    assert answer.cost is None
+    counts = {"stop": len(ModelTokenizer.load(folder).encode("a stone").ids), "length": step.max_new_tokens}
+    for finish_reason, expected in counts.items():
+        act = Act(body=json.dumps({"choices": [{"text": "a stone", "finish_reason": finish_reason}], "usage": usage}))
+        with EndpointServer(in_turn(act)) as server:
+            answer = good(only(engine_for(server, folder), step))
+        assert answer.prefilled_tokens == len(step.prompt.ids)
+        assert answer.decoded_tokens == expected
+        assert answer.cost is None
 
 
 def test_a_server_with_another_tokenizer_is_told_of_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -28,6 +28,7 @@ def row(number: int, response: str | None, **changes: Any) -> CellResult:
         "prompt_tokens": 1024,
         "content_tokens": 1000,
         "num_pauses": 0,
+        "rule": "newline",
         "depth_percent": 50.0,
         "needle_token": 9,
         "facts": (fact,),

@@ -127,6 +127,25 @@ def test_a_marker_of_the_vocabulary_in_an_answer_is_shown_and_costs_nothing(toke
         assert str(row.response).replace("<PAUSE>", "") == STOCK.needle
 
 
+def test_a_row_has_what_the_engine_tells_of_its_answer(tokenizer_dir: Path, essays_dir: Path) -> None:
+    told = {"margin": 0.5, "reference_margin": 0.25, "cost": 0.01, "seconds": 2.0, "decoded_tokens": 77}
+    engine = CopyingEngine(facts=FACTS, copied=lambda completion: dataclasses.replace(completion, **told))
+    rows = answers(make_suite(essays_dir, context_tokens=[1024], depth_percent=[], samples=3), tokenizer_dir, engine)
+    assert [{name: getattr(row, name) for name in told} for row in rows] == [told] * 3
+    assert {row.sample for row in rows} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("drafts", [True, False])
+def test_the_reference_is_the_draft_where_drafts_are_wanted(tokenizer_dir: Path, essays_dir: Path, drafts: bool) -> None:
+    suite, tokenizer = make_suite(essays_dir, context_tokens=[1024]), ModelTokenizer.load(tokenizer_dir)
+    haystack, marker = load_haystack(suite, cache=tokenizer_dir, seed=0, replicate=0), resolve_marker(tokenizer, None)
+    builder = prompt_builder(haystack, suite=suite, tokenizer=tokenizer, policy=None, marker=marker, seed=0)
+    reader = Reader(builder=builder, tokenizer=tokenizer, policy=None, marker=marker, max_new_tokens=5)
+    asked = planned(cells(suite, identity="i", replicate=0, seed=0), reader=reader, grain_tokens=1, drafts=drafts)
+    expected = tuple(tokenizer.encode(STOCK.needle).ids.tolist()) if drafts else ()
+    assert {(step.draft_ids, step.max_new_tokens) for _, step in asked} == {(expected, 5)}
+
+
 def test_an_engine_failure_is_unscored_and_the_walk_goes_on(tokenizer_dir: Path, essays_dir: Path) -> None:
     rows = answers(make_suite(essays_dir), tokenizer_dir, ScriptedEngine(facts=FACTS, fails_from_tokens=4000))
     failed = [row for row in rows if row.score is None]

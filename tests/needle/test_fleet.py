@@ -105,6 +105,34 @@ def test_an_actor_killed_from_outside_is_started_again(tokenizer_dir: Path, essa
     assert sorted(result.cell_id for result in results) == sorted(cell.id for cell in [*asked, *asked[:2]])
 
 
+@dataclass(kw_only=True)
+class OtherEngine(ScriptedEngine):
+    """Computes in other shapes too, where it does not fail."""
+
+    dies: bool = False
+
+    def answer_otherwise(self, step: Step) -> Completion:
+        if self.dies:
+            os._exit(1)
+        [(_, outcome)] = self.answer([step])
+        if isinstance(outcome, EngineError):
+            raise outcome
+        return outcome
+
+
+def test_cells_are_asked_otherwise_also_while_the_actor_restarts(tokenizer_dir: Path, essays_dir: Path) -> None:
+    import ray
+
+    job, asked = job_of(tokenizer_dir, essays_dir)
+    with running(OtherEngine(facts=FACTS, fails_from_tokens=900), num_actors=1) as started:
+        ray.kill(started.actors[0], no_restart=False)
+        results = started.answer_otherwise(job, asked)
+    assert [result.cell_id for result in results] == [cell.id for cell in asked]
+    assert {cell.context_tokens for cell, result in zip(asked, results, strict=True) if result.score is None} == {900}
+    with running(OtherEngine(facts=FACTS, dies=True), num_actors=1) as started, pytest.raises(FleetError, match="asked again"):
+        started.answer_otherwise(job, asked)
+
+
 def test_a_cell_that_kills_every_actor_stops_the_scoring_with_its_name(tokenizer_dir: Path, essays_dir: Path) -> None:
     job, asked = job_of(tokenizer_dir, essays_dir)
     with running(MortalEngine(facts=FACTS, dies_at_tokens=700, tombstone=None), num_actors=1) as started:

@@ -13,6 +13,7 @@ from pause_ray.compare import compare_arms
 from pause_ray.errors import SourceError
 from pause_ray.needle.imported import Naming, import_results
 from pause_ray.needle.ledger import UNKNOWN_TOKEN, Ledger
+from pause_ray.needle.rescore import rescore
 
 LENGTHS, DEPTHS = (1000, 2000, 4000), (10.0, 16.0, 50.0, 74.0, 100.0)
 NEEDLE = "\nThe best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.\n"
@@ -128,7 +129,8 @@ def test_two_imported_arms_show_the_effect_that_was_put_into_them(tmp_path: Path
     comparison = compare_arms(Ledger(tmp_path / "tuned.jsonl").rows(), Ledger(tmp_path / "base.jsonl").rows())
     assert comparison is not None
     assert (comparison.num_pairs, comparison.num_unpaired, comparison.num_replicates) == (45, 0, 3)
-    assert comparison.relative_percent == pytest.approx(50)
+    assert comparison.effects.relative is not None
+    assert comparison.effects.relative.value == pytest.approx(50)
     assert comparison.difference == pytest.approx(2 / 9)
     assert comparison.difference_by_length == {1000: pytest.approx(0), 2000: pytest.approx(2 / 9), 4000: pytest.approx(4 / 9)}
     assert comparison.warnings == ()
@@ -298,6 +300,15 @@ def test_a_chain_says_that_it_was_scored_as_one(tmp_path: Path) -> None:
     chain = version_2(1000, 10.0, task_type="uuid_chain", score=0.25) | {"score": {"value": 0.25, "details": {"hops_correct": 1}}}
     import_results([write_lines(tmp_path / "run.jsonl", [chain])], out=tmp_path / "a.jsonl")
     assert [row.scorer for row in Ledger(tmp_path / "a.jsonl").rows()] == ["chain_match (imported)"]
+
+
+def test_a_chain_can_be_scored_by_how_far_the_answer_got(tmp_path: Path) -> None:
+    codes = ["code-a", "code-b", "code-c", "code-d", "code-e"]
+    chain = version_2(1000, 10.0, task_type="uuid_chain", needle_metadata={"chain": codes}, expected_answer="code-e", response="CODE-C.")
+    chain["recipe"]["needle_placements"][1]["text"] = "code-d maps to code-e."
+    import_results([write_lines(tmp_path / "run.jsonl", [chain])], out=tmp_path / "a.jsonl")
+    [row] = Ledger(tmp_path / "a.jsonl").rows()
+    assert rescore(row, scorer="furthest").score == 2 / 4
 
 
 def test_a_line_that_was_not_written_to_its_end_is_left_out_and_any_other_is_an_error(tmp_path: Path) -> None:

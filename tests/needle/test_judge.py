@@ -45,6 +45,11 @@ GRADED = {
     "7\n\nThe scores range from 1 to 10.": 7,
     "<think>Grade: 2? No.</think>\nGrade: 9": 9,
     "score 7 (10 would need the park)": 7,
+    "Grade: 7\n\nA score of 10 would need the park.": 7,
+    "Grade: 7\nGrade 10/10 would need the park.": 7,
+    "Grade: 4. Grade 10 means right.": 4,
+    "Grade: 7/10 (not 10/10)": 7,
+    "Grade: 3 should do.\nNo, final: 4": 4,
 }
 
 NOT_GRADED = {

@@ -105,7 +105,7 @@ def test_a_row_of_another_version_is_an_error_that_names_the_column(tmp_path: Pa
     row = result(0).row()
     row["needle"] = "The word is café."
     (tmp_path / "cells.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(StorageError, match="line 1 is no cell result .*'needle'"):
+    with pytest.raises(StorageError, match=r"line 1 is no cell result .*'needle'"):
         Ledger(tmp_path / "cells.jsonl").rows()
 
 

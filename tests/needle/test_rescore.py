@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from pause_ray.engines.engine import Completion, EndpointSpec, EngineError, LoadedAs, Step
 from pause_ray.errors import ModelError, SpecError, StorageError
 from pause_ray.needle.judge import JudgeSpec
-from pause_ray.needle.ledger import CellResult, Ledger
+from pause_ray.needle.ledger import CellResult, FactResult, Ledger
 from pause_ray.needle.rescore import Agreement, Judge, agreement_table, judge_at, judged, rescore, rescore_ledgers
 from pause_ray.text.tokens import ModelTokenizer
-from tests.engines.endpoint_server import EndpointServer, completion
+from tests.engines.endpoint_server import Act, EndpointServer, completion
 from tests.needle.answered_rows import PARTS, ROWS, ledger_of, row
 
 SPEC = JudgeSpec(name="tiny", prompt="Grade this.\n{question}\n{references}\n<<{answer}>>")
@@ -34,6 +34,7 @@ class ReplyingEngine:
     tokenizer: ModelTokenizer
     reply: Callable[[str], str | EngineError]
     name: str = "replying"
+    decoded_tokens: int = 1
     grain_tokens: int = 1
     steps: list[Step] = field(default_factory=list)
 
@@ -49,7 +50,7 @@ class ReplyingEngine:
             if isinstance(reply, EngineError):
                 yield index, reply
             else:
-                yield index, Completion(text=reply, ids=(), prefilled_tokens=1, decoded_tokens=1, seconds=0.0, cost=0.25)
+                yield index, Completion(text=reply, ids=(), prefilled_tokens=1, decoded_tokens=self.decoded_tokens, seconds=0.0, cost=0.25)
 
 
 def judge_with(tokenizer_dir: Path, reply: Callable[[str], str | EngineError], spec: JudgeSpec = SPEC) -> tuple[Judge, ReplyingEngine]:
@@ -104,6 +105,32 @@ def test_a_judges_grades_become_scores_and_prose_does_not(tokenizer_dir: Path) -
     assert again["cell2"].transcript == "That is a fine answer."
     assert {again[f"cell{number}"].scorer for number in (0, 1, 2, 4)} == {judge.scorer}
     assert again["cell1"].facts == ROWS[1].facts
+
+
+def test_a_reply_that_was_cut_is_no_verdict(tokenizer_dir: Path) -> None:
+    # cut between the digits of 10, or before the judge thought better of it
+    judge, engine = judge_with(tokenizer_dir, lambda _: "Grade: 1")
+    engine.decoded_tokens = SPEC.max_new_tokens
+    for new, cost in judged(ROWS[:2], judge=judge):
+        assert (new.score, new.rubric, new.transcript, cost) == (None, None, "Grade: 1", 0.25)
+        assert str(SPEC.max_new_tokens) in str(new.unscored_reason)
+    engine.decoded_tokens -= 1
+    assert {new.score for new, _ in judged(ROWS[:2], judge=judge)} == {0.0}
+
+
+def test_a_judge_sees_what_was_asked_for_and_no_distractors(tokenizer_dir: Path) -> None:
+    spec = JudgeSpec(name="facts", prompt="{facts}\n<<{answer}>>")
+    judge, engine = judge_with(tokenizer_dir, lambda _: "Grade: 10", spec)
+    distractor = FactResult(text="The worst thing to do is stand in the rain.", references=(), depth_percent=10.0, token=3, score=None)
+
+    def shown(facts: tuple[FactResult, ...]) -> str:
+        list(judged([dataclasses.replace(ROWS[0], facts=facts)], judge=judge))
+        return judge.tokenizer.decode(engine.steps[-1].prompt.ids) if judge.tokenizer else ""
+
+    asked = shown((distractor, *ROWS[0].facts))
+    assert ROWS[0].facts[0].text in asked
+    assert distractor.text not in asked
+    assert distractor.text in shown((distractor,))
 
 
 def test_a_judge_that_reuses_prefixes_is_told_only_what_is_common(tokenizer_dir: Path) -> None:
@@ -277,3 +304,12 @@ def test_a_chat_endpoint_judges_without_its_tokenizer(tmp_path: Path, tokenizer_
     with pytest.raises(SpecError, match="api: chat"):
         judge_at(spec.model_copy(update={"api": "completions"}), spec=SPEC)
     assert json.loads((tmp_path / "out" / "rescore.json").read_text())["scorer"] == judge.scorer
+
+
+def test_a_chat_judge_whose_server_counts_nothing_is_heard(tmp_path: Path) -> None:
+    path = ledger_of(tmp_path / "abc" / "cells.jsonl")
+    reply = {"choices": [{"message": {"content": "Grade: 10"}, "finish_reason": "stop"}]}
+    with EndpointServer(lambda asked: Act(body=json.dumps(reply))) as server:
+        spec = EndpointSpec.parse({"kind": "endpoint", "url": server.url, "model": "big", "api": "chat"}, origin="test")
+        [rescored] = rescore_ledgers([path], scorer=judge_at(spec, spec=SPEC), out=tmp_path / "out")
+    assert {row.score for row in Ledger(rescored.ledger).rows() if row.response is not None} == {1.0}

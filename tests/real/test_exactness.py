@@ -27,8 +27,9 @@ SUITES = sorted(path.stem for path in (ROOT / "eval" / "suites").glob("*.yaml"))
 STAND_INS = ("lattice", "multi_random", "ruler_niah_multikey_1", "key_value")
 LENGTHS = [448, 576, 704] if FULL else [448, 640]
 POSITIONS = 5 if FULL else 2
-PAUSED = {"single", "lattice", "multi_spaced", "combine"}
+PAUSED = {"single", "lattice", "multi_spaced", "combine_1"}
 """Suites that are asked with pauses."""
+assert set(SUITES) >= PAUSED
 
 
 def short(name: str) -> SuiteSpec:

@@ -10,9 +10,9 @@ from pause_ray.trial.spec import TrialSpec
 NEEDLES = {"needles": [{"needle": "The key is under the mat.", "question": "Where is it?", "keywords": ["mat"]}]}
 
 
-def trial(**grid: object) -> TrialSpec:
+def trial(reuse: str = "none", **grid: object) -> TrialSpec:
     suite = {"name": "s", "task": {"kind": "single", "needles": NEEDLES}, "noise": "Grass is green.", "context_tokens": [1000, 3000]}
-    return TrialSpec.parse({"model": {"source": "some/model"}, "eval": suite | grid}, origin="test")
+    return TrialSpec.parse({"model": {"source": "some/model"}, "engine": {"reuse": reuse}, "eval": suite | grid}, origin="test")
 
 
 @pytest.mark.parametrize(
@@ -23,8 +23,20 @@ def trial(**grid: object) -> TrialSpec:
         ({"samples": 5}, 5 * 1000 + 5 * 3000),
     ],
 )
-def test_scoring_is_counted_in_the_prompt_tokens_of_every_cell(grid: dict[str, object], tokens: int) -> None:
+def test_without_sharing_scoring_is_counted_in_the_prompt_tokens_of_every_cell(grid: dict[str, object], tokens: int) -> None:
     assert work_of(trial(**grid)) == (0.0, tokens)
+
+
+@pytest.mark.parametrize(
+    ("reuse", "tokens"),
+    [
+        # A fact at the beginning shares nothing; others share what stands before both facts.
+        ("depth", (1000 + 1000 + 500) + (3000 + 3000 + 1500)),
+        ("full", 1000 + 2000 + 1000 + 500 + 2000 + 1500),
+    ],
+)
+def test_what_prompts_share_is_counted_once(reuse: str, tokens: int) -> None:
+    assert work_of(trial(reuse, depth_percent=[0, 50, 100])) == (0.0, tokens)
 
 
 def test_work_that_is_behind_a_trial_never_shrinks() -> None:
@@ -36,6 +48,6 @@ def test_work_that_is_behind_a_trial_never_shrinks() -> None:
         TrialState("rechecking", 0, 2),
         TrialState("done", 1, 1),
     ]
-    done = [work_done(spec, state) for state in stages]
+    done = [work_done(work_of(spec), state) for state in stages]
     assert done == sorted(done)
     assert done[-1] == sum(work_of(spec))

@@ -90,6 +90,7 @@ def test_replicates_differ_in_seed_and_needle_but_not_in_anything_else() -> None
         ({"compare_to": "basline"}, r"compare_to 'basline' is none of the arms"),
         ({"trial.eval.depth_percent": [120]}, r"depth_percent 120 is outside 0 to 100"),
         ({"trial.corpus": None}, r"train needs a corpus"),
+        ({"trial.replicate": 2}, r"trial\.replicate 2 is set by the sweep"),
     ],
 )
 def test_a_mistake_is_found_before_anything_starts(change: JsonObject, message: str) -> None:

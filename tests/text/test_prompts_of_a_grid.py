@@ -169,6 +169,14 @@ def test_facts_at_the_end_go_back_together_rather_than_lose_their_room_to_pauses
         assert " ".join(TEXTS) in content
 
 
+def test_a_fact_further_up_stays_where_it_is_when_one_at_the_end_goes_back(byte_tokenizer):
+    policy = PausePolicy(unit="sentence", count=8, token="added", budget="total")
+    builder = make_builder(byte_tokenizer, policy)
+    for tokens in range(420, 460, 4):
+        early, late = build(builder, hidden([10, 100]), tokens), build(builder, hidden([10, 60]), tokens)
+        assert early.needle_tokens[0] == late.needle_tokens[0] < late.needle_tokens[1] < early.needle_tokens[1]
+
+
 def test_a_position_beyond_the_context_is_its_end(byte_tokenizer):
     builder = make_builder(byte_tokenizer, PausePolicy())
     assert_same(build(builder, standing_at(10**6), 700), build(builder, [HiddenText(text=NEEDLE, depth_percent=100)], 700))

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from pause_ray.needle.question import Fact, LabelScorer, Question
 from pause_ray.spec import Spec
 
-PLACES = ("balcony", "cellar", "courtyard", "pantry", "veranda", "workshop")
+PLACES = ("balcony", "courtyard", "laundry", "nursery", "pantry", "veranda")
 """As many as in bAbI; the labels of every answer."""
 _PERSONS = ("Edgar", "Hugo", "Leila", "Mina", "Otto", "Pavel")
 _THINGS = ("lantern", "notebook", "teapot", "umbrella")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -96,3 +97,25 @@ def test_a_story_without_room_for_a_distractor_is_refused(supporting: int, steps
 def test_a_number_of_supporting_facts_that_is_not_offered_is_refused() -> None:
     with pytest.raises(SpecError, match="supporting"):
         CombineTask.parse({"kind": "combine", "supporting": 4, "steps": 20}, origin="test")
+
+
+@pytest.mark.parametrize(("supporting", "steps"), [(1, 10), (2, 12), (3, 14)])
+def test_to_name_the_place_that_the_text_names_last_is_mostly_wrong(supporting: Literal[1, 2, 3], steps: int) -> None:
+    task = CombineTask(kind="combine", supporting=supporting, steps=steps)
+    questions = [task.question(random.Random(seed), replicate=0) for seed in range(500)]
+    last = [
+        [place for fact in asked.facts for place in PLACES if place in fact.text and place not in asked.question][-1] for asked in questions
+    ]
+    assert sum((place,) == asked.references for place, asked in zip(last, questions, strict=True)) / 500 < 0.45
+
+
+def test_half_of_the_time_a_thing_is_not_where_its_bearer_went() -> None:
+    task = CombineTask(kind="combine", supporting=2, steps=12)
+    questions = [task.question(random.Random(seed), replicate=0) for seed in range(500)]
+    is_with_bearer = []
+    for asked in questions:
+        (thing,) = re.findall(r"Where is the (\w+) now", asked.question)
+        bearer = next(fact.text.split()[0] for fact in asked.facts if thing in fact.text)
+        where, _ = retell([fact.text for fact in asked.facts])
+        is_with_bearer.append((where[bearer],) == asked.references)
+    assert 0.4 < sum(is_with_bearer) / 500 < 0.6

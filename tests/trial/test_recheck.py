@@ -1,0 +1,80 @@
+"""What the precision alone does to answers is counted over the cells that could be asked again, and over no others."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pause_ray.needle.ledger import CellResult, Ledger
+from pause_ray.needle.task import Cell, cells
+from pause_ray.spec import JsonObject
+from pause_ray.text.tokens import Marker
+from pause_ray.trial.spec import TrialSpec
+from tests.needle.answered_rows import row
+from tests.needle.tiny import make_suite
+
+prepare = pytest.importorskip("pause_ray.trial.prepare")
+run = pytest.importorskip("pause_ray.trial.run")
+pytestmark = pytest.mark.ray  # is imported, not started
+OUT_OF_MEMORY = {"response": None, "score": None, "rubric": None, "unscored_reason": "out of memory"}
+
+
+@dataclass
+class Again:
+    """A fleet whose answers in other shapes are the ledger's, but for what ``differs`` says of the first ones."""
+
+    ledger: Ledger
+    differs: Sequence[JsonObject] = ()
+    asked: int = 0
+
+    def answer_otherwise(self, job: object, sample: Sequence[Cell]) -> list[CellResult]:
+        self.asked = len(sample)
+        rows = {its.cell_id: its for its in self.ledger.rows()}
+        changes = [*self.differs, *({} for _ in sample)]
+        return [dataclasses.replace(rows[cell.id], **change) for cell, change in zip(sample, changes, strict=False)]
+
+
+@pytest.fixture
+def recheck(tmp_path: Path) -> Callable[..., tuple[JsonObject | None, int]]:
+    def found(*differs: JsonObject, model: JsonObject | None = None, engine: JsonObject | None = None) -> tuple[JsonObject | None, int]:
+        suite = make_suite(None, noise="Grass is green.", context_tokens=[200, 300, 400, 500, 600])
+        data: dict[str, Any] = {"model": {"source": "m", **(model or {})}, "engine": engine or {}, "eval": suite.resolved()}
+        spec = TrialSpec.parse(data, origin="test")
+        grid = cells(suite, identity="i", replicate=0, seed=0)
+        trial = prepare.PreparedTrial(
+            spec=spec, digest="d", model_dir=tmp_path, base_digest="b", marker=Marker((), None), shards=None, cells=tuple(grid)
+        )
+        ledger = Ledger(tmp_path / "cells.jsonl")
+        for cell in grid:
+            ledger.append(row(0, "Eat a sandwich.", cell_id=cell.id) if cell is not grid[0] else row(0, None, cell_id=cell.id))
+        fleet = Again(ledger, differs)
+        noise = run.recheck_cells(trial, None, ledger=ledger, fleet=fleet, progress=lambda stage, done, total: None)
+        return noise, fleet.asked
+
+    return found
+
+
+def test_float32_needs_none_and_every_other_precision_gets_a_sample(recheck: Any, tmp_path: Path) -> None:
+    for model, asked in (({}, 0), ({"dtype": "bfloat16"}, 12), ({"quantize": "nf4"}, 12), ({"dtype": "bfloat16", "quantize": "nf4"}, 12)):
+        noise, count = recheck(model=model)
+        assert count == asked, model
+        assert (noise is None) == (asked == 0)
+        (tmp_path / "cells.jsonl").unlink()
+    noise, count = recheck(engine={"recheck_cells": 20})
+    assert count == 14, "all that have a score"
+    assert noise == {"cells": 14, "answers_changed": 0, "scores_changed": 0, "dtype": "float32"}
+
+
+def test_changed_answers_and_scores_are_counted_and_cells_that_failed_are_not(recheck: Any) -> None:
+    other, better = {"response": "Eat the sandwich."}, {"response": "Sit in Dolores Park, sandwich in hand.", "score": 1.0}
+    noise, _ = recheck(other, better, OUT_OF_MEMORY, model={"dtype": "bfloat16"})
+    assert noise == {"cells": 11, "answers_changed": 2, "scores_changed": 1, "dtype": "bfloat16"}
+
+
+def test_a_sample_of_which_nothing_could_be_asked_again_says_nothing(recheck: Any) -> None:
+    assert recheck(*[OUT_OF_MEMORY] * 12, model={"dtype": "bfloat16"}) == (None, 12)
