@@ -115,6 +115,14 @@ def test_logits_along_a_walk_are_those_of_one_forward_pass(model_of: Any, kind: 
     assert len({tuple(answer.ids) for answer in plain}) >= 6, "a model that always says the same would prove nothing"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chunk_that_is_longer_than_the_window_sees_no_further(model_of: Any, kind: str) -> None:
+    model, _ = model_of(kind)
+    steps = walk_of(prompts(seed=3), grain=1000)
+    for step, answer in zip(steps, read(model, steps, chunk=1000, drafts=False), strict=True):
+        assert torch.allclose(torch.stack(answer.rows), whole_logits(model, step, answer), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("adapted", [False, True], ids=["base", "marker and adapter"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_bfloat16_logits_are_equal_bit_by_bit_whatever_is_kept(model_of: Any, kind: str, adapted: bool) -> None:
