@@ -30,8 +30,9 @@ from rich.table import Table
 from pause_ray.engines.attention import flop_counter
 from pause_ray.engines.cost import ModelShape
 from pause_ray.engines.engine import EngineError, HfEngineSpec, LoadedAs, ModelSpec
-from pause_ray.engines.hf import HfEngine, load_base
+from pause_ray.engines.hf import HfEngine
 from pause_ray.engines.model_source import resolve_model
+from pause_ray.engines.weights import load_base
 from pause_ray.needle.answer import Asked, Reader, planned
 from pause_ray.needle.haystack import load_haystack, prompt_builder
 from pause_ray.needle.task import SuiteSpec, cells

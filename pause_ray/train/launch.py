@@ -20,7 +20,7 @@ from pause_ray.text.tokens import MarkerToken, ModelTokenizer
 from pause_ray.train.loop import share
 from pause_ray.train.spec import TrainSpec
 
-FORMAT = 1
+FORMAT = 2
 """Part of the digest; raised when the same job begins to give another adapter."""
 POLL_SECONDS = 0.5
 """Between two looks at the training log; a step takes seconds."""
@@ -60,7 +60,7 @@ def train_digest(job: TrainJob) -> str:
     """
     shards = [entry["sha256"] for entry in ShardSet.open(job.shards).manifest["shards"]]
     marker = dataclasses.asdict(job.marker) if job.marker else None
-    return digest([FORMAT, job.train.resolved(), job.base_digest, shards, marker, job.seed])
+    return digest([FORMAT, job.train.identity(), job.base_digest, shards, marker, job.seed])
 
 
 def fit(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pause_ray.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from pause_ray.engines.hf import load_base
+from pause_ray.engines.weights import load_base
 from pause_ray.errors import SpecError
 from pause_ray.rows import NO_LOSS
 from pause_ray.text.tokens import MarkerToken
@@ -31,7 +31,8 @@ def load_trainable(train: TrainSpec, *, model_dir: Path, marker: MarkerToken | N
         ModelError: the base model cannot be loaded.
     """
     base = load_base(model_dir, dtype=train.precision, marker=marker, device=device)
-    _check_targets(base, train.lora.targets)
+    if train.lora.targets is not None:
+        _check_targets(base, train.lora.targets)
     rows = {_embedding_name(base): [marker.token_id]} if marker else None
     torch.manual_seed(seed)
     model = peft.get_peft_model(
@@ -41,7 +42,7 @@ def load_trainable(train: TrainSpec, *, model_dir: Path, marker: MarkerToken | N
             r=train.lora.rank,
             lora_alpha=train.lora.alpha,
             lora_dropout=train.lora.dropout,
-            target_modules=list(train.lora.targets),
+            target_modules=list(train.lora.targets) if train.lora.targets is not None else "all-linear",
             trainable_token_indices=rows,
         ),
     )

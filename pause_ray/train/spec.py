@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from pause_ray.spec import Spec
+from pause_ray.spec import JsonObject, Spec
 
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+Offload = Literal["none", "cpu", "nvme"]
 
 
 class LoraSpec(Spec):
@@ -17,18 +19,41 @@ class LoraSpec(Spec):
     rank: int = Field(default=16, ge=1)
     """Rank of the update."""
     alpha: int = Field(default=16, ge=1)
-    """Scale of the update is alpha / rank."""
+    """Scale of the update is alpha / rank, or alpha / √rank with ``rslora``."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
-    targets: tuple[str, ...] = Field(default=ATTENTION_AND_MLP, min_length=1)
-    """Names of the linear layers that get an adapter."""
+    targets: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Names of the linear layers that get an adapter; null for all of attention and MLP, by the model's own names."""
+    rslora: bool = False
+    """Rank-stabilised scale (arXiv 2312.03732)."""
+    dora: bool = False
+    """Direction and magnitude apart (arXiv 2402.09353)."""
 
 
 class ZeroSpec(Spec):
-    """DeepSpeed ZeRO (arXiv 1910.02054)."""
+    """DeepSpeed ZeRO (arXiv 1910.02054): how memory is spread over workers. In no digest: it changes rounding at most."""
 
-    stage: Literal[0, 1, 2, 3] = 0
-    """0: data parallel; 1: optimizer state sharded; 2: and gradients; 3: and parameters."""
+    stage: Literal[0, 1, 2, 3, "auto"] = 0
+    """0: data parallel; 1: optimizer state sharded; 2: and gradients; 3: and parameters. ``auto``: the cheapest that fits."""
+    offload_optimizer: Offload = "none"
+    """Where optimizer state waits between steps."""
+    offload_parameters: Offload = "none"
+    """Where base weights wait; stage 3 only."""
+    nvme_path: str | None = None
+    """Folder on each node's local disk, for ``nvme``."""
+    bucket_elements: int = Field(default=50_000_000, ge=1_000)
+    """Numbers that are sent at a time; smaller takes less memory and more messages."""
+
+    @model_validator(mode="after")
+    def _offload_fits_stage(self) -> Self:
+        if self.offload_parameters != "none" and self.stage not in (3, "auto"):
+            raise ValueError(f"offload_parameters {self.offload_parameters} needs stage 3, which is the one that shards parameters")
+        if self.offload_optimizer != "none" and self.stage == 0:
+            raise ValueError(f"offload_optimizer {self.offload_optimizer} needs stage 1, 2 or 3")
+        uses_nvme = "nvme" in (self.offload_optimizer, self.offload_parameters)
+        if uses_nvme != (self.nvme_path is not None):
+            raise ValueError("nvme_path goes with an offload to nvme: give both or neither")
+        return self
 
 
 class TrainSpec(Spec):
@@ -50,11 +75,43 @@ class TrainSpec(Spec):
     """AdamW's decoupled weight decay."""
     gradient_clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of base weights and activations while training; optimizer state is float32."""
+    precision: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of base weights and activations while training; trained weights and optimizer state are float32."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """``nf4``: QLoRA (arXiv 2305.14314), base weights in 4 bits with double quantisation, stored in ``precision``; ``int8``: in 8 bits
+    (arXiv 2208.07339), up to ZeRO stage 2."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    sequence_parallel: int = Field(default=1, ge=1)
+    """Workers that share each row's tokens (DeepSpeed Ulysses, arXiv 2309.14509)."""
+    validate_every: int | None = Field(default=None, ge=1)
+    """Steps between looks at the loss of ``corpus.validation_rows``; null looks after the last step only."""
+    checkpoint_every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints of the training itself; null writes one when the process is asked to end."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """How many of the last ones stay; the one with the best validation loss stays too."""
     lora: LoraSpec = LoraSpec()
     """The adapter."""
     zero: ZeroSpec = ZeroSpec()
     """How optimizer state, gradients and parameters are spread over workers."""
+
+    @model_validator(mode="after")
+    def _quantized_base_fits(self) -> Self:
+        if self.quantize and self.precision == "float32":
+            raise ValueError(f"quantize {self.quantize} computes in 16 bits; set precision to bfloat16")
+        if self.quantize == "int8" and self.zero.stage in (3, "auto"):
+            raise ValueError("quantize int8 gives wrong losses under ZeRO stage 3 (bitsandbytes issue 1451); use nf4, or a stage up to 2")
+        return self
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step."""
+        return self.batch_size * self.accumulation
+
+    def identity(self) -> JsonObject:
+        """The fields that decide the adapter; how rows are cut up and memory is spread changes rounding only."""
+        data = self.resolved()
+        for field in ("batch_size", "accumulation", "gradient_checkpointing", "sequence_parallel", "validate_every", "checkpoint_every"):
+            del data[field]
+        del data["keep_checkpoints"], data["zero"]
+        return data | {"rows_per_step": self.rows_per_step}

@@ -107,6 +107,8 @@ class TrialSpec(Spec):
             del data["model"]["dtype"]
         if self.train is None:
             del data["corpus"]
+        else:
+            data["train"] = self.train.identity()
         return data
 
 

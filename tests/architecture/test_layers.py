@@ -33,25 +33,18 @@ LAYERS = [
 ]
 """From top to bottom; a module imports only from lines below its own (and from its own package)."""
 
-ENGINE = {f"engines.{name}" for name in ("hf", "greedy", "kv", "attention")}
+ENGINE = {f"engines.{name}" for name in ("hf", "weights", "greedy", "kv", "rows", "attention")}
 """The engine in this project's own processes."""
 
+_MODEL = {"engines.hf", "engines.weights", "engines.gguf", "engines.greedy", "engines.kv", "engines.rows", "engines.attention"}
+_TRAINING = {f"train.{name}" for name in ("model", "loss", "attention", "state", "telemetry", "worker", "export")}
 HEAVY = {
     "ray": {"cluster", "corpus.shards", "train.worker", "train.launch", "needle.fleet", "sweep.run"},
     "mlflow": {"tracking"},
-    "torch": {
-        "train.model",
-        "train.loop",
-        "train.worker",
-        "engines.hf",
-        "engines.gguf",
-        "engines.greedy",
-        "engines.kv",
-        "engines.attention",
-    },
-    "transformers": {"train.model", "train.worker", "engines.hf", "engines.gguf", "engines.greedy", "engines.kv", "engines.attention"},
-    "peft": {"train.model", "train.worker", "engines.hf"},
-    "deepspeed": {"train.worker"},
+    "torch": _MODEL | _TRAINING,
+    "transformers": _MODEL | _TRAINING,
+    "peft": {"engines.hf", "engines.weights"} | _TRAINING,
+    "deepspeed": {"train.worker", "train.model", "train.attention", "train.state"},
 }
 """External package → the modules that may import it anywhere in their code."""
 

@@ -27,10 +27,10 @@ LLAMA = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_predicted_operations_and_bytes_are_those_counted(tmp_path: Path, kind: str, tied: bool) -> None:
     torch = pytest.importorskip("torch")
-    hf, kv, attention = (pytest.importorskip(f"pause_ray.engines.{name}") for name in ("hf", "kv", "attention"))
+    weights, kv, attention = (pytest.importorskip(f"pause_ray.engines.{name}") for name in ("weights", "kv", "attention"))
     folder = make_model(tmp_path / "model", kind=kind, tied=tied)
     shape = ModelShape.load(folder)
-    model = hf.load_base(folder, dtype="float32", marker=None, device="cpu")
+    model = weights.load_base(folder, dtype="float32", marker=None, device="cpu")
     attention.use_path_attention(model)
     cache = kv.path_cache(model.config, host=False)
     past = 0
@@ -51,11 +51,11 @@ def test_predicted_operations_and_bytes_are_those_counted(tmp_path: Path, kind: 
 @pytest.mark.torch
 def test_operations_of_a_prompt_are_those_of_its_chunks_and_its_draft(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    hf, greedy, attention = (pytest.importorskip(f"pause_ray.engines.{name}") for name in ("hf", "greedy", "attention"))
+    weights, greedy, attention = (pytest.importorskip(f"pause_ray.engines.{name}") for name in ("weights", "greedy", "attention"))
     from tests.engines.prompt_steps import step_of
 
     folder = make_model(tmp_path / "model", kind="mistral")
-    model = hf.load_base(folder, dtype="float32", marker=None, device="cpu")
+    model = weights.load_base(folder, dtype="float32", marker=None, device="cpu")
     attention.use_path_attention(model)
     reader = greedy.GreedyReader(model, model.config, chunk_tokens=16, grain_tokens=1)
     for ids, keep, draft in (([7] * 50, 0, []), ([7] * 40 + [8] * 24, 40, [9, 9, 9])):
@@ -71,9 +71,9 @@ def test_operations_of_a_prompt_are_those_of_its_chunks_and_its_draft(tmp_path: 
 @pytest.mark.torch
 def test_four_bit_weights_take_what_is_predicted(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    hf = pytest.importorskip("pause_ray.engines.hf")
+    weights = pytest.importorskip("pause_ray.engines.weights")
     folder = make_model(tmp_path / "model", hidden_size=128, intermediate_size=256)
-    model = hf.load_base(folder, dtype="bfloat16", marker=None, device="cpu", quantize="nf4")
+    model = weights.load_base(folder, dtype="bfloat16", marker=None, device="cpu", quantize="nf4")
     held = 0
     for module in model.modules():
         weight = getattr(module, "weight", None)

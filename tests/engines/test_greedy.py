@@ -16,6 +16,7 @@ from tests.engines.tiny_model import KINDS, added_marker, make_adapter, make_mod
 
 torch = pytest.importorskip("torch")
 hf = pytest.importorskip("pause_ray.engines.hf")
+weights = pytest.importorskip("pause_ray.engines.weights")
 greedy = pytest.importorskip("pause_ray.engines.greedy")
 attention = pytest.importorskip("pause_ray.engines.attention")
 pytestmark = pytest.mark.torch
@@ -40,10 +41,10 @@ def model_of(folder_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     @functools.cache
     def load(kind: str, dtype: str = "float32", adapted: bool = False) -> tuple[Any, int | None]:
         marker = added_marker(folder_of(kind)) if adapted else None
-        model = hf.load_base(folder_of(kind), dtype=dtype, marker=marker, device="cpu")
+        model = weights.load_base(folder_of(kind), dtype=dtype, marker=marker, device="cpu")
         attention.use_path_attention(model)
         if marker:
-            model = hf.load_adapter(model, make_adapter(root / f"{kind} {dtype}", folder_of(kind), seed=1, marker=marker))
+            model = weights.load_adapter(model, make_adapter(root / f"{kind} {dtype}", folder_of(kind), seed=1, marker=marker))
         return model, marker.token_id if marker else None
 
     return load

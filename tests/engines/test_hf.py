@@ -18,6 +18,7 @@ from tests.engines.tiny_model import KINDS, added_marker, make_adapter, make_che
 
 torch = pytest.importorskip("torch")
 hf = pytest.importorskip("pause_ray.engines.hf")
+weights = pytest.importorskip("pause_ray.engines.weights")
 pytestmark = pytest.mark.torch
 CHUNK = 16
 
@@ -224,7 +225,7 @@ def test_swapping_adapters_and_markers_gives_the_same_answers_and_keeps_the_base
         assert engine._base.model is weights
         assert [answer.ids for answer in ask_all(engine, asked[name])] == fresh[name], name
     engine.use(wanted["base"])
-    untouched = hf.load_base(model_dir, dtype="float32", marker=None, device="cpu").state_dict()
+    untouched = weights.load_base(model_dir, dtype="float32", marker=None, device="cpu").state_dict()
     assert engine._base.model.state_dict().keys() == untouched.keys()
     assert all(torch.equal(tensor, untouched[name]) for name, tensor in engine._base.model.state_dict().items())
 
@@ -271,8 +272,8 @@ def test_a_checkpoint_with_an_added_marker_also_answers_prompts_without_pauses(t
 def test_an_added_marker_starts_as_the_mean_of_its_text_in_both_tables(tmp_path: Path, tied: bool) -> None:
     folder = make_model(tmp_path / "model", tied=tied)
     marker = added_marker(folder)
-    plain = hf.load_base(folder, dtype="float32", marker=None, device="cpu")
-    model = hf.load_base(folder, dtype="float32", marker=marker, device="cpu")
+    plain = weights.load_base(folder, dtype="float32", marker=None, device="cpu")
+    model = weights.load_base(folder, dtype="float32", marker=marker, device="cpu")
     for name in ("get_input_embeddings", "get_output_embeddings"):
         old, new = getattr(plain, name)().weight, getattr(model, name)().weight
         assert new.shape[0] == old.shape[0] + 1
@@ -296,7 +297,7 @@ def test_a_spare_row_is_used_before_the_tables_grow_and_is_put_back(tmp_path: Pa
 
 def test_a_reserved_markers_row_stays_as_the_model_has_it(tiny: Path) -> None:
     marker = MarkerToken(text="<|start|>", token_id=1, added=False, initial_ids=(50, 60))
-    plain, marked = (hf.load_base(tiny, dtype="float32", marker=chosen, device="cpu") for chosen in (None, marker))
+    plain, marked = (weights.load_base(tiny, dtype="float32", marker=chosen, device="cpu") for chosen in (None, marker))
     assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in marked.state_dict().items())
 
 
@@ -328,7 +329,7 @@ def test_folders_that_hold_no_adapter_or_no_model_are_refused(tiny: Path, tmp_pa
         shutil.copytree(tiny, broken)
         damage(broken / "model.safetensors")
         with pytest.raises(ModelError, match=r"broken: transformers cannot load it"):
-            hf.load_base(broken, dtype="float32", marker=None, device="cpu")
+            weights.load_base(broken, dtype="float32", marker=None, device="cpu")
 
 
 @pytest.mark.real

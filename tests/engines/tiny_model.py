@@ -65,7 +65,7 @@ def make_adapter(folder: Path, model_dir: Path, *, seed: int, marker: MarkerToke
     import peft
     import torch
 
-    from pause_ray.engines.hf import load_base
+    from pause_ray.engines.weights import load_base
 
     torch.manual_seed(seed)
     base = load_base(model_dir, dtype="float32", marker=marker, device="cpu")

@@ -13,6 +13,7 @@ from tests.engines.tiny_model import KINDS, make_model
 
 torch = pytest.importorskip("torch")
 hf = pytest.importorskip("pause_ray.engines.hf")
+weights = pytest.importorskip("pause_ray.engines.weights")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
@@ -48,7 +49,7 @@ def test_logits_of_flash_attention_are_those_of_the_plainest(tmp_path: Path, kin
     from pause_ray.engines.attention import use_path_attention
     from pause_ray.engines.kv import path_cache
 
-    model = hf.load_base(make_model(tmp_path / "model", kind=kind), dtype="bfloat16", marker=None, device="cuda:0")
+    model = weights.load_base(make_model(tmp_path / "model", kind=kind), dtype="bfloat16", marker=None, device="cuda:0")
     ids = torch.as_tensor(prompts(1)[0], device="cuda:0")[None]
     with torch.inference_mode():
         model.set_attn_implementation("eager")
