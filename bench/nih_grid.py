@@ -29,9 +29,10 @@ from rich.table import Table
 
 from pause_ray.engines.attention import flop_counter
 from pause_ray.engines.cost import ModelShape
-from pause_ray.engines.engine import EngineError, HfEngineSpec, LoadedAs, ModelSpec
+from pause_ray.engines.engine import EngineError, HfEngineSpec, LoadedAs, ModelSpec, default_chunk_tokens, grain_of
 from pause_ray.engines.hf import HfEngine
 from pause_ray.engines.model_source import resolve_model
+from pause_ray.engines.rows import RowsCache
 from pause_ray.engines.weights import load_base
 from pause_ray.needle.answer import Asked, Reader, planned
 from pause_ray.needle.haystack import load_haystack, prompt_builder
@@ -40,10 +41,11 @@ from pause_ray.spec import inline_files, read_yaml
 from pause_ray.storage import Storage
 from pause_ray.text.tokens import ModelTokenizer, resolve_marker
 
+TABLE_COLUMNS = 130
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = read_yaml(ROOT / "sweeps" / "quickstart.yaml")["trial"]["model"]
-Shapes = list[tuple[int, int]]
-"""(tokens before, new tokens) of forward passes."""
+Shapes = list[tuple[int, int, int]]
+"""(tokens before, new tokens, rows of logits) of forward passes, or of each answer's part in one."""
 Answers = dict[str, tuple[int, ...]]
 """Cell → answer."""
 
@@ -75,8 +77,10 @@ class Bench:
     device: str
     max_new_tokens: int
     shape: ModelShape
+    grain_tokens: int
+    """What can be kept in this precision."""
 
-    def compare(self, name: str, suite: SuiteSpec, reader: Reader, *, chunk_tokens: int | None) -> Iterator[Row]:
+    def compare(self, name: str, suite: SuiteSpec, reader: Reader, *, chunk_tokens: int) -> Iterator[Row]:
         """The baseline on the suite's cells, then the walk without drafts and with them."""
         grid = cells(suite, identity="bench", replicate=0, seed=0)
         each = planned(grid, reader=reader, grain_tokens=1, reuse="none", drafts=False)
@@ -150,7 +154,9 @@ class Bench:
 
     def _prefill(self, asked: Sequence[Asked], *, chunk_tokens: int) -> int:
         return sum(
-            self.shape.prompt_flops(prompt_tokens=len(step.prompt.ids), kept_tokens=step.keep_tokens, chunk_tokens=chunk_tokens)
+            self.shape.prompt_flops(
+                prompt_tokens=len(step.prompt.ids), kept_tokens=step.keep_tokens, chunk_tokens=chunk_tokens, grain_tokens=self.grain_tokens
+            )
             for _, step in asked
         )
 
@@ -165,25 +171,26 @@ class Bench:
     def _counted(self, shapes: Shapes) -> int:
         """Operations of forward passes of these shapes, by torch's counter on a model without memory.
 
-        Counted for the fewest and the most tokens before each number of new ones; between them it is a straight line.
+        Counted for the fewest and the most tokens before each number of new ones, with one row of logits; the rest is a straight line.
         """
         config = transformers.AutoConfig.from_pretrained(self.model_dir)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
 
-        def count(past: int, new: int) -> int:
+        def count(past: int, new: int, *, rows: int = 1) -> int:
             cache = transformers.DynamicCache(config=config)
             if past:
                 size = (1, self.shape.num_kv_heads, past, self.shape.head_dim)
                 for layer in range(self.shape.num_layers):
                     cache.update(torch.empty(size, device="meta"), torch.empty(size, device="meta"), layer)
             with flop_counter() as counter, torch.no_grad():
-                model(input_ids=torch.zeros((1, new), dtype=torch.long, device="meta"), past_key_values=cache, logits_to_keep=1)
+                model(input_ids=torch.zeros((1, new), dtype=torch.long, device="meta"), past_key_values=cache, logits_to_keep=rows)
             return int(counter.get_total_flops())
 
-        total = 0
-        for new in {new for _, new in shapes}:
-            pasts = [past for past, its in shapes if its == new]
+        row = count(0, 2, rows=2) - count(0, 2)
+        total = sum((rows - 1) * row for _, _, rows in shapes)
+        for new in {new for _, new, _ in shapes}:
+            pasts = [past for past, its, _ in shapes if its == new]
             low, high = min(pasts), max(pasts)
             least = count(low, new)
             slope = (count(high, new) - least) / (high - low) if high > low else 0.0
@@ -206,8 +213,13 @@ def _recorded(model: Any) -> Iterator[Shapes]:
     shapes: Shapes = []
 
     def note(_: Any, __: Any, inputs: dict[str, Any]) -> None:
-        cache = inputs.get("past_key_values")
-        shapes.append((int(cache.get_seq_length()) if cache is not None else 0, int(inputs["input_ids"].shape[1])))
+        cache, kept = inputs.get("past_key_values"), inputs.get("logits_to_keep", 0)
+        if isinstance(cache, RowsCache):
+            shapes.extend((part.row.num_tokens, part.end - part.begin, part.end - part.begin) for part in cache.parts)
+            return
+        new = int(inputs["input_ids"].shape[1])
+        rows = len(kept) if isinstance(kept, torch.Tensor) else kept or new
+        shapes.append((int(cache.get_seq_length()) if cache is not None else 0, new, rows))
 
     hook = model.register_forward_pre_hook(note, with_kwargs=True)
     try:
@@ -252,17 +264,20 @@ def main() -> None:
     lengths = [args.step * (place + 1) for place in range(args.lengths)]
     percent = _suite(lengths, depth_percent=args.depths)
     lattice = _suite(lengths, lattice_tokens=args.step)
+    chunk = args.chunk or default_chunk_tokens(on_gpu=args.device != "cpu")
     bench = Bench(
         model_dir=model_dir,
         dtype=args.dtype,
         device=args.device,
         max_new_tokens=percent.max_new_tokens,
         shape=ModelShape.load(model_dir),
+        grain_tokens=grain_of(dtype=args.dtype, quantize=None, chunk_tokens=chunk),
     )
     rows: list[Row] = []
     console = Console()
+    console.width = max(console.width, TABLE_COLUMNS)
     for name, suite in (("percent", percent), ("lattice", lattice)):
-        for row in bench.compare(name, suite, _reader(suite, model_dir, cache), chunk_tokens=args.chunk):
+        for row in bench.compare(name, suite, _reader(suite, model_dir, cache), chunk_tokens=chunk):
             console.print(f"{row.name}: {row.seconds:.1f} s", highlight=False)
             rows.append(row)
     console.print(_table(rows))

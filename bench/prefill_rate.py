@@ -85,22 +85,7 @@ def matmul_flops(*, dtype: str, device: str, size: int) -> float:
 def measure(engine: HfEngine, shape: ModelShape, *, tokens: int, dtype: str, rate: float) -> Row:
     """Answer one prompt of random tokens, twice; the second time counts."""
     ids = np.random.default_rng(tokens).integers(1, 256, size=tokens, dtype=np.int32)
-    prompt = BuiltPrompt(
-        ids=ids,
-        context_tokens=tokens,
-        prompt_tokens=tokens,
-        content_tokens=tokens,
-        num_pauses=0,
-        needle_tokens=(),
-        prefix_tokens=0,
-        suffix_tokens=0,
-        rule="",
-        system=None,
-        user_before="",
-        user_after="",
-        answer_prefix="",
-    )
-    step = Step(prompt=prompt, keep_tokens=0, draft_ids=(), max_new_tokens=1)
+    step = Step(prompt=BuiltPrompt.plain(ids), keep_tokens=0, draft_ids=(), max_new_tokens=1)
     for _ in range(2):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()

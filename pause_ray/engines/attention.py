@@ -17,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from pause_ray.engines.rows import RowsCache
+
 NAME = "pause_ray_path"
 _WIDEST_FLASH = 256
 """Width of heads up to which there are flash kernels."""
@@ -101,9 +103,12 @@ def _attend(
     scaling: float | None = None,
     *,
     is_causal: bool | None = None,
+    rows: RowsCache | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of ``query`` [1, heads, tokens, width] as [1, tokens, heads, width]; keys and values may have fewer heads."""
+    if rows is not None:
+        return rows.attend(module.layer_idx, query, scaling=scaling, softcap=others.get("softcap")), None  # type: ignore[arg-type]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal or query.shape[0] > 1 or others.get("softcap") is not None or others.get("position_bias") is not None:
         stock: Callable[..., tuple[torch.Tensor, None]] = sdpa_attention_forward

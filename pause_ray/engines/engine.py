@@ -47,7 +47,8 @@ class ModelSpec(Spec):
 class HfEngineSpec(Spec):
     """transformers in this project's own processes. Its fields change how long an answer takes, not what it is.
 
-    Where shapes decide near-ties (``depends_on_shapes``), ``chunk_tokens`` and ``drafts`` do so too: as often as a recheck finds.
+    Where shapes decide near-ties (``depends_on_shapes``), ``chunk_tokens``, ``drafts`` and ``decode_batch`` do so too, as often as a
+    recheck finds.
     """
 
     kind: Literal["hf"] = "hf"
@@ -57,6 +58,9 @@ class HfEngineSpec(Spec):
     """Verify the reference answer, then text from the prompt, as speculative drafts."""
     chunk_tokens: int | None = Field(default=None, ge=16)
     """Prompt tokens per forward pass; null: 512 on a CPU, 2,048 on a GPU."""
+    decode_batch: int | None = Field(default=None, ge=1)
+    """Answers that go on together in one forward pass, once their prompts are read; their keys and values take up to as much memory
+    as the longest prompt's. null: 8 in float32; 1 in other precisions, where an answer could depend on those beside it."""
     kv: Literal["device", "host"] = "device"
     """Where keys and values are kept. ``host``: in the memory of the machine, when a GPU is too small for a long context."""
     recheck_cells: int | None = Field(default=None, ge=0)
@@ -80,6 +84,11 @@ def default_chunk_tokens(*, on_gpu: bool) -> int:
 def depends_on_shapes(*, dtype: str, quantize: str | None) -> bool:
     """Whether rounding changes answers where the same prompt is computed in other shapes; not in float32 weights."""
     return dtype != "float32" or quantize is not None
+
+
+def default_decode_batch(*, dtype: str, quantize: str | None) -> int:
+    """Answers that go on together where a spec does not say."""
+    return 1 if depends_on_shapes(dtype=dtype, quantize=quantize) else 8
 
 
 def grain_of(*, dtype: str, quantize: str | None, chunk_tokens: int) -> int:
@@ -209,7 +218,7 @@ class Engine(Protocol):
     def answer(self, steps: Sequence[Step]) -> Iterator[tuple[int, Completion | EngineError]]:
         """Index of a step and its greedy answer, up to the model's end token or ``max_new_tokens``, as soon as it is there.
 
-        An engine in this process answers in the order of ``steps``, an endpoint in any.
+        In any order: answers are computed side by side.
 
         Raises:
             ModelError: a prompt is longer than the model takes, or the model cannot be asked at all.

@@ -7,17 +7,26 @@ Answers are computed by ``engines.greedy`` along a path of keys and values that 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
 
 from pause_ray.checkpoint import Checkpoint
 from pause_ray.engines.attention import use_path_attention
-from pause_ray.engines.engine import Completion, EngineError, HfEngineSpec, LoadedAs, Step, default_chunk_tokens, grain_of
+from pause_ray.engines.engine import (
+    Completion,
+    EngineError,
+    HfEngineSpec,
+    LoadedAs,
+    Step,
+    default_chunk_tokens,
+    default_decode_batch,
+    grain_of,
+)
 from pause_ray.engines.greedy import Answer, GreedyReader
 from pause_ray.engines.kv import path_cache
 from pause_ray.engines.model_source import model_limit_tokens
@@ -59,6 +68,28 @@ def _own_marker(adapter_dir: Path | None) -> MarkerToken | None:
 
 class _OutOfMemory(EngineError):
     """The device, or the machine, has too little memory for a prompt."""
+
+
+class _Asked(NamedTuple):
+    """A step of a walk and its answer, settled or not."""
+
+    place: int
+    step: Step
+    answer: Answer
+
+
+@contextmanager
+def _memory_errors_kept(asked: Sequence[_Asked]) -> Iterator[None]:
+    """Where memory is short inside, that is the answer to what is not settled; other errors pass."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        for _, step, answer in asked:
+            if not answer.settled:
+                answer.settled = True
+                answer.error = _OutOfMemory(f"out of memory on a prompt of {len(step.prompt.ids)} tokens")
 
 
 class HfEngine:
@@ -129,15 +160,24 @@ class HfEngine:
         self._loaded = wanted
 
     def answer(self, steps: Sequence[Step]) -> Iterator[tuple[int, Completion | EngineError]]:
-        """Index of a step and its greedy answer, in the order of ``steps``; see ``engine.Engine``.
+        """Index of a step and its greedy answer, those that take one forward pass before those that waited; see ``engine.Engine``.
 
         Raises:
             ModelError: a prompt alone is as long as the model's limit; nothing has been computed then.
         """
         _, reader = self._ready()
         reader.reserve(max((len(step.prompt.ids) + self._most(step) for step in steps), default=0))
+        asked: list[_Asked] = []
         for index, step in enumerate(steps):
-            yield index, self._outcome(reader, step, drafts=self._spec.drafts and bool(step.draft_ids))
+            self._go_on(reader, asked, before=step)
+            asked.append(self._ask(reader, index, step, drafts=self._spec.drafts, wait=True))
+            if asked[-1].answer.error is not None:
+                self._go_on(reader, asked)
+                asked[-1] = self._recovered(reader, asked[-1])
+            yield from self._settled(asked)
+            asked = [waiting for waiting in asked if not waiting.answer.settled]
+        self._go_on(reader, asked)
+        yield from self._settled(asked)
 
     def answer_otherwise(self, step: Step) -> Completion:
         """The answer to ``step`` in other shapes: half the chunk, nothing kept, no drafts. Equal up to rounding.
@@ -149,48 +189,68 @@ class HfEngine:
         _, reader = self._ready()
         reader.forget()
         other = self._reader_of(reader.model, chunk_tokens=max(1, self._chunk_tokens // 2))
-        outcome = self._outcome(other, step, drafts=False)
+        [(_, outcome)] = self._settled([self._ask(other, 0, step, drafts=False, wait=False)])
         if isinstance(outcome, EngineError):
             raise outcome
         return outcome
 
-    def _outcome(self, reader: GreedyReader, step: Step, *, drafts: bool) -> Completion | EngineError:
-        """The answer, or why there is none; where the room for the longest prompt of the walk is too much, with room for this one."""
-        needed = len(step.prompt.ids) + self._most(step)
-        reader.reserve(needed)
-        outcome, room = self._attempt(reader, step, drafts=drafts), reader.reserved_tokens
-        if isinstance(outcome, Completion):
-            return outcome
+    def _ask(self, reader: GreedyReader, index: int, step: Step, *, drafts: bool, wait: bool) -> _Asked:
+        """Read a prompt and begin its answer, which may ``wait`` for others to go on with."""
+        base, _ = self._ready()
+        answer = Answer(most=self._most(step), end_ids=base.end_ids, reference=step.draft_ids)
+        asked = _Asked(index, step, answer)
+        reader.reserve(len(step.prompt.ids) + answer.most)
+        with _memory_errors_kept([asked]), torch.inference_mode():
+            drafts = drafts and bool(step.draft_ids)
+            reader.answer(step.prompt.ids, answer, keep_tokens=step.keep_tokens, drafts=drafts, wait=wait)
+        return asked
+
+    def _go_on(self, reader: GreedyReader, asked: list[_Asked], *, before: Step | None = None) -> None:
+        """Settle the answers that wait, or as many as must be settled ``before`` another prompt is read.
+
+        Where memory is short for all of them at once they are asked anew, one after the other.
+        """
+        waiting = [place for place, one in enumerate(asked) if not one.answer.settled]
+        with _memory_errors_kept([asked[place] for place in waiting]), torch.inference_mode():
+            if before is None:
+                reader.finish()
+            else:
+                reader.make_way(before.prompt.ids, keep_tokens=before.keep_tokens)
+        for place in waiting:
+            if isinstance(asked[place].answer.error, _OutOfMemory):
+                asked[place] = self._recovered(reader, asked[place])
+
+    def _recovered(self, reader: GreedyReader, asked: _Asked) -> _Asked:
+        """After an error: nothing is kept, and where memory was short, one more try with room for this prompt alone."""
+        short = isinstance(asked.answer.error, _OutOfMemory)
         reader.forget()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if isinstance(outcome, _OutOfMemory) and room > needed:
-            return self._outcome(reader, step, drafts=drafts)
-        return outcome
+        if short:
+            asked = self._ask(reader, asked.place, asked.step, drafts=self._spec.drafts, wait=False)
+            if asked.answer.error is not None:
+                reader.forget()
+        return asked
 
-    def _attempt(self, reader: GreedyReader, step: Step, *, drafts: bool) -> Completion | EngineError:
+    def _settled(self, asked: Sequence[_Asked]) -> Iterator[tuple[int, Completion | EngineError]]:
         base, _ = self._ready()
-        start = time.perf_counter()
-        answer = Answer(most=self._most(step), end_ids=base.end_ids, reference=step.draft_ids)
-        try:
-            with torch.inference_mode():
-                reader.answer(step.prompt.ids, answer, keep_tokens=step.keep_tokens, drafts=drafts)
-        except EngineError as error:
-            return error.with_traceback(None)  # which holds the tensors of the failed step
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
-            return _OutOfMemory(f"out of memory on a prompt of {len(step.prompt.ids)} tokens")
-        return Completion(
-            text=base.tokenizer.decode(answer.ids),
-            ids=tuple(answer.ids),
-            prefilled_tokens=answer.prefilled_tokens,
-            decoded_tokens=len(answer.ids),
-            seconds=time.perf_counter() - start,
-            forwards=answer.forwards,
-            margin=answer.margin,
-            reference_margin=answer.reference_margin,
-        )
+        for index, _, answer in asked:
+            if answer.error is not None:
+                yield index, answer.error
+            elif answer.settled:
+                yield (
+                    index,
+                    Completion(
+                        text=base.tokenizer.decode(answer.ids),
+                        ids=tuple(answer.ids),
+                        prefilled_tokens=answer.prefilled_tokens,
+                        decoded_tokens=len(answer.ids),
+                        seconds=answer.seconds,
+                        forwards=answer.forwards,
+                        margin=answer.margin,
+                        reference_margin=answer.reference_margin,
+                    ),
+                )
 
     def _most(self, step: Step) -> int:
         """Longest answer to ``step``."""
@@ -206,8 +266,14 @@ class HfEngine:
     def _reader_of(self, model: Any, *, chunk_tokens: int) -> GreedyReader:
         if self._base is None:
             raise RuntimeError("no base is loaded")
-        grain, host = self._base.grain_tokens(chunk_tokens), self._spec.kv == "host"
-        return GreedyReader(model, self._base.model.config, chunk_tokens=chunk_tokens, grain_tokens=grain, host=host)
+        return GreedyReader(
+            model,
+            self._base.model.config,
+            chunk_tokens=chunk_tokens,
+            grain_tokens=self._base.grain_tokens(chunk_tokens),
+            host=self._spec.kv == "host",
+            decode_batch=self._base.decode_batch(self._spec),
+        )
 
     def _ready(self) -> tuple[_Base, GreedyReader]:
         if self._base is None or self._reader is None:
@@ -240,6 +306,11 @@ class _Base:
         """What can be kept in this precision."""
         dtype, quantize = self._precision
         return grain_of(dtype=dtype, quantize=quantize, chunk_tokens=chunk_tokens)
+
+    def decode_batch(self, spec: HfEngineSpec) -> int:
+        """Answers that go on together in this precision."""
+        dtype, quantize = self._precision
+        return spec.decode_batch or default_decode_batch(dtype=dtype, quantize=quantize)
 
     def is_for(self, wanted: LoadedAs) -> bool:
         """Whether ``wanted`` stands on these weights in this precision."""

@@ -31,14 +31,14 @@ class PathLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
     def __init__(self, *, window: int | None = None, host: bool = False) -> None:
         super().__init__()
         self.num_tokens = 0
-        self._window = window
+        self.window = window
         self._host = host
         self._reserved = 0
 
     @property
     def is_sliding(self) -> bool:
         """Asked by transformers, to give this layer the mask of its window."""
-        return self._window is not None
+        return self.window is not None
 
     @property
     def num_bytes(self) -> int:
@@ -98,7 +98,7 @@ class PathLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
 
     def _first_seen(self, position: int) -> int:
         """First key that a query at ``position`` or later sees."""
-        return 0 if self._window is None else max(0, position - self._window + 1)
+        return 0 if self.window is None else max(0, position - self.window + 1)
 
     def _resize(self, capacity: int) -> None:
         for name in ("keys", "values"):
@@ -120,24 +120,26 @@ class PathCache(Cache):  # type: ignore[misc]  # transformers has no types
     @property
     def num_tokens(self) -> int:
         """Tokens held."""
-        return max((layer.num_tokens for layer in self._path_layers()), default=0)
+        return max((layer.num_tokens for layer in self.path_layers), default=0)
 
     @property
     def num_bytes(self) -> int:
         """Of all buffers, filled or not."""
-        return sum(layer.num_bytes for layer in self._path_layers())
+        return sum(layer.num_bytes for layer in self.path_layers)
 
     def reserve(self, num_tokens: int) -> None:
         """Take room for so many tokens in every layer, when it is needed."""
-        for layer in self._path_layers():
+        for layer in self.path_layers:
             layer.reserve(num_tokens)
 
     def keep(self, num_tokens: int) -> None:
         """Go back to the first ``num_tokens`` tokens."""
-        for layer in self._path_layers():
+        for layer in self.path_layers:
             layer.keep(num_tokens)
 
-    def _path_layers(self) -> list[PathLayer]:
+    @property
+    def path_layers(self) -> list[PathLayer]:
+        """The layers that hold keys, in the model's order."""
         return [layer for layer in self.layers if isinstance(layer, PathLayer)]
 
 

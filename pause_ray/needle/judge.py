@@ -88,21 +88,7 @@ def judge_step(message: str, *, spec: JudgeSpec, tokenizer: ModelTokenizer | Non
         # Where a context stands: control tokens that an answer writes out stay text there.
         text = tokenizer.encode(message).ids
     ids = np.concatenate([np.array(prefix, dtype=np.int32), text, np.array(suffix, dtype=np.int32)])
-    prompt = BuiltPrompt(
-        ids=ids,
-        context_tokens=len(ids),
-        prompt_tokens=len(ids),
-        content_tokens=len(text),
-        num_pauses=0,
-        needle_tokens=(),
-        prefix_tokens=len(prefix),
-        suffix_tokens=len(suffix),
-        rule="",
-        system=spec.system,
-        user_before="" if tokenizer else message,
-        user_after="",
-        answer_prefix="",
-    )
+    prompt = BuiltPrompt.plain(ids, system=spec.system, user="" if tokenizer else message)
     return Step(prompt=prompt, keep_tokens=0, draft_ids=(), max_new_tokens=spec.max_new_tokens)
 
 

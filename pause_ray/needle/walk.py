@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pause_ray.engines.cost import ModelShape
-from pause_ray.engines.engine import Reuse
+from pause_ray.engines.engine import Reuse, grain_of
 from pause_ray.needle.task import Cell
 
 Ids = NDArray[np.int32]
@@ -105,24 +105,38 @@ class Forecast:
     answer_flops: int
     """Of one answer of full length after the longest prompt, token by token."""
     kv_bytes: int
-    """Keys and values of the longest prompt and its answer: the most that are held at a time."""
+    """Keys and values of the longest prompt and its answer and, where answers go on together, of as many tokens again that are
+    their own: the most that are held at a time."""
     weight_bytes: int
 
 
-def forecast(walk: Walk, shape: ModelShape, *, chunk_tokens: int, max_new_tokens: int, dtype: str, quantize: str | None = None) -> Forecast:
+def forecast(
+    walk: Walk,
+    shape: ModelShape,
+    *,
+    chunk_tokens: int,
+    decode_batch: int = 1,
+    max_new_tokens: int,
+    dtype: str,
+    quantize: str | None = None,
+) -> Forecast:
     """Tokens, operations and memory of a walk, before anything is loaded."""
     bytes_per_value = 4 if dtype == "float32" else 2
+    grain = grain_of(dtype=dtype, quantize=quantize, chunk_tokens=chunk_tokens)
     longest = walk.longest_tokens
+    held = longest + max_new_tokens
+    if decode_batch > 1:
+        held += held + decode_batch * max_new_tokens
     return Forecast(
         num_prompts=len(walk.visits),
         asked_tokens=walk.asked_tokens,
         prefilled_tokens=walk.prefilled_tokens,
         prefill_flops=sum(
-            shape.prompt_flops(prompt_tokens=visit.num_tokens, kept_tokens=visit.keep_tokens, chunk_tokens=chunk_tokens)
+            shape.prompt_flops(prompt_tokens=visit.num_tokens, kept_tokens=visit.keep_tokens, chunk_tokens=chunk_tokens, grain_tokens=grain)
             for visit in walk.visits
         ),
         answer_flops=sum(shape.forward_flops(new_tokens=1, past_tokens=longest + place, logit_rows=1) for place in range(max_new_tokens)),
-        kv_bytes=(longest + max_new_tokens) * shape.kv_bytes_per_token(bytes_per_value),
+        kv_bytes=held * shape.kv_bytes_per_token(bytes_per_value),
         weight_bytes=shape.weight_bytes(dtype, quantize),
     )
 

@@ -93,6 +93,25 @@ class BuiltPrompt:
     answer_prefix: str
     """Beginning of the assistant's turn that is given to the model."""
 
+    @classmethod
+    def plain(cls, ids: NDArray[np.int32], *, system: str | None = None, user: str = "") -> Self:
+        """A prompt that hides nothing: its tokens, and for a chat server the messages instead."""
+        return cls(
+            ids=ids,
+            context_tokens=len(ids),
+            prompt_tokens=len(ids),
+            content_tokens=len(ids),
+            num_pauses=0,
+            needle_tokens=(),
+            prefix_tokens=0,
+            suffix_tokens=0,
+            rule="",
+            system=system,
+            user_before=user,
+            user_after="",
+            answer_prefix="",
+        )
+
     @property
     def needle_token(self) -> int:
         """Index in ``ids`` of the first hidden text's first token."""

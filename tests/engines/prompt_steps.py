@@ -11,26 +11,8 @@ from pause_ray.engines.engine import Step
 from pause_ray.text.prompts import BuiltPrompt
 
 
-def prompt_of(ids: Sequence[int]) -> BuiltPrompt:
-    return BuiltPrompt(
-        ids=np.asarray(ids, dtype=np.int32),
-        context_tokens=len(ids),
-        prompt_tokens=len(ids),
-        content_tokens=len(ids),
-        num_pauses=0,
-        needle_tokens=(0,),
-        prefix_tokens=0,
-        suffix_tokens=0,
-        rule="newline",
-        system=None,
-        user_before="",
-        user_after="",
-        answer_prefix="",
-    )
-
-
 def step_of(ids: Sequence[int], *, keep: int = 0, draft: Sequence[int] = (), most: int = 12) -> Step:
-    return Step(prompt=prompt_of(ids), keep_tokens=keep, draft_ids=tuple(draft), max_new_tokens=most)
+    return Step(prompt=BuiltPrompt.plain(np.asarray(ids, dtype=np.int32)), keep_tokens=keep, draft_ids=tuple(draft), max_new_tokens=most)
 
 
 def shared(before: Sequence[int], after: Sequence[int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,9 @@ def test_four_bit_weights_take_what_is_predicted(tmp_path: Path) -> None:
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if weight is not None and (weight.ndim == 2 or hasattr(weight, "quant_state")):
-            held += weight.nbytes + (weight.quant_state.absmax.nbytes if hasattr(weight, "quant_state") else 0)
+            held += weight.nbytes
+            if hasattr(weight, "quant_state"):
+                held += weight.quant_state.absmax.nbytes + weight.quant_state.state2.absmax.nbytes
     table = model.get_output_embeddings().weight.nbytes  # seen twice: it is the input's too
     assert ModelShape.load(folder).weight_bytes("bfloat16", "nf4") == pytest.approx(held - table, rel=1e-3)
 
@@ -102,6 +105,7 @@ def test_a_window_costs_no_more_than_it_shows() -> None:
         ({"model_type": "qwen3", "sliding_window": 9, "use_sliding_window": True, "max_window_layers": 3}, [None, None, None, 9]),
         ({"model_type": "mistral", "sliding_window": None}, [None] * 4),
         ({"model_type": "phi3", "sliding_window": 9}, [9] * 4),
+        ({"model_type": "gemma2", "sliding_window": 9}, [9, None, 9, None]),
         ({"model_type": "gemma3_text", "sliding_window": 9, "sliding_window_pattern": 2}, [9, None, 9, None]),
         ({"model_type": "gemma3_text", "sliding_window": 9}, [9] * 4),
         ({"model_type": "llama", "layer_types": ["full_attention"] * 4, "sliding_window": 9}, [None] * 4),
@@ -113,11 +117,11 @@ def test_windows_are_read_as_transformers_reads_them(config: dict[str, Any], win
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral", "phi3", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3_text"])
 def test_defaults_are_transformers_defaults(kind: str) -> None:
     transformers = pytest.importorskip("transformers")
     given = {name: value for name, value in LLAMA.items() if name != "model_type"} | {"num_hidden_layers": 12, "sliding_window": 9}
-    if kind == "gemma3_text":
+    if kind.startswith("gemma"):
         given = {name: given[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "sliding_window")}
     full = transformers.AutoConfig.for_model(kind, **given)
     expected = ModelShape.from_config(json.loads(full.to_json_string(use_diff=False)))
@@ -125,6 +129,39 @@ def test_defaults_are_transformers_defaults(kind: str) -> None:
         given | {"model_type": kind, "num_key_value_heads": full.num_key_value_heads, "head_dim": expected.head_dim}
     )
     assert found == expected
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("llama", {}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("mistral", {}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("qwen3", {"attention_bias": True}),
+        ("phi3", {"pad_token_id": 0}),
+        ("gemma2", {}),
+        ("gemma3_text", {}),
+    ],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_and_adapters_are_counted_to_the_last_one(kind: str, config: dict[str, Any], tied: bool) -> None:
+    torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
+    sizes = {name: value for name, value in LLAMA.items() if name != "model_type"} | {"head_dim": 24, "num_key_value_heads": 2}
+    full = transformers.AutoConfig.for_model(kind, **(sizes | {"tie_word_embeddings": tied} | config))
+    shape = ModelShape.from_config(json.loads(full.to_json_string(use_diff=False)))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(full)
+    assert model.num_parameters() == shape.num_parameters
+    assert shape.weight_bytes("float32") == 4 * sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    linear = {name.rpartition(".")[2]: layer for name, layer in model.named_modules() if ".layers.0." in name and "proj" in name}
+    assert {name: (layer.in_features, layer.out_features) for name, layer in linear.items()} == shape.linear_layers
+    for targets, dora in ((None, False), (["down_proj", "o_proj"], True)):
+        lora = peft.LoraConfig(r=3, target_modules=targets or "all-linear", use_dora=dora, task_type="CAUSAL_LM")
+        adapted = peft.get_peft_model(copy.deepcopy(model), lora, low_cpu_mem_usage=True)
+        assert adapted.get_nb_trainable_parameters()[0] == shape.lora_parameters(3, targets=targets, dora=dora)
 
 
 def test_the_text_part_of_a_model_for_images_counts() -> None:

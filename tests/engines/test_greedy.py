@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,11 +57,10 @@ class Recorded(greedy.Answer):  # type: ignore[misc, name-defined]
 
     rows: list[Any] = field(default_factory=list)
 
-    def take(self, logits: Any, guessed: Any) -> bool:
+    def take(self, logits: Any, guessed: Any) -> None:
         before = len(self.ids)
-        done: bool = super().take(logits, guessed)
-        self.rows.extend(logits[: len(self.ids) - before + (done and len(self.ids) < self.most)])
-        return done
+        super().take(logits, guessed)
+        self.rows.extend(logits[: len(self.ids) - before + (self.settled and len(self.ids) < self.most)])
 
 
 def prompts(*, seed: int = 0, marker: int | None = None) -> list[list[int]]:
@@ -76,15 +76,28 @@ def prompts(*, seed: int = 0, marker: int | None = None) -> list[list[int]]:
     return [[*ids[:MARKED], marker, *ids[MARKED:]] if marker is not None else ids for ids in made]
 
 
-def read(model: Any, steps: list[Step], *, grain: int = 1, chunk: int = CHUNK, drafts: bool = True, host: bool = False) -> list[Recorded]:
-    reader = greedy.GreedyReader(model, model.config, chunk_tokens=chunk, grain_tokens=grain, host=host)
+def read(
+    model: Any, steps: list[Step], *, grain: int = 1, chunk: int = CHUNK, drafts: bool = True, host: bool = False, together: int = 1
+) -> list[Recorded]:
+    reader = greedy.GreedyReader(model, model.config, chunk_tokens=chunk, grain_tokens=grain, host=host, decode_batch=together)
+    reader.reserve(max(len(step.prompt.ids) for step in steps) + 60)
     answers = []
-    for step in steps:
-        empty = Recorded(most=step.max_new_tokens, end_ids=frozenset([0]), reference=step.draft_ids)
-        with torch.inference_mode():
-            answers.append(reader.answer(step.prompt.ids, empty, keep_tokens=step.keep_tokens, drafts=drafts))
-        assert answers[-1].prefilled_tokens == len(step.prompt.ids) - step.keep_tokens
+    with torch.inference_mode():
+        for step in steps:
+            reader.make_way(step.prompt.ids, keep_tokens=step.keep_tokens)
+            answers.append(
+                asked(reader, step.prompt.ids, keep=step.keep_tokens, drafts=drafts, draft=step.draft_ids, most=step.max_new_tokens)
+            )
+            assert answers[-1].prefilled_tokens == len(step.prompt.ids) - step.keep_tokens
+        reader.finish()
+    assert all(answer.settled for answer in answers)
     return answers
+
+
+def asked(reader: Any, ids: Any, *, keep: int, drafts: bool = False, draft: Sequence[int] = (), most: int = 6) -> Recorded:
+    answer = Recorded(most=most, end_ids=frozenset([0]), reference=draft)
+    reader.answer(ids, answer, keep_tokens=keep, drafts=drafts, wait=True)
+    return answer
 
 
 def whole_logits(model: Any, step: Step, answer: Recorded) -> Any:
@@ -108,10 +121,11 @@ def test_logits_along_a_walk_are_those_of_one_forward_pass(model_of: Any, kind: 
     assert sum(step.keep_tokens for step in steps) > 0.3 * sum(len(step.prompt.ids) for step in steps)
     plain = read(model, steps, drafts=False)
     drafted = read(model, walk_of(prompts(marker=marker), drafts=[answer.ids for answer in plain]))
-    for step, one, other in zip(steps, plain, drafted, strict=True):
-        expected = whole_logits(model, step, one)
-        assert len(expected) == len(one.rows) == len(other.rows)
-        for answer in (one, other):
+    together = read(model, steps, drafts=False, together=3)
+    for step, *answers in zip(steps, plain, drafted, together, strict=True):
+        expected = whole_logits(model, step, answers[0])
+        for answer in answers:
+            assert len(answer.rows) == len(expected)
             assert torch.allclose(torch.stack(answer.rows), expected, rtol=0, atol=1e-4)
     assert len({tuple(answer.ids) for answer in plain}) >= 6, "a model that always says the same would prove nothing"
 
@@ -208,7 +222,7 @@ def test_what_a_step_wrongly_keeps_is_computed_anew(model_of: Any) -> None:
     found = []
     with torch.inference_mode():
         for ids, keep in ((first.ids, 50), (second.ids, 99), (np.flip(first.ids).copy(), 40)):
-            answer = reader.answer(ids, Recorded(most=6, end_ids=frozenset([0]), reference=()), keep_tokens=keep, drafts=False)
+            answer = asked(reader, ids, keep=keep)
             found.append((answer.ids, answer.prefilled_tokens))
     expected = [answer.ids for answer in read(model, walk_of([first.ids, second.ids, np.flip(first.ids)], grain=1000, most=6))]
     assert [ids for ids, _ in found] == expected
@@ -225,6 +239,44 @@ def test_where_only_whole_chunks_are_kept_the_last_one_is_computed_anew(model_of
     computed = []
     with torch.inference_mode():
         for ids, keep in ((first, 0), (second, 70), (first, 70), (longer, len(first))):
-            answer = reader.answer(ids, Recorded(most=6, end_ids=frozenset([0]), reference=()), keep_tokens=keep, drafts=False)
+            answer = asked(reader, ids, keep=keep)
             computed.append(answer.prefilled_tokens)
     assert computed == [len(first), len(second) - 64, len(first) - 64, CHUNK + 2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_that_go_on_together_are_those_computed_alone(model_of: Any, kind: str) -> None:
+    """Long ones, of prompts that share much, little and nothing; some with guesses from their prompt, some longer than a window."""
+    model, _ = model_of(kind)
+    draw = random.Random(8)
+    phrase = [draw.randrange(2, 390) for _ in range(12)]
+    made = [[*ids, *phrase, *phrase[:6]] for ids in prompts(seed=8)]
+    steps = walk_of(made, drafts=[[9]] * len(made), most=40)
+    alone = read(model, steps, drafts=False)
+    for together, drafts in ((2, False), (8, False), (5, True)):
+        found = read(model, steps, drafts=drafts, together=together)
+        assert [answer.ids for answer in found] == [answer.ids for answer in alone]
+        for one, other in zip(found, alone, strict=True):
+            assert torch.allclose(torch.stack(one.rows), torch.stack(other.rows), rtol=0, atol=1e-4)
+            assert one.margin == pytest.approx(other.margin, abs=1e-4)
+
+
+def test_going_on_together_takes_fewer_forward_passes_and_bounded_memory(model_of: Any) -> None:
+    model, _ = model_of("llama")
+    steps = walk_of(prompts(seed=9), most=30)
+    passes: list[int] = []
+    hook = model.register_forward_pre_hook(lambda *_: passes.append(1))
+    reader = greedy.GreedyReader(model, model.config, chunk_tokens=CHUNK, grain_tokens=1, decode_batch=4)
+    try:
+        read(model, steps, drafts=False)
+        alone = len(passes)
+        read(model, steps, drafts=False, together=4)
+        assert len(passes) - alone < 0.6 * alone
+        reader.reserve(130)
+        with torch.inference_mode():
+            for step in steps:
+                reader.make_way(step.prompt.ids, keep_tokens=step.keep_tokens)
+                asked(reader, step.prompt.ids, keep=step.keep_tokens, most=30)
+                assert reader.kv_bytes <= (2 * 130 + 4 * 30) * 2 * 2 * 2 * 8 * 4, "layers x keys and values x heads x width x bytes"
+    finally:
+        hook.remove()

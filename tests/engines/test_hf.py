@@ -47,12 +47,12 @@ def prompts(count: int, *, seed: int = 0, longest: int = 200, vocabulary: int = 
 
 
 def ask(engine: hf.HfEngine, steps: list[Step]) -> list[Completion]:
-    answers = []
-    for place, (index, outcome) in enumerate(engine.answer(steps)):
-        assert index == place
+    answers: dict[int, Completion] = {}
+    for index, outcome in engine.answer(steps):
         assert isinstance(outcome, Completion), outcome
-        answers.append(outcome)
-    return answers
+        assert index not in answers
+        answers[index] = outcome
+    return [answers[index] for index in range(len(steps))]
 
 
 def ask_all(engine: hf.HfEngine, asked: list[list[int]], **options: Any) -> list[Completion]:
@@ -218,11 +218,11 @@ def test_swapping_adapters_and_markers_gives_the_same_answers_and_keeps_the_base
         alone.use(loaded)
         fresh[name] = [answer.ids for answer in ask_all(alone, asked[name])]
     assert len({str(ids) for ids in fresh.values()}) == len(fresh), "each must answer differently, or a wrong swap would pass"
-    weights = None
+    base = None
     for name in [*wanted, *reversed(wanted), "marker adapter", "base", "plain adapter", "marker adapter", "marker"]:
         engine.use(wanted[name])
-        weights = weights or engine._base.model
-        assert engine._base.model is weights
+        base = base or engine._base.model
+        assert engine._base.model is base
         assert [answer.ids for answer in ask_all(engine, asked[name])] == fresh[name], name
     engine.use(wanted["base"])
     untouched = weights.load_base(model_dir, dtype="float32", marker=None, device="cpu").state_dict()
@@ -319,8 +319,8 @@ def test_folders_that_hold_no_adapter_or_no_model_are_refused(tiny: Path, tmp_pa
     with pytest.raises(CheckpointError, match="cannot be read"):
         engine.use(LoadedAs(model_dir=tiny, dtype="float32", adapter_dir=tmp_path))
     truncated = make_adapter(tmp_path / "adapter", tiny, seed=1)
-    weights = truncated / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:200])
+    cut = truncated / "adapter_model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:200])
     with pytest.raises(CheckpointError, match="cannot be read"):
         engine.use(LoadedAs(model_dir=tiny, dtype="float32", adapter_dir=truncated))
     for damage in (lambda path: path.write_bytes(path.read_bytes()[:2000]), lambda path: path.unlink()):

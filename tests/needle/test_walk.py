@@ -97,6 +97,8 @@ def test_a_forecast_is_of_what_is_computed_and_held(tmp_path: Path) -> None:
     shared, alone = expect(plan(prompts)), expect(plan(prompts, reuse="none"))
     assert shared.prefill_flops < alone.prefill_flops
     assert shared.kv_bytes == alone.kv_bytes == (40 + 4) * 2 * 2 * 2 * 16 * 4, "keys and values, layers, heads, size, bytes"
+    together = forecast(plan(prompts), shape, chunk_tokens=8, decode_batch=3, max_new_tokens=4, dtype="float32")
+    assert together.kv_bytes == (44 + 44 + 3 * 4) * 2 * 2 * 2 * 16 * 4, "as much again that is answers' own, and what they say"
     whole = shape.forward_flops(new_tokens=40, past_tokens=0, logit_rows=1)
     assert expect(plan(prompts[:1]), chunk=40).prefill_flops == whole
     in_chunks = sum(shape.forward_flops(new_tokens=8, past_tokens=past, logit_rows=past == 32) for past in range(0, 40, 8))
