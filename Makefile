@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STORAGE ?= runs
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test test-fast exactness bench lint format constraints clean
+.PHONY: help install quickstart test test-fast exactness bench bench-train lint format constraints clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,10 @@ exactness: install  ## answers with and without sharing, over 300 cells of the r
 
 bench: install  ## planned grids against generate per cell on the real model (20 minutes on 2 cores)
 	$(BIN)/python bench/nih_grid.py --storage $(STORAGE)
+
+bench-train: install  ## training side by side with Hugging Face Trainer + PEFT, and the time to the first step
+	$(BIN)/python bench/train.py --storage $(STORAGE)
+	$(BIN)/python bench/train.py --storage $(STORAGE) --start
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,29 +1,43 @@
-"""A checkpoint folder: what fine-tuning leaves and an engine or plain PEFT loads. Knows files, no model library.
+"""Checkpoint folders: what fine-tuning leaves, and what it keeps of itself while it runs. Knows files, no model library.
+
+A finished one, which an engine or plain PEFT loads (``Checkpoint``):
 
 adapter_config.json, adapter_model.safetensors   as PEFT writes them (the marker's row is in the safetensors)
 tokenizer.json, …                                the base tokenizer, with the marker where one was added
 training.jsonl                                   one row per optimizer step: step, loss, learning_rate, …
 documents.json                                   digests of the documents it was trained on
 manifest.json                                    written last; without it the folder is no checkpoint
+
+One of a training that still runs (``SavedStep``), in ``.<digest>.training/step-N/`` beside the finished ones:
+
+state.safetensors                                float32 masters and AdamW's moments, whole, by ``kind/parameter``
+training.jsonl                                   the rows up to this step
+manifest.json                                    what the training is, the step, every file's digest
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pause_ray.errors import CheckpointError, StorageError
-from pause_ray.spec import JsonObject
-from pause_ray.storage import MANIFEST, file_sha256, is_complete, read_json, space_errors, write_json, write_text
+from pause_ray.spec import JsonObject, digest
+from pause_ray.storage import MANIFEST, building, file_sha256, is_complete, read_json, space_errors, write_json, write_text
 from pause_ray.text.tokens import MarkerToken
 
 FORMAT = 2
+STATE_FORMAT = 1
+STATE_TENSORS = "state.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINING_LOG = "training.jsonl"
+STOP = "stop"
+"""While it is written: asks a training for a checkpoint of its own and an end after the running step."""
 DOCUMENTS = "documents.json"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
@@ -81,8 +95,8 @@ class Checkpoint:
             final_loss=manifest["final_loss"],
         )
 
-    def check_fits(self, *, base_digest: str, marker: MarkerToken | None) -> None:
-        """Refuse to be read on another base model, or with another marker, than it was trained with.
+    def check_fits(self, *, base_digest: str, tokenizer_digest: str, marker: MarkerToken | None) -> None:
+        """Refuse to be read on another base model, with another tokenizer or another marker, than it was trained with.
 
         A checkpoint without a trained marker row fits any text marker and none; one with such a row fits only its own
         marker, or a run without pauses.
@@ -94,6 +108,11 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.folder}: adapter of base model {self.base_digest}, but the model here is {base_digest}; "
                 "use the model it was trained on, or train an adapter for this one"
+            )
+        if tokenizer_digest != self.tokenizer_digest:
+            raise CheckpointError(
+                f"{self.folder}: trained with tokenizer {self.tokenizer_digest}, but the model here has {tokenizer_digest}; "
+                f"put the {TOKENIZER} back that it was trained with, or train again"
             )
         if marker is not None and marker != self.marker:
             trained = "no marker row" if self.marker is None else f"the marker {self.marker.text!r} (token {self.marker.token_id})"
@@ -186,3 +205,142 @@ def seal(
 
 def _fingerprint(path: Path) -> JsonObject:
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedStep:
+    """A running training as it was after one step. ``RunningTraining`` is the only way to get one, so its files are whole."""
+
+    folder: Path
+    step: int
+    """Steps done."""
+    facts: JsonObject
+    """What the training remembers beside its tensors."""
+    validation_loss: float | None
+    """Of this step, in nats per token; None where it was not measured."""
+
+    @property
+    def tensors(self) -> Path:
+        """The safetensors file."""
+        return self.folder / STATE_TENSORS
+
+    def log_rows(self) -> list[JsonObject]:
+        """Rows of the training log up to this step."""
+        return read_training_log(self.folder / TRAINING_LOG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningTraining:
+    """The folder of a training's own checkpoints; only one process at a time may write there."""
+
+    folder: Path
+    belongs_to: JsonObject
+    """What decides the training: a checkpoint of another one is refused, naming the first difference."""
+
+    def latest(self) -> SavedStep | None:
+        """The last complete checkpoint, after comparing its files with its manifest; a half-written one does not exist.
+
+        Raises:
+            CheckpointError: it is of another training or format, or a file is missing or was changed.
+        """
+        steps = self._steps()
+        return self._open(steps[-1]) if steps else None
+
+    def last_step(self) -> int:
+        """Steps done at the last complete checkpoint; 0 without one."""
+        return max(self._steps(), default=0)
+
+    def save(
+        self,
+        step: int,
+        *,
+        write_tensors: Callable[[Path], None],
+        log_rows: Sequence[Mapping[str, object]],
+        facts: JsonObject,
+        keep_last: int,
+    ) -> None:
+        """Write the checkpoint after ``step`` steps, then remove all but the last ones and the one with the best validation loss.
+
+        Args:
+            step: Steps done.
+            write_tensors: Writes the file of that name.
+            log_rows: Of the training log; the last one may have a ``validation_loss``.
+            facts: Plain JSON data, given back with the tensors.
+            keep_last: How many of the last ones stay.
+
+        Raises:
+            StorageError: disk full or not writable; the earlier ones are still there.
+        """
+        with building(self._folder_of(step)) as scratch:
+            write_tensors(scratch / STATE_TENSORS)
+            write_text(scratch / TRAINING_LOG, "".join(json.dumps(row) + "\n" for row in log_rows))
+            manifest = {
+                "format": STATE_FORMAT,
+                "step": step,
+                "belongs_to": self.belongs_to,
+                "facts": facts,
+                "validation_loss": log_rows[-1].get("validation_loss") if log_rows else None,
+                "files": {name: _fingerprint(scratch / name) for name in (STATE_TENSORS, TRAINING_LOG)},
+            }
+            write_json(scratch / MANIFEST, manifest | {"digest": digest(manifest)})
+        self._remove_all_but(keep_last)
+
+    def remove(self) -> None:
+        """Remove every checkpoint of this training."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _steps(self) -> list[int]:
+        """Steps with a complete checkpoint, ascending."""
+        if not self.folder.is_dir():
+            return []
+        named = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.iterdir() if is_complete(path))
+        return sorted(int(match[1]) for match in named if match)
+
+    def _folder_of(self, step: int) -> Path:
+        return self.folder / f"step-{step}"
+
+    def _open(self, step: int) -> SavedStep:
+        folder = self._folder_of(step)
+        remedy = f"remove {folder} to go on from the one before, or {self.folder} to start anew"
+        try:
+            manifest = read_json(folder / MANIFEST)
+        except StorageError as error:
+            raise CheckpointError(f"{folder / MANIFEST}: cannot be read; {remedy}") from error
+        if manifest.get("format") != STATE_FORMAT:
+            raise CheckpointError(f"{folder}: format {manifest.get('format')!r}, this version reads {STATE_FORMAT}; {remedy}")
+        if manifest.pop("digest", None) != digest(manifest) or manifest["step"] != step:
+            raise CheckpointError(f"{folder / MANIFEST}: changed since it was written; {remedy}")
+        difference = _first_difference(manifest["belongs_to"], self.belongs_to)
+        if difference:
+            raise CheckpointError(f"{folder}: checkpoint of another training ({difference}); {remedy}")
+        for name, expected in manifest["files"].items():
+            if not (folder / name).is_file() or _fingerprint(folder / name) != expected:
+                raise CheckpointError(f"{folder / name}: missing, truncated or changed since it was written; {remedy}")
+        return SavedStep(folder=folder, step=step, facts=manifest["facts"], validation_loss=manifest["validation_loss"])
+
+    def _remove_all_but(self, keep_last: int) -> None:
+        steps = self._steps()
+        losses = {step: read_json(self._folder_of(step) / MANIFEST)["validation_loss"] for step in steps}
+        measured = [step for step in steps if losses[step] is not None]
+        kept = {*steps[-keep_last:], *([min(measured, key=lambda step: losses[step])] if measured else [])}
+        for step in set(steps) - kept:
+            (self._folder_of(step) / MANIFEST).unlink()  # first, so that a half-removed one does not exist either
+            shutil.rmtree(self._folder_of(step), ignore_errors=True)
+
+
+def training_folder(checkpoint: Path) -> Path:
+    """Where the training that will leave ``checkpoint`` keeps its own checkpoints."""
+    return checkpoint.with_name(f".{checkpoint.name}.training")
+
+
+def _first_difference(saved: JsonObject, wanted: JsonObject, *, path: str = "") -> str | None:
+    """Where two nested mappings differ, in words."""
+    for key in sorted({*saved, *wanted}):
+        ours, theirs = wanted.get(key), saved.get(key)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            found = _first_difference(theirs, ours, path=f"{path}{key}.")
+            if found:
+                return found
+        elif ours != theirs:
+            return f"its {path}{key} is {theirs}, here it is {ours}"
+    return None

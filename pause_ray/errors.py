@@ -37,6 +37,10 @@ class CheckpointError(UserError, ValueError):
     """A checkpoint that is incomplete, edited, or made for another base model or marker."""
 
 
+class StoppedError(UserError, RuntimeError):
+    """Work that was asked to end before it was done; the same command goes on with it."""
+
+
 class StorageError(UserError, RuntimeError):
     """A storage root that cannot be written, is full, or is in use by another process."""
 

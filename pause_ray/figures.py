@@ -115,7 +115,7 @@ def overhead(conditions: Mapping[int, Condition]) -> Figure:
 
 
 def training_curves(conditions: Mapping[int, Condition]) -> Figure | None:
-    """Training loss over steps, one line per replicate. None when nothing was trained."""
+    """Training loss over steps, one line per replicate, hollow where it is of held-out rows. None when nothing was trained."""
     from matplotlib.ticker import MaxNLocator
 
     if not any(trial.training for condition in conditions.values() for trial in condition.trials):
@@ -124,11 +124,15 @@ def training_curves(conditions: Mapping[int, Condition]) -> Figure | None:
     with style():
         axes = figure.subplots()
         for index, condition in conditions.items():
-            curves = [[(row["step"], row["loss"]) for row in trial.training] for trial in condition.trials if trial.training]
-            for number, curve in enumerate(curves):
-                look = _look(index) | {"marker": "" if len(curve) > MOST_MARKED_STEPS else _look(index)["marker"], "markersize": 3}
+            for number, log in enumerate(trial.training for trial in condition.trials if trial.training):
+                look = _look(index) | {"marker": "" if len(log) > MOST_MARKED_STEPS else _look(index)["marker"], "markersize": 3}
+                curve = [(row["step"], row["loss"]) for row in log]
                 axes.plot(*zip(*curve, strict=True), **look, linewidth=1.1, label=condition.label if number == 0 else None)
-        axes.set(xlabel="optimizer step", ylabel="training loss", ylim=(0, None))
+                held_out = [(row["step"], row["validation_loss"]) for row in log if "validation_loss" in row]
+                if held_out:
+                    hollow = _look(index) | {"linestyle": ":", "markersize": 6, "markerfacecolor": "none"}
+                    axes.plot(*zip(*held_out, strict=True), **hollow, linewidth=0.8)
+        axes.set(xlabel="optimizer step", ylabel="loss (nats per learned token)", ylim=(0, None))
         axes.grid(axis="y", color="#dddddd", linewidth=0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _line_legend(figure, axes)

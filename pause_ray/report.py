@@ -23,7 +23,7 @@ from pause_ray.results import Condition, Contrast, SweepResults, read_results, s
 from pause_ray.spec import JsonObject
 from pause_ray.statistics import BOOTSTRAP_UNITS, Estimate, Interval, enough_replicates
 from pause_ray.storage import Storage, space_errors, write_text
-from pause_ray.words import count, duration, money, number, p_value, percent, signed, signed_percent, span, title
+from pause_ray.words import count, duration, memory, money, number, p_value, percent, signed, signed_percent, span, title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +56,7 @@ def page(results: SweepResults, drawn: Mapping[str, str]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    words = {"number": number, "signed": signed, "signed_percent": signed_percent, "count": count}
+    words = {"number": number, "signed": signed, "signed_percent": signed_percent, "count": count, "memory": memory}
     environment.filters |= words | {"percent": percent, "money": money, "duration": duration, "title": title, "p_value": p_value}
     environment.globals |= {"interval_words": _interval_words, "percent_words": _percent_words}
     return environment.get_template("report.html.jinja").render(_view(results, drawn))
@@ -221,6 +221,7 @@ def _view(results: SweepResults, drawn: Mapping[str, str]) -> JsonObject:
         "questions": sections.questions(results),
         "corpora": sections.corpora(results),
         "costs": sections.costs(scored),
+        "trainings": sections.trainings(scored),
         "versions": _versions(),
         "made": results.description,
         "spec_json": json.dumps(results.description.get("spec", {}), indent=2, ensure_ascii=False),

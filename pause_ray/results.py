@@ -297,7 +297,7 @@ def read_results(sweep_folder: Path, storage: Storage) -> SweepResults:
     control = sweep.get("control")
     planned: dict[str, list[JsonObject]] = {}
     for entry in sweep["trials"]:
-        planned.setdefault(_label(entry, sweep["trials"]), []).append(entry)
+        planned.setdefault(condition_label(entry, sweep["trials"]), []).append(entry)
     finished = {
         label: tuple(_read_trial(entry, storage) for entry in entries if is_complete(storage.trials / entry["digest"]))
         for label, entries in planned.items()
@@ -340,6 +340,13 @@ def read_results(sweep_folder: Path, storage: Storage) -> SweepResults:
     )
 
 
+def condition_label(entry: JsonObject, entries: list[JsonObject]) -> str:
+    """Arm and point of one of a sweep's trials; a path is shortened to its last part where that is unique among the sweep's paths."""
+    leaves = Counter(path.rsplit(".", 1)[-1] for path in {path for other in entries for path in other["point"]})
+    short = {path: leaf if leaves[leaf := path.rsplit(".", 1)[-1]] == 1 else path for path in entry["point"]}
+    return " ".join([entry["arm"], *(f"{short[path]}={value}" for path, value in entry["point"].items())])
+
+
 def _contrasts(
     points: Mapping[str, JsonObject], others: Mapping[str, JsonObject], rows: Mapping[str, list[CellResult]]
 ) -> dict[str, Contrast]:
@@ -377,13 +384,6 @@ def _read_trial(entry: JsonObject, storage: Storage) -> TrialResult:
         )
         raise StorageError(f"{folder}: cells.jsonl has {found} cells and {MANIFEST} says {expected}; {remedy}")
     return trial
-
-
-def _label(entry: JsonObject, entries: list[JsonObject]) -> str:
-    """Arm and point; a path is shortened to its last part where that is unique among the sweep's paths."""
-    leaves = Counter(path.rsplit(".", 1)[-1] for path in {path for other in entries for path in other["point"]})
-    short = {path: leaf if leaves[leaf := path.rsplit(".", 1)[-1]] == 1 else path for path in entry["point"]}
-    return " ".join([entry["arm"], *(f"{short[path]}={value}" for path, value in entry["point"].items())])
 
 
 def _counterpart(point: JsonObject, others: Mapping[str, JsonObject]) -> str | None:

@@ -11,7 +11,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ from pause_ray.storage import MANIFEST, file_sha256, is_complete, read_json, spa
 if TYPE_CHECKING:
     import pyarrow as pa
 
+FORMAT = 2
+"""Of the columns; a set of another format is made again."""
 NO_LOSS = -100
 """Label of a position that is not trained on (the default ``ignore_index`` of a cross entropy)."""
 DOCUMENTS = "documents.parquet"
@@ -49,6 +51,9 @@ class PackedRow:
     """Tokens that come from documents or a hidden fact: neither pauses nor prompt nor answer."""
     longest_stretch_tokens: int = 0
     """The most tokens in a row without a pause between them."""
+    document_starts: NDArray[np.int32] = field(default_factory=lambda: np.zeros(1, np.int32))
+    """Where in the row a document, or the rest of one, begins: ascending from 0, shape (documents,). Tokens see their own document
+    only, and positions count from its start. A context that quotes several documents is one."""
 
 
 def row_schema() -> pa.Schema:
@@ -60,6 +65,7 @@ def row_schema() -> pa.Schema:
         "row": pa.int64(),
         "input_ids": tokens,
         "labels": tokens,
+        "document_starts": tokens,
         "num_pauses": count,
         "num_documents": count,
         "content_tokens": count,
@@ -76,6 +82,7 @@ def rows_to_table(rows: Sequence[PackedRow], *, first_row: int) -> pa.Table:
         "row": np.arange(first_row, first_row + len(rows), dtype=np.int64),
         "input_ids": [row.input_ids for row in rows],
         "labels": [row.labels for row in rows],
+        "document_starts": [row.document_starts for row in rows],
         "num_pauses": [row.num_pauses for row in rows],
         "num_documents": [row.num_documents for row in rows],
         "content_tokens": [row.content_tokens for row in rows],
@@ -87,10 +94,12 @@ def rows_to_table(rows: Sequence[PackedRow], *, first_row: int) -> pa.Table:
 
 def table_to_rows(table: pa.Table) -> list[PackedRow]:
     """The rows of a table of ``row_schema``, in its order."""
-    counts = table.drop_columns(["row", "input_ids", "labels"]).to_pylist()
+    lists = ["input_ids", "labels", "document_starts"]
+    counts = table.drop_columns(["row", *lists]).to_pylist()
+    arrays = zip(*(table[name] for name in lists), strict=True)
     return [
-        PackedRow(input_ids=ids.values.to_numpy(zero_copy_only=False), labels=labels.values.to_numpy(zero_copy_only=False), **count)
-        for ids, labels, count in zip(table["input_ids"], table["labels"], counts, strict=True)
+        PackedRow(**{name: cell.values.to_numpy(zero_copy_only=False) for name, cell in zip(lists, cells, strict=True)}, **count)
+        for cells, count in zip(arrays, counts, strict=True)
     ]
 
 
@@ -130,17 +139,27 @@ def file_entry(path: Path) -> dict[str, Any]:
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
-def seal(folder: Path, *, shards: Sequence[Path], manifest: Mapping[str, Any]) -> None:
+def seal(folder: Path, *, shards: Sequence[Path], manifest: Mapping[str, Any], validation_shards: Sequence[Path] = ()) -> None:
     """Write the manifest that makes ``folder`` a shard set: its shards in row order, its documents, and ``manifest``'s own fields.
+
+    Args:
+        folder: Where the shards lie.
+        shards: Of the training rows.
+        manifest: What else to say of the set.
+        validation_shards: Of the held-out rows, whose numbers follow those of the training rows.
 
     Raises:
         StorageError: the disk is full or not writable.
     """
     import pyarrow.parquet as pq
 
-    entries = [{**file_entry(path), "rows": int(pq.read_metadata(path).num_rows)} for path in shards]
+    entries, held_out = (
+        [{**file_entry(path), "rows": int(pq.read_metadata(path).num_rows)} for path in paths] for paths in (shards, validation_shards)
+    )
+    counts = {name: sum(entry["rows"] for entry in part) for name, part in (("num_rows", entries), ("validation_rows", held_out))}
     listed = [file_entry(folder / DOCUMENTS)] if (folder / DOCUMENTS).is_file() else []
-    write_json(folder / MANIFEST, {**manifest, "num_rows": sum(entry["rows"] for entry in entries), "documents": listed, "shards": entries})
+    made = {**manifest, "format": FORMAT, **counts, "documents": listed, "shards": entries + held_out}
+    write_json(folder / MANIFEST, made)
 
 
 class ShardSet:
@@ -165,14 +184,21 @@ class ShardSet:
         manifest = read_json(folder / MANIFEST)
         if not all(isinstance(manifest.get(key), list) for key in ("shards", "documents")):
             raise SourceError(f"{folder / MANIFEST}: not the manifest of a shard set; remove the folder and run again")
+        if manifest.get("format") != FORMAT:
+            raise SourceError(f"{folder}: shards of format {manifest.get('format', 1)}, but this is format {FORMAT}; make them again")
         for entry in [*manifest["shards"], *manifest["documents"]]:
             _check_file(folder / entry["file"], entry)
         return cls(folder, manifest)
 
     @property
     def num_rows(self) -> int:
-        """Rows in all shards."""
-        return self._ends[-1] if self._ends else 0
+        """Rows to train on: numbers 0 to ``num_rows`` - 1."""
+        return (self._ends[-1] if self._ends else 0) - self.validation_rows
+
+    @property
+    def validation_rows(self) -> int:
+        """Held-out rows: numbers from ``num_rows`` on."""
+        return int(self.manifest["validation_rows"])
 
     @property
     def paths(self) -> list[Path]:
@@ -183,12 +209,12 @@ class ShardSet:
         """The row with this global number.
 
         Raises:
-            IndexError: outside 0 to ``num_rows`` - 1.
+            IndexError: no row has it.
         """
         import pyarrow.parquet as pq
 
-        if not 0 <= index < self.num_rows:
-            raise IndexError(f"row {index} of {self.num_rows}")
+        if not 0 <= index < self.num_rows + self.validation_rows:
+            raise IndexError(f"row {index} of {self.num_rows + self.validation_rows}")
         shard = bisect.bisect_right(self._ends, index)
         within = index - (self._ends[shard - 1] if shard else 0)
         with pq.ParquetFile(self.paths[shard]) as file:
@@ -198,6 +224,14 @@ class ShardSet:
     def rows(self, indices: Iterable[int]) -> list[PackedRow]:
         """``row`` of each index, in the order asked."""
         return [self.row(index) for index in indices]
+
+    def longest_row_tokens(self) -> int:
+        """Tokens of the longest row; reads every shard."""
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        lengths = (pc.max(pc.list_value_length(pq.read_table(path, columns=["input_ids"])["input_ids"])).as_py() for path in self.paths)
+        return max((length for length in lengths if length is not None), default=0)
 
     def document_digests(self) -> frozenset[str]:
         """Digests of the documents that the rows were made from; empty when none were recorded."""

@@ -117,6 +117,31 @@ def costs(conditions: Sequence[Condition]) -> list[JsonObject]:
     return found
 
 
+def trainings(conditions: Sequence[Condition]) -> list[JsonObject]:
+    """How fast and within which memory each condition was trained; empty where logs do not say."""
+    found = []
+    for condition in conditions:
+        logs = [trial.training for trial in condition.trials if trial.training and "peak_memory_bytes" in trial.training[0]]
+        steps = [row for log in logs for row in log]
+        if not steps:
+            continue
+        tokens, seconds = sum(row["tokens"] for row in steps), sum(row["seconds"] for row in steps)
+        held_out = [values[-1] for log in logs if (values := [row["validation_loss"] for row in log if "validation_loss" in row])]
+        measured = [row for row in steps if "mfu" in row]
+        found.append(
+            {
+                "condition": condition,
+                "tokens": tokens,
+                "tokens_per_second": tokens / seconds,
+                "padding_share": 1 - tokens / sum(row["tokens"] / (1 - row["padding_share"]) for row in steps),
+                "mfu": sum(row["mfu"] * row["seconds"] for row in measured) / sum(row["seconds"] for row in measured) if measured else None,
+                "peak_memory_bytes": max(row["peak_memory_bytes"] for row in steps),
+                "validation_loss": sum(held_out) / len(held_out) if held_out else None,
+            }
+        )
+    return found
+
+
 def questions(results: SweepResults) -> list[JsonObject]:
     """The cells on which the conditions' scores lie furthest apart, each with every condition's answer."""
     by_place: dict[tuple[Any, ...], list[tuple[Condition, CellResult]]] = {}

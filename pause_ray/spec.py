@@ -235,6 +235,8 @@ def _located(schema: type[Spec], location: tuple[int | str, ...]) -> tuple[list[
     current: tuple[type[Spec], ...] = (schema,)
     path, siblings = list[str](), list[str]()
     for place, part in enumerate(location):
+        if str(part).startswith("<"):  # a tag that a spec gives to a member of a union without ``kind``
+            continue
         fields = _fields(current)
         if len(current) > 1 and part not in fields and place < len(location) - 1:
             tagged = tuple(spec for spec in current if _tag(spec) == part)

@@ -50,6 +50,12 @@ def money(amount: float) -> str:
     return f"{amount:,.2f}" if amount >= 1 else f"{amount:.2g}"
 
 
+def memory(number_of_bytes: float) -> str:
+    """``1.4 GiB``, ``820 MiB``."""
+    mebibytes = number_of_bytes / 2**20
+    return f"{mebibytes / 1024:.1f} GiB" if mebibytes >= 1024 else f"{mebibytes:.0f} MiB"
+
+
 def duration(seconds: float) -> str:
     """``41 s``, ``12 min``, ``3.2 h``."""
     if seconds < 120:

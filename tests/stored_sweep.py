@@ -110,8 +110,9 @@ def store_trial(
     suite: Mapping[str, Any] | None = None,
     evaluation_overlap: Mapping[str, Any] | None = None,
     noise: Mapping[str, Any] | None = None,
+    training: Sequence[Mapping[str, Any]] = TRAINING,
 ) -> Path:
-    """A trial's folder as a run leaves it; unfinished ones have no manifest."""
+    """A trial's folder as a run leaves it; unfinished ones have no manifest. ``training`` is the log of a trained one."""
     folder = storage.trials / trial
     ledger = Ledger(folder / "cells.jsonl")
     for result in results:
@@ -137,7 +138,7 @@ def store_trial(
                 "shards": "aaaaaaaaaaaaaaaa" if trained else None,
                 "checkpoint": "/x/checkpoints/bbbbbbbbbbbbbbbb" if trained else None,
                 "corpus_stats": CORPUS_STATS if trained else None,
-                "training": TRAINING if trained else [],
+                "training": list(training) if trained else [],
                 "evaluation_overlap": evaluation_overlap,
                 "noise": noise,
                 "seconds": {"total": 60.0 if trained else 20.0},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,14 +16,17 @@ from pause_ray.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     DOCUMENTS,
+    STATE_TENSORS,
     TOKENIZER,
     TRAINING_LOG,
     Checkpoint,
+    RunningTraining,
     copy_tokenizer,
     read_training_log,
     seal,
 )
 from pause_ray.errors import CheckpointError, StorageError
+from pause_ray.spec import JsonObject
 from pause_ray.storage import MANIFEST, building, is_complete, read_json, write_json
 from pause_ray.text.tokens import MarkerToken
 
@@ -88,22 +92,29 @@ def test_an_unreadable_manifest_is_a_checkpoint_error(tmp_path: Path) -> None:
 
 def test_an_adapter_of_another_base_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"base-a.*base-b"):
-        Checkpoint.open(make(tmp_path / "c")).check_fits(base_digest="base-b", marker=MARKER)
+        Checkpoint.open(make(tmp_path / "c")).check_fits(base_digest="base-b", tokenizer_digest="tok", marker=MARKER)
+
+
+def test_an_adapter_trained_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer tok, .* other; put"):
+        Checkpoint.open(make(tmp_path / "c")).check_fits(base_digest="base-a", tokenizer_digest="other", marker=MARKER)
 
 
 def test_a_trained_marker_fits_itself_and_no_pauses_but_no_other(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make(tmp_path / "c"))
-    checkpoint.check_fits(base_digest="base-a", marker=MARKER)
-    checkpoint.check_fits(base_digest="base-a", marker=None)
+    checkpoint.check_fits(base_digest="base-a", tokenizer_digest="tok", marker=MARKER)
+    checkpoint.check_fits(base_digest="base-a", tokenizer_digest="tok", marker=None)
     with pytest.raises(CheckpointError, match="<THINK>"):
-        checkpoint.check_fits(base_digest="base-a", marker=MarkerToken(text="<THINK>", token_id=12, added=True, initial_ids=(3,)))
+        checkpoint.check_fits(
+            base_digest="base-a", tokenizer_digest="tok", marker=MarkerToken(text="<THINK>", token_id=12, added=True, initial_ids=(3,))
+        )
 
 
 def test_an_adapter_without_marker_row_does_not_fit_a_marker_that_needs_one(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make(tmp_path / "c", marker=None))
-    checkpoint.check_fits(base_digest="base-a", marker=None)
+    checkpoint.check_fits(base_digest="base-a", tokenizer_digest="tok", marker=None)
     with pytest.raises(CheckpointError, match="no marker row"):
-        checkpoint.check_fits(base_digest="base-a", marker=MARKER)
+        checkpoint.check_fits(base_digest="base-a", tokenizer_digest="tok", marker=MARKER)
 
 
 @pytest.mark.parametrize("missing", [ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER, TRAINING_LOG])
@@ -209,3 +220,130 @@ def test_what_rust_says_of_a_full_disk_is_a_storage_error(small_disk: Path) -> N
         with pytest.raises(StorageError, match="disk is full"), building(small_disk / "c") as scratch:
             save(scratch)
         assert list(small_disk.iterdir()) == []
+
+
+TRAINING = {"train": {"steps": 9, "lora": {"rank": 4}}, "tokenizer": "tok", "seed": 0}
+
+
+def training_in(folder: Path, **changes: object) -> RunningTraining:
+    return RunningTraining(folder=folder, belongs_to={**TRAINING, **changes})
+
+
+def save_step(training: RunningTraining, step: int, *, validation_loss: float | None = None, keep_last: int = 2) -> None:
+    measured = {} if validation_loss is None else {"validation_loss": validation_loss}
+    training.save(
+        step,
+        write_tensors=lambda path: path.write_bytes(bytes([step]) * 50) and None,
+        log_rows=[*({"step": number, "loss": 1.0} for number in range(1, step)), {"step": step, "loss": 0.5, **measured}],
+        facts={"applied_steps": step},
+        keep_last=keep_last,
+    )
+
+
+def kept(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_running_training_goes_on_from_its_last_step(tmp_path: Path) -> None:
+    training = training_in(tmp_path / "t")
+    assert (training.latest(), training.last_step()) == (None, 0)
+    for step in (2, 10, 9):
+        save_step(training, step, keep_last=3)
+    saved = training.latest()
+    assert saved is not None
+    assert (saved.step, saved.facts, training.last_step()) == (10, {"applied_steps": 10}, 10)
+    assert saved.tensors.read_bytes() == bytes([10]) * 50
+    assert [row["step"] for row in saved.log_rows()] == list(range(1, 11))
+    training.remove()
+    assert training.latest() is None
+
+
+def test_the_last_ones_and_the_best_one_are_kept(tmp_path: Path) -> None:
+    training = training_in(tmp_path)
+    for step, loss in [(1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, None), (6, None)]:
+        save_step(training, step, validation_loss=loss)
+    assert kept(tmp_path) == {"step-2", "step-5", "step-6"}
+    save_step(training, 7, validation_loss=0.5)
+    assert kept(tmp_path) == {"step-6", "step-7"}
+
+
+@pytest.mark.parametrize("name", [STATE_TENSORS, TRAINING_LOG, MANIFEST])
+@pytest.mark.parametrize("damage", ["edited", "truncated", "removed"])
+def test_a_damaged_step_is_refused_and_the_remedy_goes_on_from_the_one_before(tmp_path: Path, name: str, damage: str) -> None:
+    training = training_in(tmp_path)
+    save_step(training, 3)
+    save_step(training, 6)
+    path = tmp_path / "step-6" / name
+    content = path.read_bytes()
+    if damage == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) // 2] if damage == "truncated" else content.replace(content[:1], b"#", 1))
+    if (name, damage) == (MANIFEST, "removed"):
+        assert training.last_step() == 3, "without a manifest it does not exist"
+        return
+    with pytest.raises(CheckpointError, match=rf"{name}: .*; remove {tmp_path / 'step-6'} to go on from the one before"):
+        training.latest()
+    shutil.rmtree(tmp_path / "step-6")
+    assert training.last_step() == 3
+
+
+def test_an_edited_manifest_is_refused(tmp_path: Path) -> None:
+    training = training_in(tmp_path)
+    save_step(training, 3)
+    path = tmp_path / "step-3" / MANIFEST
+    write_json(path, read_json(path) | {"step": 8})
+    with pytest.raises(CheckpointError, match="step-3"):
+        training.latest()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"train": {"steps": 9, "lora": {"rank": 8}}}, r"its train\.lora\.rank is 4, here it is 8"),
+        ({"tokenizer": "other"}, r"its tokenizer is tok, here it is other"),
+        ({"seed": 1}, r"its seed is 0, here it is 1"),
+    ],
+)
+def test_a_step_of_another_training_is_refused_naming_the_difference(tmp_path: Path, changes: JsonObject, named: str) -> None:
+    save_step(training_in(tmp_path), 3)
+    with pytest.raises(CheckpointError, match=f"{named}.*remove"):
+        training_in(tmp_path, **changes).latest()
+
+
+def test_a_step_of_another_format_is_refused(tmp_path: Path) -> None:
+    training = training_in(tmp_path)
+    save_step(training, 3)
+    path = tmp_path / "step-3" / MANIFEST
+    write_json(path, read_json(path) | {"format": 99})
+    with pytest.raises(CheckpointError, match="format 99"):
+        training.latest()
+
+
+def test_a_process_killed_while_it_saves_a_step_leaves_the_one_before(tmp_path: Path) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+from tests.test_checkpoint import save_step, training_in
+training = training_in(Path({str(tmp_path)!r}))
+save_step(training, 3)
+def die(path):
+    path.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+training.save(6, write_tensors=die, log_rows=[], facts={{}}, keep_last=1)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert ended.returncode == -signal.SIGKILL
+    training = training_in(tmp_path)
+    assert training.last_step() == 3
+    save_step(training, 6, keep_last=1)
+    assert kept(tmp_path) == {"step-6"}
+
+
+def test_a_disk_that_is_too_small_for_a_step_leaves_the_one_before(small_disk: Path) -> None:
+    training = training_in(small_disk / "t")
+    save_step(training, 3)
+    with pytest.raises(StorageError, match="disk is full"):
+        training.save(6, write_tensors=lambda path: path.write_bytes(bytes(2_000_000)) and None, log_rows=[], facts={}, keep_last=1)
+    assert training.last_step() == 3
+    assert kept(small_disk / "t") == {"step-3"}

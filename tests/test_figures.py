@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,3 +70,23 @@ def test_recall_has_a_point_where_it_was_measured() -> None:
     recall = {5.0: Point(1.0, None), 55.0: Point(0.25, None)}
     [axes] = figures.recall_by_position({2: ("arm", recall), 5: ("never asked", {})}).axes
     assert {label: list(line.get_ydata()) for label, line in lines_of(axes).items()} == {"arm": [1.0, 0.25]}
+
+
+def test_training_curves_have_every_step_and_hollow_points_for_held_out_rows(tmp_path: Path) -> None:
+    storage = Storage.open(tmp_path)
+    log = [{"step": step, "loss": 3.0 / step} for step in (1, 2, 3, 4)]
+    log[1] |= {"validation_loss": 2.0}
+    log[3] |= {"validation_loss": 1.5}
+    for trial, its in (("t0", log), ("t1", log[:3])):
+        store_trial(storage, trial, rows({(1024, 50.0): 1.0}, trial=trial), trained=True, training=its)
+    tuned = read_results(store_sweep(storage, [("t0", "tuned", {}, 0), ("t1", "tuned", {}, 1)], compare_to="tuned"), storage)
+    figure = figures.training_curves(dict(enumerate(tuned.conditions)))
+    assert figure is not None
+    drawn = [(list(line.get_xdata()), list(line.get_ydata()), line.get_markerfacecolor() == "none") for line in figure.axes[0].lines]
+    assert drawn == [
+        ([1, 2, 3, 4], [3.0, 1.5, 1.0, 0.75], False),
+        ([2, 4], [2.0, 1.5], True),
+        ([1, 2, 3], [3.0, 1.5, 1.0], False),
+        ([2], [2.0], True),
+    ]
+    assert list(lines_of(figure.axes[0])) == ["tuned"], "one entry of the legend for all replicates"

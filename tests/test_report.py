@@ -137,6 +137,26 @@ def test_costs_are_summed_over_interruptions(report: Path) -> None:
     assert "Whole trial" not in shown
 
 
+def test_a_training_says_its_speed_memory_and_loss_on_held_out_rows(storage: Storage) -> None:
+    def step(number: int, **more: float) -> dict[str, float]:
+        measured = {"tokens": 900, "seconds": 1.0 * number, "padding_share": 0.1, "peak_memory_bytes": number * 2**30}
+        return {"step": number, "loss": 1.0, **measured, **more}
+
+    its = rows({(1024, 50.0): 1.0}, trial="t")
+    store_trial(storage, "t", its, trained=True, training=[step(1, mfu=0.2), step(2, mfu=0.5, validation_loss=1.625)])
+    store_trial(storage, "u", its, trained=True)
+    folder = store_sweep(storage, [("t", "tuned", {}, 0), ("u", "without", {}, 0)], compare_to="tuned")
+    drawn = {"training": "<svg></svg>"}
+    shown = text_of(page(read_results(folder, storage), drawn))
+    assert "tuned 1,800 600 10 % 40 % 2.0 GiB 1.625" in shown  # 1,800 tokens in 3 s; (0.2 + 2 × 0.5) / 3
+    assert shown.count("Peak memory of a worker") == 1
+    _, table = shown.split("Tokens per second")
+    assert not table.split("Over all steps")[0].count("without"), "a log without these columns has no line"
+    store_trial(storage, "v", its, trained=True)
+    older = store_sweep(storage, [("v", "tuned", {}, 0)], compare_to="tuned", name="older")
+    assert "Tokens per second" not in text_of(page(read_results(older, storage), drawn))
+
+
 def test_unfinished_sweeps_say_so(storage: Storage) -> None:
     folder = sweep_of(storage, {"baseline": None, "pause_tuned": 0.5, "pauses_untuned": None})
     results = read_results(folder, storage)

@@ -10,7 +10,7 @@ import pytest
 
 from pause_ray.errors import SourceError, StorageError
 from pause_ray.rows import GROUP_ROWS, NO_LOSS, PackedRow, ShardSet, rows_to_table, seal, whole_file, write_rows
-from pause_ray.storage import MANIFEST
+from pause_ray.storage import MANIFEST, read_json, write_json
 
 
 def some_rows(count: int) -> list[PackedRow]:
@@ -27,6 +27,7 @@ def some_rows(count: int) -> list[PackedRow]:
                 num_documents=1 + number % 2,
                 content_tokens=len(ids),
                 longest_stretch_tokens=number,
+                document_starts=np.arange(1 + number % 2, dtype=np.int32),
             )
         )
     return made
@@ -46,7 +47,8 @@ def same(left: PackedRow, right: PackedRow) -> bool:
     return (
         np.array_equal(left.input_ids, right.input_ids)
         and np.array_equal(left.labels, right.labels)
-        and left.input_ids.dtype == right.input_ids.dtype == np.int32
+        and np.array_equal(left.document_starts, right.document_starts)
+        and left.input_ids.dtype == right.input_ids.dtype == left.document_starts.dtype == np.int32
         and (left.num_pauses, left.num_documents, left.content_tokens, left.longest_stretch_tokens)
         == (right.num_pauses, right.num_documents, right.content_tokens, right.longest_stretch_tokens)
     )
@@ -61,6 +63,29 @@ def test_rows_come_back_by_their_number_however_the_set_is_cut(tmp_path: Path, r
     assert all(same(read, row) for read, row in zip(shards.rows(range(len(written))), written, strict=True))
     order = [5, 0, len(written) - 1, 5]
     assert all(same(read, written[index]) for read, index in zip(shards.rows(order), order, strict=True))
+
+
+def test_held_out_rows_stand_behind_the_training_rows(tmp_path: Path) -> None:
+    folder, rows = tmp_path / "set", some_rows(7)
+    folder.mkdir()
+    paths = [folder / "rows.parquet", folder / "validation.parquet"]
+    for path, part, first in zip(paths, (rows[:5], rows[5:]), (0, 5), strict=True):
+        write_rows(path, [rows_to_table(part, first_row=first)])
+    seal(folder, shards=paths[:1], validation_shards=paths[1:], manifest={})
+    shards = ShardSet.open(folder)
+    assert (shards.num_rows, shards.validation_rows) == (5, 2)
+    assert all(same(shards.row(number), rows[number]) for number in range(7))
+    with pytest.raises(IndexError, match="of 7"):
+        shards.row(7)
+
+
+def test_shards_of_another_format_are_refused(tmp_path: Path) -> None:
+    write_set(tmp_path / "set", some_rows(3), rows_per_shard=2)
+    manifest = read_json(tmp_path / "set" / MANIFEST)
+    del manifest["format"]
+    write_json(tmp_path / "set" / MANIFEST, manifest)
+    with pytest.raises(SourceError, match=r"format 1.*make them again"):
+        ShardSet.open(tmp_path / "set")
 
 
 @pytest.mark.parametrize("index", [-1, 4])
@@ -102,3 +127,10 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
 def test_the_same_rows_make_the_same_bytes(tmp_path: Path) -> None:
     sets = [write_set(tmp_path / name, some_rows(20), rows_per_shard=8) for name in "ab"]
     assert sets[0].manifest["shards"] == sets[1].manifest["shards"]
+
+
+def test_the_longest_row_of_all_shards_is_known(tmp_path: Path) -> None:
+    from tests.train.tiny_llama import make_rows, make_shards
+
+    rows = make_rows(21)
+    assert ShardSet.open(make_shards(tmp_path / "set", rows)).longest_row_tokens() == max(len(row.input_ids) for row in rows)

@@ -14,11 +14,11 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from pause_ray import __version__
-from pause_ray.cli import making, reading
+from pause_ray.cli import making, planning, reading
 from pause_ray.cli.terminal import app, err
 from pause_ray.errors import UserError
 
-__all__ = ["app", "main", "making", "reading"]
+__all__ = ["app", "main", "making", "planning", "reading"]
 
 
 def _version(wanted: bool) -> None:

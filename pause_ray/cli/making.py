@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.markup import escape
 
-from pause_ray.cli.terminal import DEFAULT_STORAGE, AsJson, Sets, SpecFile, StorageRoot, app, bar, err, out, print_json, program
-from pause_ray.errors import SpecError, StorageError, TrackingError, UserError
+from pause_ray.cli.terminal import DEFAULT_STORAGE, AsJson, Sets, SpecFile, StageProgress, StorageRoot, app, err, out, print_json, program
+from pause_ray.cli.tracker import Tracker
+from pause_ray.errors import SpecError, UserError
 from pause_ray.needle.task import SuiteSpec
 from pause_ray.spec import JsonObject, parse_assignments, read_yaml
 from pause_ray.storage import Storage
@@ -20,7 +21,9 @@ from pause_ray.sweep.spec import PlannedTrial, SweepSpec, expand, read_sweep
 from pause_ray.trial.spec import TrialSpec, read_suite, read_trial, sparse_trial
 
 if TYPE_CHECKING:
-    from pause_ray.tracking import LoggedSweep
+    from pause_ray.checkpoint import Checkpoint
+    from pause_ray.tracking.sweeps import LoggedSweep
+    from pause_ray.trial.prepare import PreparedTrial
 
 
 @app.command()
@@ -82,7 +85,7 @@ def corpus(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: 
 
     root = Storage.open(storage)
     trial = prepare(_trial(spec, set_), cache=root.cache)
-    with cluster.connection(), bar() as show:
+    with cluster.connection(), StageProgress() as show:
         shards = make_shards(trial, storage=root, progress=show)
     if shards is None:
         raise UserError(f"{spec}: the trial trains nothing (train is null), so it has no training rows")
@@ -99,25 +102,43 @@ def train(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: S
 
     Example: `pause-ray train sweeps/quickstart.yaml --set train.lora.rank=8`
     """
-    from pause_ray import cluster
     from pause_ray.trial.prepare import prepare
-    from pause_ray.trial.run import make_checkpoint, make_shards
 
     root = Storage.open(storage)
     trial = prepare(_trial(spec, set_), cache=root.cache)
-    with cluster.connection(), bar() as show:
-        shards = make_shards(trial, storage=root, progress=show)
-        gpus = trial.spec.resources.train_gpus_per_worker
-        train_gpus = min(1.0, cluster.total_gpus()) if gpus is None else gpus
-        checkpoint = make_checkpoint(trial, storage=root, shards=shards, train_gpus=train_gpus, progress=show)
-    if checkpoint is None:
-        raise UserError(f"{spec}: the trial trains nothing: train is null")
+    checkpoint = _train(trial, storage=root, origin=spec)
     if as_json:
         print_json({"folder": str(checkpoint.folder), "steps": checkpoint.losses()})
         return
     out.print(f"loss {checkpoint.losses()[0]['loss']:.4f} → {checkpoint.final_loss:.4f} in {checkpoint.num_steps} steps", highlight=False)
     out.print(f"adapter: {checkpoint.folder}", highlight=False)
     out.print(f"next: {_scoring_command(trial.spec, checkpoint.folder)}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _train(trial: PreparedTrial, *, storage: Storage, origin: Path) -> Checkpoint:
+    """Train, seen in the terminal and in MLflow; ``origin`` is the spec's file."""
+    from pause_ray import cluster
+    from pause_ray.tracking.training import Training
+    from pause_ray.train.launch import train_digest
+    from pause_ray.trial.run import make_shards, run_training, training_job
+
+    with cluster.connection(), Tracker(storage) as tracker, StageProgress() as show:
+        shards = make_shards(trial, storage=storage, progress=show)
+        job = training_job(trial, shards)
+        if job is None:
+            raise UserError(f"{origin}: the trial trains nothing: train is null")
+        training = Training.alone(trial.spec.resolved(), name=origin.stem, checkpoint=train_digest(job))
+
+        def progress(stage: str, done: int, total: int, row: JsonObject | None = None) -> None:
+            show(stage, done, total, row)
+            if row:
+                tracker.step(training, row)
+
+        resources = trial.spec.resources
+        train_gpus = min(1.0, cluster.total_gpus()) if resources.train_gpus_per_worker is None else resources.train_gpus_per_worker
+        checkpoint = run_training(job, resources, storage=storage, train_gpus=train_gpus, progress=progress)
+        tracker.log_training(training, checkpoint)
+    return checkpoint
 
 
 def _scoring_command(spec: TrialSpec, adapter: Path) -> str:
@@ -192,11 +213,11 @@ def _run(spec: SweepSpec, *, storage: str, as_json: bool) -> None:
     from pause_ray.sweep.run import run_sweep
 
     root = Storage.open(storage)
-    tracker = _Tracker(root)
     command = shlex.join(["pause-ray", *sys.argv[1:]])
-    outcome = run_sweep(spec, storage=root, console=err, command=command, after_trial=tracker.log)
-    path = write_report(outcome.folder, root)
-    tracker.log(outcome.folder)
+    with Tracker(root) as tracker:
+        outcome = run_sweep(spec, storage=root, console=err, command=command, after_step=tracker.step_of_trial, after_trial=tracker.log)
+        path = write_report(outcome.folder, root)
+        tracker.log(outcome.folder)
     if as_json:
         print_json({"folder": str(outcome.folder), "report": str(path), "finished": outcome.finished, "planned": outcome.planned})
     else:
@@ -209,28 +230,6 @@ def _run(spec: SweepSpec, *, storage: str, as_json: bool) -> None:
     if outcome.finished < outcome.planned:
         err.print(f"{outcome.finished} of {outcome.planned} trials are finished; run the same command again to go on", highlight=False)
         raise typer.Exit(1 if any(failure.trace for failure in outcome.failures) else 2)
-
-
-class _Tracker:
-    """Sends a sweep to MLflow as it grows; a server that is away is said once and costs nothing but its log."""
-
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
-        self._warned = False
-        self.logged: LoggedSweep | None = None
-        """Where it is, or None if the last attempt failed."""
-
-    def log(self, folder: Path) -> None:
-        """Bring MLflow up to date."""
-        from pause_ray.tracking import log_sweep
-
-        try:
-            self.logged = log_sweep(folder, self._storage)
-        except (TrackingError, StorageError) as error:  # a damaged ledger of one trial must not stop the others
-            self.logged = None
-            if not self._warned:
-                err.print(f"[yellow]{escape(str(error))}[/]", highlight=False)
-            self._warned = True
 
 
 def _plan(spec: Path, set_: list[str] | None) -> list[PlannedTrial]:
@@ -277,7 +276,7 @@ def _num_cells(trial: PlannedTrial) -> int:
 
 
 def _say_what_next(folder: Path, path: Path, storage: Storage, logged: LoggedSweep | None) -> None:
-    from pause_ray.tracking import tracking_uri, without_secrets
+    from pause_ray.tracking.store import tracking_uri, without_secrets
 
     pause_ray = program("pause-ray")
     where = "" if storage.root == Path(DEFAULT_STORAGE).absolute() else f" --storage {shlex.quote(str(storage.root))}"

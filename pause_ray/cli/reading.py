@@ -1,15 +1,16 @@
-"""Verbs that read what others left: report, compare, rescore, import."""
+"""Verbs that read what others left: report, compare, rescore, export, import."""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pause_ray.cli.terminal import DEFAULT_STORAGE, AsJson, Sets, StorageRoot, app, bar, err, out, print_json
+from pause_ray.cli.terminal import DEFAULT_STORAGE, AsJson, Sets, StageProgress, StorageRoot, app, err, out, print_json
 from pause_ray.engines.engine import EndpointSpec, EngineSpec, HfEngineSpec, LoadedAs, ModelSpec
 from pause_ray.errors import SpecError, UserError
 from pause_ray.needle.task import Scorer
@@ -33,7 +34,7 @@ def report(
     """
     from pause_ray.ledger_files import find_sweep
     from pause_ray.report import table, write_report
-    from pause_ray.tracking import log_sweep
+    from pause_ray.tracking.sweeps import log_sweep
 
     root = Storage.open(storage)
     folder = find_sweep(name, root)
@@ -102,7 +103,7 @@ def rescore(
     root = Storage.open(storage)
     paths = [path for name in ledgers for path in find_arm(name, root).ledgers]
     by = _judge(judge, set_, root) if judge else typing.cast(Scorer, scorer)
-    with bar() as show:
+    with StageProgress() as show:
         rescored = rescore_ledgers(paths, scorer=by, out=out_folder, progress=lambda done, total: show("scoring", done, total))
     if as_json:
         print_json({"ledgers": [{**dataclasses.asdict(its), "source": str(its.source), "ledger": str(its.ledger)} for its in rescored]})
@@ -143,6 +144,61 @@ def _judge(path: Path, set_: list[str] | None, storage: Storage) -> Judge:
         engine = HfEngine(asked.engine)
         engine.use(LoadedAs(model_dir=folder, dtype=asked.model.dtype, quantize=asked.model.quantize))
     return Judge(spec=spec, engine=engine, model=asked.model.source, tokenizer=ModelTokenizer.load(folder))
+
+
+class Precision(enum.StrEnum):
+    """What ``--dtype`` may say."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a checkpoint, or its digest under the storage root", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Where the model goes; must not exist yet.", show_default=False)],
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of the base model; default: where it was while training.")] = None,
+    dtype: Annotated[Precision | None, typer.Option(help="Precision of the weights; default: the base model's.")] = None,
+    as_json: AsJson = False,
+    storage: StorageRoot = DEFAULT_STORAGE,
+) -> None:
+    """Merge an adapter and its marker into the base model: a plain folder that transformers, vLLM and others load.
+
+    Example: `pause-ray export runs/checkpoints/1c3e52d7a9b04f68 tuned-model`
+    """
+    from pause_ray.checkpoint import Checkpoint
+    from pause_ray.engines.model_source import model_digest, resolve_model
+    from pause_ray.text.tokens import ModelTokenizer
+    from pause_ray.train.export import base_of, export_model
+
+    root = Storage(Path(storage).expanduser().absolute())
+    given = Path(checkpoint).expanduser()
+    found = Checkpoint.open(given if given.is_dir() else root.checkpoints / checkpoint)
+    base = ModelSpec.parse({"source": model or base_of(found)}, origin="--model")
+    model_dir = resolve_model(base, cache=root.cache)
+    found.check_fits(
+        base_digest=model_digest(model_dir, cache=root.cache),
+        tokenizer_digest=ModelTokenizer.load(model_dir).digest,
+        marker=found.marker,
+    )
+    with StageProgress() as show:
+        export_model(
+            found,
+            model_dir=model_dir,
+            folder=folder.expanduser().absolute(),
+            dtype=dtype.value if dtype else None,
+            progress=lambda done, total: show("merging", done, total),
+        )
+    if as_json:
+        print_json({"folder": str(folder), "base_digest": found.base_digest, "marker": found.marker.text if found.marker else None})
+        return
+    trained_on = found.spec.get("train", {}).get("quantize")
+    if trained_on:
+        out.print(
+            f"note: trained on {trained_on} weights and merged into the whole ones, so answers may differ from those seen in training"
+        )
+    out.print(f"model: {folder}", highlight=False, soft_wrap=True)
 
 
 @app.command("import")

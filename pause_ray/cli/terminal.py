@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import math
 import shutil
+import statistics
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections import deque
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from pause_ray.spec import JsonObject
+from pause_ray.train.telemetry import step_words
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,6 +34,9 @@ err = Console(stderr=True)
 """Progress, warnings and errors: one console for all three, so that a message does not tear a progress bar."""
 
 DEFAULT_STORAGE = "runs"
+RECENT_STEPS = 20
+"""Of a training, whose median tells how long the others will take."""
+SECONDS_BETWEEN_LINES = 60.0
 
 SpecFile = Annotated[Path, typer.Argument(help="YAML file of a sweep, or of a single trial", show_default=False)]
 Sets = Annotated[
@@ -44,19 +52,42 @@ def print_json(data: JsonObject) -> None:
     typer.echo(json.dumps(data, ensure_ascii=False))
 
 
-@contextlib.contextmanager
-def bar() -> Iterator[Callable[[str, int, int], None]]:
-    """One progress bar with an ETA per stage, on standard error."""
-    times = (TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn())
-    bars: dict[str, TaskID] = {}
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times, console=err) as progress:
+class _Eta(ProgressColumn):
+    """Time that remains: of a training by the seconds of its last steps, else by the bar's own speed.
 
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in bars:
-                bars[stage] = progress.add_task(stage, total=total)
-            progress.update(bars[stage], completed=done, total=total)
+    A training that goes on where it was interrupted tells all its old steps at once, which says nothing of its speed.
+    """
 
-        yield show
+    def render(self, task: Task) -> Text:
+        recent: tuple[float, ...] = task.fields["step_seconds"]
+        remaining = statistics.median(recent) * ((task.total or 0) - task.completed) if recent else task.time_remaining
+        return Text("-:--:--" if remaining is None else str(timedelta(seconds=round(remaining))))
+
+
+class StageProgress(Progress):
+    """One bar with an ETA per stage, on standard error; where that is no terminal, a line a minute."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[words]}"))
+        super().__init__(*columns, TimeElapsedColumn(), TextColumn("eta"), _Eta(), console=err, disable=not err.is_terminal)
+        self._bars: dict[str, TaskID] = {}
+        self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._said, self._said_at = "", -math.inf
+
+    def __call__(self, stage: str, done: int, total: int, row: JsonObject | None = None) -> None:
+        """As ``trial.run.TrialProgress``."""
+        if stage not in self._bars:
+            self._bars[stage] = self.add_task(stage, total=total, words="", step_seconds=())
+        if row:
+            self._step_seconds.append(row["seconds"])
+        words = step_words(row) if row else ""
+        step_seconds = tuple(self._step_seconds) if row else ()
+        self.update(self._bars[stage], completed=done, total=total, words=words, step_seconds=step_seconds)
+        line = " ".join(filter(None, [f"{stage} {done}/{total}", words]))
+        due = done == total or time.monotonic() - self._said_at > SECONDS_BETWEEN_LINES
+        if not err.is_terminal and due and line != self._said:
+            self._said, self._said_at = line, time.monotonic()
+            err.print(line, highlight=False)
 
 
 def program(name: str) -> str:

@@ -5,13 +5,20 @@ Knows templates and their slots; knows no document and no token.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pause_ray.corpus.spec import SLOT, FactFile, FactSpec
+from pause_ray.errors import SpecError
 from pause_ray.text.plain import folded, plain
+
+HELD_OUT_SHARE = 8
+"""One fact of so many is for validation rows, where there are any."""
+DRAWS = 1000
+"""Until a file of facts counts as having none of the wanted kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +28,33 @@ class Fact:
     needle: str
     question: str
 
+    @property
+    def is_held_out(self) -> bool:
+        """Whether it is one for validation rows; the fact alone decides, so that training and validation never share one."""
+        return hashlib.sha256(self.needle.encode()).digest()[0] % HELD_OUT_SHARE == 0
 
-def draw_fact(facts: FactFile, *, rng: random.Random) -> Fact:
-    """One template, evenly, then one word per slot, evenly; slots are drawn in the order of their names."""
-    chosen = rng.choice(facts.facts)
-    words = {name: rng.choice(chosen.slots[name]) for name in sorted(chosen.slots)}
-    return Fact(needle=_filled(chosen.needle, words), question=_filled(chosen.question, words))
+
+def draw_fact(facts: FactFile, *, rng: random.Random, held_out: bool | None = None) -> Fact:
+    """One template, evenly, then one word per slot, evenly; slots are drawn in the order of their names.
+
+    Args:
+        facts: Templates.
+        rng: Decides.
+        held_out: Draw again until the fact is one for validation rows (true) or none of them (false); None takes any.
+
+    Raises:
+        SpecError: there seems to be none of that kind.
+    """
+    for _ in range(DRAWS):
+        chosen = rng.choice(facts.facts)
+        words = {name: rng.choice(chosen.slots[name]) for name in sorted(chosen.slots)}
+        fact = Fact(needle=_filled(chosen.needle, words), question=_filled(chosen.question, words))
+        if held_out is None or fact.is_held_out == held_out:
+            return fact
+    raise SpecError(
+        f"corpus.facts: too few to keep one in {HELD_OUT_SHARE} for validation rows alone; give slots more words, "
+        "or set corpus.validation_rows: 0"
+    )
 
 
 def shared_with_evaluation(facts: FactFile, *, needles: Sequence[str], keywords: Sequence[str]) -> list[str]:

@@ -56,16 +56,21 @@ class Window:
     """Offset of each token of the beginning of ``text`` that was tokenised."""
 
 
-def draw_row(spec: CorpusSpec, *, seed: int, row: int) -> RowDraw:
-    """The draw of row number ``row``; ``spec.facts`` must be there."""
+def draw_row(spec: CorpusSpec, *, seed: int, row: int, held_out: bool = False) -> RowDraw:
+    """The draw of training row number ``row``, or of that validation row; ``spec.facts`` must be there.
+
+    Raises:
+        SpecError: the facts are too few to hold some out.
+    """
     if spec.facts is None:
         raise ValueError("a needle_sft row needs facts")
-    rng = random.Random(f"needle_sft row {row} of seed {seed}")  # noqa: S311 (reproducible, not secret)
+    kind = "validation" if held_out else "needle_sft"
+    rng = random.Random(f"{kind} row {row} of seed {seed}")  # noqa: S311 (reproducible, not secret)
     return RowDraw(
         row_tokens=rng.randint(spec.min_context_tokens, spec.sequence_tokens),
         start=rng.random(),
         depth_percent=rng.uniform(0, 100),
-        fact=draw_fact(spec.facts, rng=rng),
+        fact=draw_fact(spec.facts, rng=rng, held_out=held_out if spec.validation_rows else None),
         seed=rng.getrandbits(63),
     )
 
@@ -129,7 +134,8 @@ def pack_language_modeling(
     """Documents end to end, ``end_id`` after each, in rows of ``sequence_tokens``; the last row is what remains.
 
     Under ``budget: content`` a row holds so many tokens that are no pause, the same ones whatever the pauses; under
-    ``total`` pauses are among them. A marker group is never split. Pauses carry no loss.
+    ``total`` pauses are among them. A marker group is never split. Pauses carry no loss, and neither does the first token of a
+    document in a row; ``document_starts`` says where those are.
 
     Raises:
         TextError: one marker group is longer than a row that it must fit in.
@@ -182,13 +188,17 @@ def _end_of_row(is_pause: NDArray[np.bool_], begin: int, length: int, group_toke
 def _language_row(
     ids: NDArray[np.int32], is_pause: NDArray[np.bool_], source: NDArray[np.int64], end_id: int, group_tokens: int
 ) -> PackedRow:
+    starts = np.flatnonzero(np.diff(source, prepend=-1)).astype(np.int32)
+    labels = np.where(is_pause, NO_LOSS, ids).astype(np.int32)
+    labels[starts] = NO_LOSS  # nothing stands before it that it could be predicted from
     return PackedRow(
         input_ids=ids,
-        labels=np.where(is_pause, NO_LOSS, ids).astype(np.int32),
+        labels=labels,
         num_pauses=int(is_pause.sum()) // max(group_tokens, 1),
-        num_documents=len(np.unique(source)),
+        num_documents=len(starts),
         content_tokens=int((~is_pause & (ids != end_id)).sum()),
         longest_stretch_tokens=longest_stretch(is_pause),
+        document_starts=starts,
     )
 
 

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,9 +28,11 @@ import ray.data
 
 from pause_ray import errors
 from pause_ray.corpus.facts import shared_with_evaluation
+from pause_ray.corpus.packing import CHARS_PER_TOKEN as WINDOW_CHARS_PER_TOKEN
+from pause_ray.corpus.packing import SPARE_TOKENS
 from pause_ray.corpus.sources import Reading, plan_readings, source_identity
 from pause_ray.corpus.spec import CorpusSpec
-from pause_ray.corpus.staging import Piece, write_document_list
+from pause_ray.corpus.staging import Piece, Shelf, held_out_from, write_document_list
 from pause_ray.corpus.statistics import document_statistics, overlapping_documents, row_statistics
 from pause_ray.corpus.steps import (
     Recipe,
@@ -52,7 +55,7 @@ from pause_ray.text.tokens import ModelTokenizer
 
 log = logging.getLogger("pause_ray")
 
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 """Raise when the code makes other rows from the same inputs."""
 ROWS_PER_UNIT = 32
 """``needle_sft`` rows that one task makes: about a second of work at 1,024 tokens, so that progress moves."""
@@ -66,6 +69,8 @@ MAX_BLOCKS = 1024
 Progress = Callable[[int, int], None]
 """Rows made and rows wanted."""
 Step = Callable[[JsonObject], Iterator[JsonObject]]
+Units = tuple[list[JsonObject], list[JsonObject]]
+"""What packed files hold: of the training rows, and of the validation rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,21 +201,31 @@ def _build(job: ShardJob, recipe: Recipe, scratch: Path, *, cache: Path, identit
     write_document_list(staged, pieces, to=scratch / DOCUMENTS)
     _refuse_shared_documents(job, overlapping_documents(scratch / DOCUMENTS, job.evaluation.document_digests))
     pack = _pack_needle_rows if job.spec.objective == "needle_sft" else _pack_language_rows
-    units = pack(recipe, staged=staged, packed=packed, pieces=pieces, progress=progress)
-    counts = [unit["rows"] for unit in units]
-    plan = plan_shards(counts, num_rows=min(job.spec.rows, sum(counts)), rows_per_shard=job.spec.rows_per_shard)
-    for _ in _run(plan, [partial(cut_shard, packed=packed, folder=scratch)]):
+    rows, held_out = pack(recipe, staged=staged, packed=packed, pieces=pieces, progress=progress)
+    plans = _plan(job.spec, [unit["rows"] for unit in rows], [unit["rows"] for unit in held_out])
+    for _ in _run([item for plan in plans for item in plan], [partial(cut_shard, packed=packed, folder=scratch)]):
         pass
     shutil.rmtree(staged)
     shutil.rmtree(packed)
-    shards = [scratch / item["file"] for item in plan]
-    seconds = sum(unit["seconds"] for unit in units)
+    shards, validation_shards = ([scratch / item["file"] for item in plan] for plan in plans)
+    seconds = sum(unit["seconds"] for unit in rows + held_out)
     stats = {
         **document_statistics(scratch / DOCUMENTS),
         **row_statistics(shards, sequence_tokens=job.spec.sequence_tokens),
-        "tokens_per_core_second": round(sum(unit["tokens"] for unit in units) / max(seconds, 1e-9)),
+        "tokens_per_core_second": round(sum(unit["tokens"] for unit in rows + held_out) / max(seconds, 1e-9)),
     }
-    seal(scratch, shards=shards, manifest={"identity": identity, "stats": stats})
+    seal(scratch, shards=shards, validation_shards=validation_shards, manifest={"identity": identity, "stats": stats})
+
+
+def _plan(spec: CorpusSpec, counts: Sequence[int], held_out: Sequence[int]) -> tuple[list[JsonObject], list[JsonObject]]:
+    """Shards of the training rows, and of the validation rows behind them."""
+    num_rows, size = min(spec.rows, sum(counts)), spec.rows_per_shard
+    validation_rows = min(spec.validation_rows, sum(held_out))
+    if spec.validation_rows and not validation_rows:
+        raise SourceError("corpus.validation_rows: the last part of the text gives no row; add documents or set it to 0")
+    return plan_shards(counts, num_rows=num_rows, rows_per_shard=size), plan_shards(
+        held_out, num_rows=validation_rows, rows_per_shard=size, first_row=num_rows, first_unit=len(counts), name="validation"
+    )
 
 
 def _stage_documents(job: ShardJob, staged: Path, *, cache: Path) -> list[Piece]:
@@ -242,35 +257,73 @@ def _check_sources(readings: Sequence[Reading], pieces: Sequence[Piece], passed_
             raise SourceError(f"{source.path}: no document: {empty} are empty, {share}; give a larger source or share")
 
 
-def _pack_needle_rows(recipe: Recipe, *, staged: Path, packed: Path, pieces: Sequence[Piece], progress: Progress) -> list[JsonObject]:
+def _split(spec: CorpusSpec, staged: Path, pieces: Sequence[Piece]) -> tuple[int, int]:
+    """The character where the held-out text begins, and that behind the last."""
+    num_chars = sum(piece.num_chars for piece in pieces)
+    if not spec.validation_rows:
+        return num_chars, num_chars
+    share = spec.validation_rows / (spec.rows + spec.validation_rows)
+    least = (spec.sequence_tokens + SPARE_TOKENS) * WINDOW_CHARS_PER_TOKEN
+    return held_out_from(Shelf(staged, pieces), num_chars=num_chars, share=share, least_chars=least), num_chars
+
+
+def _pack_needle_rows(recipe: Recipe, *, staged: Path, packed: Path, pieces: Sequence[Piece], progress: Progress) -> Units:
     """Every row of ``needle_sft`` in packed files, in row order."""
-    rows = recipe.spec.rows
-    firsts = range(0, rows, ROWS_PER_UNIT)
-    items = [{"unit": unit, "first": first, "last": min(first + ROWS_PER_UNIT, rows)} for unit, first in enumerate(firsts)]
+    spec, items = recipe.spec, list[JsonObject]()
+    border, num_chars = _split(spec, staged, pieces)
+    for held_out, rows, begin, end in ((False, spec.rows, 0, border), (True, spec.validation_rows, border, num_chars)):
+        for first in range(0, rows, ROWS_PER_UNIT):
+            place = {"unit": len(items), "first": first, "last": min(first + ROWS_PER_UNIT, rows)}
+            items.append({**place, "held_out": held_out, "begin": begin, "end": end})
     units, made = list[JsonObject](), 0
     for unit in _run(items, [partial(make_needle_rows, recipe=recipe, staged=staged, pieces=pieces, packed=packed)]):
         units.append(unit)
         made += unit["rows"]
-        progress(made, rows)
-    return sorted(units, key=lambda unit: int(unit["unit"]))
+        progress(min(made, spec.rows), spec.rows)
+    units.sort(key=lambda unit: int(unit["unit"]))
+    number = sum(not item["held_out"] for item in items)
+    return units[:number], units[number:]
 
 
-def _pack_language_rows(recipe: Recipe, *, staged: Path, packed: Path, pieces: Sequence[Piece], progress: Progress) -> list[JsonObject]:
+def _pack_language_rows(recipe: Recipe, *, staged: Path, packed: Path, pieces: Sequence[Piece], progress: Progress) -> Units:
     """Rows of ``language_modeling`` in packed files, piece by piece in an order drawn from the seed, until there are enough."""
-    wanted = recipe.spec.rows
-    waiting = sorted(pieces, key=lambda piece: digest([recipe.seed, piece.name]))
+    border, num_chars = _split(recipe.spec, staged, pieces)
+    step = partial(make_language_rows, recipe=recipe, staged=staged, packed=packed)
+    found: list[list[JsonObject]] = []
+    for rows, first, last in ((recipe.spec.rows, 0, border), (recipe.spec.validation_rows, border, num_chars)):
+        told = progress if not found else _silent
+        first_unit = sum(map(len, found))
+        found.append(_pack_between(step, pieces, recipe=recipe, rows=rows, first=first, last=last, first_unit=first_unit, progress=told))
+    return found[0], found[1]
+
+
+def _pack_between(
+    step: Step, pieces: Sequence[Piece], *, recipe: Recipe, rows: int, first: int, last: int, first_unit: int, progress: Progress
+) -> list[JsonObject]:
+    """Packed files with ``rows`` rows, if there are so many, of the text between two characters of the corpus."""
+    begins = accumulate((piece.num_chars for piece in pieces), initial=0)
+    parts: list[JsonObject] = [
+        {"piece": piece.name, "begin": max(0, first - begin), "end": min(piece.num_chars, last - begin)}
+        for piece, begin in zip(pieces, begins, strict=False)
+        if begin < last and begin + piece.num_chars > first
+    ]
+    waiting = sorted(parts, key=lambda part: digest([recipe.seed, part["piece"]]))
     units, made = list[JsonObject](), 0
-    while waiting and made < wanted:
-        chars, items = (wanted - made) * recipe.spec.sequence_tokens * CHARS_PER_TOKEN, list[JsonObject]()
+    while waiting and made < rows:
+        chars, items = (rows - made) * recipe.spec.sequence_tokens * CHARS_PER_TOKEN, list[JsonObject]()
         while waiting and chars > 0:
-            piece = waiting.pop(0)
-            items.append({"unit": len(units) + len(items), "piece": piece.name})
-            chars -= piece.num_chars
-        for unit in _run(items, [partial(make_language_rows, recipe=recipe, staged=staged, packed=packed)]):
+            part = waiting.pop(0)
+            items.append({"unit": first_unit + len(units) + len(items), **part})
+            chars -= part["end"] - part["begin"]
+        for unit in _run(items, [step]):
             units.append(unit)
             made += unit["rows"]
-            progress(min(made, wanted), wanted)
+            progress(min(made, rows), rows)
     return sorted(units, key=lambda unit: int(unit["unit"]))
+
+
+def _silent(done: int, total: int) -> None:
+    """Progress of rows that are made besides."""
 
 
 # ---- training and evaluation held apart

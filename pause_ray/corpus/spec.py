@@ -64,6 +64,9 @@ class CorpusSpec(Spec):
     """Shortest ``needle_sft`` row; lengths are drawn evenly between this and ``sequence_tokens``."""
     rows: int = Field(default=480, ge=1)
     """``needle_sft``: samples to make. ``language_modeling``: most rows to keep. The paper's 60 steps of 8 are 480."""
+    validation_rows: int = Field(default=0, ge=0)
+    """Rows that are held out to see how training goes: from the last part of the text, which no training row touches, and with facts
+    that no training row hides. ``language_modeling``: most of them."""
     facts: FactFile | None = None
     """Facts to hide, for ``needle_sft``; in YAML, the path of a file. They must not be those of the evaluation."""
     prompt: PromptSpec | None = None

@@ -7,14 +7,16 @@ laptop and on a cluster. Knows no token and no Ray.
 from __future__ import annotations
 
 import bisect
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from pause_ray.documents import Document
+from pause_ray.errors import SourceError
 from pause_ray.rows import whole_file
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.segments import ParagraphRule, detect_paragraph_rule, sentence_starts, split
@@ -118,35 +120,50 @@ def write_document_list(folder: Path, pieces: Sequence[Piece], *, to: Path) -> N
 
 
 class Shelf:
-    """All staged pieces in order, opened where needed; holds a few pieces in memory, whatever the corpus' size."""
+    """Staged pieces in order, or a part of their text, opened where needed; holds a few pieces in memory, whatever the corpus' size."""
 
-    def __init__(self, folder: Path, pieces: Sequence[Piece]) -> None:
-        """Of pieces in corpus order; at least one."""
+    def __init__(self, folder: Path, pieces: Sequence[Piece], *, begin: int = 0, end: int | None = None) -> None:
+        """Of pieces in corpus order, at least one, between two characters counted through all of them; ``end`` None is the last."""
         self._folder = folder
         self._pieces = pieces
         self._ends = list(accumulate(piece.num_chars for piece in pieces))
+        self._begin = begin
+        self._end = self._ends[-1] if end is None else end
         self._kept: dict[int, list[Stretch]] = {}
 
     def read_from(self, start: float) -> Iterator[Stretch]:
-        """The corpus from the sentence at ``start`` on, document by document, round to where it began.
+        """The text from the sentence at ``start`` on, document by document, round to where it began.
 
         Args:
-            start: Share of all characters, in [0, 1): every character of the corpus is equally likely to be chosen.
+            start: Share of all characters, in [0, 1): every one of them is equally likely to be chosen.
         """
-        offset = int(start * self._ends[-1])
-        number = bisect.bisect_right(self._ends, offset)
-        offset -= self._ends[number - 1] if number else 0
+        place = max(self._begin, self.sentence_start(self._begin + int(start * (self._end - self._begin))))
+        yield from self._between(place, self._end)
+        yield from self._between(self._begin, place)
+
+    def sentence_start(self, offset: int) -> int:
+        """Where the sentence begins in which the character at ``offset`` stands, in characters of all pieces."""
+        number, piece_begin = self._piece_at(offset)
         documents = self._documents(number)
-        ends = list(accumulate(len(document.text) for document in documents))
-        first = bisect.bisect_right(ends, offset)
-        offset -= ends[first - 1] if first else 0
-        chosen = documents[first]
-        begin = _sentence_start_before(chosen, offset)
-        yield replace(chosen, text=chosen.text[begin:])
-        following = (self._documents(later % len(self._pieces)) for later in range(number + 1, number + len(self._pieces)))
-        yield from chain(documents[first + 1 :], chain.from_iterable(following), documents[:first])
-        if begin:
-            yield replace(chosen, text=chosen.text[:begin])
+        ends = list(accumulate((len(document.text) for document in documents), initial=piece_begin))
+        index = bisect.bisect_right(ends, offset) - 1
+        return ends[index] + _sentence_start_before(documents[index], offset - ends[index])
+
+    def _between(self, begin: int, end: int) -> Iterator[Stretch]:
+        """Documents, or what of them lies between two characters."""
+        number, offset = self._piece_at(begin)
+        while offset < end:
+            for document in self._documents(number):
+                text = document.text[max(0, begin - offset) : max(0, end - offset)]
+                if text:
+                    yield replace(document, text=text)
+                offset += len(document.text)
+            number += 1
+
+    def _piece_at(self, offset: int) -> tuple[int, int]:
+        """Number of the piece that has the character at ``offset``, and where it begins."""
+        number = bisect.bisect_right(self._ends, offset)
+        return number, self._ends[number - 1] if number else 0
 
     def _documents(self, number: int) -> list[Stretch]:
         if number not in self._kept:
@@ -155,6 +172,27 @@ class Shelf:
             found = read_piece(self._folder / self._pieces[number].name, columns=("text", "paragraph_rule"))
             self._kept[number] = [Stretch(text=text, paragraph_rule=cast("ParagraphRule", rule)) for text, rule in found]
         return self._kept[number]
+
+
+def held_out_from(shelf: Shelf, *, num_chars: int, share: float, least_chars: int) -> int:
+    """The character from which on text is kept for validation rows: the beginning of a sentence.
+
+    Args:
+        shelf: All of the text.
+        num_chars: Its length.
+        share: Of the text that is wanted.
+        least_chars: What one row may need.
+
+    Raises:
+        SourceError: that would be more than half of the text.
+    """
+    kept = max(math.ceil(share * num_chars), least_chars)
+    if 2 * kept > num_chars:
+        raise SourceError(
+            f"corpus.validation_rows need about {kept:,} characters that training does not touch, but the text has {num_chars:,}; "
+            "add documents, lower corpus.sequence_tokens, or set corpus.validation_rows: 0"
+        )
+    return shelf.sentence_start(num_chars - kept)
 
 
 def _sentence_start_before(stretch: Stretch, offset: int) -> int:

@@ -93,17 +93,19 @@ def stage(item: JsonObject, *, folder: Path, policy: PausePolicy | None) -> Iter
 
 
 def make_needle_rows(item: JsonObject, *, recipe: Recipe, staged: Path, pieces: Sequence[Piece], packed: Path) -> Iterator[JsonObject]:
-    """Rows ``first`` to ``last`` (exclusive) → a packed file.
+    """Rows ``first`` to ``last`` (exclusive), of training or held out, from the text between ``begin`` and ``end`` → a packed file.
 
     Raises:
-        SourceError: the corpus is shorter than a row.
+        SourceError: the text is shorter than a row.
+        SpecError: too few facts to hold some out.
         TextError: the marker occurs in a document, or a row is too short for its fact and question.
         StorageError: the disk is full or not writable.
     """
-    tokenizer, marker, shelf = recipe.tokenizer(), recipe.marker(), Shelf(staged, pieces)
+    tokenizer, marker = recipe.tokenizer(), recipe.marker()
+    shelf = Shelf(staged, pieces, begin=item["begin"], end=item["end"])
     rows, seconds = list[PackedRow](), 0.0
     for number in range(item["first"], item["last"]):
-        draw = draw_row(recipe.spec, seed=recipe.seed, row=number)
+        draw = draw_row(recipe.spec, seed=recipe.seed, row=number, held_out=item["held_out"])
         stretches = shelf.read_from(draw.start)
         begin = thread_time()
         window = take_window(stretches, tokens=draw.row_tokens, tokenizer=tokenizer)
@@ -117,24 +119,23 @@ def make_needle_rows(item: JsonObject, *, recipe: Recipe, staged: Path, pieces: 
 
 
 def make_language_rows(item: JsonObject, *, recipe: Recipe, staged: Path, packed: Path) -> Iterator[JsonObject]:
-    """One staged piece → a packed file.
+    """What of one staged piece lies between its characters ``begin`` and ``end`` → a packed file.
 
     Raises:
         TextError: the marker occurs in a document, or a marker group is longer than a row that it must fit in.
         StorageError: the disk is full or not writable.
     """
     tokenizer, marker = recipe.tokenizer(), recipe.marker()
-    begin = thread_time()
-    documents = (_encoded(*found, recipe=recipe) for found in read_piece(staged / item["piece"], columns=("id", "digest", "text")))
+    started = thread_time()
     rows = pack_language_modeling(
-        documents,
+        _encoded_between(staged / item["piece"], begin=item["begin"], end=item["end"], recipe=recipe),
         sequence_tokens=recipe.spec.sequence_tokens,
         end_id=_document_end_id(tokenizer),
         group_tokens=len(marker.group_ids),
         budget=recipe.policy.budget if recipe.policy else "content",
     )
     made = list(rows)
-    yield _packed(made, unit=item["unit"], folder=packed, seconds=thread_time() - begin)
+    yield _packed(made, unit=item["unit"], folder=packed, seconds=thread_time() - started)
 
 
 def cut_shard(item: JsonObject, *, packed: Path, folder: Path) -> Iterator[JsonObject]:
@@ -171,13 +172,18 @@ def find_needles(item: JsonObject, *, recipe: Recipe, folder: Path, needles: Seq
     yield {"rows": found}
 
 
-def plan_shards(counts: Sequence[int], *, num_rows: int, rows_per_shard: int) -> list[JsonObject]:
+def plan_shards(
+    counts: Sequence[int], *, num_rows: int, rows_per_shard: int, first_row: int = 0, first_unit: int = 0, name: str = "rows"
+) -> list[JsonObject]:
     """Which slices of the packed files make which shard.
 
     Args:
         counts: Rows of each packed file, in row order; together at least ``num_rows``.
         num_rows: Rows to keep.
         rows_per_shard: Rows of every shard but the last.
+        first_row: Global number of the first of them.
+        first_unit: Number of the first packed file.
+        name: What the shards' names begin with.
     """
     ends = list(accumulate(counts))
     plan: list[JsonObject] = []
@@ -185,10 +191,20 @@ def plan_shards(counts: Sequence[int], *, num_rows: int, rows_per_shard: int) ->
         last = min(first + rows_per_shard, num_rows)
         slices, unit = [], bisect.bisect_right(ends, first)
         while unit < len(counts) and (begin := ends[unit] - counts[unit]) < last:
-            slices.append([unit, max(first - begin, 0), min(last, ends[unit]) - begin])
+            slices.append([first_unit + unit, max(first - begin, 0), min(last, ends[unit]) - begin])
             unit += 1
-        plan.append({"file": f"rows-{len(plan):06d}.parquet", "first_row": first, "slices": slices})
+        plan.append({"file": f"{name}-{len(plan):06d}.parquet", "first_row": first_row + first, "slices": slices})
     return plan
+
+
+def _encoded_between(path: Path, *, begin: int, end: int, recipe: Recipe) -> Iterator[TokenDocument]:
+    """Documents of a piece, or what of them lies between two of its characters, in tokens."""
+    offset = 0
+    for name, digest, text in read_piece(path, columns=("id", "digest", "text")):
+        part = text[max(0, begin - offset) : max(0, end - offset)]
+        if part:
+            yield _encoded(name, digest, part, recipe=recipe)
+        offset += len(text)
 
 
 def _encoded(name: str, digest: str, text: str, *, recipe: Recipe) -> TokenDocument:

@@ -25,7 +25,7 @@ _WIDEST_FLASH = 256
 
 
 def use_path_attention(model: transformers.PreTrainedModel) -> None:
-    """Let ``model``, loaded with ``sdpa``, attend this way; one whose attention cannot be exchanged stays as it is."""
+    """Let ``model`` attend this way; one whose attention cannot be exchanged stays as it is."""
     transformers.AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, _mask)
     model.set_attn_implementation(NAME)
@@ -93,6 +93,21 @@ def _flash_after_past(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     return seen[..., :width]
 
 
+def _capped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, *, scaling: float | None, softcap: float
+) -> torch.Tensor:
+    """Gemma 2's: scores are bounded before the softmax, which no kernel of torch does. Shapes as ``_attend``."""
+    heads, tokens, groups, keys = query.shape[1], query.shape[2], key.shape[1], key.shape[2]
+    grouped = query.reshape(groups, heads // groups * tokens, query.shape[3]) * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(torch.bmm(grouped, key[0].transpose(1, 2)).float() / softcap)
+    if mask is None:
+        seen = torch.ones(tokens, keys, dtype=torch.bool, device=query.device).tril(keys - tokens)
+        mask = torch.zeros(seen.shape, device=query.device).masked_fill_(~seen, -torch.inf)[None, None]
+    weights = (scores.view(groups, heads // groups, tokens, keys) + mask).softmax(-1).to(value.dtype)
+    answer = torch.bmm(weights.view(groups, -1, keys), value[0])
+    return answer.view(1, heads, tokens, -1).transpose(1, 2).contiguous()
+
+
 def _attend(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -110,7 +125,9 @@ def _attend(
     if rows is not None:
         return rows.attend(module.layer_idx, query, scaling=scaling, softcap=others.get("softcap")), None  # type: ignore[arg-type]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if not causal or query.shape[0] > 1 or others.get("softcap") is not None or others.get("position_bias") is not None:
+    if causal and query.shape[0] == 1 and others.get("softcap") is not None:
+        return _capped(query, key, value, attention_mask, scaling=scaling, softcap=others["softcap"]), None
+    if not causal or query.shape[0] > 1 or others.get("position_bias") is not None:
         stock: Callable[..., tuple[torch.Tensor, None]] = sdpa_attention_forward
         return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others)
     heads, tokens, groups, keys = query.shape[1], query.shape[2], key.shape[1], key.shape[2]

@@ -7,6 +7,7 @@ import logging
 import re
 import struct
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -99,12 +100,21 @@ def model_limit_tokens(model_dir: Path) -> int:
     Raises:
         ModelError: ``config.json`` does not tell.
     """
-    config = _json_file(model_dir / "config.json")
+    path = model_dir / "config.json"
+    return config_limit_tokens(_json_file(path), origin=str(path))
+
+
+def config_limit_tokens(config: Mapping[str, Any], *, origin: str) -> int:
+    """The same from the content of a ``config.json``; ``origin`` names it in errors.
+
+    Raises:
+        ModelError: it does not tell.
+    """
     for part in (config, config.get("text_config"), config.get("llm_config")):
         for field in _LIMIT_FIELDS:
-            if isinstance(part, dict) and isinstance(part.get(field), int):
+            if isinstance(part, Mapping) and isinstance(part.get(field), int):
                 return int(part[field])
-    raise ModelError(f"{model_dir / 'config.json'}: no max_position_embeddings, so the longest context is unknown; add it to the file")
+    raise ModelError(f"{origin}: no max_position_embeddings, so the longest context is unknown; add it to the file")
 
 
 def check_model_folder(folder: Path, *, weights: bool = True) -> None:

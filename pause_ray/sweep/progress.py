@@ -18,6 +18,8 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from pause_ray.engines.engine import HfEngineSpec
 from pause_ray.needle.task import Cell, cells
 from pause_ray.needle.walk import by_position, new_tokens
+from pause_ray.spec import JsonObject
+from pause_ray.train.telemetry import step_words
 from pause_ray.trial.spec import TrialSpec
 
 TRAINED_TOKEN_COST = 3.0
@@ -34,6 +36,8 @@ class TrialState:
     """``waiting`` (for another run of the same trial), ``text``, ``training``, ``scoring``, ``rechecking``, ``done`` or ``failed``."""
     done: int
     total: int
+    row: JsonObject | None = None
+    """While training: what the training log says of the last step."""
 
 
 def work_of(spec: TrialSpec) -> tuple[float, float]:
@@ -143,5 +147,5 @@ class SweepProgress:
             if state.stage not in ("done", "failed"):
                 self._bars[key] = self._progress.add_task(f"  {label}", total=state.total, detail=state.stage)
         if key in self._bars:
-            detail = f"{state.stage} {state.done}/{state.total}"
+            detail = f"{state.stage} {state.done}/{state.total}" + (f" · {step_words(state.row)}" if state.row else "")
             self._progress.update(self._bars[key], completed=state.done, total=state.total, detail=detail)

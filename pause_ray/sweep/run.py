@@ -63,25 +63,33 @@ class SweepOutcome:
     failures: tuple[Failure, ...]
 
 
+TrainedStep = tuple[str, JsonObject]
+"""A trial's digest and a row of its training log."""
+
+
 class ProgressBoard:
     """Where trial processes say how far they are and the driver reads it."""
 
     def __init__(self) -> None:
         self._states: dict[str, TrialState] = {}
+        self._rows: list[TrainedStep] = []
         self._failures: dict[str, tuple[str, str | None]] = {}
 
     def show(self, key: str, state: TrialState) -> None:
-        """Replace a trial's state."""
+        """Replace a trial's state; a row of its training log is kept until it is taken."""
         self._states[key] = state
+        if state.row is not None:
+            self._rows.append((key, state.row))
 
     def fail(self, key: str, message: str, trace: str | None) -> None:
         """Keep why a trial failed."""
         self._failures[key] = (message, trace)
         self._states[key] = TrialState("failed", 0, 0)
 
-    def states(self) -> dict[str, TrialState]:
-        """Every trial that has said something."""
-        return self._states
+    def news(self) -> tuple[dict[str, TrialState], list[TrainedStep]]:
+        """Every trial that has said something, and the steps that were trained since this was last asked."""
+        taken, self._rows = self._rows, []
+        return self._states, taken
 
     def failures(self) -> dict[str, tuple[str, str | None]]:
         """Trial → message and traceback."""
@@ -126,8 +134,8 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
         shared = self._shared
         board = shared.board
 
-        def show(stage: str, done: int, total: int) -> None:
-            board.show.remote(key, TrialState(stage, done, total))
+        def show(stage: str, done: int, total: int, row: JsonObject | None = None) -> None:
+            board.show.remote(key, TrialState(stage, done, total, row))
 
         try:
             trial = shared.trials[key]
@@ -163,7 +171,15 @@ class _AfterTrial(tune.Callback):  # type: ignore[misc]
         self._tell()
 
 
-def run_sweep(sweep: SweepSpec, *, storage: Storage, console: Console, command: str, after_trial: Callable[[Path], None]) -> SweepOutcome:
+def run_sweep(
+    sweep: SweepSpec,
+    *,
+    storage: Storage,
+    console: Console,
+    command: str,
+    after_step: Callable[[Path, str, JsonObject], None],
+    after_trial: Callable[[Path], None],
+) -> SweepOutcome:
     """Run what is missing of a sweep; what is on storage already is not run again.
 
     Args:
@@ -171,6 +187,8 @@ def run_sweep(sweep: SweepSpec, *, storage: Storage, console: Console, command: 
         storage: Where everything is kept.
         console: Where progress is shown.
         command: How the user started this, for the report.
+        after_step: Called with the sweep's folder, a trial's digest and a row of its training log, for every step that
+            a trial trains; from a thread of its own.
         after_trial: Called with the sweep's folder whenever a trial has ended.
 
     Raises:
@@ -197,7 +215,9 @@ def run_sweep(sweep: SweepSpec, *, storage: Storage, console: Console, command: 
         failures: tuple[Failure, ...] = ()
         if missing:
             with cluster.connection():
-                failures = _run_missing(sweep, missing, folder=folder, storage=storage, console=console, after_trial=after_trial)
+                failures = _run_missing(
+                    sweep, missing, folder=folder, storage=storage, console=console, after_step=after_step, after_trial=after_trial
+                )
         finished = sum(is_complete(storage.trials / key) for key in trials)
     return SweepOutcome(folder=folder, finished=finished, planned=len(trials), failures=failures)
 
@@ -231,14 +251,21 @@ def _run_missing(
     folder: Path,
     storage: Storage,
     console: Console,
+    after_step: Callable[[Path, str, JsonObject], None],
     after_trial: Callable[[Path], None],
 ) -> tuple[Failure, ...]:
+    def states() -> dict[str, TrialState]:
+        found, steps = ray.get(board.news.remote())
+        for key, row in steps:
+            after_step(folder, key, row)
+        return found  # type: ignore[no-any-return]
+
     places = _Places.of(sweep, [trial.planned.spec for trial in trials.values()])
     board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
     shown = {key: (trial.planned.label, trial.planned.spec) for key, trial in trials.items()}
     with (
         _fleet(places) as fleet,
-        SweepProgress(console, shown, lambda: ray.get(board.states.remote())) as progress,
+        SweepProgress(console, shown, states) as progress,
     ):
         runnable = _with_rows(trials, storage=storage, board=board, progress=progress)
         shared = _Shared(folder=folder, trials=runnable, storage=storage, fleet=fleet, board=board, train_gpus=places.train_gpus)
@@ -263,7 +290,7 @@ class _Places:
         share = min(1.0, gpus / 2 if here else gpus)
         train = share if resources.train_gpus_per_worker is None else resources.train_gpus_per_worker
         scoring = share * here if resources.scoring_gpus_per_actor is None else resources.scoring_gpus_per_actor
-        per_trial = train * max(1, resources.train_workers)
+        per_trial = train * max(1, resources.worker_bounds[1])
         fitting = int((gpus - scoring * resources.scoring_actors) // per_trial) if per_trial else 1
         return cls(
             resources=resources,

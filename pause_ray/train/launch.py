@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pause_ray.checkpoint import TRAINING_LOG, Checkpoint, copy_tokenizer, read_training_log, seal
-from pause_ray.errors import PauseRayError, TrainingError
+from pause_ray.checkpoint import STOP, TRAINING_LOG, Checkpoint, RunningTraining, copy_tokenizer, read_training_log, seal, training_folder
+from pause_ray.engines.cost import ModelShape
+from pause_ray.engines.model_source import model_limit_tokens
+from pause_ray.errors import SpecError
 from pause_ray.rows import ShardSet
 from pause_ray.spec import JsonObject, digest
 from pause_ray.storage import Storage, building, exclusive, is_complete, lock_of
 from pause_ray.text.tokens import MarkerToken, ModelTokenizer
-from pause_ray.train.loop import share
+from pause_ray.train.assignment import Assignment
+from pause_ray.train.loop import check_corpus, check_heads, share
 from pause_ray.train.spec import TrainSpec
 
-FORMAT = 2
+FORMAT = 3
 """Part of the digest; raised when the same job begins to give another adapter."""
 POLL_SECONDS = 0.5
 """Between two looks at the training log; a step takes seconds."""
@@ -58,48 +64,77 @@ def train_digest(job: TrainJob) -> str:
     Raises:
         SourceError: the shard set is missing or damaged.
     """
+    return digest([FORMAT, *_identity(job).values()])
+
+
+def _identity(job: TrainJob) -> JsonObject:
+    """What decides the adapter, as plain JSON data."""
     shards = [entry["sha256"] for entry in ShardSet.open(job.shards).manifest["shards"]]
     marker = dataclasses.asdict(job.marker) if job.marker else None
-    return digest([FORMAT, job.train.identity(), job.base_digest, shards, marker, job.seed])
+    identity = {"train": job.train.identity(), "model": job.base_digest, "shards": shards, "marker": marker, "seed": job.seed}
+    plain: JsonObject = json.loads(json.dumps(identity))
+    return plain
 
 
 def fit(
     job: TrainJob,
     *,
     storage: Storage,
-    num_workers: int,
+    num_workers: int | tuple[int, int],
     cpus_per_worker: float,
     gpus_per_worker: float,
     progress: Progress,
 ) -> Checkpoint:
-    """Train, or find the finished checkpoint of the same job; a killed training leaves nothing and starts anew.
+    """Train, go on with a training that was stopped, or find the finished checkpoint of the same job.
+
+    The training's own checkpoints (``train.checkpoint_every``) are gone when it is finished. SIGTERM makes one after the
+    running step and ends.
 
     Args:
         job: What to train.
         storage: Where the checkpoint goes, under its digest.
-        num_workers: Ray Train workers; 0 trains in this process, on its GPU if it has one, without starting Ray.
+        num_workers: Ray Train workers; 0 trains in this process, on its GPU if it has one, without starting Ray. A
+            smallest and a largest number lets Ray Train use what the cluster has, from one attempt to the next.
         cpus_per_worker: Logical CPUs of each worker.
         gpus_per_worker: GPUs of each worker; 0 trains on the CPU.
-        progress: Called for every optimizer step.
+        progress: Called for every optimizer step, those that a checkpoint already has included.
 
     Raises:
-        SpecError: rows per step that the workers cannot share, or layers that the model lacks.
+        SpecError: rows per step that the workers cannot share, layers that the model lacks, fewer rows than a step takes, or rows
+            longer than the model.
         SourceError: a missing or damaged shard set.
         ModelError: a model folder that cannot be loaded.
-        CheckpointError: a finished checkpoint whose files were changed.
+        CheckpointError: a checkpoint whose files were changed, or that is of another training.
         StorageError: disk full or not writable.
-        TrainingError: the loss is not a number, or a worker was lost.
+        StoppedError: SIGTERM came; a checkpoint was written.
+        TrainingError: loss or gradient is not a number, or workers were lost again and again.
     """
-    share(job.train, num_workers=max(1, num_workers))
+    _check_workers(job.train, num_workers)
     folder = storage.checkpoints / train_digest(job)
     with exclusive(lock_of(folder), waiting=lambda holder: log.info("waiting for %s, which trains the same adapter", holder)):
         if not is_complete(folder):
+            _check_job(job)
             tokenizer_digest = ModelTokenizer.load(job.model_dir).digest
+            running = RunningTraining(folder=training_folder(folder), belongs_to=_identity(job) | {"tokenizer": tokenizer_digest})
+            saved = running.latest()
+            if saved:
+                log.info("going on after step %d of %d, from %s", saved.step, job.train.steps, saved.folder)
             with building(folder) as scratch:
                 copy_tokenizer(job.model_dir, scratch, marker=job.marker)
-                with _following(scratch / TRAINING_LOG, steps=job.train.steps, progress=progress):
-                    _run(job, scratch, num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker)
+                with (
+                    _following(scratch / TRAINING_LOG, steps=job.train.steps, progress=progress),
+                    _stoppable(scratch / STOP),
+                ):
+                    _run(
+                        job,
+                        scratch,
+                        running=running,
+                        num_workers=num_workers,
+                        cpus_per_worker=cpus_per_worker,
+                        gpus_per_worker=gpus_per_worker,
+                    )
                 shutil.rmtree(scratch / RAY_FOLDER, ignore_errors=True)
+                (scratch / STOP).unlink(missing_ok=True)
                 seal(
                     scratch,
                     base_digest=job.base_digest,
@@ -108,17 +143,59 @@ def fit(
                     spec={"train": job.train.resolved(), "pauses": job.policy, "shards": job.shards.name, "seed": job.seed},
                     document_digests=ShardSet.open(job.shards).document_digests(),
                 )
+            running.remove()
         return Checkpoint.open(folder)
 
 
-def _run(job: TrainJob, folder: Path, *, num_workers: int, cpus_per_worker: float, gpus_per_worker: float) -> None:
+def _check_job(job: TrainJob) -> None:
+    """Refuse a corpus or a number of sharers that does not fit the model, before anything starts."""
+    shards = ShardSet.open(job.shards)
+    check_corpus(
+        job.train,
+        num_rows=shards.num_rows,
+        longest_row_tokens=shards.longest_row_tokens(),
+        limit_tokens=model_limit_tokens(job.model_dir),
+    )
+    if job.train.sequence_parallel > 1:
+        check_heads(job.train, num_heads=ModelShape.load(job.model_dir).num_heads)
+
+
+def _check_workers(train: TrainSpec, num_workers: int | tuple[int, int]) -> None:
+    """Refuse what only shows when workers have started.
+
+    Raises:
+        SpecError: rows that do not go round, or elastic workers that would start over or could not form groups.
+    """
+    if isinstance(num_workers, int):
+        share(train, num_workers=max(1, num_workers))
+        return
+    fewest, most = num_workers
+    if train.checkpoint_every is None:
+        raise SpecError(
+            f"{fewest} to {most} workers start again whenever their number changes; set train.checkpoint_every, or they begin at step 1"
+        )
+    if train.sequence_parallel > 1:
+        raise SpecError(f"train.sequence_parallel {train.sequence_parallel} needs full groups; give a fixed number of workers")
+    if most > train.rows_per_step:
+        raise SpecError(f"{most} workers, but only {train.rows_per_step} rows per step; allow fewer workers")
+
+
+def _run(
+    job: TrainJob,
+    folder: Path,
+    *,
+    running: RunningTraining,
+    num_workers: int | tuple[int, int],
+    cpus_per_worker: float,
+    gpus_per_worker: float,
+) -> None:
     """Let Ray Train run the worker function until adapter and log lie in ``folder``."""
     for noisy in ("ray.train", "bitsandbytes"):  # a line per report; a note on a kernel that only 4-bit models use
         logging.getLogger(noisy).setLevel(logging.ERROR)
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    from pause_ray.train.worker import Assignment, train_on_worker
+    from pause_ray.train.recovery import cause_of, run_config
 
     assignment = Assignment(
         train=job.train,
@@ -129,29 +206,48 @@ def _run(job: TrainJob, folder: Path, *, num_workers: int, cpus_per_worker: floa
         threads=job.threads,
         on_gpu=gpus_per_worker > 0 if num_workers else None,
         folder=folder.absolute(),
+        running=dataclasses.replace(running, folder=running.folder.absolute()),
     )
     resources: dict[str, float] = {"CPU": cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
     trainer = TorchTrainer(
-        train_on_worker,
+        _train_on_worker,
         train_loop_config={"assignment": assignment},
         scaling_config=ray.train.ScalingConfig(
             num_workers=num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources if num_workers else None
         ),
-        run_config=ray.train.RunConfig(name=RAY_FOLDER, storage_path=str(folder.absolute())),
+        run_config=run_config(assignment.running, name=RAY_FOLDER, storage=str(folder.absolute())),
     )
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise _cause(error) from error
+        raise cause_of(error) from error
 
 
-def _cause(error: Exception) -> Exception:
-    """What a worker raised, where it is an error of ours or of the disk; otherwise a ``TrainingError`` with Ray Train's account."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        raised = getattr(failure, "_base_exc", failure)
-        if isinstance(raised, PauseRayError | OSError):
-            return raised
-    return TrainingError(f"Ray Train gave up: {error}")
+def _train_on_worker(config: dict[str, Any]) -> None:
+    """Import the model libraries where they are needed: in a worker's process, which this module's need not be."""
+    from pause_ray.train.worker import train_on_worker
+
+    train_on_worker(config)
+
+
+@contextlib.contextmanager
+def _stoppable(stop: Path) -> Iterator[None]:
+    """Make a first SIGTERM write ``stop`` instead of ending the process; only a process's main thread can take signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+
+    def ask(number: int, frame: object) -> None:
+        signal.signal(number, before)
+        stop.touch()
+
+    signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The order of rows, how they are dealt to workers and padded, and the learning rate. Pure; knows no model and no Ray.
+"""The order of rows, how they are dealt to workers and laid end to end, and the learning rate. Pure; knows no model and no Ray.
 
 Everything a step does follows from (seed, step): the same rows with the same weight, however many workers share them.
 """
@@ -24,26 +24,83 @@ class Share:
     rows_per_step: int
     """Rows of one optimizer step, all workers together."""
     micro_rows: int
-    """Rows in one forward pass of one worker."""
+    """Rows in one forward pass of one group."""
     passes: int
-    """Forward passes of each worker in one step."""
+    """Forward passes of each group in one step."""
+    sequence_parallel: int = 1
+    """Workers of one group: neighbours in rank, which share the tokens of the same rows."""
+    groups: int = 1
+    """Groups of workers, each with rows of its own."""
+
+    def place(self, rank: int) -> tuple[int, int]:
+        """The group of worker ``rank``, and its part of the group's tokens."""
+        return divmod(rank, self.sequence_parallel)
 
 
-def share(train: TrainSpec, *, num_workers: int) -> Share:
-    """Cut ``batch_size × accumulation`` rows into equal shares; a worker's forward pass never exceeds ``batch_size``.
+def share(train: TrainSpec, *, num_workers: int, even: bool = True) -> Share:
+    """Cut ``batch_size × accumulation`` rows into equal shares; a forward pass never exceeds ``batch_size`` rows.
+
+    Args:
+        train: What is trained.
+        num_workers: Workers in all.
+        even: Refuse rows that do not go round; otherwise shares are rounded up, and some places stay idle.
 
     Raises:
-        SpecError: the rows cannot be shared evenly.
+        SpecError: the workers cannot form equal groups, or the rows cannot be shared evenly.
     """
-    total = train.batch_size * train.accumulation
-    if total % num_workers:
+    together, total = train.sequence_parallel, train.batch_size * train.accumulation
+    if num_workers % together:
+        raise SpecError(
+            f"train.sequence_parallel {together} needs groups of {together} workers, but there are {num_workers}; "
+            f"choose a multiple of {together} workers"
+        )
+    groups = num_workers // together
+    if even and total % groups:
+        sharers = f"{num_workers} workers" if together == 1 else f"{groups} groups of {together} workers"
         raise SpecError(
             f"train.batch_size {train.batch_size} × train.accumulation {train.accumulation} = {total} rows per step cannot be shared by "
-            f"{num_workers} workers; choose a number of workers that divides {total}"
+            f"{sharers}; choose a number of {'workers' if together == 1 else 'groups'} that divides {total}"
         )
-    per_worker = total // num_workers
-    micro_rows = math.gcd(train.batch_size, per_worker)
-    return Share(rows_per_step=total, micro_rows=micro_rows, passes=per_worker // micro_rows)
+    per_group = math.ceil(total / groups)
+    micro_rows = math.gcd(train.batch_size, per_group)
+    return Share(rows_per_step=total, micro_rows=micro_rows, passes=per_group // micro_rows, sequence_parallel=together, groups=groups)
+
+
+def check_corpus(train: TrainSpec, *, num_rows: int, longest_row_tokens: int, limit_tokens: int) -> None:
+    """Refuse a corpus that this training cannot use.
+
+    Args:
+        train: What is trained.
+        num_rows: Training rows.
+        longest_row_tokens: Of training and validation rows.
+        limit_tokens: The longest sequence that the model was made for.
+
+    Raises:
+        SpecError: fewer rows than one optimizer step takes, or a row longer than the model.
+    """
+    if num_rows < train.rows_per_step:
+        raise SpecError(
+            f"the corpus has {num_rows} rows, but one optimizer step takes train.batch_size {train.batch_size} × train.accumulation "
+            f"{train.accumulation} = {train.rows_per_step} different ones; add text, raise corpus.rows, or lower train.accumulation"
+        )
+    if longest_row_tokens > limit_tokens:
+        raise SpecError(
+            f"the corpus has a row of {longest_row_tokens} tokens, but the model takes {limit_tokens}; lower corpus.sequence_tokens "
+            "(under pauses.budget content, pauses come on top of it)"
+        )
+
+
+def check_heads(train: TrainSpec, *, num_heads: int) -> None:
+    """Refuse more workers for a row than the model has attention heads (``num_heads``), since they share those.
+
+    Raises:
+        SpecError: naming both numbers.
+    """
+    if train.sequence_parallel > num_heads:
+        raise SpecError(
+            f"train.sequence_parallel {train.sequence_parallel} is more workers than the model's {num_heads} attention heads, which they "
+            f"share; use at most {num_heads}"
+        )
 
 
 def rows_of_step(step: int, *, num_rows: int, rows_per_step: int, seed: int) -> list[int]:
@@ -57,15 +114,15 @@ def _permutation(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
-def deal(rows: Sequence[int], *, lengths: Sequence[int], micro_rows: int, num_workers: int) -> list[list[list[int]]]:
-    """Forward passes of each worker: ``result[worker][pass]`` is ``micro_rows`` row numbers.
+def deal(rows: Sequence[int], *, lengths: Sequence[int], micro_rows: int, groups: int) -> list[list[list[int]]]:
+    """Forward passes of each group: ``result[group][pass]`` is ``micro_rows`` row numbers.
 
-    Rows of like length share a pass (little padding), and passes of like length run at the same time on all workers
-    (little waiting). Each row keeps its weight, so this changes no result beyond rounding.
+    Passes of like length run at the same time in all groups (little waiting). Each row keeps its weight, so this changes
+    no result beyond rounding.
     """
     ordered = [row for _, row in sorted(zip(lengths, rows, strict=True), reverse=True)]
     passes = [ordered[start : start + micro_rows] for start in range(0, len(ordered), micro_rows)]
-    return [passes[worker::num_workers] for worker in range(num_workers)]
+    return [passes[group::groups] for group in range(groups)]
 
 
 def learning_rate(step: int, train: TrainSpec) -> float:
@@ -85,46 +142,54 @@ def learning_rate(step: int, train: TrainSpec) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Rows padded on the left, so that answers, which stand at the end, share their columns."""
+    """Rows end to end, so that nothing is computed for padding; each of their documents attends to itself alone."""
 
     input_ids: NDArray[np.int64]
-    """(rows, tokens)."""
-    attention_mask: NDArray[np.int64]
-    """(rows, tokens): 0 where padded."""
+    """(1, tokens)."""
     position_ids: NDArray[np.int64]
-    """(rows, tokens): counted from each row's own first token, as when the model is used."""
+    """(1, tokens): counted from the first token of each document, as when the model is used."""
     targets: NDArray[np.int64]
-    """(rows, kept - 1): the next token at each kept position but the last, or ``NO_LOSS``."""
+    """(1, tokens): the token that follows in the same document where it is learned, ``NO_LOSS`` elsewhere."""
+    documents: tuple[tuple[int, int], ...]
+    """First token and the one after the last of each document, in the whole batch also where the arrays are a part of it. Tokens
+    after the last document are there to make equal parts, and see nothing."""
 
-    @property
-    def logits_to_keep(self) -> int:
-        """Positions, from the end, whose logits are needed; the last one predicts nothing."""
-        return int(self.targets.shape[1]) + 1
+    def part(self, index: int, *, of: int) -> Batch:
+        """The ``index``-th of ``of`` equal parts of the tokens, for one of the workers that share them."""
+        spare = -self.input_ids.shape[1] % of
+        tokens = (self.input_ids.shape[1] + spare) // of
+
+        def cut(array: NDArray[np.int64], filling: int) -> NDArray[np.int64]:
+            return np.pad(array, ((0, 0), (0, spare)), constant_values=filling)[:, index * tokens : (index + 1) * tokens]
+
+        return Batch(
+            input_ids=cut(self.input_ids, 0),
+            position_ids=cut(self.position_ids, 0),
+            targets=cut(self.targets, NO_LOSS),
+            documents=self.documents,
+        )
 
 
 def num_labelled(row: PackedRow) -> int:
-    """Tokens of ``row`` that are learned; its first token has nothing before it to be predicted from."""
-    return int(np.count_nonzero(row.labels[1:] != NO_LOSS))
+    """Tokens of ``row`` that are learned; the first of a document has nothing before it to be predicted from."""
+    learned = row.labels != NO_LOSS
+    learned[row.document_starts] = False
+    return int(np.count_nonzero(learned))
 
 
 def collate(rows: Sequence[PackedRow]) -> Batch:
-    """Pad rows to the longest."""
-    width = max(len(row.input_ids) for row in rows)
-    shape = (len(rows), width)
-    input_ids, attention_mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    labels = np.full(shape, NO_LOSS, np.int64)
-    for index, row in enumerate(rows):
-        start = width - len(row.input_ids)
-        input_ids[index, start:] = row.input_ids
-        attention_mask[index, start:] = 1
-        labels[index, start + 1 :] = row.labels[1:]
-    learned = np.flatnonzero((labels != NO_LOSS).any(axis=0))
-    first = int(learned[0]) if len(learned) else width - 1
+    """Lay rows end to end."""
+    ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
+    labels = np.concatenate([row.labels for row in rows]).astype(np.int64)
+    offsets = np.cumsum([0, *(len(row.input_ids) for row in rows)])
+    starts = np.concatenate([offset + row.document_starts for offset, row in zip(offsets, rows, strict=False)])
+    ends = np.append(starts[1:], len(ids))
+    labels[starts] = NO_LOSS
     return Batch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=np.maximum(attention_mask.cumsum(axis=1) - 1, 0),
-        targets=labels[:, max(first, 1) :],
+        input_ids=ids[None],
+        position_ids=(np.arange(len(ids)) - np.repeat(starts, ends - starts))[None],
+        targets=np.append(labels[1:], NO_LOSS)[None],
+        documents=tuple(zip(starts.tolist(), ends.tolist(), strict=True)),
     )
 
 

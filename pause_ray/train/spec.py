@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from pause_ray.errors import SpecError
 from pause_ray.spec import JsonObject, Spec
 
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -28,6 +29,17 @@ class LoraSpec(Spec):
     """Rank-stabilised scale (arXiv 2312.03732)."""
     dora: bool = False
     """Direction and magnitude apart (arXiv 2402.09353)."""
+
+    def check_rank(self, hidden_size: int) -> None:
+        """Refuse a rank that is none for a model of ``hidden_size``.
+
+        Raises:
+            SpecError: the rank is larger.
+        """
+        if self.rank > hidden_size:
+            raise SpecError(
+                f"train.lora.rank {self.rank}: above the model's hidden size {hidden_size}, so not low; choose at most {hidden_size}"
+            )
 
 
 class ZeroSpec(Spec):

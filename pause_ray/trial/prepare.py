@@ -11,6 +11,7 @@ from pathlib import Path
 from pause_ray.checkpoint import Checkpoint
 from pause_ray.corpus.shards import Evaluation, ShardJob, shards_digest
 from pause_ray.corpus.spec import CorpusSpec
+from pause_ray.engines.cost import read_config
 from pause_ray.engines.engine import HfEngineSpec
 from pause_ray.engines.model_source import model_digest, model_limit_tokens, resolve_model
 from pause_ray.errors import ModelError, SpecError
@@ -58,13 +59,16 @@ def prepare(spec: TrialSpec, *, cache: Path) -> PreparedTrial:
         raise ModelError(
             f"corpus.sequence_tokens {spec.corpus.sequence_tokens} exceeds the {limit_tokens} tokens that {spec.model.source} can read"
         )
+    if spec.train:
+        config = read_config(model_dir / "config.json")
+        spec.train.lora.check_rank(int(config.get("text_config", config).get("hidden_size", spec.train.lora.rank)))
     marker = resolve_marker(tokenizer, spec.pauses)
     haystack = load_haystack(spec.eval, cache=cache, seed=spec.seed, replicate=spec.replicate, data_seed=spec.data_seed)
     shards = _shard_job(spec, spec.corpus, model_dir, haystack) if spec.train and spec.corpus else None
     adapter = Checkpoint.open(Path(spec.adapter)) if spec.adapter is not None else None
     if adapter is not None:
         if has_weights:
-            adapter.check_fits(base_digest=base_digest, marker=marker.token)
+            adapter.check_fits(base_digest=base_digest, tokenizer_digest=tokenizer.digest, marker=marker.token)
         _check_unseen(adapter, haystack)
     identity = digest(
         {

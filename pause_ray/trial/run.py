@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from pause_ray import __version__
 from pause_ray.checkpoint import Checkpoint
@@ -23,12 +23,17 @@ from pause_ray.spec import JsonObject
 from pause_ray.storage import MANIFEST, Storage, exclusive, is_complete, lock_of, write_json
 from pause_ray.train.launch import TrainJob, fit
 from pause_ray.trial.prepare import PreparedTrial
+from pause_ray.trial.spec import Resources
 
 RECHECKED_CELLS = 12
 """Of a trial below float32; 12 equal answers say that less than 24 % change (Wilson, 95 %)."""
 
-TrialProgress = Callable[[str, int, int], None]
-"""Stage, done, total."""
+
+class TrialProgress(Protocol):
+    """Is told how far a trial is."""
+
+    def __call__(self, stage: str, done: int, total: int, row: JsonObject | None = None) -> None:
+        """Of ``stage``, ``done`` of ``total`` is behind it; while training, ``row`` is that step's row of the training log."""
 
 
 def run_trial(
@@ -72,9 +77,29 @@ def make_checkpoint(
     spec = trial.spec
     if spec.adapter is not None:
         return Checkpoint.open(Path(spec.adapter))
+    job = training_job(trial, shards)
+    return run_training(job, spec.resources, storage=storage, train_gpus=train_gpus, progress=progress) if job else None
+
+
+def run_training(job: TrainJob, resources: Resources, *, storage: Storage, train_gpus: float, progress: TrialProgress) -> Checkpoint:
+    """Train with a trial's resources."""
+    fewest, most = resources.worker_bounds
+    return fit(
+        job,
+        storage=storage,
+        num_workers=most if fewest == most else (fewest, most),
+        cpus_per_worker=resources.train_cpus_per_worker,
+        gpus_per_worker=train_gpus,
+        progress=lambda done, total, row: progress("training", done, total, row),
+    )
+
+
+def training_job(trial: PreparedTrial, shards: ShardSet | None) -> TrainJob | None:
+    """What decides the trial's adapter, or None when nothing is trained."""
+    spec = trial.spec
     if spec.train is None or shards is None:
         return None
-    job = TrainJob(
+    return TrainJob(
         train=spec.train,
         model_dir=trial.model_dir,
         base_digest=trial.base_digest,
@@ -83,14 +108,6 @@ def make_checkpoint(
         policy=spec.pauses.resolved() if spec.pauses else None,
         seed=spec.data_seed,
         threads=spec.resources.threads,
-    )
-    return fit(
-        job,
-        storage=storage,
-        num_workers=spec.resources.train_workers,
-        cpus_per_worker=spec.resources.train_cpus_per_worker,
-        gpus_per_worker=train_gpus,
-        progress=lambda done, total, row: progress("training", done, total),
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from pause_ray.corpus.spec import CorpusSpec
 from pause_ray.engines.engine import EndpointSpec, EngineSpec, HfEngineSpec, ModelSpec
@@ -19,11 +19,34 @@ FILE_FIELDS = ("eval", *(f"eval.{field}" for field in _SUITE_FILE_FIELDS), "corp
 """Dotted paths where a trial's YAML may name a file instead of writing its content."""
 
 
+class WorkerRange(Spec):
+    """Ray Train takes as many workers as the cluster has room for, and goes on from the last checkpoint when that changes."""
+
+    min: int = Field(ge=1)
+    """With fewer, training waits."""
+    max: int = Field(ge=1)
+    """What an autoscaling cluster is asked for."""
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}; swap them")
+        return self
+
+
+Workers = Annotated[
+    Annotated[int, Field(ge=0), Tag("<number>")] | Annotated[WorkerRange, Tag("<range>")],
+    Discriminator(lambda workers: "<range>" if isinstance(workers, dict | WorkerRange) else "<number>"),
+]
+"""So that a mistake is told by the rule of what was meant."""
+
+
 class Resources(Spec):
     """Where a trial runs. In no digest: the same trial on other machines is the same trial."""
 
-    train_workers: int = Field(default=0, ge=0)
-    """Ray Train workers; 0 trains inside the trial's own process (one process start fewer)."""
+    train_workers: Workers = 0
+    """Ray Train workers; 0 trains inside the trial's own process (one process start fewer); ``{min, max}`` for as many as there
+    is room for, which needs ``train.checkpoint_every``."""
     train_gpus_per_worker: float | None = Field(default=None, ge=0)
     """GPUs of each training worker; null: one where the cluster has several, half of one where it has one, else none."""
     train_cpus_per_worker: float = Field(default=1, gt=0)
@@ -36,6 +59,12 @@ class Resources(Spec):
     """Logical CPUs of each scoring actor."""
     threads: int | None = Field(default=None, ge=1)
     """Threads of one computation on the CPU; null: all cores of the machine, scoring actors on it share them."""
+
+    @property
+    def worker_bounds(self) -> tuple[int, int]:
+        """Fewest and most training workers."""
+        workers = self.train_workers
+        return (workers.min, workers.max) if isinstance(workers, WorkerRange) else (workers, workers)
 
 
 class TrialSpec(Spec):
@@ -66,6 +95,29 @@ class TrialSpec(Spec):
     def _training_has_a_corpus(self) -> Self:
         if self.train is not None and self.corpus is None:
             raise ValueError("train needs a corpus; give one, or set train to null to score the base model")
+        return self
+
+    @model_validator(mode="after")
+    def _corpus_fills_a_step(self) -> Self:
+        if self.train is not None and self.corpus is not None and self.corpus.rows < self.train.rows_per_step:
+            raise ValueError(
+                f"corpus.rows {self.corpus.rows} is less than one optimizer step takes: train.batch_size {self.train.batch_size} × "
+                f"train.accumulation {self.train.accumulation} = {self.train.rows_per_step}; raise corpus.rows or lower train.accumulation"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _elastic_training_keeps_checkpoints(self) -> Self:
+        if self.train is not None and isinstance(self.resources.train_workers, WorkerRange):
+            if self.train.checkpoint_every is None:
+                raise ValueError(
+                    "resources.train_workers {min, max} starts training again whenever the number changes; "
+                    "set train.checkpoint_every, or it begins at step 1 each time"
+                )
+            if self.train.sequence_parallel > 1:
+                raise ValueError(
+                    "resources.train_workers {min, max} may leave incomplete groups for train.sequence_parallel; give one number"
+                )
         return self
 
     @model_validator(mode="after")

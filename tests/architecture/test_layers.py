@@ -21,7 +21,7 @@ LAYERS = [
     {"figures", "findings"},
     {"results"},
     {"places"},
-    {"trial", "compare"},
+    {"trial", "compare", "plan"},
     {"effects"},
     {"corpus", "train", "needle"},
     {"engines", "cluster"},
@@ -37,14 +37,14 @@ ENGINE = {f"engines.{name}" for name in ("hf", "weights", "greedy", "kv", "rows"
 """The engine in this project's own processes."""
 
 _MODEL = {"engines.hf", "engines.weights", "engines.gguf", "engines.greedy", "engines.kv", "engines.rows", "engines.attention"}
-_TRAINING = {f"train.{name}" for name in ("model", "loss", "attention", "state", "telemetry", "worker", "export")}
+_TRAINING = {f"train.{name}" for name in ("model", "partition", "loss", "attention", "state", "telemetry", "steps", "worker", "export")}
 HEAVY = {
-    "ray": {"cluster", "corpus.shards", "train.worker", "train.launch", "needle.fleet", "sweep.run"},
-    "mlflow": {"tracking"},
+    "ray": {"cluster", "corpus.shards", "train.worker", "train.recovery", "train.launch", "needle.fleet", "sweep.run"},
+    "mlflow": {"tracking.store"},
     "torch": _MODEL | _TRAINING,
     "transformers": _MODEL | _TRAINING,
     "peft": {"engines.hf", "engines.weights"} | _TRAINING,
-    "deepspeed": {"train.worker", "train.model", "train.attention", "train.state"},
+    "deepspeed": {"train.worker", "train.partition", "train.attention", "train.state"},
 }
 """External package → the modules that may import it anywhere in their code."""
 
@@ -52,7 +52,7 @@ PROCESS_BORDERS = {
     "sweep.run",  # a trial's process: what went wrong is kept and the sweep goes on
     "train.launch",  # a thread: raised again by the one that started it
     "storage",  # tokenizers and safetensors raise Rust's errors, whose class says nothing; all but a full disk go on
-    "tracking",  # another system, whose client raises whatever its transport raised
+    "tracking.store",  # another system, whose client raises whatever its transport raised
 }
 FILE_LINES, FUNCTION_LINES = 450, 80
 EMPTY_NAMES = ("util", "helper", "common", "manager", "factory", "handler", "misc")

@@ -35,6 +35,23 @@ def test_every_fact_is_drawn_and_filled() -> None:
             assert any(room in fact.needle and room in fact.question for room in ("the attic", "the cellar"))
 
 
+def test_facts_for_validation_are_others() -> None:
+    slots = {"room": tuple(f"room {number}" for number in range(40)), "place": ("behind the clock", "under the bench")}
+    facts = FactFile(facts=(FactSpec(needle="The key of {room} hangs {place}.", question="Where is the key of {room}?", slots=slots),))
+    rng = random.Random(2)
+    held_out, others = ({draw_fact(facts, rng=rng, held_out=wanted) for _ in range(800)} for wanted in (True, False))
+    assert held_out
+    assert len(held_out) + len(others) == 80
+    assert not {fact.needle for fact in held_out} & {fact.needle for fact in others}
+
+
+def test_too_few_facts_to_hold_some_out_are_an_error() -> None:
+    one = FactFile(facts=(FactSpec(needle="{name} keeps bees.", question="Who keeps bees?", slots={"name": ("Ada",)}),))
+    with pytest.raises(SpecError, match=r"corpus.facts: too few .* corpus.validation_rows: 0"):
+        for wanted in (True, False):
+            draw_fact(one, rng=random.Random(0), held_out=wanted)
+
+
 @pytest.mark.parametrize(
     ("needles", "keywords", "told"),
     [

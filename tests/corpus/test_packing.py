@@ -213,9 +213,14 @@ def test_packed_rows_are_the_documents_end_to_end(
         counted = row.input_ids.tolist() if budget == "total" else [token for token in row.input_ids.tolist() if not is_marker(token)]
         assert 2 <= len(counted) <= length
         assert row.num_pauses * group == sum(token >= PAUSE and token != END for token in row.input_ids.tolist())
-        assert [token for token in row.labels.tolist() if token != NO_LOSS] == [
-            token for token in row.input_ids.tolist() if not PAUSE <= token < PAUSE + group
+        assert row.document_starts.tolist() == [0, *(place + 1 for place in np.flatnonzero(row.input_ids[:-1] == END))]
+        assert row.num_documents == len(row.document_starts)
+        assert [place for place, label in enumerate(row.labels.tolist()) if label != NO_LOSS] == [
+            place
+            for place, token in enumerate(row.input_ids.tolist())
+            if not PAUSE <= token < PAUSE + group and place not in row.document_starts
         ]
+        assert np.array_equal(row.labels[row.labels != NO_LOSS], row.input_ids[row.labels != NO_LOSS])
         inside = "".join(chr(token) for token in row.input_ids)
         assert inside.count(chr(PAUSE)) == inside.count(chr(PAUSE + group - 1)), "a marker group was split"
     for row, following in itertools.pairwise(rows):

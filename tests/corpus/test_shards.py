@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from pause_ray.corpus.spec import CorpusSpec
 from pause_ray.documents import SourceSpec, read_documents
 from pause_ray.errors import SourceError, SpecError, TextError
-from pause_ray.rows import NO_LOSS, ShardSet
+from pause_ray.rows import NO_LOSS, PackedRow, ShardSet
 from pause_ray.storage import MANIFEST, Storage
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.prompts import PromptSpec
@@ -125,9 +126,35 @@ def test_language_modeling_reads_documents_end_to_end(make: Make, tales: Path, b
     texts = tokenizer.decode(tokens[~pauses], skip_special_tokens=False).split("<|text_end|>")
     documents = read_documents(SourceSpec(path=str(tales), to_percent=60), cache=tales)
     assert texts == [*(document.text for document in documents), ""]
-    labels = np.concatenate([row.labels for row in made.rows(range(made.num_rows))])
-    assert np.array_equal(labels == NO_LOSS, pauses)
+    for row in made.rows(range(made.num_rows)):
+        unlearned = row.input_ids >= tokenizer.vocab_size
+        unlearned[row.document_starts] = True
+        assert np.array_equal(row.labels == NO_LOSS, unlearned)
+        ends = np.flatnonzero(row.input_ids == tokenizer.end_ids[-1]) + 1
+        assert row.document_starts.tolist() == [0, *(end for end in ends.tolist() if end < len(row.input_ids))]
     assert made.manifest["stats"]["pauses"] == int(pauses.sum()) == made.manifest["stats"]["paragraphs"]
+
+
+@pytest.mark.parametrize("objective", ["needle_sft", "language_modeling"])
+def test_held_out_rows_share_no_text_and_no_fact_with_training(make: Make, tales: Path, byte_model: Path, objective: str) -> None:
+    rooms = {"room": ["the attic", "the cellar", "the barn"], "place": [f"under plank {number}" for number in range(30)]}
+    facts = {"facts": [{**SPEC["facts"]["facts"][0], "slots": rooms}]}  # type: ignore[index]
+    made = make(objective=objective, rows=12, validation_rows=4, facts=facts, policy=None)
+    assert (made.num_rows, made.validation_rows) == (12, 4)
+    tokenizer = ModelTokenizer.load(byte_model)
+    parts = [made.rows(range(12)), made.rows(range(12, 16))]
+
+    def said(rows: list[PackedRow]) -> tuple[set[str], set[str]]:
+        texts = [tokenizer.decode(row.input_ids) for row in rows]
+        facts = {tokenizer.decode(row.input_ids[row.labels != NO_LOSS]) for row in rows} if objective == "needle_sft" else set()
+        return {tale for text in texts for tale in re.findall(r"Tale \d+, part \d+\. It rained", text)}, facts
+
+    (trained, hidden), (held_out, asked) = (said(rows) for rows in parts)
+    whole = "".join(document.text for document in read_documents(SourceSpec(path=str(tales), to_percent=60), cache=tales))
+    assert max(whole.index(tale) for tale in trained) < min(whole.index(tale) for tale in held_out)
+    assert not hidden & asked
+    again = make(objective=objective, rows=12, validation_rows=4, facts=facts, policy=None, root="other")
+    assert again.manifest["shards"] == made.manifest["shards"]
 
 
 def test_a_truncated_shard_is_made_again_and_said(make: Make, caplog: pytest.LogCaptureFixture) -> None:
@@ -173,6 +200,8 @@ def test_needles_of_the_evaluation_are_refused_in_rows_and_in_facts(make: Make) 
         ({"sources": [{"path": "TALES"}, {"path": "TALES/03.txt", "to_percent": 0.01}]}, SourceError, r"03\.txt: no document"),
         ({"policy": PausePolicy(marker="rained")}, TextError, "rained"),
         ({"sequence_tokens": 100_000}, SourceError, "tokens in all"),
+        ({"sequence_tokens": 4096, "validation_rows": 1}, SourceError, "validation_rows need about 20,800 characters"),
+        ({"validation_rows": 2}, SpecError, "corpus.facts: too few"),
         ({"sequence_tokens": 128, "min_context_tokens": 64}, TextError, "corpus row 0.*too short"),
     ],
 )

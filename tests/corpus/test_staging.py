@@ -8,9 +8,10 @@ import pytest
 
 from pause_ray.corpus import sources
 from pause_ray.corpus.sources import ReadingDocuments, plan_readings, source_identity
-from pause_ray.corpus.staging import Piece, Shelf, cut_into_pieces, stage_piece, write_document_list
+from pause_ray.corpus.staging import Piece, Shelf, cut_into_pieces, held_out_from, stage_piece, write_document_list
 from pause_ray.corpus.statistics import document_statistics, overlapping_documents
 from pause_ray.documents import Document, SourceSpec, read_documents
+from pause_ray.errors import SourceError
 from pause_ray.rows import DOCUMENTS
 
 TALES = [
@@ -46,6 +47,28 @@ def test_a_place_does_not_depend_on_the_pieces(tmp_path: Path) -> None:
     for start in (0.01, 0.37, 0.75):
         readings = [list(shelf.read_from(start)) for shelf in shelves]
         assert readings[0] == readings[1] == readings[2]
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.45])
+@pytest.mark.parametrize("piece_chars", [300, 10**6])
+def test_the_held_out_text_begins_with_a_sentence_and_nothing_is_read_across(tmp_path: Path, share: float, piece_chars: int) -> None:
+    folder, pieces = staged(tmp_path / "staged", piece_chars=piece_chars)
+    whole = "".join(tale.text for tale in TALES)
+    border = held_out_from(Shelf(folder, pieces), num_chars=len(whole), share=share, least_chars=10)
+    assert len(whole) - border >= share * len(whole)
+    assert whole[border:].startswith(("Tale", "It"))
+    for begin, end in ((0, border), (border, len(whole))):
+        part = whole[begin:end]
+        for start in (0.0, 0.4, 0.999999):
+            read = "".join(stretch.text for stretch in Shelf(folder, pieces, begin=begin, end=end).read_from(start))
+            assert len(read) == len(part)
+            assert read in part + part
+
+
+def test_more_than_half_of_the_text_is_not_held_out(tmp_path: Path) -> None:
+    shelf = Shelf(*staged(tmp_path / "staged", piece_chars=1000))
+    with pytest.raises(SourceError, match=r"validation_rows need about 600 characters .* has 1,000"):
+        held_out_from(shelf, num_chars=1000, share=0.1, least_chars=600)
 
 
 def test_the_list_of_documents_tells_what_the_corpus_is(tmp_path: Path) -> None:

@@ -35,6 +35,11 @@ def test_shards_hold_every_row_once_in_order(counts: list[int], rows_per_shard: 
     assert [row for shard in shards for row in shard] == every[:num_rows]
     assert all(len(shard) == rows_per_shard for shard in shards[:-1])
     assert [item["first_row"] for item in plan] == list(range(0, num_rows, rows_per_shard))
+    behind = plan_shards(counts, num_rows=num_rows, rows_per_shard=rows_per_shard, first_row=7, first_unit=5, name="more")
+    for item, moved in zip(plan, behind, strict=True):
+        assert moved["first_row"] == item["first_row"] + 7
+        assert moved["slices"] == [[unit + 5, begin, end] for unit, begin, end in item["slices"]]
+        assert moved["file"].startswith("more-")
 
 
 def test_a_shard_is_numbered_globally(tmp_path: Path) -> None:

@@ -17,6 +17,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {"head_dim": 16},
     "mistral": {"sliding_window": WINDOW},
+    "gemma2": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "gemma3_text": {
         "num_hidden_layers": 3,
         "head_dim": 16,
@@ -26,7 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "phi3": {"sliding_window": 2 * WINDOW, "pad_token_id": 0, "bos_token_id": 1},
 }
-"""Architectures that differ in norms, fused projections, windows and the mixing of layers."""
+"""Architectures that differ in norms, bounded scores, fused projections, windows and the mixing of layers."""
 
 
 def make_model(folder: Path, *, kind: str = "llama", tied: bool = True, seed: int = 0, limit_tokens: int = 4096, **config: Any) -> Path:

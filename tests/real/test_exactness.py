@@ -91,4 +91,4 @@ def completion_of(asked: Asked, outcome: object) -> Completion:
 def real_engine() -> object:
     from pause_ray.engines.hf import HfEngine
 
-    return HfEngine(HfEngineSpec(), threads=2)
+    return HfEngine(HfEngineSpec())

@@ -5,10 +5,12 @@ One undisturbed run is made for all tests; what a disturbed one leaves is compar
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable
@@ -63,6 +65,27 @@ def test_every_trial_has_every_cell_once_and_the_report_is_there(undisturbed: Pa
     assert "baseline" in report.read_text()
 
 
+def logged_steps(storage: Path) -> dict[tuple[str, str], list[int]]:
+    """MLflow's (experiment, run) → steps of its loss curve; only runs that have one."""
+    with contextlib.closing(sqlite3.connect(storage / "mlflow.db")) as store:
+        found = store.execute(
+            "select experiments.name, runs.name, runs.status, metrics.step from metrics join runs using (run_uuid) "
+            "join experiments using (experiment_id) where metrics.key = 'training_loss' order by metrics.step"
+        ).fetchall()
+    assert {status for _, _, status, _ in found} <= {"FINISHED"}
+    steps: dict[tuple[str, str], list[int]] = {}
+    for experiment, run, _, step in found:
+        steps.setdefault((experiment, run), []).append(step)
+    return steps
+
+
+LOSS_CURVES = {("tiny", f"pause_tuned every={every} #0"): [1, 2, 3] for every in (1, 2)}
+
+
+def test_every_step_is_in_mlflow_once(undisturbed: Path) -> None:
+    assert logged_steps(undisturbed) == LOSS_CURVES
+
+
 def modification_times(storage: Path) -> dict[Path, int]:
     results = (path for name in ("trials", "checkpoints", "shards") for path in (storage / name).rglob("[!.]*"))
     return {path: path.stat().st_mtime_ns for path in results}
@@ -82,6 +105,7 @@ def test_a_sweep_killed_in_training_ends_with_the_same_ledgers(sweep_file: Path,
     assert not list((tmp_path / "checkpoints").glob("*/manifest.json"))
     run_sweep_to_its_end(sweep_file, tmp_path)
     assert answers(tmp_path) == answers(undisturbed)
+    assert logged_steps(tmp_path) == LOSS_CURVES
 
 
 def test_a_sweep_killed_in_scoring_goes_on_at_the_missing_cells(sweep_file: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -154,6 +178,7 @@ def test_a_corpus_a_training_and_a_scoring_find_what_a_sweep_made(sweep_file: Pa
     assert json_of("corpus", "tiny.yaml", *first_point)["stats"]["rows"] == 12
     trained = json_of("train", "tiny.yaml", *first_point)
     assert [step["step"] for step in trained["steps"]] == [1, 2, 3]
+    assert logged_steps(tmp_path) == LOSS_CURVES | {("training", f"tiny {Path(trained['folder']).name[:8]}"): [1, 2, 3]}
     assert modification_times(tmp_path) == kept
     suite = folder / "suite.yaml"
     suite.write_text(yaml.safe_dump(yaml.safe_load(sweep_file.read_text())["trial"]["eval"]))

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from pause_ray.checkpoint import ADAPTER_WEIGHTS
-from pause_ray.errors import SpecError, TrainingError
+from pause_ray.checkpoint import ADAPTER_WEIGHTS, RunningTraining
+from pause_ray.errors import SpecError, StorageError, TrainingError
 from pause_ray.storage import Storage
-from pause_ray.train.launch import TrainJob, _cause, fit
+from pause_ray.train.launch import TrainJob, fit
 from pause_ray.train.spec import LoraSpec, TrainSpec, ZeroSpec
 from tests.train.tiny_llama import added_marker, make_model, make_rows, make_shards
 
@@ -62,17 +62,70 @@ def test_two_workers_train_the_adapter_of_one_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("raised", [SpecError("train.lora.targets: …"), OSError(errno.ENOSPC, "No space left on device")])
 def test_what_a_worker_raised_is_what_the_caller_sees(raised: Exception) -> None:
-    """Ray Train wraps it twice; a full disk must still be known as one."""
+    """Ray Train wraps it twice, or Recovery raised it in the controller; a full disk must still be known as one."""
     import ray.train
     from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
+    from pause_ray.train.recovery import cause_of
+
     failures = {0: RuntimeError("lost its peers"), 1: UserExceptionWithTraceback(raised, traceback_str="…")}
-    arrived = pickle.loads(pickle.dumps(ray.train.WorkerGroupError("…", failures)))
-    cause = _cause(arrived)
-    assert (type(cause), cause.args) == (type(raised), raised.args)
+    for wrapped in (ray.train.WorkerGroupError("…", failures), ray.train.ControllerError(ray.train.ControllerError(raised))):
+        cause = cause_of(pickle.loads(pickle.dumps(wrapped)))
+        assert (type(cause), cause.args) == (type(raised), raised.args)
 
 
 def test_a_lost_worker_is_a_training_error() -> None:
     import ray.train
 
-    assert isinstance(_cause(ray.train.WorkerGroupError("worker 1 died", {1: RuntimeError("died")})), TrainingError)
+    from pause_ray.train.recovery import cause_of
+
+    assert isinstance(cause_of(ray.train.WorkerGroupError("worker 1 died", {1: RuntimeError("died")})), TrainingError)
+
+
+def running(folder: Path) -> RunningTraining:
+    return RunningTraining(folder=folder, belongs_to={})
+
+
+def save(training: RunningTraining, step: int) -> None:
+    training.save(step, write_tensors=lambda path: path.write_bytes(b"weights") and None, log_rows=[], facts={}, keep_last=1)
+
+
+def lost_worker(*, preempted: bool = False) -> Exception:
+    import ray.exceptions
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    return WorkerHealthCheckFailedError("worker 1 is gone", ray.exceptions.RayActorError("a1", "it died", preempted=preempted))
+
+
+def test_lost_workers_are_replaced_as_long_as_training_gets_further(tmp_path: Path) -> None:
+    from pause_ray.train.recovery import FRUITLESS_ATTEMPTS, Recovery
+
+    training = running(tmp_path)
+    recovery = pickle.loads(pickle.dumps(Recovery(training)))
+    for step in range(1, 5):
+        for _ in range(FRUITLESS_ATTEMPTS - 1):
+            recovery.after_exception(None, {1: lost_worker()})
+        save(training, step)
+    for _ in range(FRUITLESS_ATTEMPTS - 1):
+        recovery.after_exception(None, {0: RuntimeError("connection closed by peer"), 1: lost_worker()})
+    with pytest.raises(TrainingError, match=rf"{FRUITLESS_ATTEMPTS} times in a row after step 4"):
+        recovery.after_exception(None, {0: RuntimeError("connection closed by peer")})
+
+
+@pytest.mark.parametrize(
+    "raised", [SpecError("rank"), TrainingError("loss is nan"), StorageError("disk is full"), TypeError("bug"), OSError()]
+)
+def test_what_would_happen_again_is_not_tried_again(tmp_path: Path, raised: Exception) -> None:
+    from pause_ray.train.recovery import Recovery
+
+    with pytest.raises(type(raised)):
+        Recovery(running(tmp_path)).after_exception(None, {0: RuntimeError("lost its peers"), 1: raised})
+
+
+def test_an_announced_loss_of_a_node_is_no_failed_attempt(tmp_path: Path) -> None:
+    """The controller tells of it again and again until the node is gone."""
+    from pause_ray.train.recovery import Recovery
+
+    recovery = Recovery(running(tmp_path))
+    for _ in range(20):
+        recovery.after_exception(None, {0: RuntimeError("lost its peers"), 1: lost_worker(preempted=True)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -89,13 +90,16 @@ def make_rows(num_rows: int, *, marker_id: int | None = None, seed: int = 0) -> 
     return rows
 
 
-def make_shards(folder: Path, rows: list[PackedRow]) -> Path:
-    """A sealed shard set with these rows in two shards, and two documents."""
+def make_shards(folder: Path, rows: list[PackedRow], *, validation: Sequence[PackedRow] = ()) -> Path:
+    """A sealed shard set with these rows in two shards, held-out rows in another, and two documents."""
     folder.mkdir(parents=True)
     pq.write_table(pa.table({"digest": ["d0", "d1"]}), folder / DOCUMENTS)
     half = len(rows) // 2
     parts = [(folder / "rows-0.parquet", rows[:half], 0), (folder / "rows-1.parquet", rows[half:], half)]
     for path, part, first in parts:
         write_rows(path, [rows_to_table(part, first_row=first)])
-    seal(folder, shards=[path for path, _, _ in parts], manifest={})
+    held_out = folder / "validation-0.parquet"
+    if validation:
+        write_rows(held_out, [rows_to_table(validation, first_row=len(rows))])
+    seal(folder, shards=[path for path, _, _ in parts], manifest={}, validation_shards=[held_out] if validation else [])
     return folder

@@ -40,6 +40,7 @@ def digest_of(trial: JsonObject, cache: Path, **changes: object) -> str:
         ({"eval__context_tokens": [40, 320]}, r"context_tokens|at least"),
         ({"eval__context_tokens": [1020]}, r"1024"),
         ({"corpus__sequence_tokens": 2048}, r"corpus\.sequence_tokens 2048.*1024"),
+        ({"train__lora__rank": 5000}, r"train\.lora\.rank 5000.*hidden size"),
         ({"pauses__token": "reserved"}, r"reserved"),
         ({"model__source": "no/such/folder/here"}, r"no/such/folder/here"),
         ({"train": None, "adapter": "nowhere"}, r"nowhere"),

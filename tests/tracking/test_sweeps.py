@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.server
 import logging
 import os
-import shutil
 import socket
 import threading
 import time
@@ -18,29 +17,11 @@ import pytest
 from pause_ray.errors import TrackingError
 from pause_ray.report import write_report
 from pause_ray.storage import Storage
-from pause_ray.tracking import flattened, log_sweep, tracking_uri
+from pause_ray.tracking.store import tracking_uri
+from pause_ray.tracking.sweeps import flattened, log_sweep
 from tests.stored_sweep import rows, store_sweep, store_trial
 
 GRID = {(1024, 10.0): 1.0, (1024, 50.0): 0.5, (2048, 10.0): 0.0, (2048, 50.0): None}
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated store without runs: making the tables costs more than all else in a test."""
-    from mlflow.tracking import MlflowClient
-
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def storage(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.chdir(tmp_path)
-    storage = Storage.open(tmp_path / "runs")
-    shutil.copy(empty_store, storage.root / "mlflow.db")
-    return storage
 
 
 def two_trials(storage: Storage, *, second_finished: bool = True) -> Path:

@@ -1,0 +1,131 @@
+"""Sends to MLflow what a command makes, while it makes it; a server that is away is said once and delays nothing."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.markup import escape
+
+from pause_ray.checkpoint import Checkpoint
+from pause_ray.cli.terminal import err
+from pause_ray.errors import StoppedError, StorageError, TrackingError
+from pause_ray.spec import JsonObject
+from pause_ray.storage import Storage
+
+if TYPE_CHECKING:
+    from pause_ray.tracking.sweeps import LoggedSweep
+    from pause_ray.tracking.training import LiveTrainings, Training
+
+SEND_SECONDS = 5.0
+"""Between two batches of steps: curves grow while one looks, and a step of milliseconds costs no request of its own."""
+RETRY_SECONDS = 60.0
+"""After a batch that did not arrive; a server that is away costs up to 16 s of a thread."""
+
+
+class Tracker:
+    """Steps of trainings go out in batches, from a thread of its own; sweeps and finished trainings when they are logged."""
+
+    def __init__(self, storage: Storage, *, send_seconds: float = SEND_SECONDS) -> None:
+        """Enter it to have steps sent while they come in."""
+        self._storage = storage
+        self._send_seconds = send_seconds
+        self._warned = False
+        self._away_until = 0.0
+        self._live: LiveTrainings | None = None
+        self._trainings: dict[str, Callable[[], Training]] = {}
+        self._steps: dict[str, list[JsonObject]] = defaultdict(list)
+        self._waiting = threading.Lock()
+        """Guards these two."""
+        self._sending = threading.Lock()
+        """Held while anything is sent: the store's own lock is for other processes."""
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._send_regularly, name="mlflow", daemon=True)
+        self.logged: LoggedSweep | None = None
+        """Where the sweep is, or None if the last attempt to log it failed."""
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Send what waits, and close the runs of trainings that did not come to their end."""
+        self._ended.set()
+        self._thread.join()
+        self._send_waiting()
+        live, status = self._live, "KILLED" if isinstance(error, KeyboardInterrupt | StoppedError) else "FAILED"
+        if live is not None and not self._is_away:
+            self._tried(lambda: live.end(status=status))
+
+    def step(self, training: Training, row: JsonObject) -> None:
+        """Have a row of the training's log sent soon."""
+        self._wait(training.run.digest, lambda: training, row)
+
+    def step_of_trial(self, sweep_folder: Path, trial: str, row: JsonObject) -> None:
+        """Have a row of the training log of a sweep's trial, named by its digest, sent soon."""
+        from pause_ray.tracking.training import Training
+
+        self._wait(trial, lambda: Training.of_trial(sweep_folder, trial, self._storage), row)
+
+    def _wait(self, key: str, training: Callable[[], Training], row: JsonObject) -> None:
+        with self._waiting:
+            self._trainings[key] = training
+            self._steps[key].append(row)
+
+    def log(self, folder: Path) -> None:
+        """Bring MLflow up to date with a sweep."""
+        from pause_ray.tracking.sweeps import log_sweep
+
+        def send() -> None:
+            self.logged = log_sweep(folder, self._storage)
+
+        self.logged = None
+        self._tried(send)
+
+    def log_training(self, training: Training, checkpoint: Checkpoint) -> None:
+        """Bring MLflow up to date with a training of its own that has ended."""
+        from pause_ray.tracking.training import log_training
+
+        self._tried(lambda: log_training(training, checkpoint, self._storage))
+
+    @property
+    def _is_away(self) -> bool:
+        return time.monotonic() < self._away_until
+
+    def _send_regularly(self) -> None:
+        while not self._ended.wait(self._send_seconds):
+            self._send_waiting()
+
+    def _send_waiting(self) -> None:
+        """Send all steps that wait; those that do not arrive wait on."""
+        with self._waiting:
+            steps, self._steps = self._steps, defaultdict(list)
+        for key, rows in steps.items():
+            if self._is_away or not self._tried(lambda key=key, rows=rows: self._append(key, rows)):  # type: ignore[misc]
+                with self._waiting:
+                    self._steps[key] = rows + self._steps[key]
+
+    def _append(self, key: str, rows: list[JsonObject]) -> None:
+        from pause_ray.tracking.training import LiveTrainings
+
+        if self._live is None:
+            self._live = LiveTrainings(self._storage)
+        self._live.send(self._trainings[key](), rows)
+
+    def _tried(self, send: Callable[[], None]) -> bool:
+        """Whether it arrived; the first failure is said."""
+        try:
+            with self._sending:
+                send()
+        except (TrackingError, StorageError) as error:  # a damaged ledger of one trial must not stop the others
+            self._away_until = time.monotonic() + RETRY_SECONDS
+            if not self._warned:
+                err.print(f"[yellow]{escape(str(error))}[/]", highlight=False)
+            self._warned = True
+            return False
+        return True

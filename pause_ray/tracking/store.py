@@ -1,0 +1,261 @@
+"""One MLflow store: runs found by tag, values sent once, failures in one line without secrets. The only module that imports mlflow.
+
+Knows no sweep and no training: a ``Run`` holds plain values. Runs are found by the tag ``pause_ray.digest``, never by name.
+Uses the client API with explicit run ids (the fluent API keeps one active run per process) and batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pause_ray.errors import TrackingError
+from pause_ray.storage import Storage, exclusive
+
+BATCH_METRICS, BATCH_PARAMS = 1000, 100
+"""MLflow's limits of one batch."""
+PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "8",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+"""Set while sending, unless the user has set them: a server that is away costs seconds (MLflow's own: over half an hour)."""
+DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+CONNECT_SECONDS = 5.0
+SAFE_REASONS = (
+    "Connection refused",
+    "timed out",
+    "Name or service not known",
+    "Temporary failure in name resolution",
+    "No route to host",
+    "Network is unreachable",
+    "unable to open database file",
+    "database is locked",
+    "readonly database",
+    r"error code \d+",
+    "Permission denied",
+)
+"""Words of a failure that are passed on; they quote no address and no password."""
+KIND_TAG, DIGEST_TAG, CONTENT_TAG = "pause_ray.kind", "pause_ray.digest", "pause_ray.content"
+logger = logging.getLogger("pause_ray")
+
+
+def tracking_uri(storage: Storage, uri: str | None = None) -> str:
+    """Where runs go: ``uri``, else ``MLFLOW_TRACKING_URI``, else a SQLite file under the storage root."""
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.root / 'mlflow.db'}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run shall hold; plain values, made from storage."""
+
+    kind: str
+    """``sweep``, ``trial`` or ``training``."""
+    name: str
+    digest: str
+    """Of what it shows; with the kind and the parent run it says which run this is."""
+    content: str | None
+    """Digest of all that is sent: the tag is set last, so its presence says that all of it arrived. None while more is to come."""
+    status: str
+    started_ms: int
+    ended_ms: int
+    tags: dict[str, str] = field(default_factory=dict)
+    """What may change while the run stays the same, such as the arm's name; MLflow never changes a parameter."""
+    params: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    series: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    """Name → (step, value)."""
+    files: Sequence[tuple[Path, str]] = ()
+    """Local file and the artifact folder that it goes to ("" for the root)."""
+
+
+class Sender:
+    """One experiment of one MLflow store."""
+
+    def __init__(self, client: Any, experiment_id: str) -> None:
+        self._client = client
+        self.experiment_id = experiment_id
+
+    @classmethod
+    def open(cls, uri: str, *, experiment: str, artifacts: Path) -> Sender:
+        """Connect, and make the experiment if it is not there; a store without a server keeps artifacts under ``artifacts``."""
+        from mlflow.exceptions import MlflowException
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(tracking_uri=uri)
+        location = None if uri.startswith(("http", "databricks")) else (artifacts / experiment).as_uri()
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            try:
+                return cls(client, client.create_experiment(experiment, artifact_location=location))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                found = client.get_experiment_by_name(experiment)
+        if found.lifecycle_stage != "active":
+            raise TrackingError(
+                f"MLflow: the experiment {experiment} was deleted; restore it (mlflow experiments restore) or name the sweep anew"
+            )
+        return cls(client, found.experiment_id)
+
+    def logged_children(self, parent_id: str) -> dict[str, str]:
+        """Trial digest → content digest of the child runs that arrived whole."""
+        runs = self._search(f"tags.`mlflow.parentRunId` = '{parent_id}'")
+        return {run.data.tags[DIGEST_TAG]: run.data.tags[CONTENT_TAG] for run in runs if CONTENT_TAG in run.data.tags}
+
+    def send(self, wanted: Run, *, parent_id: str | None = None) -> str:
+        """Make or complete a run; what it has already is not sent again, and one that is whole does not begin to grow again."""
+        run = self._find(wanted, parent_id) or self._create(wanted, parent_id)
+        run_id: str = run.info.run_id
+        if wanted.content is None and CONTENT_TAG in run.data.tags:
+            return run_id
+        if wanted.content is None or run.data.tags.get(CONTENT_TAG) != wanted.content:
+            self._send_values(run, wanted)
+            if run.info.run_name != wanted.name:
+                self._client.update_run(run_id, name=wanted.name)
+            for path, folder in wanted.files:
+                self._client.log_artifact(run_id, str(path), folder or None)
+            if wanted.content is not None:
+                self._client.set_tag(run_id, CONTENT_TAG, wanted.content)
+        if run.info.status == wanted.status:
+            return run_id
+        if wanted.status == "FINISHED":
+            self._client.set_terminated(run_id, status="FINISHED", end_time=wanted.ended_ms)
+        else:
+            self._client.update_run(run_id, status=wanted.status)
+        return run_id
+
+    def is_whole(self, run_id: str) -> bool:
+        """Whether all of a run has arrived."""
+        return CONTENT_TAG in self._client.get_run(run_id).data.tags
+
+    def steps(self, run_id: str, name: str) -> set[int]:
+        """Steps of a series that have arrived."""
+        return {point.step for point in self._client.get_metric_history(run_id, name)}
+
+    def append(self, run_id: str, points: Sequence[tuple[str, int, float]], *, at_ms: int) -> None:
+        """Add (series, step, value) to a run that has none of them."""
+        from mlflow.entities import Metric
+
+        metrics = [Metric(name, value, at_ms, step) for name, step, value in points]
+        for start in range(0, len(metrics), BATCH_METRICS):
+            self._client.log_batch(run_id, metrics=metrics[start : start + BATCH_METRICS])
+
+    def end(self, run_id: str, *, status: str) -> None:
+        """Close a run that nothing more is coming to; one that has ended keeps its status."""
+        if self._client.get_run(run_id).info.status == "RUNNING":
+            self._client.set_terminated(run_id, status=status)
+
+    def _send_values(self, run: Any, wanted: Run) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        run_id, has = run.info.run_id, run.data
+        params = [Param(name, value) for name, value in wanted.params.items() if name not in has.params]
+        metrics = [Metric(name, value, wanted.ended_ms, 0) for name, value in wanted.metrics.items() if has.metrics.get(name) != value]
+        for name, points in wanted.series.items():
+            known = self.steps(run_id, name) if name in has.metrics else set()
+            metrics += [Metric(name, value, wanted.ended_ms, step) for step, value in points if step not in known]
+        tags = [RunTag(name, value) for name, value in wanted.tags.items() if has.tags.get(name) != value]
+        for start in range(0, len(params), BATCH_PARAMS):
+            self._client.log_batch(run_id, params=params[start : start + BATCH_PARAMS])
+        for start in range(0, len(metrics), BATCH_METRICS):
+            self._client.log_batch(run_id, metrics=metrics[start : start + BATCH_METRICS])
+        self._client.log_batch(run_id, tags=tags)
+
+    def _find(self, wanted: Run, parent_id: str | None) -> Any:
+        among = f"tags.`mlflow.parentRunId` = '{parent_id}'" if parent_id else f"tags.`{KIND_TAG}` = '{wanted.kind}'"
+        runs = self._search(f"{among} and tags.`{DIGEST_TAG}` = '{wanted.digest}'")
+        return runs[0] if runs else None
+
+    def _create(self, wanted: Run, parent_id: str | None) -> Any:
+        tags = {**wanted.tags, KIND_TAG: wanted.kind, DIGEST_TAG: wanted.digest, **({"mlflow.parentRunId": parent_id} if parent_id else {})}
+        return self._client.create_run(self.experiment_id, start_time=wanted.started_ms, tags=tags, run_name=wanted.name)
+
+    def _search(self, filter_string: str) -> list[Any]:
+        found: list[Any] = []
+        token = None
+        while True:
+            page = self._client.search_runs([self.experiment_id], filter_string, max_results=1000, page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                return found
+
+
+@contextlib.contextmanager
+def connected(storage: Storage, *, experiment: str, uri: str | None, waiting: Callable[[str], None]) -> Iterator[Sender]:
+    """The store that ``tracking_uri`` names, for this process alone among those that use the storage root.
+
+    Args:
+        storage: Whose lock is held, and where artifacts go if the store has no server.
+        experiment: Made if it is not there.
+        uri: As in ``tracking_uri``.
+        waiting: Called with the holder's name if another process sends at the moment.
+
+    Raises:
+        TrackingError: the store cannot be reached or refuses; what was sent stays.
+    """
+    where = tracking_uri(storage, uri)
+    with exclusive(storage.root / ".mlflow.lock", waiting=waiting), _border(where):
+        yield Sender.open(where, experiment=experiment, artifacts=storage.root / "mlartifacts")
+
+
+@contextlib.contextmanager
+def _border(uri: str) -> Iterator[None]:
+    """The border to MLflow: short patience inside, and whatever its stores raise is a ``TrackingError`` without secrets.
+
+    Stores raise the exceptions of many libraries (SQLAlchemy, requests, boto3, …), and their texts may hold the URI with its
+    password, so only the kind of error and the operating system's words for it are passed on.
+    """
+    added = {name: value for name, value in PATIENCE.items() if name not in os.environ}
+    os.environ.update(added)
+    for noisy in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        _check_database_answers(uri)
+        yield
+    except TrackingError:
+        raise
+    except Exception as error:  # noqa: BLE001 (border to another system)
+        raise TrackingError(
+            f"MLflow at {without_secrets(uri)}: {_reason(error)}; results on storage are unharmed. "
+            "Start the server, or point MLFLOW_TRACKING_URI to another, and run the same command again"
+        ) from None
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def _check_database_answers(uri: str) -> None:
+    """Fail fast where MLflow would try a database for an hour (15 attempts with doubling pauses)."""
+    parts = urlsplit(uri)
+    port = parts.port or DATABASE_PORTS.get(parts.scheme.split("+")[0])
+    if parts.hostname and port and not uri.startswith("http"):
+        socket.create_connection((parts.hostname, port), timeout=CONNECT_SECONDS).close()
+
+
+def without_secrets(uri: str) -> str:
+    """The URI without user, password, query and fragment."""
+    parts = urlsplit(uri)
+    place = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{place}{parts.path}"
+
+
+def _reason(error: BaseException) -> str:
+    """The kind of error, and why a connection failed if that is what happened; no text that could quote a URI."""
+    seen: BaseException | None = error
+    texts = []
+    while seen is not None:
+        texts.append(str(seen))
+        seen = seen.__cause__ or seen.__context__
+    known = re.search("|".join(SAFE_REASONS), "\n".join(texts))
+    return f"{type(error).__name__}" + (f" ({known.group()})" if known else "")

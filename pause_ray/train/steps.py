@@ -1,0 +1,288 @@
+"""The steps of a training on one of its workers: rows, loss, gradient, optimizer, held-out rows, log, checkpoints.
+
+Everything that a step does follows from (spec, seed, step), so a training that goes on from a checkpoint takes the steps that
+an uninterrupted one takes. Knows DeepSpeed's engine and torch's process group; knows no Ray and starts no process.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+
+from pause_ray.checkpoint import STOP, TRAINING_LOG, SavedStep
+from pause_ray.errors import StoppedError, TrainingError
+from pause_ray.rows import NO_LOSS, PackedRow, ShardSet
+from pause_ray.spec import JsonObject
+from pause_ray.storage import space_errors, write_text
+from pause_ray.train import state, telemetry
+from pause_ray.train.assignment import Assignment
+from pause_ray.train.loop import check_loss, collate, deal, learning_rate, num_labelled, rows_of_step, share
+from pause_ray.train.loss import tensors
+
+LOOK_SECONDS = 5.0
+"""Between two questions whether a node goes away, which all workers must ask together; Ray itself looks as often."""
+IDLE = -1
+"""Row number of what a worker computes when there are not enough rows for all: one token without a loss."""
+
+
+class Steps:
+    """A training between its first and its last step. Every worker has one, and all call the same methods in the same order."""
+
+    def __init__(self, engine: Any, assignment: Assignment, *, loses_a_node: Callable[[], bool]) -> None:
+        """Around an engine that was just started.
+
+        Args:
+            engine: DeepSpeed's, around a ``LossModel``.
+            assignment: What is trained.
+            loses_a_node: Whether a node with workers on it is about to go away; all workers call it together.
+        """
+        self._engine = engine
+        self._assignment = assignment
+        self._train = assignment.train
+        self._loses_a_node = loses_a_node
+        self._rank, self._world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self._share = share(self._train, num_workers=self._world_size, even=False)
+        self._group, self._part = self._share.place(self._rank)
+        self._shards = ShardSet.open(assignment.shards)
+        self._log = assignment.folder / TRAINING_LOG
+        self._rows: list[JsonObject] = []
+        self._looked = time.monotonic()
+
+    def run(self) -> None:
+        """Take every step that no checkpoint has.
+
+        Raises:
+            TrainingError: loss or gradient is not a number; names step and rows, and the last checkpoint is there.
+            StoppedError: asked to end; a checkpoint was written.
+            CheckpointError: the last checkpoint is damaged or of another training.
+            StorageError: the disk is full; the last checkpoint is there.
+        """
+        for step in range(self._resume(), self._train.steps):
+            record = self._step(step)
+            done = step + 1
+            if done == self._train.steps or (self._train.validate_every and done % self._train.validate_every == 0):
+                record |= self._validate()
+            self._append(record)
+            stop, node_goes = self._asked()
+            due = self._train.checkpoint_every is not None and done % self._train.checkpoint_every == 0
+            if done < self._train.steps and (due or stop or node_goes):
+                self._save(done)
+                if stop:
+                    raise StoppedError(
+                        f"training was asked to end after step {done} of {self._train.steps}; the same command goes on there"
+                    )
+
+    def _resume(self) -> int:
+        """Go back to the last checkpoint, if there is one; returns the steps done."""
+        chosen: list[SavedStep | None] = [self._assignment.running.latest() if self._rank == 0 else None]
+        torch.distributed.broadcast_object_list(chosen, src=0)
+        saved = chosen[0]
+        if saved is not None:
+            whole = state.read_tensors(saved.tensors, trained=state.whole_shapes(self._engine))
+            state.restore(self._engine, whole, applied=saved.facts["applied_steps"])
+            state.restore_loss_scale(self._engine, saved.facts["loss_scale"])
+            self._engine.skipped_steps = saved.facts["skipped_steps"]
+            self._rows = saved.log_rows()
+        if self._rank == 0:
+            write_text(self._log, "".join(json.dumps(row) + "\n" for row in self._rows))
+        return saved.step if saved else 0
+
+    def _save(self, done: int) -> None:
+        """Write a checkpoint; returns when it is complete."""
+        whole = state.gather(self._engine) if state.applied_steps(self._engine) else {}
+        if whole:
+            self._assignment.running.save(
+                done,
+                write_tensors=lambda path: state.write_tensors(path, whole),
+                log_rows=self._rows,
+                facts={
+                    "applied_steps": state.applied_steps(self._engine),
+                    "skipped_steps": self._engine.skipped_steps,
+                    "loss_scale": state.loss_scale(self._engine),
+                },
+                keep_last=self._train.keep_checkpoints,
+            )
+        torch.distributed.barrier()
+
+    def _step(self, step: int) -> JsonObject:
+        """One optimizer step, all workers together; returns its row of the training log.
+
+        DeepSpeed averages gradients over passes and workers. Scaling each pass's summed loss by their number and dividing
+        by the step's labelled tokens makes the gradient that of the mean over all labelled tokens, however they are cut up.
+        """
+        started = time.perf_counter()
+        numbers = rows_of_step(step, num_rows=self._shards.num_rows, rows_per_step=self._share.rows_per_step, seed=self._assignment.seed)
+        rows = dict(zip(numbers, self._shards.rows(numbers), strict=True))
+        dealt = self._deal(numbers, rows)
+        labelled = sum(num_labelled(rows[number]) for number in numbers)
+        if not labelled:
+            raise TrainingError(
+                f"rows {numbers} of step {step + 1} have no token with a loss; look at the corpus in {self._assignment.shards}"
+            )
+        rate = learning_rate(step, self._train)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(_dropout_seed(self._assignment.seed, step, self._rank))
+        losses: list[torch.Tensor] = []
+        total, norm = math.nan, math.nan
+        passes = dealt[self._group]
+        for index, chosen in enumerate(passes):
+            loss = self._loss([rows[number] for number in chosen])
+            losses.append(loss.detach())
+            last = index == len(passes) - 1
+            if last:
+                total = self._agreed_loss(losses, passes, step=step)
+            # DeepSpeed 0.19.8 divides by float16's loss scale at every stage, but multiplies with it under ZeRO only.
+            self._engine.backward(loss * (len(passes) * self._world_size * self._unapplied_scale() / labelled))
+            norm = self._optimize(step, numbers, last=last)
+        seconds = time.perf_counter() - started
+        lengths = {number: len(rows[number].input_ids) for number in rows}
+        record = telemetry.step_record(
+            step=step + 1,
+            loss=total / labelled,
+            learning_rate=rate,
+            gradient_norm=norm,
+            tokens=sum(lengths[number] for number in numbers),
+            labelled_tokens=labelled,
+            computed_tokens=telemetry.computed_tokens(lengths, passes=dealt, parts=self._share.sequence_parallel),
+            seconds=seconds,
+            peak_memory_bytes=int(self._most(telemetry.peak_memory_bytes(str(self._engine.device)))),
+            mfu=self._mfu([rows[number] for number in numbers], labelled=labelled, seconds=seconds),
+        )
+        return record | ({"skipped_steps": self._engine.skipped_steps} if self._engine.skipped_steps else {})
+
+    def _deal(self, numbers: Sequence[int], rows: dict[int, PackedRow]) -> list[list[list[int]]]:
+        """Row numbers of each pass of each group; where the rows do not go round, idle ones are added to ``rows``."""
+        idle = self._share.micro_rows * self._share.passes * self._share.groups - len(numbers)
+        if idle:
+            rows[IDLE] = PackedRow(
+                input_ids=rows[numbers[0]].input_ids[:1], labels=np.array([NO_LOSS], np.int32), num_pauses=0, num_documents=1
+            )
+        dealt = [*numbers, *[IDLE] * idle]
+        lengths = [len(rows[number].input_ids) for number in dealt]
+        return deal(dealt, lengths=lengths, micro_rows=self._share.micro_rows, groups=self._share.groups)
+
+    def _loss(self, rows: Sequence[PackedRow]) -> torch.Tensor:
+        """Summed over the learned tokens of this worker's part of ``rows``."""
+        part = collate(rows).part(self._part, of=self._share.sequence_parallel)
+        loss: torch.Tensor = self._engine(**tensors(part, device=self._engine.device))
+        return loss
+
+    def _agreed_loss(self, losses: list[torch.Tensor], passes: Sequence[Sequence[int]], *, step: int) -> float:
+        """The step's summed loss over all workers, before the optimizer moves.
+
+        Raises:
+            TrainingError: it is not a number, on every worker, naming the rows of those passes whose loss is none.
+        """
+        total = torch.stack(losses).double().sum()
+        torch.distributed.all_reduce(total)
+        if not math.isfinite(total.item()):
+            odd = {number for loss, chosen in zip(losses, passes, strict=True) for number in chosen if not math.isfinite(loss.item())}
+            found: list[Any] = [None] * self._world_size
+            torch.distributed.all_gather_object(found, odd)
+            check_loss(total.item(), step=step, rows=sorted(set().union(*found) - {IDLE}))
+        return total.item()
+
+    def _optimize(self, step: int, numbers: Sequence[int], *, last: bool) -> float:
+        """Take DeepSpeed's step, which moves the weights after the last pass only; returns the global norm of the gradient then.
+
+        A float16 gradient that overflows is no error as long as the loss scale can be lowered: DeepSpeed skips and counts
+        the step. Its norm is told as 0.
+        """
+        engine, before = self._engine, self._engine.skipped_steps
+        wrapped = engine.optimizer is not engine.basic_optimizer
+        scale = self._unapplied_scale()
+        norm = math.nan
+        if last and not wrapped:
+            gradients = [part.grad for part in state.trained_parameters(engine).values() if part.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            self._check_gradient(norm, step, numbers)
+        engine.step()
+        if not last:
+            return norm
+        if wrapped:
+            norm = float(engine.get_global_grad_norm()) / scale
+        skipped = engine.skipped_steps > before
+        if skipped and state.loss_scale(engine).get("cur_scale", 1.0) > 1.0:
+            return 0.0
+        self._check_gradient(math.inf if skipped else norm, step, numbers)
+        return norm
+
+    def _unapplied_scale(self) -> float:
+        """What the loss has to be multiplied with here, because DeepSpeed's plain float16 optimizer will divide by it."""
+        return float(getattr(getattr(self._engine.optimizer, "loss_scale_config", None), "cur_scale", 1.0))
+
+    def _check_gradient(self, norm: float, step: int, numbers: Sequence[int]) -> None:
+        if not math.isfinite(norm) or norm < 0:
+            raise TrainingError(f"gradient is not a number at step {step + 1}, among rows {list(numbers)}; lower train.learning_rate")
+
+    def _validate(self) -> JsonObject:
+        """``validation_loss`` of the held-out rows, in nats per learned token; nothing where there are none."""
+        held_out, groups = self._shards.validation_rows, self._share.groups
+        sums = torch.zeros(2, dtype=torch.float64, device=self._engine.device)
+        self._engine.eval()
+        with torch.no_grad():
+            for start in range(0, held_out, groups):
+                chosen = range(start, min(start + groups, held_out))
+                row = self._shards.row(self._shards.num_rows + chosen[self._group % len(chosen)])
+                loss = self._loss([row])  # also where there is no row left: under ZeRO-3 all workers compute together
+                if self._group < len(chosen):
+                    sums += torch.tensor([loss.item(), num_labelled(row) if self._part == 0 else 0], device=sums.device)
+        self._engine.train()
+        torch.distributed.all_reduce(sums)
+        total, labelled = sums.tolist()
+        return {"validation_loss": total / labelled} if labelled else {}
+
+    def _append(self, record: JsonObject) -> None:
+        self._rows.append(record)
+        if self._rank == 0:
+            with space_errors(self._log), self._log.open("r+", encoding="utf-8") as file:
+                file.seek(0, 2)
+                file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def _asked(self) -> tuple[bool, bool]:
+        """Whether to end after a checkpoint, and whether one is due because a node goes away; the same on all workers."""
+        stop, look = False, False
+        if self._rank == 0:
+            stop = (self._assignment.folder / STOP).exists()
+            look = time.monotonic() - self._looked >= LOOK_SECONDS
+        asked = int(self._most(2 * stop + look))
+        if not asked % 2:
+            return asked >= 2, False
+        self._looked = time.monotonic()
+        return asked >= 2, self._loses_a_node()
+
+    def _most(self, value: float) -> float:
+        """The largest of all workers' values."""
+        if self._world_size == 1:
+            return value
+        box = torch.tensor(value, dtype=torch.float64, device=self._engine.device)
+        torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
+        return box.item()
+
+    def _mfu(self, rows: Sequence[PackedRow], *, labelled: int, seconds: float) -> float | None:
+        """Share of the GPUs' peak; None on a CPU, and where model or GPU is not known."""
+        shape = _shape(self._assignment.model_dir)
+        if self._engine.device.type != "cuda" or shape is None:
+            return None
+        ends = [np.append(row.document_starts[1:], len(row.input_ids)) for row in rows]
+        documents = [int(tokens) for row, end in zip(rows, ends, strict=True) for tokens in end - row.document_starts]
+        flops = telemetry.step_flops(shape, document_tokens=documents, labelled_tokens=labelled)
+        names = [torch.cuda.get_device_name(self._engine.device)] * self._world_size
+        return telemetry.model_flops_utilization(flops, seconds=seconds, device_names=names)
+
+
+_shape = functools.cache(telemetry.known_shape)
+
+
+def _dropout_seed(seed: int, step: int, rank: int) -> int:
+    """So that no random state has to be kept: a step's dropout is the same whenever and after whatever it is taken."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])

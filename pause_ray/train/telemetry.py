@@ -1,0 +1,189 @@
+"""What one row of the training log says of its step. Counts and measures; knows no optimizer, no Ray and no file.
+
+A row has the fields of ``step_record``: always the same ones, except that ``mfu`` stands only where the peak of the GPU
+is known. Where the step was followed by a look at the held-out rows, ``validation_loss`` is added, in nats per labelled token.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from pause_ray.engines.cost import ModelShape
+from pause_ray.errors import ModelError
+from pause_ray.spec import JsonObject
+
+FORWARD_AND_BACKWARD = 2
+"""Matrix products per frozen weight: forward, and the gradient of its input. A frozen weight needs no gradient of its own, which is
+a third of what full fine-tuning computes."""
+ATTENTION_PASSES = 3
+"""Scores and mixing have two inputs each, and both get gradients: twice the forward's operations on the way back."""
+PEAK_TFLOPS: Mapping[str, float] = {
+    "B200": 2250.0,
+    "GH200": 989.4,
+    "H200": 989.4,
+    "H100 PCIe": 756.4,
+    "H100 NVL": 835.5,
+    "H100": 989.4,
+    "A100": 311.8,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "RTX 4090": 165.2,
+    "RTX A6000": 154.8,
+}
+"""Part of the device's name → dense 16-bit matrix operations per second with float32 sums, in 10¹², from the makers' data sheets
+(the figures without sparsity); the first that fits counts."""
+SERIES = (
+    "loss",
+    "validation_loss",
+    "learning_rate",
+    "gradient_norm",
+    "tokens_per_second",
+    "padding_share",
+    "mfu",
+    "peak_memory_bytes",
+)
+"""Fields of a row that are worth a curve; MLflow has them as ``training_loss`` and so on."""
+
+
+def step_record(
+    *,
+    step: int,
+    loss: float,
+    learning_rate: float,
+    gradient_norm: float,
+    tokens: int,
+    labelled_tokens: int,
+    computed_tokens: int,
+    seconds: float,
+    peak_memory_bytes: int,
+    mfu: float | None = None,
+) -> JsonObject:
+    """One row of the training log; all figures are of the whole step, all workers together.
+
+    Args:
+        step: Counted from 1.
+        loss: Mean cross-entropy per labelled token, in nats.
+        learning_rate: With which the step was made.
+        gradient_norm: Global L2 norm before clipping.
+        tokens: Of the step's rows, without padding.
+        labelled_tokens: Those that are learned.
+        computed_tokens: With padding: what went through the model (``computed_tokens``).
+        seconds: From reading the rows to the end of the optimizer's step; no validation, no checkpoint.
+        peak_memory_bytes: The most that any worker has held so far (``peak_memory_bytes``).
+        mfu: ``model_flops_utilization``.
+    """
+    record: JsonObject = {
+        "step": step,
+        "loss": loss,
+        "learning_rate": learning_rate,
+        "gradient_norm": gradient_norm,
+        "tokens": tokens,
+        "labelled_tokens": labelled_tokens,
+        "padding_share": round(1 - tokens / computed_tokens, 4),
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "peak_memory_bytes": peak_memory_bytes,
+    }
+    return record | ({} if mfu is None else {"mfu": round(mfu, 4)})
+
+
+def computed_tokens(lengths: Mapping[int, int], *, passes: Iterable[Iterable[Sequence[int]]], parts: int = 1) -> int:
+    """Tokens that go through the model in one step: the rows of a pass lie end to end, filled up to equal parts.
+
+    Args:
+        lengths: Row number → tokens.
+        passes: ``passes[group][pass]`` holds row numbers, as ``loop.deal`` gives them.
+        parts: Workers that share the tokens of a pass.
+    """
+    together = (sum(lengths[row] for row in rows) for group in passes for rows in group)
+    return sum(tokens + -tokens % parts for tokens in together)
+
+
+def known_shape(model_dir: Path) -> ModelShape | None:
+    """Sizes of the model in this folder, or None for a kind whose operations cannot be counted: it trains all the same."""
+    try:
+        return ModelShape.load(model_dir)
+    except ModelError:
+        return None
+
+
+def step_flops(shape: ModelShape, *, document_tokens: Iterable[int], labelled_tokens: int) -> int:
+    """Operations that one step with a frozen base needs, two per multiply-add: forward and backward, whatever is recomputed or padded.
+
+    Attention counts what a causal mask leaves: each token with those before it in its document, as far as the layer's
+    window reaches. Logits count for labelled tokens. The adapter's own products, about 1 % at rank 16, are left out.
+
+    Args:
+        shape: Of the base model.
+        document_tokens: Length of each document in the step's rows.
+        labelled_tokens: Of the whole step.
+    """
+    score_flops = 4 * shape.num_heads * shape.head_dim
+    linear_flops = shape.forward_flops(new_tokens=1, past_tokens=0, logit_rows=0) - shape.num_layers * score_flops
+    head_flops = 2 * shape.hidden_size * shape.vocab_size * labelled_tokens
+    linear = attention = 0
+    for tokens in document_tokens:
+        linear += linear_flops * tokens
+        attention += score_flops * sum(_seen(tokens, window) for window in shape.windows)
+    return FORWARD_AND_BACKWARD * (linear + head_flops) + ATTENTION_PASSES * attention
+
+
+def _seen(tokens: int, window: int | None) -> int:
+    """Pairs of a query and a key it sees, in one document and one layer."""
+    reach = tokens if window is None else min(window, tokens)
+    return reach * (reach + 1) // 2 + (tokens - reach) * reach
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak 16-bit operations per second of a GPU by the name that its driver gives; None for one that is not in ``PEAK_TFLOPS``."""
+    return next((1e12 * peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+
+
+def model_flops_utilization(flops: float, *, seconds: float, device_names: Sequence[str]) -> float | None:
+    """Share of the workers' peak that the step's operations came to (MFU, arXiv 2204.02311, appendix B); None without known GPUs.
+
+    Args:
+        flops: ``step_flops``.
+        seconds: That the step took.
+        device_names: One per worker; empty on CPUs.
+    """
+    peaks = [peak_flops(name) for name in device_names]
+    known = [peak for peak in peaks if peak is not None]
+    return flops / (seconds * math.fsum(known)) if known and len(known) == len(peaks) else None
+
+
+def peak_memory_bytes(device: str) -> int:
+    """The most that this process has held: torch's tensors on a GPU, resident memory on a CPU.
+
+    Args:
+        device: As torch names it: ``cpu``, ``cuda``, ``cuda:1``.
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not getrusage: what a process had before it became this program counts there, so a fork's parent too.
+        peak_kib = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(peak_kib)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def training_series(rows: Iterable[JsonObject]) -> dict[str, list[tuple[int, float]]]:
+    """Curve → (step, value), of the rows that have it."""
+    kept = list(rows)
+    series = {f"training_{name}": [(int(row["step"]), float(row[name])) for row in kept if row.get(name) is not None] for name in SERIES}
+    return {name: points for name, points in series.items() if points}
+
+
+def step_words(row: JsonObject) -> str:
+    """What a progress line says of a row: ``loss 0.412 · 268 tokens/s · MFU 46 %``."""
+    rate = f"{row['tokens_per_second']:,.0f} tokens/s"
+    mfu = [f"MFU {row['mfu']:.0%}"] if "mfu" in row else []
+    return " · ".join([f"loss {row['loss']:.3f}", rate, *mfu])

@@ -1,0 +1,89 @@
+"""The thread that sends steps to MLflow: it does so while the command runs, and a server that is away stops nothing."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from pause_ray.cli import tracker as tracker_module
+from pause_ray.cli.tracker import Tracker
+from pause_ray.errors import StoppedError
+from pause_ray.storage import Storage
+from pause_ray.tracking.store import tracking_uri
+from pause_ray.tracking.training import Training
+
+pytestmark = pytest.mark.mlflow
+TRAINING = Training.alone({"train": {"steps": 2}}, name="quickstart", checkpoint="abcdef0123456789")
+
+
+@pytest.fixture
+def absent_server() -> Iterator[str]:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+def row(number: int) -> dict[str, Any]:
+    return {"step": number, "loss": 1.0 / number, "seconds": 1.0, "tokens_per_second": 100.0}
+
+
+def runs(storage: Storage) -> list[Any]:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=tracking_uri(storage))
+    experiment = client.get_experiment_by_name("training")
+    return [] if experiment is None else list(client.search_runs([experiment.experiment_id]))
+
+
+def until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < deadline, "it never happened"
+
+
+def last_step(storage: Storage) -> float | None:
+    return next((run.data.metrics.get("training_loss") for run in runs(storage)), None)
+
+
+def test_steps_arrive_while_the_command_runs(storage: Storage) -> None:
+    with Tracker(storage, send_seconds=0.01) as tracker:
+        tracker.step(TRAINING, row(1))
+        until(lambda: last_step(storage) == 1.0)
+        tracker.step(TRAINING, row(2))
+        until(lambda: last_step(storage) == 0.5)
+        assert [run.info.status for run in runs(storage)] == ["RUNNING"]
+
+
+@pytest.mark.parametrize(("raised", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (StoppedError, "KILLED")])
+def test_a_command_that_fails_sends_its_last_steps_and_says_how_it_ended(
+    storage: Storage, raised: type[BaseException], status: str
+) -> None:
+    with pytest.raises(raised):
+        with Tracker(storage) as tracker:
+            tracker.step(TRAINING, row(1))
+            tracker.step(TRAINING, row(2))
+            raise raised
+    [run] = runs(storage)
+    assert (run.info.status, run.data.metrics["training_loss"]) == (status, 0.5)
+
+
+def test_a_server_that_is_away_is_said_once_and_holds_nothing_up(
+    storage: Storage, absent_server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", absent_server)
+    monkeypatch.setattr(tracker_module, "RETRY_SECONDS", 0.0)
+    said: list[str] = []
+    with Tracker(storage, send_seconds=0.01) as tracker:
+        started = time.monotonic()
+        for number in range(1, 1001):
+            tracker.step(TRAINING, row(number))
+        assert time.monotonic() - started < 1
+        until(lambda: bool(said.append(capsys.readouterr().err) or "".join(said)))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{storage.root / 'mlflow.db'}")  # the server is back
+        until(lambda: last_step(storage) == 1 / 1000)
+    said.append(capsys.readouterr().err)
+    assert "".join(said).count("MLflow at http://127.0.0.1") == 1

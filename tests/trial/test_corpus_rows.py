@@ -1,0 +1,17 @@
+"""A trial whose corpus cannot fill one optimizer step is refused when its spec is read."""
+
+from __future__ import annotations
+
+import pytest
+
+from pause_ray.errors import SpecError
+from pause_ray.spec import with_overrides
+from pause_ray.trial.spec import TrialSpec
+from tests.sweep.test_spec import SWEEP
+
+
+def test_a_corpus_smaller_than_one_step_is_refused() -> None:
+    step = {"train.batch_size": 2, "train.accumulation": 3}
+    TrialSpec.parse(with_overrides(SWEEP["trial"], step | {"corpus.rows": 6}), origin="test")
+    with pytest.raises(SpecError, match=r"corpus.rows 5 is less than one optimizer step takes: .* 2 × .* 3 = 6"):
+        TrialSpec.parse(with_overrides(SWEEP["trial"], step | {"corpus.rows": 5}), origin="test")

@@ -1,0 +1,51 @@
+"""Where a trial runs: what of it can be said wrongly."""
+
+from __future__ import annotations
+
+import pytest
+
+from pause_ray.errors import SpecError
+from pause_ray.spec import JsonObject, with_overrides
+from pause_ray.trial.spec import Resources, TrialSpec
+from tests.sweep.test_spec import SWEEP
+
+
+@pytest.mark.parametrize(("workers", "bounds"), [(0, (0, 0)), (3, (3, 3)), ({"min": 1, "max": 4}, (1, 4))])
+def test_workers_are_a_number_or_a_range(workers: object, bounds: tuple[int, int]) -> None:
+    resources = Resources.parse({"train_workers": workers}, origin="test")
+    assert resources.worker_bounds == bounds
+    assert Resources.parse(resources.resolved(), origin="test") == resources
+
+
+@pytest.mark.parametrize(
+    ("workers", "message"),
+    [
+        (-1, r"train_workers = -1: .*greater than or equal to 0"),
+        ("many", r"train_workers = \"many\": .*integer"),
+        ({"min": 3, "max": 2}, r"train_workers: min 3 is above max 2"),
+        ({"min": 0, "max": 2}, r"train_workers\.min = 0"),
+        ({"mni": 1, "max": 2}, r"train_workers\.mni: unknown field; did you mean min\?"),
+    ],
+)
+def test_a_mistake_is_told_by_the_rule_of_what_was_meant(workers: object, message: str) -> None:
+    with pytest.raises(SpecError, match=message) as told:
+        Resources.parse({"train_workers": workers}, origin="test")
+    assert "<" not in str(told.value)
+
+
+def trial(changes: JsonObject) -> TrialSpec:
+    return TrialSpec.parse(with_overrides(SWEEP["trial"], changes), origin="test")
+
+
+def test_elastic_workers_need_checkpoints_and_whole_groups() -> None:
+    elastic = {"resources.train_workers": {"min": 1, "max": 2}}
+    assert trial({**elastic, "train.checkpoint_every": 5}).resources.worker_bounds == (1, 2)
+    with pytest.raises(SpecError, match=r"set train\.checkpoint_every"):
+        trial(elastic)
+    with pytest.raises(SpecError, match=r"train\.sequence_parallel"):
+        trial({**elastic, "train.checkpoint_every": 5, "train.sequence_parallel": 2})
+
+
+def test_the_same_trial_on_other_workers_is_the_same_trial() -> None:
+    elastic = trial({"resources.train_workers": {"min": 1, "max": 2}, "train.checkpoint_every": 5})
+    assert elastic.defining() == trial({}).defining()
