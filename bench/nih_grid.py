@@ -252,6 +252,7 @@ def main() -> None:
     parser.add_argument("--step", type=int, default=512, help="tokens between lengths, and between positions of the lattice")
     parser.add_argument("--lengths", type=int, default=8, help="number of lengths: step, 2 step, ...")
     parser.add_argument("--depths", type=float, nargs="+", default=[10, 30, 50, 70, 90], help="percent depths of the percent grid")
+    parser.add_argument("--grids", nargs="+", default=["percent", "lattice"], choices=["percent", "lattice"])
     parser.add_argument("--chunk", type=int, help="prompt tokens per forward pass")
     parser.add_argument("--storage", default="runs", help="where the model and the essays are cached")
     parser.add_argument("--json", type=Path, help="also write the rows there")
@@ -262,21 +263,20 @@ def main() -> None:
     spec = {"source": args.model} if args.model else QUICKSTART
     model_dir = resolve_model(ModelSpec.parse(spec, origin="--model"), cache=cache)
     lengths = [args.step * (place + 1) for place in range(args.lengths)]
-    percent = _suite(lengths, depth_percent=args.depths)
-    lattice = _suite(lengths, lattice_tokens=args.step)
+    suites = {"percent": _suite(lengths, depth_percent=args.depths), "lattice": _suite(lengths, lattice_tokens=args.step)}
     chunk = args.chunk or default_chunk_tokens(on_gpu=args.device != "cpu")
     bench = Bench(
         model_dir=model_dir,
         dtype=args.dtype,
         device=args.device,
-        max_new_tokens=percent.max_new_tokens,
+        max_new_tokens=suites["percent"].max_new_tokens,
         shape=ModelShape.load(model_dir),
         grain_tokens=grain_of(dtype=args.dtype, quantize=None, chunk_tokens=chunk),
     )
     rows: list[Row] = []
     console = Console()
     console.width = max(console.width, TABLE_COLUMNS)
-    for name, suite in (("percent", percent), ("lattice", lattice)):
+    for name, suite in ((name, suites[name]) for name in args.grids):
         for row in bench.compare(name, suite, _reader(suite, model_dir, cache), chunk_tokens=chunk):
             console.print(f"{row.name}: {row.seconds:.1f} s", highlight=False)
             rows.append(row)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -198,9 +199,16 @@ def seal(
             "spec": spec,
             "num_steps": len(log),
             "final_loss": log[-1]["loss"],
-            "files": {path.name: _fingerprint(path) for path in files},
+            "files": {path.name: _settled(path) for path in files},
         },
     )
+
+
+def _settled(path: Path) -> JsonObject:
+    """The fingerprint of a file that is on the disk by now: a manifest must not survive a machine that its files did not."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return _fingerprint(path)
 
 
 def _fingerprint(path: Path) -> JsonObject:
@@ -280,14 +288,10 @@ class RunningTraining:
                 "belongs_to": self.belongs_to,
                 "facts": facts,
                 "validation_loss": log_rows[-1].get("validation_loss") if log_rows else None,
-                "files": {name: _fingerprint(scratch / name) for name in (STATE_TENSORS, TRAINING_LOG)},
+                "files": {name: _settled(scratch / name) for name in (STATE_TENSORS, TRAINING_LOG)},
             }
             write_json(scratch / MANIFEST, manifest | {"digest": digest(manifest)})
         self._remove_all_but(keep_last)
-
-    def remove(self) -> None:
-        """Remove every checkpoint of this training."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
@@ -323,9 +327,9 @@ class RunningTraining:
         losses = {step: read_json(self._folder_of(step) / MANIFEST)["validation_loss"] for step in steps}
         measured = [step for step in steps if losses[step] is not None]
         kept = {*steps[-keep_last:], *([min(measured, key=lambda step: losses[step])] if measured else [])}
-        for step in set(steps) - kept:
-            (self._folder_of(step) / MANIFEST).unlink()  # first, so that a half-removed one does not exist either
-            shutil.rmtree(self._folder_of(step), ignore_errors=True)
+        for folder in {*self.folder.iterdir()} - {self._folder_of(step) for step in kept}:  # also what a killed one half wrote
+            (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a half-removed one does not exist either
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def training_folder(checkpoint: Path) -> Path:

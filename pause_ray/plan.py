@@ -1,7 +1,7 @@
 """What a training and the scoring after it would take on given GPUs: memory, time, tokens, money, and the smallest cluster that does it.
 
-From sizes and a table of GPUs alone; loads nothing. Times rest on two assumptions that are named wherever they are used: the
-share of a GPU's peak that is reached, and what the network between machines carries.
+From sizes and a table of GPUs alone; loads nothing. Times are those of computing and of moving weights, with assumptions that are
+named where they are used (``Site``, ``HOST_LINK_GB_PER_SECOND``); starting, loading, validation and checkpoints come on top.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 
 from pydantic import Field
 
-from pause_ray.engines.cost import ModelShape
+from pause_ray.engines.cost import BYTES, ModelShape
 from pause_ray.engines.engine import default_chunk_tokens, default_decode_batch
 from pause_ray.errors import SpecError
 from pause_ray.needle.task import SuiteSpec, cells
 from pause_ray.needle.walk import Forecast, Visit, Walk, forecast, new_tokens, split_for_actors
 from pause_ray.spec import JsonObject, Spec, read_yaml
-from pause_ray.train.loop import share
+from pause_ray.train.loop import check_heads, share
 from pause_ray.train.memory import (
     ROOM,
     MemoryPlan,
@@ -35,6 +35,10 @@ from pause_ray.train.telemetry import step_flops
 
 MOST_GPUS = 1024
 """Where the search for a cluster ends."""
+HOST_LINK_GB_PER_SECOND = 25.0
+"""Assumed between a GPU and its machine's memory, where offloaded weights wait: PCIe 4.0, as it is reached."""
+LOCAL_DISK_GB_PER_SECOND = 5.0
+"""Assumed of a machine's local disk, for all its GPUs together."""
 _MEMORY = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(GB|GiB)?", re.IGNORECASE)
 
 
@@ -151,6 +155,8 @@ class Grid:
     prompts: Forecast
     answer_tokens: int
     """The most that an answer has."""
+    kv_bytes: float
+    """Keys and values of a prompt, on average: what each token of an answer reads besides the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,10 +166,11 @@ class Spent:
     tokens: int
     """Training: of all steps' rows. Scoring: those computed, after what prompts share."""
     flops: float
+    """With what is computed again in the backward pass, and answers of full length."""
     seconds: float
     cost: float
     bound_by: str
-    """What decides the time: ``computing``; ``gathering weights`` over the slowest link; ``writing answers``, token by token."""
+    """What decides the time: ``computing``; ``moving weights`` over the slowest link; ``writing answers``, token by token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,15 +180,18 @@ class Plan:
     label: str
     parameters: int
     trained_parameters: int
-    rows_per_step: int
+    """Of the adapter; a marker's row is not counted."""
+    train: TrainSpec | None
+    longest_row_tokens: int
     memory: MemoryPlan | None
     """None where nothing is trained."""
     remedy: str | None
     """What would make the training fit; None where it does."""
     training: Spent | None
     evaluation: Spent | None
+    """None where nothing is scored here, or where all GPUs together cannot hold the model."""
     gpus_per_model: int
-    """GPUs that hold one copy of the model while it is scored."""
+    """GPUs that hold one copy of the model while it is scored; 0 where nothing is scored here."""
     smallest: int | None
     """Fewest GPUs that do both; None where not even ``MOST_GPUS`` do."""
 
@@ -191,7 +201,8 @@ class Plan:
         if self.memory is not None:
             sums = {"gpu_bytes": self.memory.worker_bytes, "host_bytes": self.memory.host_bytes}
             memory = {"stage": self.memory.stage, **sums, "gpu_parts": self.memory.worker, "host_parts": self.memory.host}
-        return asdict(self) | {"memory": memory}
+        train = None if self.train is None else self.train.resolved() | {"rows_per_step": self.train.rows_per_step}
+        return asdict(self) | {"memory": memory, "train": train}
 
 
 def make_plan(
@@ -209,11 +220,13 @@ def make_plan(
         rows_may_grow: In the search for the smallest cluster, give every GPU a row of each step, although that is another training.
 
     Raises:
-        SpecError: rows per step that the GPUs cannot share, or an adapter that does not fit the model.
+        SpecError: rows per step, or tokens of a row, that the GPUs cannot share, or an adapter that does not fit the model.
     """
     memory = remedy = training = None
     if train is not None:
-        _check_adapter(train, shape)
+        train.lora.check_rank(shape.hidden_size)
+        train.lora.check_targets(shape.linear_layers.keys())
+        check_heads(train, num_heads=shape.num_heads)
         share(train, num_workers=site.gpus)
         memory, remedy = _memory(train, shape=shape, rows=rows, site=site)
         training = _training(train, shape=shape, rows=rows, site=site, stage=memory.stage)
@@ -222,7 +235,8 @@ def make_plan(
         label=label,
         parameters=shape.num_parameters,
         trained_parameters=_trained(train, shape) if train else 0,
-        rows_per_step=train.rows_per_step if train else 0,
+        train=train,
+        longest_row_tokens=rows.longest_tokens,
         memory=memory,
         remedy=remedy,
         training=training,
@@ -230,15 +244,6 @@ def make_plan(
         gpus_per_model=copies,
         smallest=_smallest(train, shape=shape, rows=rows, site=site, least=max(1, copies), rows_may_grow=rows_may_grow),
     )
-
-
-def _check_adapter(train: TrainSpec, shape: ModelShape) -> None:
-    """What loading the model would refuse."""
-    unknown = sorted(set(train.lora.targets or ()) - shape.linear_layers.keys())
-    if unknown:
-        raise SpecError(f"train.lora.targets: {unknown} fit no linear layer of the model; it has {sorted(shape.linear_layers)}")
-    if train.lora.rank > shape.hidden_size:
-        raise SpecError(f"train.lora.rank {train.lora.rank}: above the model's hidden size {shape.hidden_size}; choose a lower one")
 
 
 def _trained(train: TrainSpec, shape: ModelShape) -> int:
@@ -261,41 +266,40 @@ def _memory(train: TrainSpec, *, shape: ModelShape, rows: Rows, site: Site) -> t
 def _training(train: TrainSpec, *, shape: ModelShape, rows: Rows, site: Site, stage: int) -> Spent:
     tokens = round(rows.mean_tokens * train.rows_per_step)
     documents = [round(rows.mean_tokens)] * train.rows_per_step
-    needed = step_flops(shape, document_tokens=documents, labelled_tokens=min(rows.learned_tokens * train.rows_per_step, tokens))
-    computed = needed * (1.5 if train.gradient_checkpointing else 1)  # the forward pass, a third of both, twice
+    labelled = min(rows.learned_tokens * train.rows_per_step, tokens)
+    computed = step_flops(shape, document_tokens=documents, labelled_tokens=labelled, recomputed=train.gradient_checkpointing)
     computing = computed / (site.gpus * site.flops_per_second)
-    gathering = _gathering_seconds(train, shape=shape, site=site) if stage == 3 else 0.0
-    seconds = train.steps * max(computing, gathering)
+    moving = _moving_seconds(train, shape=shape, site=site) if stage == 3 else 0.0
+    seconds = train.steps * max(computing, moving)
     return Spent(
         tokens=tokens * train.steps,
         flops=computed * train.steps,
         seconds=seconds,
         cost=site.cost(seconds),
-        bound_by="computing" if computing >= gathering else "gathering weights",
+        bound_by="computing" if computing >= moving else "moving weights",
     )
 
 
-def _gathering_seconds(train: TrainSpec, *, shape: ModelShape, site: Site) -> float:
-    """Stage 3 brings all weights to every GPU on the way there and back, in every pass of a step."""
-    if site.gpus == 1:
-        return 0.0
+def _moving_seconds(train: TrainSpec, *, shape: ModelShape, site: Site) -> float:
+    """Stage 3 brings all weights to every GPU on the way there and back, in every pass of a step; each GPU fetches its share first."""
     nodes = math.ceil(site.gpus / site.gpus_per_node)
-    received = shape.weight_bytes(train.precision, train.quantize) * 2 * share(train, num_workers=site.gpus).passes
-    within = received / (site.gpu.link_gb_per_second * 1e9)
-    between = received * (nodes - 1) / nodes / (site.network_gb_per_second * 1e9) if nodes > 1 else 0.0
-    return max(within, between)
+    gigabytes = shape.weight_bytes(train.precision, train.quantize) / 1e9 * 2 * share(train, num_workers=site.gpus).passes
+    fetched = {"none": 0.0, "cpu": gigabytes / site.gpus / HOST_LINK_GB_PER_SECOND, "nvme": gigabytes / nodes / LOCAL_DISK_GB_PER_SECOND}
+    within = gigabytes / site.gpu.link_gb_per_second if site.gpus > 1 else 0.0
+    between = gigabytes * (nodes - 1) / nodes / site.network_gb_per_second
+    return max(fetched[train.zero.offload_parameters], within, between)
 
 
 def _evaluation(grid: Grid, *, gpus_per_model: int, site: Site) -> Spent | None:
     """Prompts by operations, answers by the memory that each of their tokens reads; None where the model does not fit.
 
-    A model that is spread over several GPUs computes on one of them at a time.
+    Answers are written one at a time. A model that is spread over several GPUs computes on one of them at a time.
     """
     copies, prompts = site.gpus // gpus_per_model, grid.prompts
     if not copies:
         return None
     answer_tokens = prompts.num_prompts * grid.answer_tokens
-    reading = answer_tokens * (prompts.weight_bytes + prompts.kv_bytes) / (site.gpu.memory_gb_per_second * 1e9)
+    reading = answer_tokens * (prompts.weight_bytes + grid.kv_bytes) / (site.gpu.memory_gb_per_second * 1e9)
     computing = prompts.prefill_flops / site.flops_per_second
     seconds = (computing + reading) / copies
     return Spent(
@@ -351,4 +355,9 @@ def grid_of(suite: SuiteSpec, *, shape: ModelShape, site: Site, dtype: str) -> G
         max_new_tokens=suite.max_new_tokens,
         dtype=dtype,
     )
-    return Grid(prompts, suite.max_new_tokens)
+    return grid_of_prompts(prompts, shape=shape, answer_tokens=suite.max_new_tokens, dtype=dtype)
+
+
+def grid_of_prompts(prompts: Forecast, *, shape: ModelShape, answer_tokens: int, dtype: str) -> Grid:
+    """The scoring of ``prompts``, with answers of ``answer_tokens``, keys and values in ``dtype``."""
+    return Grid(prompts, answer_tokens, shape.kv_bytes_per_token(BYTES[dtype]) * prompts.asked_tokens / prompts.num_prompts)

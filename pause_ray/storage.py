@@ -141,7 +141,9 @@ def space_errors(path: Path) -> Iterator[None]:
         if number in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(f"{path}: the disk is full; free space and run the same command again, finished work is kept") from error
         if number in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise StorageError(f"{path}: cannot be written ({os.strerror(number)}); choose another root with --storage") from error
+            raise StorageError(
+                f"{path}: cannot be written ({os.strerror(number)}); choose another folder, or another root with --storage"
+            ) from error
         raise
 
 

@@ -254,8 +254,17 @@ def test_a_running_training_goes_on_from_its_last_step(tmp_path: Path) -> None:
     assert (saved.step, saved.facts, training.last_step()) == (10, {"applied_steps": 10}, 10)
     assert saved.tensors.read_bytes() == bytes([10]) * 50
     assert [row["step"] for row in saved.log_rows()] == list(range(1, 11))
-    training.remove()
-    assert training.latest() is None
+
+
+def test_what_a_killed_process_half_wrote_or_half_removed_goes_with_the_next_checkpoint(tmp_path: Path) -> None:
+    training = training_in(tmp_path)
+    save_step(training, 1)
+    for name in ("step-2", ".step-3.77-00ff00ff.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.safetensors").write_bytes(b"half")
+    assert training.last_step() == 1
+    save_step(training, 4)
+    assert kept(tmp_path) == {"step-1", "step-4"}
 
 
 def test_the_last_ones_and_the_best_one_are_kept(tmp_path: Path) -> None:

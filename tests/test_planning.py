@@ -118,10 +118,13 @@ def test_a_sweep_is_planned_trial_by_trial(sweep: Path) -> None:
         (("--gpu-table", "nowhere.yaml"), r"--gpu-table nowhere\.yaml: no such file from .*; run where"),
         (("--suite", "nowhere.yaml"), r"--suite nowhere\.yaml: no such file"),
         (("nowhere.yaml",), r"nowhere\.yaml: cannot be read"),
-        (("SWEEP", "--model", "8B"), r"--set model\.source=8B"),
-        (("SWEEP", "--suite", "s.yaml"), r"--set eval=s\.yaml"),
+        (("SWEEP", "--model", "8B"), r"--set trial\.model\.source=8B"),
+        (("TRIAL", "--model", "8B"), r"--set model\.source=8B"),
+        (("SWEEP", "--suite", "s.yaml"), r"--set trial\.eval=s\.yaml"),
         (("SWEEP", "--gpus", "3"), r"cannot be shared by 3 workers"),
-        (("SWEEP", "--row-tokens", "99999"), r"--row-tokens 99999: .* --set corpus\.sequence_tokens=99999"),
+        (("SWEEP", "--row-tokens", "99999"), r"--row-tokens 99999: .* --set trial\.corpus\.sequence_tokens=99999"),
+        (("SWEEP", "--set", "trial.corpus.sequence_tokens=6000"), r"a row of 6000 tokens, but the model takes 5000"),
+        (("--model", ""), r'--model: source = "": String should have'),
         (("--set", "train.rank=3"), r"unknown path train\.rank"),
         (("--set", "pauses.every=3"), r"unknown path pauses"),
         (("--model", "8B", "--row-tokens", "200000"), r"--row-tokens 200000 exceeds the 131072 tokens that 8B can read"),
@@ -130,7 +133,9 @@ def test_a_sweep_is_planned_trial_by_trial(sweep: Path) -> None:
     ],
 )
 def test_a_mistake_is_told_in_one_line(arguments: tuple[str, ...], message: str, sweep: Path) -> None:
-    done = plan(*(str(sweep) if argument == "SWEEP" else argument for argument in arguments))
+    files = {"SWEEP": sweep, "TRIAL": sweep.with_name("trial.yaml")}
+    files["TRIAL"].write_text(json.dumps(json.loads(sweep.read_text())["trial"]))
+    done = plan(*(str(files.get(argument, argument)) for argument in arguments))
     assert isinstance(done.exception, UserError)
     assert "\n" not in str(done.exception)
     with pytest.raises(UserError, match=message):
@@ -141,6 +146,28 @@ def test_what_does_not_fit_is_said_with_what_would() -> None:
     done = plan("--model", "70B", "--gpus", "8", "--set", "train.zero.stage=2", columns=200)
     assert done.exit_code == 0
     assert "70B: the training does not fit; what would fit: train.zero.stage: auto" in done.stdout
+
+
+def test_a_model_that_the_gpus_cannot_score_is_said_with_what_it_needs() -> None:
+    done = plan("--model", "8B", "--gpus", "1", "--gpu-memory", "24GB", "--set", "train.quantize=nf4", columns=200)
+    assert done.exit_code == 0
+    assert "8B: scoring needs 2 GPUs of this size for one copy of the model, and there are 1; give more (--gpus)" in done.stdout
+
+
+def test_what_is_true_of_several_plans_is_said_once(sweep: Path) -> None:
+    done = plan(str(sweep), "--gpus", "2", "--gpu", "H100", "--gpu-memory", "0.5GB", columns=400)
+    paused, plain = (line for line in done.stdout.splitlines() if "the training does not fit" in line)
+    assert paused.startswith("pause_tuned rank=2 #0, pause_tuned rank=4 #0: "), "their rows are as long"
+    assert plain.startswith("without_pauses #0: ")
+
+
+@pytest.mark.parametrize(("gpus", "rows"), [(1, 8), (3, 9), (8, 8), (7, 14), (16, 16)])
+def test_where_no_file_says_it_a_step_has_rows_for_every_gpu(gpus: int, rows: int) -> None:
+    (found,) = planned("--model", "3B", "--gpus", str(gpus))["plans"]
+    assert found["train"]["rows_per_step"] == rows
+    shown = " ".join(plan("--model", "3B", "--gpus", str(gpus)).stdout.split())
+    for said in (f"steps × rows │ 60 × {rows}", "longest row, tokens │ 8,192", "activations │ recomputed"):
+        assert said in shown
 
 
 def test_the_help_has_examples() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 GPU_TABLE = "cluster/gpus.yaml"
 SUITE = "eval/suites/paper.yaml"
 ROW_TOKENS = 8192
+LEAST_ROWS = 8
+"""In a step, where no file says it: the paper's batch."""
 SFT_LEARNED_TOKENS = 64
 """Of a needle_sft row: the fact as answer and its end."""
 CONFIG = "config.json"
@@ -53,7 +56,7 @@ def plan(
     gpu_memory: Annotated[str | None, typer.Option(help="Of one GPU, such as 80GB; default: as in the table.")] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of one machine.")] = 8,
     row_tokens: Annotated[
-        int | None, typer.Option(min=64, help=f"Longest training row, where no file says it; default: {ROW_TOKENS}.")
+        int | None, typer.Option(min=64, help=f"Of every training row, all learned, where no file says it; default: {ROW_TOKENS}.")
     ] = None,
     suite: Annotated[str | None, typer.Option(help=f"Suite to score, where no file says it; default: {SUITE}.")] = None,
     mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Assumed share of the GPUs' peak that is reached.")] = 0.4,
@@ -88,7 +91,7 @@ def plan(
             for name in model or PUBLISHED
         ]
     else:
-        _refuse_without_effect(model=model, suite=suite, row_tokens=row_tokens)
+        _refuse_without_effect(spec, model=model, suite=suite, row_tokens=row_tokens)
         with err.status("building the prompts"):
             plans = _of_trials(spec, site=site, set_=set_, root=root)
     if as_json:
@@ -108,17 +111,25 @@ def _content(name: str, *, option: str) -> Path:
     return path
 
 
-def _refuse_without_effect(*, model: list[str] | None, suite: str | None, row_tokens: int | None) -> None:
+def _refuse_without_effect(spec: Path, *, model: list[str] | None, suite: str | None, row_tokens: int | None) -> None:
+    trial = "trial." if _is_sweep(spec) else ""
     if model:
-        raise SpecError(f"--model {model[0]}: the file names the model; change it with --set model.source={model[0]}")
+        raise SpecError(f"--model {model[0]}: the file names the model; change it with --set {trial}model.source={model[0]}")
     if suite:
-        raise SpecError(f"--suite {suite}: the file names the suite; change it with --set eval={suite}")
+        raise SpecError(f"--suite {suite}: the file names the suite; change it with --set {trial}eval={suite}")
     if row_tokens:
-        raise SpecError(f"--row-tokens {row_tokens}: the file says it; change it with --set corpus.sequence_tokens={row_tokens}")
+        raise SpecError(f"--row-tokens {row_tokens}: the file says it; change it with --set {trial}corpus.sequence_tokens={row_tokens}")
+
+
+def _is_sweep(spec: Path) -> bool:
+    return "trial" in read_yaml(spec)
 
 
 def _of_model(name: str, *, site: Site, row_tokens: int, suite: SuiteSpec, set_: list[str] | None, root: Storage) -> Plan:
-    """The paper's training, with whatever stage fits and activations recomputed, on as many rows per step as there are GPUs."""
+    """The paper's training, with whatever stage fits and activations recomputed, on at least eight rows per step that all GPUs share.
+
+    Every token of a row counts as learned, which is the most that a training can take.
+    """
     from pause_ray.engines.cost import ModelShape
     from pause_ray.engines.model_source import config_limit_tokens
     from pause_ray.needle.haystack import check_lengths
@@ -127,7 +138,8 @@ def _of_model(name: str, *, site: Site, row_tokens: int, suite: SuiteSpec, set_:
     overrides = parse_assignments(set_ or [])
     for dotted in overrides:
         check_path(_Planned, dotted, origin="--set")
-    sparse = {"batch_size": 1, "accumulation": max(8, site.gpus), "gradient_checkpointing": True, "zero": {"stage": "auto"}}
+    rows_per_step = site.gpus * math.ceil(LEAST_ROWS / site.gpus)
+    sparse = {"batch_size": 1, "accumulation": rows_per_step, "gradient_checkpointing": True, "zero": {"stage": "auto"}}
     train = _Planned.parse(with_overrides({"train": sparse}, overrides), origin="--set").train
     config, origin = _config(name, root=root)
     shape, limit_tokens = ModelShape.from_config(config, origin=origin), config_limit_tokens(config, origin=origin)
@@ -149,13 +161,14 @@ def _config(name: str, *, root: Storage) -> tuple[Mapping[str, Any], str]:
         return read_config(path), str(path)
     if published is not None and not path.exists():
         return published, name
-    folder = path if (path / CONFIG).is_file() else resolve_model(ModelSpec(source=name), cache=root.cache, weights=False)
+    source = ModelSpec.parse({"source": name}, origin="--model")
+    folder = path if (path / CONFIG).is_file() else resolve_model(source, cache=root.cache, weights=False)
     return read_config(folder / CONFIG), str(folder / CONFIG)
 
 
 def _of_trials(spec: Path, *, site: Site, set_: list[str] | None, root: Storage) -> list[Plan]:
     overrides = parse_assignments(set_ or [])
-    if "trial" in read_yaml(spec):
+    if _is_sweep(spec):
         trials = expand(read_sweep(spec, overrides))
     else:
         trials = [PlannedTrial(arm="trial", point={}, spec=read_trial(spec, overrides))]
@@ -174,10 +187,15 @@ class _Known:
     def plan(self, planned: PlannedTrial) -> Plan:
         """One trial's."""
         from pause_ray.engines.cost import ModelShape
+        from pause_ray.engines.model_source import model_limit_tokens
         from pause_ray.plan import make_plan
+        from pause_ray.train.loop import check_corpus
 
-        trial = planned.spec
-        shape = ModelShape.load(self._folder(trial))
+        trial, folder = planned.spec, self._folder(planned.spec)
+        shape = ModelShape.load(folder)
+        if trial.train is not None and trial.corpus is not None:
+            tokens, limit_tokens = trial.corpus.sequence_tokens, model_limit_tokens(folder)
+            check_corpus(trial.train, num_rows=trial.corpus.rows, longest_row_tokens=tokens, limit_tokens=limit_tokens)
         grid, paused = self._grid(trial)
         scored_here = isinstance(trial.engine, HfEngineSpec)
         rows = _rows(trial, paused=paused)
@@ -193,7 +211,8 @@ class _Known:
 
     def _grid(self, trial: TrialSpec) -> tuple[Grid, float]:
         """The scoring, and how much longer pauses make a text."""
-        from pause_ray.plan import Grid
+        from pause_ray.engines.cost import ModelShape
+        from pause_ray.plan import grid_of_prompts
         from pause_ray.text.tokens import ModelTokenizer, resolve_marker
         from pause_ray.trial.forecast import forecast_trial
 
@@ -206,7 +225,9 @@ class _Known:
             group = resolve_marker(ModelTokenizer.load(self._folder(trial)), trial.pauses).group_ids if trial.pauses else ()
             on_top = trial.pauses is not None and trial.pauses.budget == "content"
             content = prompts.asked_tokens - found.num_pauses * len(group)
-            self._grids[key] = Grid(prompts, trial.eval.max_new_tokens), prompts.asked_tokens / content if on_top else 1.0
+            shape = ModelShape.load(self._folder(trial))
+            grid = grid_of_prompts(prompts, shape=shape, answer_tokens=trial.eval.max_new_tokens, dtype=trial.model.dtype)
+            self._grids[key] = grid, prompts.asked_tokens / content if on_top else 1.0
         return self._grids[key]
 
 
@@ -224,16 +245,28 @@ def _rows(trial: TrialSpec, *, paused: float) -> Rows:
 
 def _show(plans: list[Plan], site: Site) -> None:
     out.print(_side_by_side(plans, site) if len(plans) <= BESIDE else _line_by_line(plans, site))
-    for found in plans:
-        if found.remedy is not None:
-            out.print(f"[red]{escape(found.label)}: the training does not fit;[/] {escape(found.remedy)}", highlight=False)
+    for misfit, labels in _misfits(plans, site).items():
+        out.print(f"[red]{escape(', '.join(labels))}: {escape(misfit)}[/]", highlight=False)
     gpu = site.gpu
     out.print(
-        f"Assumed: {site.utilization:.0%} of {gpu.bf16_tflops:g} TFLOP/s (--mfu), {site.network_gb_per_second:g} GB/s between machines "
-        f"(--network), every answer of full length, {money(gpu.price_per_hour)} {gpu.currency} per hour of one {gpu.name} "
-        f"({gpu.price_source}, {gpu.price_date}). 1 GB is 10⁹ bytes.",
+        f"Assumed: all GPUs train one model, then score it, one trial after another; {site.utilization:.0%} of {gpu.bf16_tflops:g} TFLOP/s "
+        f"(--mfu), {site.network_gb_per_second:g} GB/s between machines (--network), every answer of full length, "
+        f"{money(gpu.price_per_hour)} {gpu.currency} per hour of one {gpu.name} ({gpu.price_source}, {gpu.price_date}). "
+        "1 GB is 10⁹ bytes.",
         highlight=False,
     )
+
+
+def _misfits(plans: list[Plan], site: Site) -> dict[str, list[str]]:
+    """What does not fit and what would → the plans of which that is so."""
+    found: dict[str, list[str]] = {}
+    for each in plans:
+        if each.remedy is not None:
+            found.setdefault(f"the training does not fit; {each.remedy}", []).append(each.label)
+        if each.gpus_per_model > site.gpus:
+            needed = f"scoring needs {each.gpus_per_model} GPUs of this size for one copy of the model, and there are {site.gpus}"
+            found.setdefault(f"{needed}; give more (--gpus), or larger ones (--gpu)", []).append(each.label)
+    return found
 
 
 def _side_by_side(plans: list[Plan], site: Site) -> Table:
@@ -247,9 +280,14 @@ def _side_by_side(plans: list[Plan], site: Site) -> Table:
     def row(heading: str, values: Iterable[str], *, end_section: bool = False) -> None:
         table.add_row(heading, *values, end_section=end_section)
 
+    trains, memories = [found.train for found in plans], [found.memory for found in plans]
     row("parameters", (_billions(found.parameters) for found in plans))
     row("trained", (_billions(found.trained_parameters) for found in plans), end_section=True)
-    memories = [found.memory for found in plans]
+    if any(trains):
+        row("steps × rows", (f"{train.steps} × {train.rows_per_step}" if train else "–" for train in trains))
+        row("longest row, tokens", (count(found.longest_row_tokens) if found.train else "–" for found in plans))
+        row("base weights", ((train.quantize or train.precision) if train else "–" for train in trains))
+        row("activations", (("recomputed" if train.gradient_checkpointing else "kept") if train else "–" for train in trains))
     if any(memories):
         parts = [part for part in PARTS if any(memory and part in memory.worker for memory in memories)]
         row("ZeRO stage", (str(memory.stage) if memory else "–" for memory in memories))
@@ -269,7 +307,7 @@ def _side_by_side(plans: list[Plan], site: Site) -> Table:
             row("  bound by", (its.bound_by if its else "–" for its in spent))
             row(f"  cost, {site.gpu.currency}", (money(its.cost) if its else "–" for its in spent), end_section=True)
     if any(found.gpus_per_model for found in plans):
-        row("GPUs that hold a model", (str(found.gpus_per_model or "–") for found in plans))
+        row("GPUs per scoring copy", (str(found.gpus_per_model or "–") for found in plans))
     row("smallest cluster", (_cluster(found, site) for found in plans))
     return table
 
@@ -282,7 +320,7 @@ def _line_by_line(plans: list[Plan], site: Site) -> Table:
     table.add_column("trial", footer="all, if nothing is shared", overflow="fold")
     for heading, footer in (
         ("stage", ""),
-        ("of a GPU", ""),
+        ("GPU memory", ""),
         ("train", duration(sum(found.training.seconds for found in plans if found.training))),
         ("score", duration(sum(found.evaluation.seconds for found in plans if found.evaluation))),
         (site.gpu.currency, money(sum(costs))),

@@ -168,13 +168,16 @@ def export(
     Example: `pause-ray export runs/checkpoints/1c3e52d7a9b04f68 tuned-model`
     """
     from pause_ray.checkpoint import Checkpoint
-    from pause_ray.engines.model_source import model_digest, resolve_model
-    from pause_ray.text.tokens import ModelTokenizer
-    from pause_ray.train.export import base_of, export_model
 
     root = Storage(Path(storage).expanduser().absolute())
-    given = Path(checkpoint).expanduser()
+    given, target = Path(checkpoint).expanduser(), folder.expanduser().absolute()
     found = Checkpoint.open(given if given.is_dir() else root.checkpoints / checkpoint)
+
+    from pause_ray.engines.model_source import model_digest, resolve_model
+    from pause_ray.text.tokens import ModelTokenizer
+    from pause_ray.train.export import base_of, check_target, export_model  # torch, seconds
+
+    check_target(target)
     base = ModelSpec.parse({"source": model or base_of(found)}, origin="--model")
     model_dir = resolve_model(base, cache=root.cache)
     found.check_fits(
@@ -186,19 +189,19 @@ def export(
         export_model(
             found,
             model_dir=model_dir,
-            folder=folder.expanduser().absolute(),
+            folder=target,
             dtype=dtype.value if dtype else None,
             progress=lambda done, total: show("merging", done, total),
         )
     if as_json:
-        print_json({"folder": str(folder), "base_digest": found.base_digest, "marker": found.marker.text if found.marker else None})
+        print_json({"folder": str(target), "base_digest": found.base_digest, "marker": found.marker.text if found.marker else None})
         return
     trained_on = found.spec.get("train", {}).get("quantize")
     if trained_on:
         out.print(
             f"note: trained on {trained_on} weights and merged into the whole ones, so answers may differ from those seen in training"
         )
-    out.print(f"model: {folder}", highlight=False, soft_wrap=True)
+    out.print(f"model: {target}", highlight=False, soft_wrap=True)
 
 
 @app.command("import")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -129,13 +129,20 @@ def needle_sft_row(
 
 
 def pack_language_modeling(
-    documents: Iterable[TokenDocument], *, sequence_tokens: int, end_id: int, group_tokens: int, budget: Literal["content", "total"]
+    documents: Iterable[TokenDocument],
+    *,
+    sequence_tokens: int,
+    end_id: int,
+    group_tokens: int,
+    budget: Literal["content", "total"],
+    leading_ids: Sequence[int] = (),
 ) -> Iterator[PackedRow]:
     """Documents end to end, ``end_id`` after each, in rows of ``sequence_tokens``; the last row is what remains.
 
     Under ``budget: content`` a row holds so many tokens that are no pause, the same ones whatever the pauses; under
     ``total`` pauses are among them. A marker group is never split. Pauses carry no loss, and neither does the first token of a
-    document in a row; ``document_starts`` says where those are.
+    document in a row; ``document_starts`` says where those are. ``leading_ids``, what the model expects before every text, come on top
+    before each document, and each rest of one, since its tokens see nothing before it.
 
     Raises:
         TextError: one marker group is longer than a row that it must fit in.
@@ -151,11 +158,11 @@ def pack_language_modeling(
         source = np.concatenate([source, np.full(len(document.ids) + 1, number)])
         done = 0
         for end in _row_ends(is_pause, sequence_tokens, group_tokens, budget):
-            yield _language_row(ids[done:end], is_pause[done:end], source[done:end], end_id, group_tokens)
+            yield _led(_language_row(ids[done:end], is_pause[done:end], source[done:end], end_id, group_tokens), leading_ids)
             done = end
         ids, is_pause, source = ids[done:], is_pause[done:], source[done:]
     if np.count_nonzero(~is_pause) > 1:  # a single token predicts nothing
-        yield _language_row(ids, is_pause, source, end_id, group_tokens)
+        yield _led(_language_row(ids, is_pause, source, end_id, group_tokens), leading_ids)
 
 
 def longest_stretch(is_pause: NDArray[np.bool_]) -> int:
@@ -199,6 +206,18 @@ def _language_row(
         content_tokens=int((~is_pause & (ids != end_id)).sum()),
         longest_stretch_tokens=longest_stretch(is_pause),
         document_starts=starts,
+    )
+
+
+def _led(row: PackedRow, leading_ids: Sequence[int]) -> PackedRow:
+    """``row`` with ``leading_ids`` before each of its documents."""
+    starts, size = row.document_starts, len(leading_ids)
+    places = np.repeat(starts, size)
+    return replace(
+        row,
+        input_ids=np.insert(row.input_ids, places, np.tile(leading_ids, len(starts)).astype(np.int32)),
+        labels=np.insert(row.labels, places, NO_LOSS),
+        document_starts=starts + size * np.arange(len(starts), dtype=np.int32),
     )
 
 

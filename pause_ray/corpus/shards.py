@@ -55,7 +55,7 @@ from pause_ray.text.tokens import ModelTokenizer
 
 log = logging.getLogger("pause_ray")
 
-RECIPE_VERSION = 3
+RECIPE_VERSION = 4
 """Raise when the code makes other rows from the same inputs."""
 ROWS_PER_UNIT = 32
 """``needle_sft`` rows that one task makes: about a second of work at 1,024 tokens, so that progress moves."""

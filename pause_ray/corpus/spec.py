@@ -59,7 +59,7 @@ class CorpusSpec(Spec):
     predicted, so that a tuned model does not write them (as in arXiv 2310.02226)."""
     sequence_tokens: int = Field(default=1024, ge=64)
     """Longest row, in tokens. Under ``pauses.budget: content`` pauses and their instruction come on top, so that arms train on
-    the same content; under ``total`` they are inside."""
+    the same content; under ``total`` they are inside. What the tokenizer puts before every text comes on top in ``language_modeling``."""
     min_context_tokens: int = Field(default=256, ge=32)
     """Shortest ``needle_sft`` row; lengths are drawn evenly between this and ``sequence_tokens``."""
     rows: int = Field(default=480, ge=1)

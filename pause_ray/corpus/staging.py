@@ -187,12 +187,13 @@ def held_out_from(shelf: Shelf, *, num_chars: int, share: float, least_chars: in
         SourceError: that would be more than half of the text.
     """
     kept = max(math.ceil(share * num_chars), least_chars)
-    if 2 * kept > num_chars:
+    border = shelf.sentence_start(max(0, num_chars - kept))
+    if 2 * max(kept, num_chars - border) > num_chars:
         raise SourceError(
-            f"corpus.validation_rows need about {kept:,} characters that training does not touch, but the text has {num_chars:,}; "
-            "add documents, lower corpus.sequence_tokens, or set corpus.validation_rows: 0"
+            f"corpus.validation_rows need about {max(kept, num_chars - border):,} characters that training does not touch, but the text "
+            f"has {num_chars:,}; add documents, lower corpus.sequence_tokens, or set corpus.validation_rows: 0"
         )
-    return shelf.sentence_start(num_chars - kept)
+    return border
 
 
 def _sentence_start_before(stretch: Stretch, offset: int) -> int:

@@ -133,6 +133,7 @@ def make_language_rows(item: JsonObject, *, recipe: Recipe, staged: Path, packed
         end_id=_document_end_id(tokenizer),
         group_tokens=len(marker.group_ids),
         budget=recipe.policy.budget if recipe.policy else "content",
+        leading_ids=tokenizer.leading_ids,
     )
     made = list(rows)
     yield _packed(made, unit=item["unit"], folder=packed, seconds=thread_time() - started)

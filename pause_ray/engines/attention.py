@@ -25,7 +25,12 @@ _WIDEST_FLASH = 256
 
 
 def use_path_attention(model: transformers.PreTrainedModel) -> None:
-    """Let ``model`` attend this way; one whose attention cannot be exchanged stays as it is."""
+    """Let ``model`` attend this way; one whose attention cannot be exchanged, or does what ``sdpa`` cannot, stays as it is.
+
+    That is for example a sink beside the keys (gpt-oss). Bounded scores, which ``sdpa`` cannot either, are known here.
+    """
+    if not (model._supports_sdpa or getattr(model.config, "attn_logit_softcapping", None)):
+        return
     transformers.AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, _mask)
     model.set_attn_implementation(NAME)
@@ -123,7 +128,7 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """Attention of ``query`` [1, heads, tokens, width] as [1, tokens, heads, width]; keys and values may have fewer heads."""
     if rows is not None:
-        return rows.attend(module.layer_idx, query, scaling=scaling, softcap=others.get("softcap")), None  # type: ignore[arg-type]
+        return rows.attend(module.layer_idx, query, key, value, scaling=scaling, softcap=others.get("softcap")), None  # type: ignore[arg-type]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if causal and query.shape[0] == 1 and others.get("softcap") is not None:
         return _capped(query, key, value, attention_mask, scaling=scaling, softcap=others["softcap"]), None

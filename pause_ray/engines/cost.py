@@ -17,23 +17,24 @@ from typing import Any, Self
 from pause_ray.errors import ModelError
 
 _GEMMA_2 = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 256_000, "sliding_window": 4096}
-_GEMMA_3 = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262_208, "sliding_window_pattern": 6}
-"""What published Gemma configs leave to the defaults of transformers' ``Gemma2Config`` and ``Gemma3TextConfig``."""
+_GEMMA_3 = _GEMMA_2 | {"vocab_size": 262_208, "sliding_window_pattern": 6}
+_QWEN = {"num_key_value_heads": 32, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 _LEFT_OUT: Mapping[str, Mapping[str, Any]] = {
     "llama": {},
-    "mistral": {},
-    "qwen2": {"use_sliding_window": False},
-    "qwen3": {"use_sliding_window": False},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
     "phi3": {},
     "gemma2": _GEMMA_2 | {"sliding_window_pattern": 2, "tie_word_embeddings": True},
     "gemma3_text": _GEMMA_3 | {"tie_word_embeddings": True},
 }
-"""Kinds of model that are understood, with the values of fields that their configs may leave out."""
+"""Kinds of model that are understood, with what their configs may leave to the defaults of transformers' configuration classes."""
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Per value."""
 _QUANTIZED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 """Per weight (bitsandbytes). ``nf4``: four bits, eight bits of scale for every block of 64, and a float32 scale for 256 of those scales."""
+_ATTENTIONS = ("full_attention", "sliding_attention")
 _FUSED = {"phi3"}
 """Kinds whose query, key and value are one layer, and gate and up another."""
 _FOUR_NORMS = {"gemma2", "gemma3_text"}
@@ -220,11 +221,13 @@ class _Fields:
     @classmethod
     def of(cls, config: Mapping[str, Any], *, origin: str) -> Self:
         text = config.get("text_config")
-        values = config if text is None else {name: config[name] for name in ("tie_word_embeddings",) if name in config} | text
+        if text is not None and not isinstance(text, Mapping):
+            raise ModelError(f"{origin}: text_config is {text!r}, and an object is needed; correct the file")
+        values = config if text is None else {name: config[name] for name in ("tie_word_embeddings",) if name in config} | dict(text)
         kind = values.get("model_type")
         if not isinstance(kind, str) or kind not in _LEFT_OUT:
             known = ", ".join(_LEFT_OUT)
-            raise ModelError(f"{origin}: model_type {kind!r} is not one whose cost can be predicted ({known}); run without the forecast")
+            raise ModelError(f"{origin}: model_type {kind!r} is not one whose cost can be predicted ({known}); run it without a plan")
         return cls({**_LEFT_OUT[kind], **values}, origin)
 
     def count(self, name: str, *, otherwise: int | None = None) -> int:
@@ -244,17 +247,17 @@ class _Fields:
     def windows(self, num_layers: int) -> tuple[int | None, ...]:
         """Window of each layer, from ``layer_types`` or, in configs that have none, from what its model type says instead."""
         types = self.values.get("layer_types") or self._types(num_layers)
-        unknown = set(types) - {"full_attention", "sliding_attention"}
-        if unknown or len(types) != num_layers:
+        if not isinstance(types, list) or len(types) != num_layers or any(kind not in _ATTENTIONS for kind in types):
             raise ModelError(
-                f"{self.origin}: layer_types {sorted(set(types))} of {len(types)} layers cannot be predicted; correct the file"
+                f"{self.origin}: layer_types {types!r} cannot be predicted: {num_layers} of {' or '.join(_ATTENTIONS)} are needed; "
+                "correct the file"
             )
         return tuple(self.count("sliding_window") if kind == "sliding_attention" else None for kind in types)
 
     def _types(self, num_layers: int) -> list[str]:
         if self.values.get("sliding_window") is None or self.values.get("use_sliding_window", True) is False:
             return ["full_attention"] * num_layers
-        pattern = self.values.get("sliding_window_pattern")
-        whole = self.values.get("max_window_layers", 0) if "use_sliding_window" in self.values else 0
+        pattern = self.count("sliding_window_pattern") if "sliding_window_pattern" in self.values else None
+        whole = self.values.get("max_window_layers", 0)
         sliding = [(layer + 1) % pattern != 0 if pattern else layer >= whole for layer in range(num_layers)]
         return ["sliding_attention" if slides else "full_attention" for slides in sliding]

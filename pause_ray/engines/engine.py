@@ -60,16 +60,29 @@ class HfEngineSpec(Spec):
     """Prompt tokens per forward pass; null: 512 on a CPU, 2,048 on a GPU."""
     decode_batch: int | None = Field(default=None, ge=1)
     """Answers that go on together in one forward pass, once their prompts are read; their keys and values take up to as much memory
-    as the longest prompt's. null: 8 in float32; 1 in other precisions, where an answer could depend on those beside it."""
+    as the longest prompt's. null: 8 in float32; 1 in other precisions, where an answer could depend on those beside it, and with
+    ``kv: host``."""
     kv: Literal["device", "host"] = "device"
     """Where keys and values are kept. ``host``: in the memory of the machine, when a GPU is too small for a long context."""
     recheck_cells: int | None = Field(default=None, ge=0)
     """Cells of a trial that are answered a second time in other shapes, to measure how often the precision alone changes an answer.
     null: none in float32, 12 in other precisions and with quantized weights."""
 
+    @model_validator(mode="after")
+    def _batch_is_on_device(self) -> Self:
+        if self.kv == "host" and (self.decode_batch or 1) > 1:
+            raise ValueError(f"decode_batch {self.decode_batch}: answers go on together with kv: device only; set it to 1, or leave it out")
+        return self
+
     def identity(self) -> JsonObject:
         """What of it changes an answer: nothing."""
         return {}
+
+    def answers_together(self, *, dtype: str, quantize: str | None) -> int:
+        """How many answers go on in one forward pass, in this precision."""
+        if self.kv == "host":
+            return 1
+        return self.decode_batch or default_decode_batch(dtype=dtype, quantize=quantize)
 
 
 CPU_CHUNK_TOKENS = 512
@@ -218,7 +231,7 @@ class Engine(Protocol):
     def answer(self, steps: Sequence[Step]) -> Iterator[tuple[int, Completion | EngineError]]:
         """Index of a step and its greedy answer, up to the model's end token or ``max_new_tokens``, as soon as it is there.
 
-        In any order: answers are computed side by side.
+        In any order: answers are computed side by side. They are taken, or left for good, before the engine is asked for something else.
 
         Raises:
             ModelError: a prompt is longer than the model takes, or the model cannot be asked at all.

@@ -110,7 +110,8 @@ class GreedyReader:
         grain_tokens: Keep multiples of this only: 1, or ``chunk_tokens``. Then what is kept are whole chunks that were computed
             without a draft, so every key and value comes out of a forward pass of the same shape whatever is reused.
         host: Keep keys and values in the machine's memory.
-        decode_batch: Answers that go on in one forward pass, where the model's attention was exchanged (``engines.attention``).
+        decode_batch: Answers that go on in one forward pass, where the model's attention was exchanged (``engines.attention``); 1 with
+            ``host``.
     """
 
     def __init__(
@@ -130,8 +131,7 @@ class GreedyReader:
         self.reserved_tokens = 0
         self._host = host
         self._no_rows = torch.empty(0, dtype=torch.long)
-        self._waiting: list[_Waiting] = []
-        self._decode_batch = 1 if host else decode_batch
+        self._decode_batch = decode_batch
         self._can_batch: bool | None = None
         self.forget()
 
@@ -147,9 +147,13 @@ class GreedyReader:
         if isinstance(self._cache, PathCache):
             self._cache.reserve(self.reserved_tokens)
 
+    def give_up(self) -> None:
+        """Drop the answers that wait."""
+        self._waiting: list[_Waiting] = []
+
     def forget(self) -> None:
-        """Drop the keys and values, and their memory; answers that wait are given up."""
-        self._waiting = []
+        """Drop the keys and values, and their memory, and the answers that wait."""
+        self.give_up()
         self._cache: PathCache | transformers.DynamicCache = path_cache(self._config, host=self._host) or self._unkept()
         self._held: Ids = np.empty(0, dtype=np.int32)
         self.reserved_tokens = 0
@@ -232,7 +236,8 @@ class GreedyReader:
             row, num_layers = Row(num_tokens=0, room_tokens=1), len(self._cache.layers)
             row.part_from(self._cache, at=0)
             rows = RowsCache(self._cache, [(row, 1)])
-            if self._config._attn_implementation == NAME and len(self._cache.path_layers) == num_layers:
+            chunked = getattr(self._config, "attention_chunk_size", None)  # Llama 4: a window that does not slide
+            if self._config._attn_implementation == NAME and len(self._cache.path_layers) == num_layers and not chunked:
                 self._forward_rows([0], rows)
             self._can_batch = rows.attended_layers == num_layers
         return self._can_batch

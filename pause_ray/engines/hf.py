@@ -24,7 +24,6 @@ from pause_ray.engines.engine import (
     LoadedAs,
     Step,
     default_chunk_tokens,
-    default_decode_batch,
     grain_of,
 )
 from pause_ray.engines.greedy import Answer, GreedyReader
@@ -113,6 +112,7 @@ class HfEngine:
         self._base: _Base | None = None
         self._reader: GreedyReader | None = None
         self._loaded: LoadedAs | None = None
+        self._turn = 0
 
     @property
     def grain_tokens(self) -> int:
@@ -144,6 +144,7 @@ class HfEngine:
         """
         if wanted == self._loaded:
             return
+        self._turn += 1
         if self._reader is not None and isinstance(self._reader.model, peft.PeftModel):
             take_back_rows(self._reader.model)
             self._reader.model.unload()
@@ -164,11 +165,14 @@ class HfEngine:
 
         Raises:
             ModelError: a prompt alone is as long as the model's limit; nothing has been computed then.
+            RuntimeError: the engine was asked for something else before all answers were taken.
         """
         _, reader = self._ready()
+        turn = self._begin_turn(reader)
         reader.reserve(max((len(step.prompt.ids) + self._most(step) for step in steps), default=0))
         asked: list[_Asked] = []
         for index, step in enumerate(steps):
+            self._check_turn(turn)
             self._go_on(reader, asked, before=step)
             asked.append(self._ask(reader, index, step, drafts=self._spec.drafts, wait=True))
             if asked[-1].answer.error is not None:
@@ -176,6 +180,7 @@ class HfEngine:
                 asked[-1] = self._recovered(reader, asked[-1])
             yield from self._settled(asked)
             asked = [waiting for waiting in asked if not waiting.answer.settled]
+        self._check_turn(turn)
         self._go_on(reader, asked)
         yield from self._settled(asked)
 
@@ -187,12 +192,24 @@ class HfEngine:
             EngineError: no answer could be computed.
         """
         _, reader = self._ready()
+        self._begin_turn(reader)
         reader.forget()
         other = self._reader_of(reader.model, chunk_tokens=max(1, self._chunk_tokens // 2))
         [(_, outcome)] = self._settled([self._ask(other, 0, step, drafts=False, wait=False)])
         if isinstance(outcome, EngineError):
             raise outcome
         return outcome
+
+    def _begin_turn(self, reader: GreedyReader) -> int:
+        """The number of a new call; answers that wait are of a call whose caller took no more of them."""
+        reader.give_up()
+        self._turn += 1
+        return self._turn
+
+    def _check_turn(self, turn: int) -> None:
+        """Another call has taken the answers that wait, and perhaps exchanged the model: going on would lose some, or be wrong."""
+        if turn != self._turn:
+            raise RuntimeError("HfEngine was asked for something else before all answers were taken")
 
     def _ask(self, reader: GreedyReader, index: int, step: Step, *, drafts: bool, wait: bool) -> _Asked:
         """Read a prompt and begin its answer, which may ``wait`` for others to go on with."""
@@ -272,7 +289,7 @@ class HfEngine:
             chunk_tokens=chunk_tokens,
             grain_tokens=self._base.grain_tokens(chunk_tokens),
             host=self._spec.kv == "host",
-            decode_batch=self._base.decode_batch(self._spec),
+            decode_batch=self._base.answers_together(self._spec),
         )
 
     def _ready(self) -> tuple[_Base, GreedyReader]:
@@ -307,10 +324,10 @@ class _Base:
         dtype, quantize = self._precision
         return grain_of(dtype=dtype, quantize=quantize, chunk_tokens=chunk_tokens)
 
-    def decode_batch(self, spec: HfEngineSpec) -> int:
-        """Answers that go on together in this precision."""
+    def answers_together(self, spec: HfEngineSpec) -> int:
+        """How many answers go on in one forward pass, in this precision."""
         dtype, quantize = self._precision
-        return spec.decode_batch or default_decode_batch(dtype=dtype, quantize=quantize)
+        return spec.answers_together(dtype=dtype, quantize=quantize)
 
     def is_for(self, wanted: LoadedAs) -> bool:
         """Whether ``wanted`` stands on these weights in this precision."""

@@ -49,7 +49,10 @@ class Row:
         self.own_tokens = num_tokens - self.shared_tokens
 
     def part_from(self, path: PathCache, *, at: int) -> None:
-        """Take over what the path holds of this row from token ``at`` on, and make room for tokens to come."""
+        """Take over what the path holds of this row from token ``at`` on, and make room for tokens to come.
+
+        Where memory is too short for all layers, the row stays as it is.
+        """
         taken = max(0, self.shared_tokens - at)
         if self._own and not taken:
             return
@@ -103,6 +106,7 @@ class RowsCache(Cache):  # type: ignore[misc]  # transformers has no types
         self._path_layers = path.path_layers
         super().__init__(layers=[_RowsLayer(self, place, layer) for place, layer in enumerate(self._path_layers)])
         self.attended_layers = 0
+        self._written: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         self.parts: list[_Part] = []
         begin = 0
         for row, new_tokens in rows:
@@ -115,8 +119,16 @@ class RowsCache(Cache):  # type: ignore[misc]  # transformers has no types
         """Position of every new token in its own row [1, tokens]."""
         return torch.cat([torch.arange(row.num_tokens, row.num_tokens + end - begin) for row, begin, end in self.parts])[None].to(device)
 
-    def attend(self, layer: int, query: torch.Tensor, *, scaling: float | None, softcap: float | None) -> torch.Tensor:
-        """Attention of new tokens [1, heads, tokens, width] to their rows, as [1, tokens, heads, width]."""
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: float | None, softcap: float | None
+    ) -> torch.Tensor:
+        """Attention of new tokens [1, heads, tokens, width] to their rows, as [1, tokens, heads, width].
+
+        Zeros, and not counted in ``attended_layers``, where the new tokens' ``key`` and ``value`` are not those that were written:
+        then the model attends to something that it makes of what it caches (DeepSeek's latent attention).
+        """
+        if key is not self._written[0] or value is not self._written[1]:
+            return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
         self.attended_layers += 1
         path = self._path_layers[layer]
         groups, (heads, tokens, width) = path.keys.shape[1], query.shape[1:]
@@ -132,6 +144,7 @@ class RowsCache(Cache):  # type: ignore[misc]  # transformers has no types
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Give every row its new keys and values [1, heads, tokens, width]."""
+        self._written = keys, values
         for row, begin, end in self.parts:
             row.write(layer, keys[:, :, begin:end], values[:, :, begin:end])
 

@@ -186,7 +186,7 @@ class Fleet:
 
 @dataclass
 class _Run:
-    """What one actor was asked and still owes, in the order in which it answers."""
+    """What one actor was asked and still owes, in the order of its walk; a few answers may come after later ones."""
 
     actor: int
     owed: list[Cell]
@@ -245,7 +245,7 @@ class _Scoring:
             self._on_result(result)
 
     def _note_loss(self, run: _Run, error: RayActorError) -> None:
-        """Put the lost actor's cells back, and count the loss against the cell that it was at."""
+        """Put the lost actor's cells back, and count the loss against the first that it owed: it was there, or a few cells further."""
         # A call to an actor that is just restarting fails at once; this one waits until it is there.
         self._restarting[self._actors[run.actor].ready.options(max_task_retries=-1).remote()] = run.actor
         if not run.owed:
@@ -255,8 +255,8 @@ class _Scoring:
         place = f"cell of {cell.context_tokens} tokens at depth {cell.depth_percent:g} %"
         reason = " ".join(str(error).split())
         if self._losses[cell.id] >= MOST_LOSSES_PER_CELL:
-            raise FleetError(f"{self._losses[cell.id]} scoring actors were lost at the {place}; the last one: {reason}") from error
-        log.warning("a scoring actor was lost at the %s; its %d cells are asked again (%s)", place, len(run.owed), reason)
+            raise FleetError(f"{self._losses[cell.id]} scoring actors were lost at or soon after the {place}; the last one: {reason}") from error
+        log.warning("a scoring actor was lost at or soon after the %s; its %d cells are asked again (%s)", place, len(run.owed), reason)
         self._waiting.append(run.owed)
 
     def _welcome_back(self, ready: Any) -> None:

@@ -261,6 +261,7 @@ def _run_missing(
         return found  # type: ignore[no-any-return]
 
     places = _Places.of(sweep, [trial.planned.spec for trial in trials.values()])
+    cluster.check_room(places.held_at_a_time(training=any(trial.planned.spec.train for trial in trials.values())))
     board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
     shown = {key: (trial.planned.label, trial.planned.spec) for key, trial in trials.items()}
     with (
@@ -304,6 +305,15 @@ class _Places:
         if self.resources.train_workers:
             return {"cpu": 1}
         return {"cpu": self.resources.train_cpus_per_worker, "gpu": self.train_gpus}
+
+    def held_at_a_time(self, *, training: bool) -> dict[str, float]:
+        """What one trial, its fewest workers if it trains, and all scoring actors hold together."""
+        trial, its = self.of_one_trial(), self.resources
+        workers = its.worker_bounds[0] * training
+        return {
+            "CPU": trial["cpu"] + workers * its.train_cpus_per_worker + its.scoring_actors * its.scoring_cpus_per_actor,
+            "GPU": trial.get("gpu", 0) + workers * self.train_gpus + its.scoring_actors * self.scoring_gpus,
+        }
 
 
 @contextlib.contextmanager

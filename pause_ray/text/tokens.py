@@ -151,7 +151,7 @@ class ModelTokenizer:
     def chat_ids(self) -> frozenset[int]:
         """Ids that have a meaning: control tokens of the chat template, beginning and end tokens."""
         frame = {token_id for side in self.chat_frame(None, "a", "a") for token_id in side}
-        return frozenset(frame & {*self._special.values()}) | {*self.end_ids, *self._leading_ids}
+        return frozenset(frame & {*self._special.values()}) | {*self.end_ids, *self.leading_ids}
 
     @functools.cached_property
     def unused(self) -> tuple[str, ...]:
@@ -177,7 +177,7 @@ class ModelTokenizer:
                 raise TextError(f"the prompt text {_shortened(text)!r} contains the control token {found[0]}; remove it")
         if self._template is None:
             head = f"{system}\n\n" if system else ""
-            return (*self._leading_ids, *self._framed(head + user_before, marker)), self._framed(user_after, marker)
+            return (*self.leading_ids, *self._framed(head + user_before, marker)), self._framed(user_after, marker)
         before, after = self._template.render_around(system, user_before, user_after)
         return self._framed(before, marker), self._framed(after, marker)
 
@@ -202,7 +202,7 @@ class ModelTokenizer:
         return self._ends[0]
 
     @functools.cached_property
-    def _leading_ids(self) -> tuple[int, ...]:
+    def leading_ids(self) -> tuple[int, ...]:
         """What the tokenizer puts before every text, such as a beginning-of-sequence token."""
         bare = self._control.encode("a", add_special_tokens=False).ids
         full = self._control.encode("a", add_special_tokens=True).ids

@@ -130,26 +130,30 @@ def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule
     for begin in range(0, tokens, BLOCK):
         end = min(begin + BLOCK, tokens)
         first = 0 if rule.window is None else max(0, begin - rule.window + 1)
-        mask = _mask(end - begin, end - first, rule.window, query.device, query.dtype)
         block = query[:, :, begin:end], key[:, :, first:end], value[:, :, first:end]
         if rule.softcap is None:
+            mask = _kept_mask(end - begin, end - first, rule.window, query.device, query.dtype)
             seen.append(scaled_dot_product_attention(*block, attn_mask=mask, dropout_p=rule.dropout, scale=rule.scale))
         else:
-            seen.append(checkpoint(_capped, *block, mask, rule, use_reentrant=False))
+            seen.append(checkpoint(_capped, *block, rule, use_reentrant=False))
     return torch.cat(seen, dim=2)
 
 
-@lru_cache(maxsize=8)
 def _mask(queries: int, keys: int, window: int | None, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """What to add to the scores of the last ``queries`` of ``keys`` tokens, (queries, keys); kept, as every layer wants the same."""
+    """What to add to the scores of the last ``queries`` of ``keys`` tokens, (queries, keys)."""
     distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
     hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
     return torch.zeros(queries, keys, device=device, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
-def _capped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, rule: _Rule) -> torch.Tensor:
-    """Attention with bounded scores, which no kernel of torch has; made again in the backward pass."""
+_kept_mask = lru_cache(maxsize=8)(_mask)
+"""For windows: every layer, and every block but the first and the last, wants the same."""
+
+
+def _capped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: _Rule) -> torch.Tensor:
+    """Attention with bounded scores, which no kernel of torch has; made again in the backward pass, as is the mask."""
     scale, cap = query.shape[3] ** -0.5 if rule.scale is None else rule.scale, float(rule.softcap or 0)
+    mask = _mask(query.shape[2], key.shape[2], rule.window, query.device, query.dtype)
     scores = torch.tanh(query @ key.transpose(2, 3) * (scale / cap)) * cap + mask
     weights = torch.dropout(scores.softmax(dim=3, dtype=torch.float32).to(query.dtype), rule.dropout, train=True)
     return weights @ value

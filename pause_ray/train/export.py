@@ -5,7 +5,6 @@ One file of the base is read, merged and written at a time: a model takes no mor
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from pause_ray.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER, TOKENIZER_COMPANIONS, Checkpoint
+from pause_ray.engines.cost import read_config
 from pause_ray.engines.weights import INDEX, StoredWeights, empty_base, start_marker_row
 from pause_ray.errors import CheckpointError, ModelError, StorageError
 from pause_ray.spec import JsonObject
@@ -39,12 +39,29 @@ def base_of(checkpoint: Checkpoint) -> str:
     """Folder or hub id of the base model, as it was while training.
 
     Raises:
-        CheckpointError: the adapter's configuration names none.
+        CheckpointError: the adapter's configuration names none, or one that is not there any more.
     """
-    source = read_json(checkpoint.folder / ADAPTER_CONFIG).get(BASE)
-    if not source:
-        raise CheckpointError(f"{checkpoint.folder / ADAPTER_CONFIG}: names no base model; give it with --model FOLDER_OR_HUB_ID")
-    return str(source)
+    path = checkpoint.folder / ADAPTER_CONFIG
+    source = read_json(path).get(BASE)
+    remedy = "give it with --model FOLDER_OR_HUB_ID"
+    if not source or not isinstance(source, str):
+        raise CheckpointError(f"{path}: names no base model; {remedy}")
+    if Path(source).is_absolute() and not Path(source).is_dir():
+        raise CheckpointError(f"{path}: the base model was in {source} while training, and is not there now; {remedy}")
+    return source
+
+
+def check_target(folder: Path) -> None:
+    """Refuse a folder that a model cannot be put into, before anything is fetched or read.
+
+    Raises:
+        StorageError: it holds something, or stands below a file.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise StorageError(f"{folder}: holds something already; name a folder that does not exist")
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise StorageError(f"{folder}: {above} is a file; name a folder that does not exist")
 
 
 def export_model(checkpoint: Checkpoint, *, model_dir: Path, folder: Path, dtype: str | None, progress: Progress) -> None:
@@ -62,10 +79,9 @@ def export_model(checkpoint: Checkpoint, *, model_dir: Path, folder: Path, dtype
     Raises:
         CheckpointError: the adapter cannot be read, or has parts that fit no weight of the base.
         ModelError: the base cannot be read, or its weights are quantised.
-        StorageError: ``folder`` holds something, or the disk is full.
+        StorageError: ``folder`` holds something or cannot be written, or the disk is full.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise StorageError(f"{folder}: holds something already; name a folder that does not exist")
+    check_target(folder)
     config = _base_config(model_dir)
     base = empty_base(model_dir, dtype="float32", marker=checkpoint.marker)
     stored = StoredWeights(model_dir, base)
@@ -161,10 +177,7 @@ def _table_names(base: Any) -> set[str]:
 
 
 def _base_config(model_dir: Path) -> JsonObject:
-    try:
-        config: JsonObject = json.loads((model_dir / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{model_dir / CONFIG}: cannot be read as JSON ({error}); fetch or save the model again") from error
+    config = read_config(model_dir / CONFIG)
     if "quantization_config" in config:
         raise ModelError(
             f"{model_dir}: its weights are quantised, so an adapter cannot be merged into them; export onto the plain base model"

@@ -64,14 +64,18 @@ def train_digest(job: TrainJob) -> str:
     Raises:
         SourceError: the shard set is missing or damaged.
     """
-    return digest([FORMAT, *_identity(job).values()])
+    return _digest(_identity(job, ShardSet.open(job.shards)))
 
 
-def _identity(job: TrainJob) -> JsonObject:
+def _digest(identity: JsonObject) -> str:
+    return digest([FORMAT, *identity.values()])
+
+
+def _identity(job: TrainJob, shards: ShardSet) -> JsonObject:
     """What decides the adapter, as plain JSON data."""
-    shards = [entry["sha256"] for entry in ShardSet.open(job.shards).manifest["shards"]]
+    rows = [entry["sha256"] for entry in shards.manifest["shards"]]
     marker = dataclasses.asdict(job.marker) if job.marker else None
-    identity = {"train": job.train.identity(), "model": job.base_digest, "shards": shards, "marker": marker, "seed": job.seed}
+    identity = {"train": job.train.identity(), "model": job.base_digest, "shards": rows, "marker": marker, "seed": job.seed}
     plain: JsonObject = json.loads(json.dumps(identity))
     return plain
 
@@ -87,8 +91,8 @@ def fit(
 ) -> Checkpoint:
     """Train, go on with a training that was stopped, or find the finished checkpoint of the same job.
 
-    The training's own checkpoints (``train.checkpoint_every``) are gone when it is finished. SIGTERM makes one after the
-    running step and ends.
+    The training's own checkpoints (``train.checkpoint_every``) are gone when it is finished. SIGTERM or Ctrl-C makes one after
+    the running step and ends.
 
     Args:
         job: What to train.
@@ -106,23 +110,26 @@ def fit(
         ModelError: a model folder that cannot be loaded.
         CheckpointError: a checkpoint whose files were changed, or that is of another training.
         StorageError: disk full or not writable.
-        StoppedError: SIGTERM came; a checkpoint was written.
-        TrainingError: loss or gradient is not a number, or workers were lost again and again.
+        StoppedError: SIGTERM or Ctrl-C came; a checkpoint was written.
+        TrainingError: loss, gradient or validation loss is not a number, or workers were lost again and again.
     """
     _check_workers(job.train, num_workers)
-    folder = storage.checkpoints / train_digest(job)
+    shards = ShardSet.open(job.shards)
+    identity = _identity(job, shards)
+    folder = storage.checkpoints / _digest(identity)
     with exclusive(lock_of(folder), waiting=lambda holder: log.info("waiting for %s, which trains the same adapter", holder)):
+        untold: list[Exception] = []
         if not is_complete(folder):
-            _check_job(job)
+            _check_job(job, shards)
             tokenizer_digest = ModelTokenizer.load(job.model_dir).digest
-            running = RunningTraining(folder=training_folder(folder), belongs_to=_identity(job) | {"tokenizer": tokenizer_digest})
+            running = RunningTraining(folder=training_folder(folder), belongs_to=identity | {"tokenizer": tokenizer_digest})
             saved = running.latest()
             if saved:
                 log.info("going on after step %d of %d, from %s", saved.step, job.train.steps, saved.folder)
             with building(folder) as scratch:
                 copy_tokenizer(job.model_dir, scratch, marker=job.marker)
                 with (
-                    _following(scratch / TRAINING_LOG, steps=job.train.steps, progress=progress),
+                    _following(scratch / TRAINING_LOG, steps=job.train.steps, progress=progress, failures=untold),
                     _stoppable(scratch / STOP),
                 ):
                     _run(
@@ -141,15 +148,16 @@ def fit(
                     tokenizer_digest=tokenizer_digest,
                     marker=job.marker,
                     spec={"train": job.train.resolved(), "pauses": job.policy, "shards": job.shards.name, "seed": job.seed},
-                    document_digests=ShardSet.open(job.shards).document_digests(),
+                    document_digests=shards.document_digests(),
                 )
-            running.remove()
+        shutil.rmtree(training_folder(folder), ignore_errors=True)  # also one whose training was killed before it came to this
+        if untold:
+            raise untold[0]
         return Checkpoint.open(folder)
 
 
-def _check_job(job: TrainJob) -> None:
+def _check_job(job: TrainJob, shards: ShardSet) -> None:
     """Refuse a corpus or a number of sharers that does not fit the model, before anything starts."""
-    shards = ShardSet.open(job.shards)
     check_corpus(
         job.train,
         num_rows=shards.num_rows,
@@ -217,6 +225,8 @@ def _run(
         ),
         run_config=run_config(assignment.running, name=RAY_FOLDER, storage=str(folder.absolute())),
     )
+    # Ray Train 2.60 would answer Ctrl-C by sys.exit, now and for as long as the process lives; it is ours to answer (_stoppable).
+    trainer._register_sigint_handler = lambda controller: None
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
@@ -232,29 +242,34 @@ def _train_on_worker(config: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _stoppable(stop: Path) -> Iterator[None]:
-    """Make a first SIGTERM write ``stop`` instead of ending the process; only a process's main thread can take signals."""
+    """Make a first SIGTERM or Ctrl-C write ``stop`` instead of ending the process; only a process's main thread can take signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)}
 
     def ask(number: int, frame: object) -> None:
-        signal.signal(number, before)
+        signal.signal(number, before[signal.Signals(number)])
         stop.touch()
+        log.info("writing a checkpoint after the running step, then stopping; once more stops at once")
 
-    signal.signal(signal.SIGTERM, ask)
+    for number in before:
+        signal.signal(number, ask)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, its in before.items():
+            signal.signal(number, its)
 
 
 @contextlib.contextmanager
-def _following(path: Path, *, steps: int, progress: Progress) -> Iterator[None]:
-    """Pass each row of a growing training log to ``progress``: the same way for one process and for workers elsewhere."""
+def _following(path: Path, *, steps: int, progress: Progress, failures: list[Exception]) -> Iterator[None]:
+    """Pass each row of a growing training log to ``progress``: the same way for one process and for workers elsewhere.
+
+    What ``progress`` raises is added to ``failures``: it ends the telling and not the training.
+    """
     ended = threading.Event()
-    failures: list[Exception] = []
 
     def follow() -> None:
         told = 0
@@ -269,7 +284,7 @@ def _following(path: Path, *, steps: int, progress: Progress) -> Iterator[None]:
     def guarded() -> None:
         try:
             follow()
-        except Exception as error:  # noqa: BLE001 (a thread's border: raised again below)
+        except Exception as error:  # noqa: BLE001 (a thread's border: raised when the adapter is safe)
             failures.append(error)
 
     thread = threading.Thread(target=guarded, name="training-progress", daemon=True)
@@ -279,5 +294,3 @@ def _following(path: Path, *, steps: int, progress: Progress) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-    if failures:
-        raise failures[0]

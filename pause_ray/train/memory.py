@@ -21,7 +21,7 @@ from pause_ray.train.spec import TrainSpec
 ROOM = 0.9
 """Share of a GPU that a plan may fill: the rest is lost between the blocks of torch's allocator."""
 DOUBT = 0.15
-"""How far a plan may be off; only what cannot fit even so is refused when a stage is given."""
+"""How far a plan may be off: a training starts, in the last stage it may use, unless it cannot fit even so."""
 CHUNK_LOGITS = 2**24
 """Logits that exist at a time (``train.loss``)."""
 BLOCK = 512
@@ -65,11 +65,6 @@ class Workers:
     per_node: int
     on_gpu: bool = True
     """One GPU each, or processes on CPUs."""
-
-    @property
-    def num_nodes(self) -> int:
-        """Machines."""
-        return math.ceil(self.number / self.per_node)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,6 +368,8 @@ def what_would_fit(train: TrainSpec, *, shape: ModelShape, workers: Workers, mem
 
         def fits(changes: Iterable[_Change], who: Workers = who) -> bool:
             changed = _with(train, changes)
+            if who != workers and changed.rows_per_step % (who.number // changed.sequence_parallel):
+                return False  # more workers could not share the rows of a step
             return bool(cheapest_plan(changed, shape=shape, workers=who, memory_bytes=memory_bytes, longest_row_tokens=longest_row_tokens))
 
         found = _fewest(list(_changes(train, shape=shape, workers=number)), fits)

@@ -90,22 +90,20 @@ def _adapter_config(lora: LoraSpec, base: transformers.PreTrainedModel, marker: 
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
-        target_modules=_targets(base, lora.targets),
+        target_modules=_targets(base, lora),
         trainable_token_indices={_embedding_name(base): [marker.token_id]} if marker else None,
     )
 
 
-def _targets(base: transformers.PreTrainedModel, wanted: tuple[str, ...] | None) -> list[str]:
+def _targets(base: transformers.PreTrainedModel, lora: LoraSpec) -> list[str]:
     """Linear layers of the text decoder: short names, or whole ones where another part of the model has layers of the same name."""
     decoder = base.get_decoder()
     start = next(name for name, layer in base.named_modules() if layer is decoder)
     linear = [name for name, layer in base.named_modules() if isinstance(layer, nn.Linear)]
     inside = [name for name in linear if name.startswith(f"{start}." if start else "")]
     short = {name.rpartition(".")[2] for name in inside} - {"lm_head"}
-    unknown = sorted(set(wanted or ()) - short)
-    if unknown:
-        raise SpecError(f"train.lora.targets: {unknown} fit no linear layer of the model; it has {sorted(short)}")
-    chosen = set(wanted or short)
+    lora.check_targets(short)
+    chosen = set(lora.targets or short)
     meant = [name for name in inside if name.rpartition(".")[2] in chosen]
     hit = [name for name in linear if name.rpartition(".")[2] in chosen]
     return sorted(chosen) if hit == meant else meant

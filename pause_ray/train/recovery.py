@@ -43,7 +43,7 @@ class Recovery(ray.train.UserCallback):  # type: ignore[misc]
         self._fruitless = 1 if step != self._last_step else self._fruitless + 1
         self._last_step = step
         if self._fruitless >= FRUITLESS_ATTEMPTS:
-            told = "; ".join(f"worker {rank}: {str(failure).strip().splitlines()[-1]}" for rank, failure in worker_exceptions.items())
+            told = "; ".join(f"worker {rank}: {_last_line(failure)}" for rank, failure in worker_exceptions.items())
             raise TrainingError(
                 f"workers were lost {self._fruitless} times in a row after step {step} ({told}); look at their nodes, "
                 "give them more memory, or set train.checkpoint_every to fewer steps; the same command goes on"
@@ -70,6 +70,10 @@ def cause_of(error: Exception) -> Exception:
         if isinstance(raised, PauseRayError | OSError):
             return raised
     return TrainingError(f"Ray Train gave up: {error}")
+
+
+def _last_line(failure: Exception) -> str:
+    return (str(failure).strip() or repr(failure)).splitlines()[-1]
 
 
 def _may_be_the_machine(failure: Exception) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -40,6 +41,16 @@ class LoraSpec(Spec):
             raise SpecError(
                 f"train.lora.rank {self.rank}: above the model's hidden size {hidden_size}, so not low; choose at most {hidden_size}"
             )
+
+    def check_targets(self, layers: Collection[str]) -> None:
+        """Refuse targets that are none of the model's linear ``layers``.
+
+        Raises:
+            SpecError: naming both.
+        """
+        unknown = sorted(set(self.targets or ()) - set(layers))
+        if unknown:
+            raise SpecError(f"train.lora.targets: {unknown} fit no linear layer of the model; it has {sorted(layers)}")
 
 
 class ZeroSpec(Spec):
@@ -93,7 +104,7 @@ class TrainSpec(Spec):
     """``nf4``: QLoRA (arXiv 2305.14314), base weights in 4 bits with double quantisation, stored in ``precision``; ``int8``: in 8 bits
     (arXiv 2208.07339), up to ZeRO stage 2."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, up to half as much time again, as frozen weights get no gradients."""
     sequence_parallel: int = Field(default=1, ge=1)
     """Workers that share each row's tokens (DeepSpeed Ulysses, arXiv 2309.14509)."""
     validate_every: int | None = Field(default=None, ge=1)

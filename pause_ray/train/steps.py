@@ -60,7 +60,7 @@ class Steps:
         """Take every step that no checkpoint has.
 
         Raises:
-            TrainingError: loss or gradient is not a number; names step and rows, and the last checkpoint is there.
+            TrainingError: loss, gradient or validation loss is not a number; names step and rows, and the last checkpoint is there.
             StoppedError: asked to end; a checkpoint was written.
             CheckpointError: the last checkpoint is damaged or of another training.
             StorageError: the disk is full; the last checkpoint is there.
@@ -69,7 +69,7 @@ class Steps:
             record = self._step(step)
             done = step + 1
             if done == self._train.steps or (self._train.validate_every and done % self._train.validate_every == 0):
-                record |= self._validate()
+                record |= self._validate(step)
             self._append(record)
             stop, node_goes = self._asked()
             due = self._train.checkpoint_every is not None and done % self._train.checkpoint_every == 0
@@ -224,8 +224,12 @@ class Steps:
         if not math.isfinite(norm) or norm < 0:
             raise TrainingError(f"gradient is not a number at step {step + 1}, among rows {list(numbers)}; lower train.learning_rate")
 
-    def _validate(self) -> JsonObject:
-        """``validation_loss`` of the held-out rows, in nats per learned token; nothing where there are none."""
+    def _validate(self, step: int) -> JsonObject:
+        """``validation_loss`` of the held-out rows, in nats per learned token; nothing where there are none.
+
+        Raises:
+            TrainingError: it is not a number, on every worker.
+        """
         held_out, groups = self._shards.validation_rows, self._share.groups
         sums = torch.zeros(2, dtype=torch.float64, device=self._engine.device)
         self._engine.eval()
@@ -239,6 +243,8 @@ class Steps:
         self._engine.train()
         torch.distributed.all_reduce(sums)
         total, labelled = sums.tolist()
+        if not math.isfinite(total):
+            raise TrainingError(f"validation loss is {total} after step {step + 1}; lower train.learning_rate")
         return {"validation_loss": total / labelled} if labelled else {}
 
     def _append(self, record: JsonObject) -> None:

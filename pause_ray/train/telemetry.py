@@ -112,7 +112,7 @@ def known_shape(model_dir: Path) -> ModelShape | None:
         return None
 
 
-def step_flops(shape: ModelShape, *, document_tokens: Iterable[int], labelled_tokens: int) -> int:
+def step_flops(shape: ModelShape, *, document_tokens: Iterable[int], labelled_tokens: int, recomputed: bool = False) -> int:
     """Operations that one step with a frozen base needs, two per multiply-add: forward and backward, whatever is recomputed or padded.
 
     Attention counts what a causal mask leaves: each token with those before it in its document, as far as the layer's
@@ -122,6 +122,7 @@ def step_flops(shape: ModelShape, *, document_tokens: Iterable[int], labelled_to
         shape: Of the base model.
         document_tokens: Length of each document in the step's rows.
         labelled_tokens: Of the whole step.
+        recomputed: Count the layers' second forward pass under gradient checkpointing, which is no part of an MFU.
     """
     score_flops = 4 * shape.num_heads * shape.head_dim
     linear_flops = shape.forward_flops(new_tokens=1, past_tokens=0, logit_rows=0) - shape.num_layers * score_flops
@@ -130,7 +131,8 @@ def step_flops(shape: ModelShape, *, document_tokens: Iterable[int], labelled_to
     for tokens in document_tokens:
         linear += linear_flops * tokens
         attention += score_flops * sum(_seen(tokens, window) for window in shape.windows)
-    return FORWARD_AND_BACKWARD * (linear + head_flops) + ATTENTION_PASSES * attention
+    again = linear + attention if recomputed else 0
+    return FORWARD_AND_BACKWARD * (linear + head_flops) + ATTENTION_PASSES * attention + again
 
 
 def _seen(tokens: int, window: int | None) -> int:

@@ -40,7 +40,7 @@ def train_on_worker(config: dict[str, Any]) -> None:
         config: ``{"assignment": Assignment}``; Ray Train passes it to every worker.
 
     Raises:
-        TrainingError: loss or gradient is not a number.
+        TrainingError: loss, gradient or validation loss is not a number.
         StoppedError: asked to end; a checkpoint was written.
         StorageError: the disk is full.
         CheckpointError: the last checkpoint is damaged or of another training.
@@ -157,6 +157,8 @@ def _start_engine(assignment: Assignment, *, device: str) -> Any:
         memory_bytes=_free_memory_bytes(where),
         longest_row_tokens=ShardSet.open(assignment.shards).longest_row_tokens() if device == "cuda" else 0,
     )
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)  # of a training before this one in the same process
     cut = share(train, num_workers=num_workers, even=False)
     adapted = load_trainable(
         train,

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from pause_ray.checkpoint import Checkpoint
 from pause_ray.engines.cost import ModelShape
-from pause_ray.engines.engine import HfEngineSpec, Reuse, default_chunk_tokens, default_decode_batch, grain_of
+from pause_ray.engines.engine import HfEngineSpec, Reuse, default_chunk_tokens, grain_of
 from pause_ray.engines.model_source import model_limit_tokens, resolve_model
 from pause_ray.needle.answer import Reader
 from pause_ray.needle.haystack import check_fits, check_lengths, load_haystack, prompt_builder
@@ -82,7 +82,7 @@ def forecast_trial(spec: TrialSpec, *, cache: Path) -> TrialForecast:
             Walk(tuple(visit for walk in walks for visit in walk.visits)),
             shape,
             chunk_tokens=chunk,
-            decode_batch=engine.decode_batch or default_decode_batch(dtype=spec.model.dtype, quantize=spec.model.quantize),
+            decode_batch=engine.answers_together(dtype=spec.model.dtype, quantize=spec.model.quantize),
             max_new_tokens=spec.eval.max_new_tokens,
             dtype=spec.model.dtype,
             quantize=spec.model.quantize,

@@ -231,6 +231,29 @@ def test_packed_rows_are_the_documents_end_to_end(
 
 
 @settings(max_examples=80, deadline=None)
+@given(data=st.data(), length=st.integers(5, 30), budget=st.sampled_from(BUDGETS), leading=st.lists(st.integers(2000, 2009), max_size=2))
+def test_every_document_and_every_rest_of_one_begins_as_the_model_expects(
+    data: st.DataObject, length: int, budget: Literal["content", "total"], leading: list[int]
+) -> None:
+    documents = data.draw(st.lists(token_documents(2), max_size=6))
+
+    def rows(leading_ids: list[int]) -> list[PackedRow]:
+        return list(
+            pack_language_modeling(documents, sequence_tokens=length, end_id=END, group_tokens=2, budget=budget, leading_ids=leading_ids)
+        )
+
+    for bare, led in zip(rows([]), rows(leading), strict=True):
+        assert led.input_ids.dtype == led.labels.dtype == led.document_starts.dtype == np.int32
+        assert (led.num_pauses, led.content_tokens, led.num_documents) == (bare.num_pauses, bare.content_tokens, bare.num_documents)
+        ends = [*led.document_starts[1:].tolist(), len(led.input_ids)]
+        told = [(led.input_ids[begin:end], led.labels[begin:end]) for begin, end in zip(led.document_starts, ends, strict=True)]
+        assert all(ids[: len(leading)].tolist() == leading for ids, _ in told)
+        assert all((labels[: len(leading)] == NO_LOSS).all() for _, labels in told)
+        assert [token for ids, _ in told for token in ids[len(leading) :].tolist()] == bare.input_ids.tolist()
+        assert [label for _, labels in told for label in labels[len(leading) :].tolist()] == bare.labels.tolist()
+
+
+@settings(max_examples=80, deadline=None)
 @given(data=st.data(), length=st.integers(2, 30))
 def test_packed_rows_of_content_do_not_depend_on_the_pauses(data: st.DataObject, length: int) -> None:
     documents = data.draw(st.lists(token_documents(3), max_size=6))

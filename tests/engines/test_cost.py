@@ -108,6 +108,7 @@ def test_a_window_costs_no_more_than_it_shows() -> None:
         ({"model_type": "gemma2", "sliding_window": 9}, [9, None, 9, None]),
         ({"model_type": "gemma3_text", "sliding_window": 9, "sliding_window_pattern": 2}, [9, None, 9, None]),
         ({"model_type": "gemma3_text", "sliding_window": 9}, [9] * 4),
+        ({"model_type": "gemma2", "sliding_window": None}, [None] * 4),
         ({"model_type": "llama", "layer_types": ["full_attention"] * 4, "sliding_window": 9}, [None] * 4),
     ],
 )
@@ -117,18 +118,21 @@ def test_windows_are_read_as_transformers_reads_them(config: dict[str, Any], win
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3_text"])
-def test_defaults_are_transformers_defaults(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        *((kind, {}) for kind in ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3_text")),
+        ("qwen3", {"use_sliding_window": True}),
+    ],
+)
+def test_defaults_are_transformers_defaults(kind: str, more: dict[str, Any]) -> None:
     transformers = pytest.importorskip("transformers")
-    given = {name: value for name, value in LLAMA.items() if name != "model_type"} | {"num_hidden_layers": 12, "sliding_window": 9}
+    given = {name: value for name, value in LLAMA.items() if name != "model_type"} | {"num_hidden_layers": 30} | more
     if kind.startswith("gemma"):
-        given = {name: given[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "sliding_window")}
+        given = {name: given[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
     full = transformers.AutoConfig.for_model(kind, **given)
     expected = ModelShape.from_config(json.loads(full.to_json_string(use_diff=False)))
-    found = ModelShape.from_config(
-        given | {"model_type": kind, "num_key_value_heads": full.num_key_value_heads, "head_dim": expected.head_dim}
-    )
-    assert found == expected
+    assert ModelShape.from_config(given | {"model_type": kind}) == expected
 
 
 @pytest.mark.torch
@@ -180,8 +184,12 @@ def test_the_text_part_of_a_model_for_images_counts() -> None:
         ({"intermediate_size": None}, "intermediate_size is None"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"vocab_size": True}, "vocab_size is True"),
-        ({"layer_types": ["full_attention"]}, "layer_types .* of 1 layers"),
+        ({"layer_types": ["full_attention"]}, "layer_types .*: 2 of full_attention or sliding_attention are needed"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types .*linear_attention"),
+        ({"layer_types": 5}, "layer_types 5 "),
+        ({"layer_types": [["full_attention"], {}]}, "layer_types "),
+        ({"text_config": "none"}, "text_config is 'none'"),
+        ({"sliding_window": 9, "sliding_window_pattern": "2"}, "sliding_window_pattern is '2'"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window is None"),
     ],
 )

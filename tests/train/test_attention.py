@@ -123,6 +123,28 @@ def test_nothing_of_a_neighbour_is_seen(kind: str) -> None:
         assert torch.equal(before[:, begin:end], after[:, begin:end]) == (number != 2)
 
 
+def test_what_is_kept_for_the_backward_pass_grows_with_the_document_not_with_its_square() -> None:
+    import torch
+
+    from pause_ray.train.attention import Layout, _attend
+
+    def kept_bytes(tokens: int, **rule: Any) -> int:
+        kept: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        query, key, value = (torch.randn(1, heads, tokens, 8, requires_grad=True) for heads in (4, 2, 2))
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            seen, _ = _attend(torch.nn.Module(), query, key, value, None, layout=Layout(((0, tokens),)), **rule)
+        assert seen.requires_grad
+        return sum(kept.values())
+
+    for rule in ({}, {"sliding_window": 16}, {"softcap": 2.0}, {"softcap": 2.0, "sliding_window": 16}):
+        assert kept_bytes(512, **rule) < 2.2 * kept_bytes(256, **rule), rule
+
+
 @pytest.mark.parametrize(
     ("heads", "groups", "workers", "most_groups"), [(4, 2, 2, 1), (9, 3, 2, 2), (8, 2, 4, 1), (9, 3, 4, 3), (6, 1, 3, 1), (5, 5, 3, 2)]
 )

@@ -129,6 +129,16 @@ def test_the_command_finds_the_base_where_it_was_and_refuses_another(tmp_path: P
     assert isinstance(refused.exception, CheckpointError)
     assert base_digest in str(refused.exception)
     assert not (tmp_path / "three").exists()
+    (tmp_path / "file").write_text("mine")
+    below = pause_ray(str(checkpoint.folder), str(tmp_path / "file" / "four"))
+    assert isinstance(below.exception, StorageError)
+    assert str(below.exception).endswith("file is a file; name a folder that does not exist")
+    model_dir.rename(tmp_path / "moved")
+    gone = pause_ray(str(checkpoint.folder), str(tmp_path / "five"))
+    assert isinstance(gone.exception, CheckpointError)
+    assert str(gone.exception).endswith(f"was in {model_dir} while training, and is not there now; give it with --model FOLDER_OR_HUB_ID")
+    found = pause_ray(str(checkpoint.folder), str(tmp_path / "five"), "--model", str(tmp_path / "moved"))
+    assert found.exit_code == 0, found.output
 
 
 @pytest.mark.real

@@ -121,8 +121,22 @@ def test_training_is_followed_recorded_and_not_done_twice(llama: Path, shards: P
     assert (checkpoint.num_steps, checkpoint.final_loss) == (60, losses[-1])
     assert checkpoint.document_digests == {"d0", "d1"}
     seen.clear()
+    left_by_a_kill = training_folder(checkpoint.folder) / "step-1"
+    left_by_a_kill.mkdir(parents=True)
     assert run(job, tmp_path, lambda *row: seen.append(row)) == checkpoint
     assert seen == []
+    assert not left_by_a_kill.parent.exists()
+
+
+@torch_only
+def test_a_display_that_fails_is_an_error_and_costs_no_adapter(llama: Path, shards: Path, tmp_path: Path) -> None:
+    def fail(done: int, steps: int, row: JsonObject) -> None:
+        raise BrokenPipeError("nobody looks")
+
+    job = job_of(llama, shards)
+    with pytest.raises(BrokenPipeError):
+        run(job, tmp_path, fail)
+    assert run(job, tmp_path, fail).num_steps == 4
 
 
 @torch_only
@@ -347,6 +361,16 @@ def test_the_loss_of_held_out_rows_is_told_and_changes_nothing(llama: Path, tmp_
     assert told[4] == pytest.approx(loss / sum(num_labelled(row) for row in rows[20:]), abs=1e-4)
     seldom = dataclasses.replace(job, train=job.train.model_copy(update={"validate_every": None}))
     assert largest_difference(checkpoint, run(seldom, tmp_path / "seldom")) == 0
+
+
+@torch_only
+def test_a_loss_of_held_out_rows_that_is_no_number_stops_training(llama: Path, tmp_path: Path) -> None:
+    rows = make_rows(23, marker_id=added_marker(llama).token_id)
+    shards = make_shards(tmp_path / "set", rows[:20], validation=rows[20:])
+    job = job_of(llama, shards, learning_rate=1e30, warmup_steps=0, validate_every=1, checkpoint_every=1)
+    with pytest.raises(TrainingError, match=r"validation loss is nan after step 1; lower train\.learning_rate"):
+        run(job, tmp_path)
+    assert [path for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()] == []
 
 
 @torch_only

@@ -13,8 +13,18 @@ from pause_ray.engines.cost import ModelShape
 from pause_ray.engines.published import PUBLISHED, published_config
 from pause_ray.errors import SpecError
 from pause_ray.spec import parse_assignments, with_overrides
-from pause_ray.train.loop import collate
-from pause_ray.train.memory import MemoryPlan, Workers, cheapest_plan, plan_memory, possible_stages, resolve_stage
+from pause_ray.train.loop import collate, share
+from pause_ray.train.memory import (
+    BLOCK,
+    CHUNK_LOGITS,
+    MemoryPlan,
+    Workers,
+    cheapest_plan,
+    plan_memory,
+    possible_stages,
+    resolve_stage,
+    what_would_fit,
+)
 from pause_ray.train.spec import TrainSpec
 from tests.train.tiny_llama import make_rows
 
@@ -174,6 +184,16 @@ def test_what_is_said_to_fit_does_fit_and_nothing_of_it_is_needless(
             assert not fits([other for other in changes if other != change], number)
 
 
+@pytest.mark.parametrize("rows", [3, 5, 9])
+def test_more_workers_are_offered_only_where_they_can_share_the_rows(rows: int) -> None:
+    train, alone = train_of(batch_size=1, accumulation=rows, gradient_checkpointing=True), Workers(number=1, per_node=8)
+    remedy = what_would_fit(train, shape=LARGE, workers=alone, memory_bytes=24 * 10**9, longest_row_tokens=8192)
+    workers, parts = (re.search(pattern, remedy) for pattern in (r"(\d+) workers", r"sequence_parallel: (\d+)"))
+    assert workers
+    changed = train.model_copy(update={"sequence_parallel": int(parts[1]) if parts else 1})
+    assert share(changed, num_workers=int(workers[1])).rows_per_step == rows
+
+
 def test_where_nothing_helps_that_is_said() -> None:
     train = train_of(quantize="nf4")
     with pytest.raises(SpecError, match=r"nothing makes rows of 100,000,000 tokens fit; choose shorter ones \(corpus\.sequence_tokens\)"):
@@ -186,6 +206,12 @@ def test_more_workers_are_asked_for_where_they_are_what_is_missing() -> None:
     )
     with pytest.raises(SpecError, match=r"what would fit: \d+ workers"):
         resolve_stage(train, shape=LARGE, workers=1, memory_bytes=24_000_000_000, longest_row_tokens=131_072)
+
+
+@pytest.mark.torch
+def test_pieces_are_as_large_as_the_code_makes_them() -> None:
+    attention, loss = (pytest.importorskip(f"pause_ray.train.{name}") for name in ("attention", "loss"))
+    assert (BLOCK, CHUNK_LOGITS) == (attention.BLOCK, loss.CHUNK_LOGITS)
 
 
 @pytest.mark.torch
@@ -203,7 +229,7 @@ def test_autograd_keeps_what_is_planned(tmp_path: Path, kind: str, precision: An
     from tests.engines.tiny_model import make_model
 
     sizes = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 6, "head_dim": 32, "layer_types": None}
-    folder = make_model(tmp_path / "model", kind=kind, **{name: size for name, size in sizes.items() if size or kind.startswith("gemma3")})
+    folder = make_model(tmp_path / "model", kind=kind, **{name: size for name, size in sizes.items() if size or kind.startswith("gemma")})
     shape = ModelShape.load(folder)
     train = train_of(precision=precision, gradient_checkpointing=checkpointing, batch_size=8, accumulation=1)
     trainable = model.load_trainable(train, model_dir=folder, marker=None, seed=0, device="cpu", stage=0)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import os
 import pickle
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pause_ray.checkpoint import ADAPTER_WEIGHTS, RunningTraining
-from pause_ray.errors import SpecError, StorageError, TrainingError
+from pause_ray.errors import SpecError, StoppedError, StorageError, TrainingError
 from pause_ray.storage import Storage
 from pause_ray.train.launch import TrainJob, fit
 from pause_ray.train.spec import LoraSpec, TrainSpec, ZeroSpec
@@ -58,6 +60,33 @@ def test_two_workers_train_the_adapter_of_one_process(tmp_path: Path) -> None:
     assert steps_alone == steps_together == [1, 2, 3, 4]
     assert alone.keys() == together.keys()
     assert max(float((alone[name] - together[name]).abs().max()) for name in alone) < 1e-4
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_ctrl_c_makes_workers_write_a_checkpoint_and_end(tmp_path: Path) -> None:
+    llama = make_model(tmp_path / "model")
+    job = TrainJob(
+        train=TrainSpec(steps=5000, precision="float32", lora=LoraSpec(rank=4, alpha=4)),
+        model_dir=llama,
+        base_digest="tiny",
+        shards=make_shards(tmp_path / "set", make_rows(20)),
+        marker=None,
+        policy=None,
+        seed=0,
+        threads=1,
+    )
+
+    def interrupt(done: int, steps: int, row: Any) -> None:
+        if done == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    storage = Storage.open(tmp_path / "runs")
+    with pytest.raises(StoppedError, match="the same command goes on there"):
+        fit(job, storage=storage, num_workers=1, cpus_per_worker=1, gpus_per_worker=0, progress=interrupt)
+    assert signal.getsignal(signal.SIGINT) is before
+    [folder] = (path for path in storage.checkpoints.iterdir() if path.is_dir())
+    assert RunningTraining(folder=folder, belongs_to={}).last_step() >= 1
 
 
 @pytest.mark.parametrize("raised", [SpecError("train.lora.targets: …"), OSError(errno.ENOSPC, "No space left on device")])
@@ -109,7 +138,7 @@ def test_lost_workers_are_replaced_as_long_as_training_gets_further(tmp_path: Pa
     for _ in range(FRUITLESS_ATTEMPTS - 1):
         recovery.after_exception(None, {0: RuntimeError("connection closed by peer"), 1: lost_worker()})
     with pytest.raises(TrainingError, match=rf"{FRUITLESS_ATTEMPTS} times in a row after step 4"):
-        recovery.after_exception(None, {0: RuntimeError("connection closed by peer")})
+        recovery.after_exception(None, {0: RuntimeError()})
 
 
 @pytest.mark.parametrize(
