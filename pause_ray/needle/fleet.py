@@ -255,7 +255,9 @@ class _Scoring:
         place = f"cell of {cell.context_tokens} tokens at depth {cell.depth_percent:g} %"
         reason = " ".join(str(error).split())
         if self._losses[cell.id] >= MOST_LOSSES_PER_CELL:
-            raise FleetError(f"{self._losses[cell.id]} scoring actors were lost at or soon after the {place}; the last one: {reason}") from error
+            raise FleetError(
+                f"{self._losses[cell.id]} scoring actors were lost at or soon after the {place}; the last one: {reason}"
+            ) from error
         log.warning("a scoring actor was lost at or soon after the %s; its %d cells are asked again (%s)", place, len(run.owed), reason)
         self._waiting.append(run.owed)
 
