@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SYSTEM = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
-"""Two seconds until a node counts as lost."""
+SYSTEM = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 8}
+"""Eight seconds until a node counts as lost; with two, a busy machine lost nodes that were there."""
 QUICKLY = {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
     "OMP_NUM_THREADS": "1",
 }
 """Environment of the driver: how soon Ray Train looks; its defaults are for real networks."""

@@ -42,7 +42,7 @@ def after(scenario: str, llama: Path, shards: Path, folder: Path) -> tuple[list[
     events = folder / "events.json"
     command = [sys.executable, "-m", "tests.train.faulty_cluster", scenario, *map(str, (llama, shards, folder / "runs", events))]
     driver = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **faulty_cluster.QUICKLY}, capture_output=True, text=True, timeout=400, check=False
+        command, cwd=ROOT, env={**os.environ, **faulty_cluster.QUICKLY}, capture_output=True, text=True, timeout=900, check=False
     )
     assert events.is_file(), driver.stdout + driver.stderr
     told = json.loads(events.read_text())

@@ -12,6 +12,7 @@ from pause_ray.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER, TRA
 from pause_ray.errors import UserError
 from pause_ray.spec import JsonObject, read_yaml, with_overrides
 from pause_ray.text.prompts import PromptSpec
+from pause_ray.text.tokens import ModelTokenizer
 from pause_ray.trial.spec import TrialSpec
 from tests.sweep.tiny_sweep import write_model, write_sweep
 
@@ -91,7 +92,8 @@ def test_an_adapter_that_was_trained_on_documents_of_the_haystack_is_refused(tri
             (folder / file).write_text("{}")
         (folder / TRAINING_LOG).write_text('{"step": 1, "loss": 1.0}\n')
         base_digest = model_digest(model_dir, cache=tmp_path)
-        seal(folder, base_digest=base_digest, tokenizer_digest="t", marker=None, spec={}, document_digests=documents)
+        tokenizer_digest = ModelTokenizer.load(model_dir).digest
+        seal(folder, base_digest=base_digest, tokenizer_digest=tokenizer_digest, marker=None, spec={}, document_digests=documents)
         return digest_of(trial, tmp_path, train=None, pauses=None, adapter=str(folder))
 
     assert digest_with("others", frozenset({"f" * 16}))
