@@ -153,8 +153,7 @@ def _of_model(name: str, *, site: Site, row_tokens: int, suite: SuiteSpec, set_:
 
 def _config(name: str, *, root: Storage) -> tuple[Mapping[str, Any], str]:
     """The config of a published model, of a ``config.json``, or of whatever ``model.source`` may name, and where it is from."""
-    from pause_ray.engines.cost import read_config
-    from pause_ray.engines.model_source import resolve_model
+    from pause_ray.engines.model_source import read_config, resolve_model
 
     path, published = Path(name).expanduser(), published_config(name)
     if path.suffix == ".json":

@@ -8,12 +8,12 @@ of every query to every key that its forward pass brings, masked or not.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from pause_ray.engines.model_source import read_config
 from pause_ray.errors import ModelError
 
 _GEMMA_2 = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 256_000, "sliding_window": 4096}
@@ -194,21 +194,6 @@ class ModelShape:
     @staticmethod
     def _past_seen(past_tokens: int, window: int | None) -> int:
         return past_tokens if window is None else min(past_tokens, window - 1)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The object in a model's config file.
-
-    Raises:
-        ModelError: no such file, or no JSON object in it.
-    """
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({error}); copy the model again") from error
-    if not isinstance(whole, dict):
-        raise ModelError(f"{path}: holds no JSON object; copy the model again")
-    return whole
 
 
 @dataclass(frozen=True)

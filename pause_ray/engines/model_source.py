@@ -83,9 +83,9 @@ def model_digest(model_dir: Path, *, cache: Path) -> str:
         made_from = read_json(manifest)
         if "gguf_sha256" in made_from:
             return digest([made_from["gguf_sha256"], made_from["conversion"]])
-    parts: list[Any] = [_json_file(model_dir / "config.json")]
+    parts: list[Any] = [read_config(model_dir / "config.json")]
     if (model_dir / "generation_config.json").is_file():
-        parts.append(_json_file(model_dir / "generation_config.json"))
+        parts.append(read_config(model_dir / "generation_config.json"))
     weights = sorted(model_dir.glob("*.safetensors"))
     if not weights:
         raise ModelError(f"{model_dir}: no *.safetensors in it; save the model with save_pretrained(...)")
@@ -101,7 +101,7 @@ def model_limit_tokens(model_dir: Path) -> int:
         ModelError: ``config.json`` does not tell.
     """
     path = model_dir / "config.json"
-    return config_limit_tokens(_json_file(path), origin=str(path))
+    return config_limit_tokens(read_config(path), origin=str(path))
 
 
 def config_limit_tokens(config: Mapping[str, Any], *, origin: str) -> int:
@@ -137,7 +137,7 @@ def check_model_folder(folder: Path, *, weights: bool = True) -> None:
 def _check_weights(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(_json_file(index).get("weight_map", {}).values()))
+        shards = sorted(set(read_config(index).get("weight_map", {}).values()))
         missing = [name for name in shards if not (folder / name).is_file()]
         if missing:
             raise ModelError(
@@ -243,7 +243,12 @@ def _from_hub(spec: ModelSpec, *, cache: Path, weights: bool) -> Path:
 # ---- reading folders
 
 
-def _json_file(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in one of a model folder's JSON files.
+
+    Raises:
+        ModelError: no such file, or no JSON object in it.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

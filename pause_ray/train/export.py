@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from pause_ray.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER, TOKENIZER_COMPANIONS, Checkpoint
-from pause_ray.engines.cost import read_config
+from pause_ray.engines.model_source import read_config
 from pause_ray.engines.weights import INDEX, StoredWeights, empty_base, start_marker_row
 from pause_ray.errors import CheckpointError, ModelError, StorageError
 from pause_ray.spec import JsonObject

@@ -11,9 +11,8 @@ from pathlib import Path
 from pause_ray.checkpoint import Checkpoint
 from pause_ray.corpus.shards import Evaluation, ShardJob, shards_digest
 from pause_ray.corpus.spec import CorpusSpec
-from pause_ray.engines.cost import read_config
 from pause_ray.engines.engine import HfEngineSpec
-from pause_ray.engines.model_source import model_digest, model_limit_tokens, resolve_model
+from pause_ray.engines.model_source import model_digest, model_limit_tokens, read_config, resolve_model
 from pause_ray.errors import ModelError, SpecError
 from pause_ray.needle.haystack import Haystack, ask, check_fits, check_lengths, load_haystack, prompt_builder
 from pause_ray.needle.task import Cell, cells, known_facts

@@ -19,22 +19,10 @@ from pause_ray.storage import is_complete
 from pause_ray.train.launch import train_digest
 from tests.train import faulty_cluster
 from tests.train.test_launch import job_of, largest_difference, run
-from tests.train.tiny_llama import added_marker, make_model, make_rows, make_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-3
 """Of the adapter after some hundred steps in float32, part of them on two workers and part on one."""
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("llama") / "model")
-
-
-@pytest.fixture(scope="module")
-def shards(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = make_rows(20, marker_id=added_marker(llama).token_id)
-    return make_shards(tmp_path_factory.mktemp("shards") / "set", rows)
 
 
 def after(scenario: str, llama: Path, shards: Path, folder: Path) -> tuple[list[dict[str, Any]], Checkpoint]:
@@ -42,7 +30,7 @@ def after(scenario: str, llama: Path, shards: Path, folder: Path) -> tuple[list[
     events = folder / "events.json"
     command = [sys.executable, "-m", "tests.train.faulty_cluster", scenario, *map(str, (llama, shards, folder / "runs", events))]
     driver = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **faulty_cluster.QUICKLY}, capture_output=True, text=True, timeout=900, check=False
+        command, cwd=ROOT, env={**os.environ, **faulty_cluster.QUICKLY}, capture_output=True, text=True, timeout=400, check=False
     )
     assert events.is_file(), driver.stdout + driver.stderr
     told = json.loads(events.read_text())

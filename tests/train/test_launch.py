@@ -23,17 +23,6 @@ from tests.train.tiny_llama import added_marker, make_model, make_rows, make_sha
 torch_only = pytest.mark.torch
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("llama") / "model")
-
-
-@pytest.fixture(scope="module")
-def shards(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = make_rows(20, marker_id=added_marker(llama).token_id)
-    return make_shards(tmp_path_factory.mktemp("shards") / "set", rows)
-
-
 @pytest.fixture(autouse=True)
 def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A script called by its absolute path may find neither ninja nor g++."""

@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.torch
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("llama") / "model")
-
-
 def loss_model(llama: Path, *, marker: MarkerToken | None = None, **train: Any) -> LossModel:
     """With an adapter that changes something: PEFT's second matrix begins at zero."""
     import torch

@@ -8,15 +8,10 @@ import pytest
 
 from pause_ray.train.spec import LoraSpec, TrainSpec
 from tests.engines import tiny_model
-from tests.train.tiny_llama import added_marker, make_model
+from tests.train.tiny_llama import added_marker
 
 pytestmark = pytest.mark.torch
 TRAIN = TrainSpec(precision="float32")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("llama") / "model")
 
 
 def test_only_the_adapter_and_the_markers_row_are_trained(llama: Path) -> None:

@@ -13,17 +13,12 @@ from pause_ray.errors import StoppedError, TrainingError
 from pause_ray.spec import JsonObject
 from pause_ray.train.spec import LoraSpec, TrainSpec, ZeroSpec
 from tests.train.ranks import train_on_ranks
-from tests.train.tiny_llama import added_marker, make_model, make_rows, make_shards
+from tests.train.tiny_llama import added_marker, make_rows, make_shards
 
 pytestmark = pytest.mark.torch
 STEPS, INTERRUPTED_AFTER = 5, 2
 TOLERANCE = 1e-4
 """Of float32 weights of size 0.1 and losses of size 5, summed in another order."""
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("llama") / "model")
 
 
 @pytest.fixture(scope="module")
