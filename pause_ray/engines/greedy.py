@@ -30,8 +30,8 @@ Ids = NDArray[np.int32]
 LOOKUP_TOKENS = 8
 """Tokens guessed at a time, at most, once the given draft is left."""
 FREE_TOKENS = 24
-"""Tokens of one forward pass of several answers, guessed ones included. On 2 CPU cores and 135M parameters 24 tokens take about 2.5 times as long
-as one; eight answers that copy their prompt then go on by three tokens each."""
+"""Tokens of one forward pass of several answers, guessed ones included. On 2 CPU cores and 135M parameters 24 tokens take about 2.5
+times as long as one; eight answers that copy their prompt then go on by three tokens each."""
 
 
 @dataclass(kw_only=True)
