@@ -2,9 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STORAGE ?= runs
+WORKERS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test test-fast exactness bench bench-train lint format constraints clean
+.PHONY: help install quickstart test test-fast exactness bench bench-train bench-sweep lint format constraints clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,7 +23,7 @@ quickstart: install  ## a whole sweep on a real small model: table, report and M
 	$(BIN)/pause-ray sweep sweeps/quickstart.yaml --storage $(STORAGE)
 
 test: install lint test-fast  ## lint, types and every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu and (torch or mlflow or ray or real)"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu and (torch or mlflow or ray or real)"
 
 test-fast: install  ## tests without Ray, torch or a model
 	$(BIN)/python -m pytest -m "not gpu and not torch and not mlflow and not ray and not real"
@@ -36,6 +37,9 @@ bench: install  ## planned grids against generate per cell on the real model (20
 bench-train: install  ## training side by side with Hugging Face Trainer + PEFT, and the time to the first step
 	$(BIN)/python bench/train.py --storage $(STORAGE)
 	$(BIN)/python bench/train.py --storage $(STORAGE) --start
+
+bench-sweep: install  ## what a sweep of a thousand trials costs beyond its trainings and answers
+	$(BIN)/python bench/sweep.py
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

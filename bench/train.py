@@ -284,9 +284,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--quantize", nargs="+", choices=["none", "nf4"], default=["none"], help="with --shapes")
     parser.add_argument("--sides", nargs="+", choices=["pause_ray", "step", "trainer"], default=["pause_ray", "trainer"])
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--accumulation", type=int, default=4)
+    parser.add_argument("--accumulation", type=int, default=2)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=1 if on_gpu else 3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -303,24 +303,29 @@ def main() -> None:
     args = parse()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a note on a kernel of a CPU
     rows: list[Row] = []
+
+    def keep(more: Sequence[Row]) -> None:
+        rows.extend(more)
+        if args.json:
+            args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
     if args.shapes:
         for shape in args.shapes:
             with tempfile.TemporaryDirectory() as place:
                 make_model(Path(place), shape=shape, dtype="bfloat16", device=_device())
                 for workload in gpu_workloads(args, Path(place), shape):
-                    rows += measure(workload, repeats=args.repeats)
+                    keep(measure(workload, repeats=args.repeats))
     else:
         quickstart = read_yaml(ROOT / "sweeps" / "quickstart.yaml")["trial"]["model"]
         cache = Storage.open(args.storage).cache
         model_dir = args.model or resolve_model(ModelSpec.parse(quickstart, origin="quickstart"), cache=cache)
         if args.start:
-            rows = start_rows(args, model_dir)
+            keep(start_rows(args, model_dir))
         else:
-            rows = [row for workload in cpu_workloads(args, model_dir) for row in measure(workload, repeats=args.repeats)]
+            for workload in cpu_workloads(args, model_dir):
+                keep(measure(workload, repeats=args.repeats))
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {args.threads} threads"
     Console(width=140).print(show(rows, title=f"{name}, torch {torch.__version__}, {args.repeats} runs of {args.steps} steps each"))
-    if args.json:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 if __name__ == "__main__":

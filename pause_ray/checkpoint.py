@@ -13,6 +13,8 @@ One of a training that still runs (``SavedStep``), in ``.<digest>.training/step-
 state.safetensors                                float32 masters and AdamW's moments, whole, by ``kind/parameter``
 training.jsonl                                   the rows up to this step
 manifest.json                                    what the training is, the step, every file's digest
+
+And ``.<digest>.training/rung-N/``: a finished one (``Checkpoint``) of the adapter as it is after N steps, where that was asked for.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from pathlib import Path
 
 from pause_ray.errors import CheckpointError, StorageError
 from pause_ray.spec import JsonObject, digest
-from pause_ray.storage import MANIFEST, building, file_sha256, is_complete, read_json, space_errors, write_json, write_text
+from pause_ray.storage import MANIFEST, building, file_sha256, is_complete, read_json, read_json_lines, space_errors, write_json, write_text
 from pause_ray.text.tokens import MarkerToken
 
 FORMAT = 2
@@ -43,6 +45,7 @@ DOCUMENTS = "documents.json"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 """Copied where the base model has them, so that the folder works as a tokenizer folder."""
+_RUNG = "rung-"
 REQUIRED = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINING_LOG, TOKENIZER)
 
 
@@ -133,13 +136,12 @@ class Checkpoint:
 
 
 def read_training_log(path: Path) -> list[JsonObject]:
-    """The complete rows of a training log, which may still be growing or not exist yet."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    complete, _, _ = text.rpartition("\n")
-    return [json.loads(line) for line in complete.splitlines()]
+    """The complete rows of a training log, which may still be growing or not exist yet.
+
+    Raises:
+        StorageError: a line is no row.
+    """
+    return read_json_lines(path)
 
 
 def copy_tokenizer(model_dir: Path, folder: Path, *, marker: MarkerToken | None) -> None:
@@ -327,7 +329,18 @@ class RunningTraining:
         losses = {step: read_json(self._folder_of(step) / MANIFEST)["validation_loss"] for step in steps}
         measured = [step for step in steps if losses[step] is not None]
         kept = {*steps[-keep_last:], *([min(measured, key=lambda step: losses[step])] if measured else [])}
-        for folder in {*self.folder.iterdir()} - {self._folder_of(step) for step in kept}:  # also what a killed one half wrote
+        self._remove_all_but_rungs({self._folder_of(step) for step in kept})
+
+    def finish(self, *, keep_rungs: bool) -> None:
+        """Remove what a finished training no longer needs: all of it, or all but its rungs, which may still be read."""
+        if keep_rungs and self.folder.is_dir():
+            self._remove_all_but_rungs(set())
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _remove_all_but_rungs(self, kept: set[Path]) -> None:
+        rungs = {path for path in self.folder.iterdir() if path.name.startswith(_RUNG) and is_complete(path)}
+        for folder in {*self.folder.iterdir()} - kept - rungs:  # also what a killed one half wrote
             (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a half-removed one does not exist either
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -335,6 +348,11 @@ class RunningTraining:
 def training_folder(checkpoint: Path) -> Path:
     """Where the training that will leave ``checkpoint`` keeps its own checkpoints."""
     return checkpoint.with_name(f".{checkpoint.name}.training")
+
+
+def rung_folder(training: Path, *, step: int) -> Path:
+    """Where a training that keeps its own checkpoints in ``training`` leaves its adapter as it is after ``step`` steps."""
+    return training / f"{_RUNG}{step}"
 
 
 def _first_difference(saved: JsonObject, wanted: JsonObject, *, path: str = "") -> str | None:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple, TypeVar
 
-from pause_ray.effects import Effects, ScoredPair, averaged, grouped, measure_effects
+from pause_ray.effects import Effects, ScoredPair, averaged, grouped, mean_difference, measure_effects
 from pause_ray.needle.ledger import UNKNOWN_TOKEN, CellResult
-from pause_ray.statistics import SIGNIFICANT, Interval, Unit, clustered_interval, enough_replicates, least_p, sign_flip_p, wilson
+from pause_ray.statistics import SIGNIFICANT, Estimate, Interval, Unit, clustered_interval, enough_replicates, least_p, sign_flip_p, wilson
 
 MIDDLE_PERCENT = (25.0, 75.0)
 """Depths that count as the middle of a context, ends included; all others are its edges."""
@@ -190,6 +190,13 @@ def compare_arms(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult], *, 
         difference_by_length=_means((pair.context_tokens, pair.difference) for pair in prompts),
         warnings=tuple(_warnings(rows_a, rows_b, pairs)),
     )
+
+
+def paired_difference(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult]) -> Estimate | None:
+    """The mean difference that ``compare_arms`` finds, with its interval and nothing else of it; None when nothing pairs."""
+    scored = [pair for pair in _pairs(rows_a, rows_b) if pair.difference is not None]
+    pairs = [_scored_pair(its) for its in grouped(((_prompt(pair.a), _prompt(pair.b)), pair) for pair in scored)]
+    return mean_difference(pairs, [pair.difference for pair in pairs])[0] if pairs else None
 
 
 def why_nothing_pairs(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult]) -> str:

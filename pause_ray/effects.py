@@ -107,8 +107,8 @@ def measure_effects(pairs: Sequence[ScoredPair], *, num_comparisons: int) -> Eff
         pairs: One per question and replicate.
         num_comparisons: In how many comparisons p will be corrected for.
     """
-    difference, units, unit = _mean_difference(pairs, [pair.difference for pair in pairs])
-    exact, _, _ = _mean_difference(pairs, [pair.exact_a - pair.exact_b for pair in pairs])
+    difference, units, unit = mean_difference(pairs, [pair.difference for pair in pairs])
+    exact, _, _ = mean_difference(pairs, [pair.exact_a - pair.exact_b for pair in pairs])
     rubric_a, rubric_b = _both([pair.rubric_a for pair in pairs], [pair.rubric_b for pair in pairs])
     score_a, score_b = np.array([pair.score_a for pair in pairs]), np.array([pair.score_b for pair in pairs])
     middle, edge = np.array([pair.middle for pair in pairs]), np.array([pair.edge for pair in pairs])
@@ -180,8 +180,8 @@ class _Resampled:
         return bootstrap_weights(self._strata)
 
 
-def _mean_difference(pairs: Sequence[ScoredPair], values: Sequence[float]) -> tuple[Estimate, list[float], Unit]:
-    """The mean of a value of each pair with its t interval, and the independent values and units which that speaks of."""
+def mean_difference(pairs: Sequence[ScoredPair], values: Sequence[float]) -> tuple[Estimate, list[float], Unit]:
+    """The mean of a value of each pair (at least one) with its t interval, and the independent values and units which that speaks of."""
     by_replicate = grouped((pair.replicate, value) for pair, value in zip(pairs, values, strict=True))
     interval = clustered_interval(by_replicate, least=-1.0, unit="replicates")
     if interval is not None:

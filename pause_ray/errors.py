@@ -49,6 +49,10 @@ class TrackingError(UserError, RuntimeError):
     """The MLflow server cannot be reached or refuses; results on storage are unharmed."""
 
 
+class ClusterError(UserError, RuntimeError):
+    """A cluster that cannot be reached, refuses, or is not as a sweep needs it."""
+
+
 class TrainingError(PauseRayError, RuntimeError):
     """Training stopped for a reason that lies in the run, such as a loss that is not a number."""
 

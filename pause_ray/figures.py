@@ -1,4 +1,4 @@
-"""Lines and points of a sweep: profiles, recall by position, overhead, training curves. Knows how to draw, not what it means.
+"""Lines and points of a sweep: profiles, recall by position, scores over costs, training curves. Knows how to draw, not what it means.
 
 matplotlib is imported when something is drawn, without pyplot, so drawing has no global state and needs no display.
 Lines have Okabe & Ito's eight colours (jfly.uni-koeln.de/color), each its own marker as well, so that they are told apart
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pause_ray.compare import MIDDLE_PERCENT
 from pause_ray.places import Axis, Point, depth_profile, drawn_in_tenths, length_profile
+from pause_ray.ranking import Market, Offer
 from pause_ray.results import Condition
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ MOST_UPRIGHT_TICKS, MOST_TICKS = 8, 18
 PAGE_WIDTH_INCHES = 10.6
 """Wider figures are shrunk by the page, and their numbers with them."""
 MOST_MARKED_STEPS = 40
+MOST_NAMED_OFFERS = 14
+"""Names that a legend beside a figure has room for."""
+COST_WORDS = {"overhead": "prompt tokens beyond the asked length (%)", "training": "tokens trained on"}
 PNG_DOTS_PER_INCH = 200
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -44,8 +48,13 @@ STYLE: Any = {
 }
 
 
-def shown_as_lines(conditions: Sequence[Condition]) -> dict[int, Condition]:
-    """At most six, by their place in the sequence, which is their look: references and controls first, then the highest means."""
+def shown_as_lines(conditions: Sequence[Condition], *, at_most: int | None = None) -> dict[int, Condition]:
+    """A few, by their place in the sequence, which is their look: references and controls first, then the highest means.
+
+    Args:
+        conditions: All.
+        at_most: How many; None for as many as there are looks of lines.
+    """
     controls = {its.against_control.other for its in conditions if its.against_control}
 
     def rank(place: int) -> tuple[bool, float]:
@@ -53,7 +62,20 @@ def shown_as_lines(conditions: Sequence[Condition]) -> dict[int, Condition]:
         mean = condition.summary.grand_mean if condition.summary else None
         return not (condition.is_reference or condition.label in controls), -1.0 if mean is None else -mean - 1
 
-    return {place: conditions[place] for place in sorted(sorted(range(len(conditions)), key=rank)[:MOST_LINES])}
+    return {place: conditions[place] for place in sorted(sorted(range(len(conditions)), key=rank)[: at_most or MOST_LINES])}
+
+
+def shown_as_offers(conditions: Sequence[Condition], markets: Sequence[Market]) -> dict[str, int]:
+    """Labels and looks of those that have a name on a front: references and controls, what no other beats, then the highest means."""
+    fronts = {offer.condition.label for market in markets for offer in market.front}
+    controls = {its.against_control.other for its in conditions if its.against_control}
+
+    def rank(place: int) -> tuple[bool, bool, float]:
+        its = conditions[place]
+        mean = its.summary.grand_mean if its.summary else None
+        return not (its.is_reference or its.label in controls), its.label not in fronts, -1.0 if mean is None else -mean - 1
+
+    return {conditions[place].label: place for place in sorted(sorted(range(len(conditions)), key=rank)[:MOST_NAMED_OFFERS])}
 
 
 def profiles(conditions: Mapping[int, Condition], *, axis: Axis) -> Figure:
@@ -95,23 +117,39 @@ def recall_by_position(lines: Mapping[int, tuple[str, Mapping[float, Point]]]) -
     return figure
 
 
-def overhead(conditions: Mapping[int, Condition]) -> Figure:
-    """Mean score with its interval over the tokens that prompts have beyond the reference's, a point per condition."""
-    figure = blank_figure(width=PAGE_WIDTH_INCHES, height=3.1)
+def fronts(markets: Sequence[Market], looks: Mapping[str, int]) -> Figure:
+    """Mean score with its interval over each kind of cost, a point per condition; a stair through those that no other beats.
+
+    Args:
+        markets: A panel for each.
+        looks: Label of a condition → its look; the others are grey and without a name.
+    """
+    figure = blank_figure(width=PAGE_WIDTH_INCHES, height=3.3)
     with style():
-        axes = figure.subplots()
-        for look, condition in conditions.items():
-            summary = condition.summary
-            if summary is None or summary.grand_mean is None:
-                continue
-            points = {summary.prompt_overhead_percent: Point(summary.grand_mean, summary.interval)}
-            _line(axes, points, look=look, label=condition.label, shift=0.0, width=1.1)
-            if condition.is_reference:
-                axes.axhline(summary.grand_mean, color="#888888", linewidth=0.7, linestyle=":", zorder=0)
-        axes.set(xlabel="prompt tokens beyond the asked length (%)", ylabel="mean score", ylim=(-0.04, 1.04))
-        axes.margins(x=0.08)
-        _line_legend(figure, axes)
+        panels = figure.subplots(1, len(markets), sharey=True, squeeze=False)[0]
+        for axes, market in zip(panels, markets, strict=True):
+            for offer in market.offers:
+                _offer(axes, offer, look=looks.get(offer.condition.label))
+            stair = [(offer.cost, offer.score) for offer in market.front]
+            stair.append((max(offer.cost for offer in market.offers), stair[-1][1]))
+            axes.step(*zip(*stair, strict=True), where="post", color="#888888", linewidth=0.9, zorder=0)
+            axes.set(xlabel=COST_WORDS[market.currency], ylim=(-0.04, 1.04))
+            axes.margins(x=0.08)
+            axes.grid(axis="y", color="#dddddd", linewidth=0.5)
+        panels[0].set_ylabel("mean score")
+        _line_legend(figure, panels[0])
     return figure
+
+
+def _offer(axes: Axes, offer: Offer, *, look: int | None) -> None:
+    """A point with its whisker; hollow where another condition beats it."""
+    how = {"color": "#bbbbbb", "marker": ".", "linestyle": "none"} if look is None else _look(look)
+    if offer.interval is not None:
+        ends = (offer.interval.low, offer.interval.high)
+        axes.plot((offer.cost, offer.cost), ends, color=how["color"], linewidth=0.8, alpha=0.45, solid_capstyle="butt")
+    fill: dict[str, Any] = {} if offer.is_on_front else {"markerfacecolor": "white"}
+    label = None if look is None else offer.condition.label
+    axes.plot([offer.cost], [offer.score], **how, **fill, markersize=5, linewidth=1.1, label=label)
 
 
 def training_curves(conditions: Mapping[int, Condition]) -> Figure | None:
@@ -153,12 +191,12 @@ def save(figure: Figure, stem: Path) -> str:
     return text[text.index("<svg") :]
 
 
-def save_png(figure: Figure, path: Path) -> None:
-    """Write the figure at 200 dots per inch."""
+def save_png(figure: Figure, path: Path, *, dots_per_inch: int = PNG_DOTS_PER_INCH) -> None:
+    """Write the figure as pixels."""
     with style():
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # the layout is found; finding it again for every format doubles the time
-        figure.savefig(path, dpi=PNG_DOTS_PER_INCH, metadata={"Software": None})
+        figure.savefig(path, dpi=dots_per_inch, metadata={"Software": None})
 
 
 def blank_figure(*, width: float, height: float) -> Figure:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from pause_ray.results import Condition, Contrast, SweepResults, TrialResult
 from pause_ray.statistics import SIGNIFICANT, enough_replicates, wilson
-from pause_ray.words import listed, p_value, signed, span
+from pause_ray.words import named, p_value, signed, span
 
 NEAR_TIE_LOGITS = 0.05
 """Two continuations whose logits are this close may change places on other hardware; in bfloat16 one step of a logit near 10
@@ -36,9 +36,14 @@ def headline(results: SweepResults) -> str:
 def notes(results: SweepResults) -> list[str]:
     """What a reader must know before believing the numbers, most important first."""
     found: list[str] = []
-    if len(results.trials) < results.num_planned:
-        waiting = [condition.label for condition in results.conditions if len(condition.trials) < condition.num_planned]
-        found.append(f"Unfinished: {results.progress}. Missing in whole or in part: {listed(waiting)}.")
+    if not results.is_finished:
+        waiting = [condition.label for condition in results.conditions if condition.num_missing]
+        found.append(f"Unfinished: {results.progress}. Missing in whole or in part: {named(waiting)}.")
+    if results.num_stopped:
+        found.append(
+            f"{results.num_stopped} of {results.num_planned} trials were stopped early, or spared with those that were, by scores on a "
+            "proxy: nothing is known of them on the full grid, and arms that went on were chosen by a look at one replicate."
+        )
     contrasts = [*results.contrasts, *results.control_contrasts]
     found += list(dict.fromkeys(f"{its.label} against {its.other}: {text}." for its in contrasts for text in its.comparison.warnings))
     found += _confounding_notes(results)
@@ -56,10 +61,10 @@ def notes(results: SweepResults) -> list[str]:
     if any(condition.is_reference for condition in results.scored):
         alone = [condition.label for condition in results.scored if not condition.is_reference and condition.comparison is None]
         if alone:
-            found.append(f"Without one counterpart in {results.reference_arm}, and so not compared: {listed(alone)}.")
+            found.append(f"Without one counterpart in {results.reference_arm}, and so not compared: {named(alone)}.")
     overlapping = [condition.label for condition in results.scored if any(trial.overlaps for trial in condition.trials)]
     if overlapping:
-        found.append(f"Training text overlaps with the evaluation, as the spec permits; not a fair test: {listed(overlapping)}.")
+        found.append(f"Training text overlaps with the evaluation, as the spec permits; not a fair test: {named(overlapping)}.")
     return found
 
 
@@ -81,7 +86,7 @@ def _against_reference(results: SweepResults) -> str:
     leader = max(better or contrasts, key=lambda its: its.difference)
     highest = leader.difference == max(its.difference for its in contrasts)
     among = f", {'the best' if highest else 'one'} of {len(contrasts)} arms," if len(contrasts) > 1 else ""
-    worse_words = f"{listed(worse)} scored lower than chance would explain." if worse else ""
+    worse_words = f"{named(worse)} scored lower than chance would explain." if worse else ""
     measured = _measured(leader)
     if better:
         said = f"{leader.label}{among} scored {leader.difference:.2f} higher than {leader.other} {measured}: more than chance would explain"
@@ -113,9 +118,9 @@ def _against_control(results: SweepResults) -> str:
         end += f": more than chance would explain, {'by the pauses or by that' if apart else alone}"
     elif leader.label not in worse:
         end += ": nothing here is shown to be due to the pauses"
-    how = f"which differs in {listed(apart)} too" if apart else "which was tuned the same way on the same texts without pauses"
+    how = f"which differs in {named(apart)} too" if apart else "which was tuned the same way on the same texts without pauses"
     said = f"Against {leader.other}, {how}, {which}{end}"
-    return f"{said}; with pauses {listed(worse)} scored lower than chance would explain." if worse else f"{said}."
+    return f"{said}; with pauses {named(worse)} scored lower than chance would explain." if worse else f"{said}."
 
 
 def _apart(results: SweepResults, contrast: Contrast) -> list[str]:
@@ -145,13 +150,13 @@ def _confounding_notes(results: SweepResults) -> list[str]:
         if results.control_arm is not None:
             remedy = f"{results.control_arm} must have finished trials, and one counterpart for each of them"
         found.append(
-            f"Tuning and pauses are confounded: {listed(mixed)} had both and {results.reference_arm} had neither, so a difference "
+            f"Tuning and pauses are confounded: {named(mixed)} had both and {results.reference_arm} had neither, so a difference "
             f"between them may come from tuning alone. To tell them apart, {remedy}."
         )
     for contrast in results.control_contrasts:
         apart = _apart(results, contrast)
         if apart:
-            found.append(f"{contrast.label} and its control {contrast.other} differ in more than pauses: {listed(apart)}.")
+            found.append(f"{contrast.label} and its control {contrast.other} differ in more than pauses: {named(apart)}.")
     return found
 
 
@@ -194,13 +199,13 @@ def _power_notes(results: SweepResults) -> list[str]:
     ]
     if at_odds:
         found.append(
-            f"Interval and p disagree on whether there is a difference: {listed(at_odds)}. "
+            f"Interval and p disagree on whether there is a difference: {named(at_odds)}. "
             "An arm counts as different only where both say so."
         )
     flat = [condition.label for condition in results.scored if _is_flat(condition)]
     if flat:
         found.append(
-            f"All replicates have the same mean or the same difference, so their spread says nothing: {listed(flat)}. "
+            f"All replicates have the same mean or the same difference, so their spread says nothing: {named(flat)}. "
             "The interval speaks of other cells instead, not of other texts."
         )
     return found
@@ -215,15 +220,15 @@ def _detectable_notes(results: SweepResults) -> list[str]:
     seen = {name: size for name, size in sizes.items() if size <= 1}
     found = []
     if seen:
-        named = listed([f"{name} {size:.2f}" for name, size in seen.items()])
-        told = named if len(seen) <= MOST_NAMED else f"{min(seen.values()):.2f} to {max(seen.values()):.2f}"
+        each = named([f"{name} {size:.2f}" for name, size in seen.items()])
+        told = each if len(seen) <= MOST_NAMED else f"{min(seen.values()):.2f} to {max(seen.values()):.2f}"
         found.append(
             "Where no difference is shown, the smallest true one that this design would have found four times of five: "
             f"{told}. A smaller one may be there."
         )
     if len(seen) < len(sizes):
         names = [name for name in sizes if name not in seen]
-        told = listed(names) if len(names) <= MOST_NAMED else f"{len(names)} comparisons"
+        told = named(names) if len(names) <= MOST_NAMED else f"{len(names)} comparisons"
         found.append(f"Answers so few or so scattered that even the largest true difference would often have been missed: {told}.")
     return found
 
@@ -253,12 +258,12 @@ def _precision_notes(results: SweepResults) -> list[str]:
     if unmeasured:
         found.append(
             "Scored below float32, and how often that alone changes an answer was not measured (engine.recheck_cells): "
-            f"{listed(unmeasured)}."
+            f"{named(unmeasured)}."
         )
     margins = {its.label: [row.margin for row in its.rows if row.margin is not None] for its in results.scored}
     near = {label: sum(margin < NEAR_TIE_LOGITS for margin in its) for label, its in margins.items()}
     if sum(near.values()) > NEAR_TIE_SHARE * sum(map(len, margins.values())):
-        told = listed([f"{label} {number} of {len(margins[label])}" for label, number in near.items() if margins[label]])
+        told = named([f"{label} {number} of {len(margins[label])}" for label, number in near.items() if margins[label]])
         found.append(
             f"Greedy near-ties: answers in which the two best next tokens once lay within {NEAR_TIE_LOGITS} logits, so that other "
             f"hardware or software may give another answer: {told}."
@@ -294,19 +299,19 @@ def _cell_notes(results: SweepResults) -> list[str]:
     if unscored:
         reasons = Counter(row.unscored_reason for condition in results.scored for row in condition.rows if row.score is None)
         why = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
-        found.append(f"Cells that could not be scored are in no mean: {listed(unscored)}. Reasons: {why}.")
+        found.append(f"Cells that could not be scored are in no mean: {named(unscored)}. Reasons: {why}.")
     unpaired = [
         f"{its.label} against {its.other} {its.comparison.num_unpaired}"
         for its in [*results.contrasts, *results.control_contrasts]
         if its.comparison.num_unpaired
     ]
     if unpaired:
-        found.append(f"Cells of the two arms without a scored counterpart are not compared: {listed(unpaired)}.")
+        found.append(f"Cells of the two arms without a scored counterpart are not compared: {named(unpaired)}.")
     repeated = [f"{label} {its.num_repeated} of {its.num_scored}" for label, its in summaries if its.num_repeated]
     if repeated:
         found.append(
             "Depths so close that the needle lands at the same sentence make the same prompt, which counts once in means, intervals and "
-            f"tests; repeated cells: {listed(repeated)}."
+            f"tests; repeated cells: {named(repeated)}."
         )
     mixed = {condition.label: Counter(row.scorer for row in condition.rows) for condition in results.scored}
     mixed = {label: its for label, its in mixed.items() if len(its) > 1}
@@ -322,7 +327,7 @@ def _cut_off_notes(conditions: Sequence[tuple[str, Sequence[TrialResult]]]) -> l
     counts = [(label, sum(its.num_cut_off for its in trials), sum(len(its.rows) for its in trials)) for label, trials in conditions]
     if len({cut_off / cells for _, cut_off, cells in counts if cells}) < 2:
         return []
-    told = listed([f"{label} {cut_off} of {cells}" for label, cut_off, cells in counts])
+    told = named([f"{label} {cut_off} of {cells}" for label, cut_off, cells in counts])
     return [f"Arms differ in how many answers reached max_new_tokens without an end, which can cost or win keywords: {told}."]
 
 

@@ -158,6 +158,11 @@ class Grid:
     kv_bytes: float
     """Keys and values of a prompt, on average: what each token of an answer reads besides the weights."""
 
+    @property
+    def flops(self) -> float:
+        """Of all prompts and of answers of full length."""
+        return self.prompts.prefill_flops + self.prompts.num_prompts * self.prompts.answer_flops
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spent:
@@ -263,11 +268,16 @@ def _memory(train: TrainSpec, *, shape: ModelShape, rows: Rows, site: Site) -> t
     return least, what_would_fit(train, shape=shape, workers=workers, memory_bytes=memory_bytes, longest_row_tokens=longest)
 
 
-def _training(train: TrainSpec, *, shape: ModelShape, rows: Rows, site: Site, stage: int) -> Spent:
+def step_work(train: TrainSpec, *, shape: ModelShape, rows: Rows) -> tuple[int, int]:
+    """Tokens and operations of one optimizer step, with what is computed again in the backward pass."""
     tokens = round(rows.mean_tokens * train.rows_per_step)
     documents = [round(rows.mean_tokens)] * train.rows_per_step
     labelled = min(rows.learned_tokens * train.rows_per_step, tokens)
-    computed = step_flops(shape, document_tokens=documents, labelled_tokens=labelled, recomputed=train.gradient_checkpointing)
+    return tokens, step_flops(shape, document_tokens=documents, labelled_tokens=labelled, recomputed=train.gradient_checkpointing)
+
+
+def _training(train: TrainSpec, *, shape: ModelShape, rows: Rows, site: Site, stage: int) -> Spent:
+    tokens, computed = step_work(train, shape=shape, rows=rows)
     computing = computed / (site.gpus * site.flops_per_second)
     moving = _moving_seconds(train, shape=shape, site=site) if stage == 3 else 0.0
     seconds = train.steps * max(computing, moving)
@@ -304,7 +314,7 @@ def _evaluation(grid: Grid, *, gpus_per_model: int, site: Site) -> Spent | None:
     seconds = (computing + reading) / copies
     return Spent(
         tokens=prompts.prefilled_tokens,
-        flops=prompts.prefill_flops + prompts.num_prompts * prompts.answer_flops,
+        flops=grid.flops,
         seconds=seconds,
         cost=site.cost(seconds),
         bound_by="computing" if computing >= reading else "writing answers",

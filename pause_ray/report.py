@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pause_ray import figures, heatmaps, sections
+from pause_ray.best import exported
 from pause_ray.compare import recall_by_depth
 from pause_ray.findings import headline, noise_words, notes
 from pause_ray.places import Point, difference_fields, drawn_in_tenths, score_fields
-from pause_ray.results import Condition, Contrast, SweepResults, read_results, spent
+from pause_ray.ranking import agreements, best, climbs, markets, objective_of, objective_words, trained_tokens
+from pause_ray.results import Condition, Contrast, SweepResults, results_of, spent
 from pause_ray.spec import JsonObject
 from pause_ray.statistics import BOOTSTRAP_UNITS, Estimate, Interval, enough_replicates
 from pause_ray.storage import Storage, space_errors, write_text
@@ -29,22 +31,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
+SHOWN_OFFERS, SHOWN_CLIMBS = 24, 200
+MOST_HEATMAPS = 24
+"""A heatmap takes a second to draw, and a thousand of them nobody looks at."""
 VERSIONED = ("ray", "torch", "transformers", "peft", "deepspeed", "mlflow", "polars", "pyarrow", "numpy")
 
 
-def write_report(sweep_folder: Path, storage: Storage) -> Path:
-    """Write ``report.html``, ``arms.csv`` and ``figures/*.{png,pdf,svg}`` into the sweep's folder.
+def write_report(sweep: Path | SweepResults, storage: Storage) -> Path:
+    """Write ``report.html``, ``arms.csv`` and ``figures/*.{png,pdf,svg}`` into the folder of a sweep, named or read already.
 
     Raises:
         StorageError: the sweep's or a trial's files are damaged, or the disk is full.
     """
-    results = read_results(sweep_folder, storage)
-    folder = sweep_folder / "figures"
+    results = results_of(sweep, storage)
+    folder = results.folder / "figures"
     with space_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         drawn = {name: figures.save(figure, folder / name) for name, figure in _draw(results).items()}
-    write_text(sweep_folder / "arms.csv", arms_csv(results))
-    path = sweep_folder / "report.html"
+    write_text(results.folder / "arms.csv", arms_csv(results))
+    path = results.folder / "report.html"
     write_text(path, page(results, drawn))
     return path
 
@@ -58,13 +63,22 @@ def page(results: SweepResults, drawn: Mapping[str, str]) -> str:
     )
     words = {"number": number, "signed": signed, "signed_percent": signed_percent, "count": count, "memory": memory}
     environment.filters |= words | {"percent": percent, "money": money, "duration": duration, "title": title, "p_value": p_value}
-    environment.globals |= {"interval_words": _interval_words, "percent_words": _percent_words}
+    environment.globals |= {"interval_words": _interval_words, "percent_words": _percent_words, "objective_words": objective_words}
     return environment.get_template("report.html.jinja").render(_view(results, drawn))
 
 
 def arms_csv(results: SweepResults) -> str:
     """One line per condition; numbers unrounded, empty where there is none."""
-    columns = [_csv_row(condition) for condition in results.conditions]
+    offers = {(market.currency, offer.condition.label): offer for market in markets(results) for offer in market.offers}
+    columns = [
+        _csv_row(condition)
+        | {
+            f"{currency}_front": "yes" if offer.is_on_front else "no"
+            for (currency, label), offer in offers.items()
+            if label == condition.label
+        }
+        for condition in results.conditions
+    ]
     names = list(dict.fromkeys(name for row in columns for name in row))
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, names, restval="", lineterminator="\n")
@@ -73,8 +87,8 @@ def arms_csv(results: SweepResults) -> str:
     return buffer.getvalue()
 
 
-def table(sweep_folder: Path, storage: Storage) -> Table:
-    """The arms as a table for the terminal (80 columns are enough), with the finding as its caption.
+def table(sweep: Path | SweepResults, storage: Storage) -> Table:
+    """The arms of a sweep, named or read already, as a table for the terminal (80 columns are enough), with the finding as its caption.
 
     Differences are against the sweep's reference; rows named ``A vs B`` hold those against its control.
     p is corrected for the number of comparisons; ``n/s`` counts cells that could not be scored; bold arms differ by more than
@@ -87,10 +101,10 @@ def table(sweep_folder: Path, storage: Storage) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    results = read_results(sweep_folder, storage)
+    results = results_of(sweep, storage)
     shown = Table(
         title=escape(f"{results.name}: {results.progress}"),
-        caption=escape(headline(results)),
+        caption=escape(headline(results) + _best_words(results)),
         caption_justify="left",
         title_justify="left",
         box=SIMPLE_HEAD,
@@ -106,6 +120,14 @@ def table(sweep_folder: Path, storage: Storage) -> Table:
         name, *cells = _control_row(contrast)
         shown.add_row(escape(name), *cells, style="bold" if contrast.differs else None)
     return shown
+
+
+def _best_words(results: SweepResults) -> str:
+    """`` Best by highest score: pause_tuned every=2, 0.83.``; nothing where it goes without saying."""
+    found = best(results)
+    if found is None or len(results.scored) < 2:
+        return ""
+    return f"\nBest by {objective_words(found.objective)}: {found.condition.label}, {number(found.value)}."
 
 
 def corpus_table(stats: JsonObject) -> Table:
@@ -133,8 +155,8 @@ def _percent_words(interval: Interval | None) -> str:
 def _terminal_row(condition: Condition) -> list[str]:
     summary, comparison = condition.summary, condition.comparison
     if summary is None:
-        return [condition.label, "not finished"]
-    missing = condition.num_planned - len(condition.trials)
+        return [condition.label, "not finished" if condition.num_missing else "stopped early"]
+    missing = condition.num_missing
     return [
         condition.label + (f" ({missing} of {condition.num_planned} to come)" if missing else ""),
         f"{number(summary.grand_mean)}{_bracketed(summary.interval)}",
@@ -167,10 +189,13 @@ def _draw(results: SweepResults) -> dict[str, Figure]:
     if not scored:
         return drawn
     axis = results.axis
-    drawn["heatmaps"] = heatmaps.score_heatmaps({its.label: score_fields(its.rows, axis=axis) for its in scored}, axis=axis)
+    shown = figures.shown_as_lines(scored, at_most=MOST_HEATMAPS).values()
+    drawn["heatmaps"] = heatmaps.score_heatmaps({its.label: score_fields(its.rows, axis=axis) for its in shown}, axis=axis)
     rows = {condition.label: condition.rows for condition in scored}
     differences = {
-        contrast.label: difference_fields(rows[contrast.label], rows[contrast.other], axis=axis) for contrast in results.contrasts
+        its.label: difference_fields(rows[its.label], rows[its.against_reference.other], axis=axis)
+        for its in shown
+        if its.against_reference
     }
     if differences:
         drawn["differences"] = heatmaps.difference_heatmaps(differences, axis=axis)
@@ -179,8 +204,9 @@ def _draw(results: SweepResults) -> dict[str, Figure]:
     recall = {look: (condition.label, _recall(condition)) for look, condition in lines.items()}
     if any(points for _, points in recall.values()):
         drawn["recall"] = figures.recall_by_position(recall)
-    if len({round(condition.summary.prompt_overhead_percent, 1) for condition in scored if condition.summary}) > 1:
-        drawn["overhead"] = figures.overhead(dict(enumerate(scored)))
+    found = markets(results)
+    if found:
+        drawn["fronts"] = figures.fronts(found, figures.shown_as_offers(scored, found))
     training = figures.training_curves(dict(enumerate(scored)))
     if training is not None:
         drawn["training"] = training
@@ -197,6 +223,7 @@ def _recall(condition: Condition) -> dict[float, Point]:
 def _view(results: SweepResults, drawn: Mapping[str, str]) -> JsonObject:
     conditions = _reference_first(results.conditions)
     scored = [condition for condition in conditions if condition.summary]
+    seen = climbs(results)
     bound = max((abs(edge) for contrast in [*results.contrasts, *results.control_contrasts] for edge in _reach(contrast)), default=1.0)
     return {
         "results": results,
@@ -216,6 +243,17 @@ def _view(results: SweepResults, drawn: Mapping[str, str]) -> JsonObject:
         "answers_per_field": sections.answers_per_field(results),
         "figures": {name: _data_uri(svg) for name, svg in drawn.items()},
         "lines": len(figures.shown_as_lines(scored)),
+        "heatmaps": min(MOST_HEATMAPS, len(scored)),
+        "best": best(results),
+        "exported": exported(results.folder),
+        "objective": objective_of(results),
+        "markets": markets(results),
+        "shown_offers": SHOWN_OFFERS,
+        "named_offers": figures.MOST_NAMED_OFFERS,
+        "climbs": seen,
+        "shown_climbs": SHOWN_CLIMBS,
+        "agreements": agreements(results),
+        "proxy_cost": sections.proxy_cost(seen),
         "places": sections.middle_and_edges(scored),
         "unscored": sections.unscored(scored),
         "questions": sections.questions(results),
@@ -245,6 +283,7 @@ def _csv_row(condition: Condition) -> JsonObject:
         **condition.point,
         "trials_planned": condition.num_planned,
         "trials_finished": len(condition.trials),
+        "trials_stopped": condition.num_stopped,
     }
     if summary is not None:
         answers = spent(condition.rows)
@@ -267,6 +306,7 @@ def _csv_row(condition: Condition) -> JsonObject:
             "decoded_tokens": answers.decoded_tokens,
             "answering_seconds": answers.seconds,
             "cost": answers.money,
+            "trained_tokens": trained_tokens(condition),
         }
     if condition.against_reference is not None:
         row |= {"compared_to": condition.compared_to, **_contrast_columns(condition.against_reference)}

@@ -9,15 +9,16 @@ Only finished trials count: a ledger that is still growing pairs with nothing ye
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pause_ray.compare import Comparison, Summary, compare_arms, summarize
 from pause_ray.errors import StorageError
+from pause_ray.labels import condition_labels
 from pause_ray.needle.ledger import CellResult, Ledger
 from pause_ray.places import Axis, axis_of
+from pause_ray.search_record import SearchRecord
 from pause_ray.spec import JsonObject
 from pause_ray.statistics import holm
 from pause_ray.storage import MANIFEST, Storage, is_complete, read_json
@@ -176,6 +177,8 @@ class Condition:
     """For people: ``pause_tuned every=2 rank=16``."""
     num_planned: int
     """Trials: one per replicate."""
+    num_stopped: int
+    """Those that a scheduler stopped, or that it spared because no trial of their point was worth going on with."""
     trials: tuple[TrialResult, ...]
     """The finished ones."""
     summary: Summary | None
@@ -186,6 +189,11 @@ class Condition:
     """None for the reference itself, and until both have finished trials."""
     against_control: Contrast | None
     """Only for conditions tuned with pauses: what the pauses add beyond tuning."""
+
+    @property
+    def num_missing(self) -> int:
+        """Trials that are still to come."""
+        return self.num_planned - self.num_stopped - len(self.trials)
 
     @property
     def rows(self) -> list[CellResult]:
@@ -231,6 +239,10 @@ class SweepResults:
     control_arm: str | None
     """The arm tuned without pauses that pause-tuned ones are compared with; None where the sweep names none."""
     conditions: tuple[Condition, ...]
+    labels: Mapping[str, str]
+    """Digest of every planned trial → label of its condition."""
+    search: SearchRecord
+    """What a scheduler saw and did."""
 
     @property
     def trials(self) -> list[TrialResult]:
@@ -282,9 +294,25 @@ class SweepResults:
         return [condition.against_control for condition in self.conditions if condition.against_control]
 
     @property
+    def num_stopped(self) -> int:
+        """Trials that are not run to their ends, as a scheduler decided."""
+        return sum(condition.num_stopped for condition in self.conditions)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is to come."""
+        return all(condition.num_missing == 0 for condition in self.conditions)
+
+    @property
     def progress(self) -> str:
-        """``7 of 7 trials finished``."""
-        return f"{len(self.trials)} of {self.num_planned} trials finished"
+        """``7 of 7 trials finished``, ``5 of 9 trials finished, 4 stopped early``."""
+        stopped = f", {self.num_stopped} stopped early" if self.num_stopped else ""
+        return f"{len(self.trials)} of {self.num_planned} trials finished{stopped}"
+
+
+def results_of(sweep: Path | SweepResults, storage: Storage) -> SweepResults:
+    """What was read already, or ``read_results`` of a folder: a comparison of two arms takes 40 ms, and a sweep may have a thousand."""
+    return sweep if isinstance(sweep, SweepResults) else read_results(sweep, storage)
 
 
 def read_results(sweep_folder: Path, storage: Storage) -> SweepResults:
@@ -295,11 +323,14 @@ def read_results(sweep_folder: Path, storage: Storage) -> SweepResults:
     """
     sweep = read_json(sweep_folder / "sweep.json")
     control = sweep.get("control")
+    search = SearchRecord.read(sweep_folder)
+    left_out = search.left_out(sweep["trials"], governed_arm=sweep["spec"].get("arm", ""))
+    labels = condition_labels(sweep["trials"])
     planned: dict[str, list[JsonObject]] = {}
     for entry in sweep["trials"]:
-        planned.setdefault(condition_label(entry, sweep["trials"]), []).append(entry)
+        planned.setdefault(labels[entry["digest"]], []).append(entry)
     finished = {
-        label: tuple(_read_trial(entry, storage) for entry in entries if is_complete(storage.trials / entry["digest"]))
+        label: tuple(read_trial(entry, storage) for entry in entries if is_complete(storage.trials / entry["digest"]))
         for label, entries in planned.items()
     }
     points = {label: entries[0]["point"] for label, entries in planned.items()}
@@ -321,6 +352,7 @@ def read_results(sweep_folder: Path, storage: Storage) -> SweepResults:
             point=points[label],
             label=label,
             num_planned=len(entries),
+            num_stopped=sum(entry["digest"] in left_out and not is_complete(storage.trials / entry["digest"]) for entry in entries),
             trials=finished[label],
             summary=summarize(rows[label]) if rows[label] else None,
             is_reference=label in references,
@@ -337,14 +369,9 @@ def read_results(sweep_folder: Path, storage: Storage) -> SweepResults:
         reference_arm=sweep["compare_to"],
         control_arm=control,
         conditions=conditions,
+        labels=labels,
+        search=search,
     )
-
-
-def condition_label(entry: JsonObject, entries: list[JsonObject]) -> str:
-    """Arm and point of one of a sweep's trials; a path is shortened to its last part where that is unique among the sweep's paths."""
-    leaves = Counter(path.rsplit(".", 1)[-1] for path in {path for other in entries for path in other["point"]})
-    short = {path: leaf if leaves[leaf := path.rsplit(".", 1)[-1]] == 1 else path for path in entry["point"]}
-    return " ".join([entry["arm"], *(f"{short[path]}={value}" for path, value in entry["point"].items())])
 
 
 def _contrasts(
@@ -362,7 +389,12 @@ def _contrasts(
     }
 
 
-def _read_trial(entry: JsonObject, storage: Storage) -> TrialResult:
+def read_trial(entry: JsonObject, storage: Storage) -> TrialResult:
+    """A finished trial, as ``sweep.json`` lists it.
+
+    Raises:
+        StorageError: a file is missing or damaged, or the ledger does not have the cells that its manifest says.
+    """
     folder = storage.trials / entry["digest"]
     trial = TrialResult(
         digest=entry["digest"],

@@ -199,7 +199,8 @@ def _fields(specs: tuple[type[Spec], ...]) -> dict[str, tuple[type[Spec], ...]]:
     found: dict[str, tuple[type[Spec], ...]] = {}
     for spec in specs:
         for name, field in spec.model_fields.items():
-            found[name] = (*found.get(name, ()), *_inner_specs(field.annotation))
+            written = field.alias or name
+            found[written] = (*found.get(written, ()), *_inner_specs(field.annotation))
     return found
 
 
@@ -220,6 +221,8 @@ def _explain(error: ValidationError, schema: type[Spec], origin: str) -> str:
             lines.append(f"{place}: unknown field{_nearest(location[-1], siblings)}")
         elif problem["type"] == "missing":
             lines.append(f"{place}: required, and missing")
+        elif problem["type"] == "union_tag_not_found" and isinstance(problem["input"], dict):
+            lines.append(f"{place}.{problem['ctx']['discriminator'].strip(chr(39))}: required, and missing")
         elif problem["type"] == "value_error":
             lines.append(f"{place}: {problem['ctx']['error']!s}")
         elif problem["type"] == "union_tag_invalid":
@@ -234,17 +237,17 @@ def _located(schema: type[Spec], location: tuple[int | str, ...]) -> tuple[list[
     """A problem's dotted path without the tags that pydantic puts in for unions, and the fields beside its last part."""
     current: tuple[type[Spec], ...] = (schema,)
     path, siblings = list[str](), list[str]()
-    for place, part in enumerate(location):
+    for part in location:
         if str(part).startswith("<"):  # a tag that a spec gives to a member of a union without ``kind``
             continue
         fields = _fields(current)
-        if len(current) > 1 and part not in fields and place < len(location) - 1:
-            tagged = tuple(spec for spec in current if _tag(spec) == part)
-            current = tagged or current
+        tagged = tuple(spec for spec in current if _tag(spec) == part) if part not in fields else ()
+        if tagged:
+            current = tagged
             continue
         path.append(str(part))
         siblings = list(fields)
-        current = fields.get(str(part), current if isinstance(part, int) else ())
+        current = fields.get(str(part), current)  # a part that is no field is a place in a list, or a key of a mapping
     return path, siblings
 
 

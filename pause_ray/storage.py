@@ -23,9 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pause_ray import __version__
 from pause_ray.errors import PauseRayError, StorageError
 
 MANIFEST = "manifest.json"
+ROOT_FORMAT = 1
+"""Of the root as a whole: which folders it has and what their files mean; raised when an older version would misread or harm it.
+What only decides a result has formats of its own, inside digests."""
+FORMAT_FILE = "format.json"
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Storage:
         """Make the root if needed and try to write in it.
 
         Raises:
-            StorageError: the root is a URI, is not a folder, or cannot be written.
+            StorageError: the root is a URI, is not a folder, cannot be written, or is of a newer version of this program.
         """
         if "://" in str(root):
             raise StorageError(f"storage root {root}: must be a path that every node sees, not a URI; use a shared file system such as NFS")
@@ -51,6 +56,7 @@ class Storage:
             probe.unlink()
         except OSError as error:
             raise StorageError(f"storage root {path}: cannot be written ({error.strerror}); choose another with --storage") from error
+        _check_format(path)
         return cls(path)
 
     @property
@@ -79,6 +85,24 @@ class Storage:
         return self.root / "sweeps"
 
 
+def _check_format(root: Path) -> None:
+    """Mark a root without a mark, and refuse one that a newer version wrote."""
+    mark = root / FORMAT_FILE
+    if not mark.exists():
+        write_json(mark, {"format": ROOT_FORMAT, "version": __version__})
+        return
+    try:
+        found = json.loads(mark.read_text(encoding="utf-8"))
+        written, version = int(found["format"]), str(found["version"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise StorageError(f"{mark}: does not say which version wrote this storage root ({error}); remove this one file") from error
+    if written > ROOT_FORMAT:
+        raise StorageError(
+            f"storage root {root}: was written by pause_ray {version} (format {written}), and pause_ray {__version__} knows formats up to "
+            f"{ROOT_FORMAT}; use that version or a newer one, or choose another root with --storage"
+        )
+
+
 def is_complete(folder: Path) -> bool:
     """Whether a step's folder was finished."""
     return (folder / MANIFEST).is_file()
@@ -103,6 +127,28 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise StorageError(f"{path}: holds no JSON object; remove its folder and run again")
     return data
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file that may still be growing, one a line; a last line without its end is passed over, no file is empty.
+
+    Raises:
+        StorageError: a line holds no JSON object.
+    """
+    try:
+        complete, _, _ = path.read_bytes().rpartition(b"\n")
+    except FileNotFoundError:
+        return []
+    found = []
+    for number, line in enumerate(complete.splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise StorageError(f"{path}: line {number} holds no JSON object; remove the line and run again")
+        found.append(row)
+    return found
 
 
 def write_text(path: Path, text: str) -> None:

@@ -74,6 +74,11 @@ def listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
 
 
+def named(names: Sequence[str], *, most: int = 12) -> str:
+    """``a, b and c``; of many the first, and how many more."""
+    return listed(names) if len(names) <= most else f"{', '.join(names[:most])} and {len(names) - most} more"
+
+
 def value_range(values: Sequence[str], unit: str) -> str:
     """All of a few values, the ends of many."""
     return f"{', '.join(values)} {unit}" if len(values) <= 5 else f"{values[0]} to {values[-1]} {unit} ({len(values)} values)"

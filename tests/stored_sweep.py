@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -154,8 +155,9 @@ def store_sweep(
     compare_to: str = "baseline",
     control: str | None = None,
     name: str = "demo",
+    spec: Mapping[str, Any] | None = None,
 ) -> Path:
-    """``sweep.json`` that lists (trial digest, arm, point, replicate)."""
+    """``sweep.json`` that lists (trial digest, arm, point, replicate); ``spec`` is more of the sweep's spec than its name."""
     folder = storage.sweeps / f"{name}-0011223344556677"
     listed = [
         {"digest": trial, "arm": arm, "point": dict(point), "replicate": replicate, "seed": 0} for trial, arm, point, replicate in trials
@@ -165,7 +167,7 @@ def store_sweep(
         {
             "name": name,
             "digest": "0011223344556677",
-            "spec": {"name": name},
+            "spec": {"name": name, **(spec or {})},
             "compare_to": compare_to,
             "control": control,
             "trials": listed,
@@ -174,6 +176,31 @@ def store_sweep(
         },
     )
     return folder
+
+
+def store_search(folder: Path, events: Sequence[Mapping[str, Any]]) -> None:
+    """A sweep's ``search.jsonl``."""
+    (folder / "search.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def rung_event(trial: str, rung: int, score: float | None, *, step: int | None = None) -> dict[str, Any]:
+    """What a scheduler's driver writes down of one rung."""
+    return {
+        "event": "rung",
+        "trial": trial,
+        "point": {},
+        "rung": rung,
+        "step": 10 * 3**rung if step is None else step,
+        "proxy_score": score,
+        "cells": 16,
+        "seconds": 2.0,
+        "prefilled_tokens": 4000,
+    }
+
+
+def stop_event(trial: str, rung: int) -> dict[str, Any]:
+    """What it writes down of a trial that it gave up."""
+    return {"event": "stopped", "trial": trial, "point": {}, "rung": rung, "by": "asha"}
 
 
 def grid(

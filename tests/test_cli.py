@@ -91,7 +91,8 @@ def test_a_report_is_written_again_and_says_where(tmp_path: Path) -> None:
     store_trial(storage, "b", rows({(1024, 10): 1.0}, trial="b"))
     folder = store_sweep(storage, [("b", "baseline", {}, 0)])
     done = pause_ray("report", "demo", "--json", "--storage", str(tmp_path))
-    assert json.loads(done.stdout) == {"folder": str(folder), "report": str(folder / "report.html")}
+    told = {"folder": str(folder), "report": str(folder / "report.html"), "best": str(folder / "best")}
+    assert json.loads(done.stdout) == told
     assert "baseline" in (folder / "report.html").read_text()
     assert "1 of 1 trials finished" in pause_ray("report", "demo", "--storage", str(tmp_path)).stdout
 

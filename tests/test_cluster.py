@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from pause_ray import cluster
 from pause_ray.errors import SpecError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' cluster as if it were one that others have started."""
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+
+
+@pytest.fixture
+def autoscaler(joined: None) -> Iterator[None]:
+    """Told Ray that it can start two machines of 64 CPUs and 8 GPUs."""
+    from ray import _raylet
+    from ray.core.generated import autoscaler_pb2
+    from ray.experimental import internal_kv
+
+    key, namespace = (name.encode() for name in (_raylet.GCS_AUTOSCALER_CLUSTER_CONFIG_KEY, _raylet.GCS_AUTOSCALER_STATE_NAMESPACE))
+    kind = autoscaler_pb2.NodeGroupConfig(name="eight-gpus", resources={"CPU": 64, "GPU": 8}, max_count=2)
+    told = autoscaler_pb2.ClusterConfig(node_group_configs=[kind])
+    internal_kv._internal_kv_put(key, told.SerializeToString(), namespace=namespace)
+    yield
+    internal_kv._internal_kv_del(key, namespace=namespace)
 
 
 def test_what_this_machine_will_never_have_room_for_is_refused_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,9 +40,46 @@ def test_what_this_machine_will_never_have_room_for_is_refused_and_not_waited_fo
         cluster.check_room({"CPU": 8.5, "GPU": 0})
 
 
-def test_a_cluster_that_was_joined_may_grow(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "auto")
+def test_a_cluster_that_was_joined_may_grow(joined: None, caplog: pytest.LogCaptureFixture) -> None:
     cluster.check_room({"CPU": 8, "GPU": 0})
+    cluster.check_nodes({"a trial": {"CPU": 8, "GPU": 0}})
     assert not caplog.messages
     cluster.check_room({"CPU": 64, "GPU": 0})
     assert "64 CPUs" in caplog.text
+    cluster.check_nodes({"a scoring actor": {"CPU": 1, "GPU": 2}})
+    assert "a scoring actor takes 2 GPUs" in caplog.text
+
+
+def test_what_no_node_can_give_is_said_with_the_largest_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    cluster.check_nodes({"a trial": {"CPU": 8, "GPU": 0}})
+    with pytest.raises(SpecError, match=r"a training worker takes 2 GPUs on one node, and the largest, node [\d.]+, has 0; lower it"):
+        cluster.check_nodes({"a trial": {"CPU": 1}, "a training worker": {"CPU": 1, "GPU": 2}})
+
+
+def test_an_autoscaler_that_tells_what_it_can_start_is_believed(autoscaler: None) -> None:
+    cluster.check_nodes({"a training worker": {"CPU": 4, "GPU": 8}})
+    cluster.check_room({"CPU": 100, "GPU": 16})
+    assert (cluster.total("GPU"), cluster.total_gpus()) == (16, 0)
+    with pytest.raises(SpecError, match="takes 9 GPUs on one node, and the largest, node type eight-gpus, has 8"):
+        cluster.check_nodes({"a training worker": {"CPU": 4, "GPU": 9}})
+    with pytest.raises(SpecError, match="hold 17 GPUs at a time, and the cluster has 16"):
+        cluster.check_room({"CPU": 1, "GPU": 17})
+
+
+def test_groups_without_room_are_those_that_ask_for_what_is_held_and_a_node_could_give() -> None:
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    holder = placement_group([{"CPU": 6}])
+    ray.get(holder.ready())
+    groups = {"waits": placement_group([{"CPU": 4}]), "never": placement_group([{"CPU": 99}])}
+    try:
+        assert cluster.groups_without_room({"CPU": 1, "GPU": 0}) == {groups["waits"].id.hex()}
+        assert cluster.groups_without_room({"CPU": 0, "GPU": 1}) == frozenset()
+        remove_placement_group(holder)
+        assert groups["waits"].wait(20)
+        assert cluster.groups_without_room({"CPU": 1, "GPU": 0}) == frozenset()
+    finally:
+        for group in groups.values():
+            remove_placement_group(group)

@@ -19,6 +19,7 @@ from pause_ray.statistics import (
     detectable_difference,
     enough_replicates,
     holm,
+    kendall_tau,
     least_p,
     sign_flip_p,
     t_95,
@@ -198,3 +199,68 @@ def test_what_is_detectable_is_found_four_times_of_five() -> None:
     values = np.random.default_rng(5).normal(effect, 1, (4000, 12))
     t = values.mean(axis=1) / values.std(axis=1, ddof=1) * math.sqrt(12)
     assert 0.77 <= np.mean(np.abs(t) > t_95(11)) <= 0.83
+
+
+def test_tau_counts_pairs_in_the_same_and_in_opposite_order() -> None:
+    # 1 2 3 4 against 1 3 2 4: of six pairs one is swapped: (5 - 1)/6.
+    found = kendall_tau([1, 2, 3, 4], [1, 3, 2, 4])
+    assert found is not None
+    assert found.value == pytest.approx(4 / 6)
+
+
+def test_tau_allows_for_ties() -> None:
+    # Of six pairs, a ties one and b three; the first and third, and the first and fourth, agree: 2/√(5 × 3).
+    found = kendall_tau([1, 1, 2, 3], [1, 2, 2, 2])
+    assert found is not None
+    assert found.value == pytest.approx(2 / math.sqrt(5 * 3))
+
+
+def test_tau_has_no_value_where_nothing_is_ranked() -> None:
+    assert kendall_tau([1, 2], [1, 2]) is None
+    assert kendall_tau([1, 1, 1], [1, 2, 3]) is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=3, max_size=8))
+def test_tau_turns_with_a_ranking(items: list[tuple[int, int]]) -> None:
+    a, b = zip(*items, strict=True)
+    found, turned = kendall_tau(a, b), kendall_tau(a, [-value for value in b])
+    assert (found is None) == (turned is None)
+    if found is not None and turned is not None:
+        assert found.interval is not None
+        assert turned.interval is not None
+        assert turned.value == pytest.approx(-found.value)
+        assert (turned.interval.low, turned.interval.high) == pytest.approx((-found.interval.high, -found.interval.low))
+        assert -1 <= found.interval.low <= found.interval.high <= 1
+
+
+@pytest.mark.parametrize("num_items", [5, 41])
+def test_a_perfect_agreement_of_few_items_is_not_certain(num_items: int) -> None:
+    found = kendall_tau(range(num_items), range(num_items))
+    assert found is not None
+    assert found.interval is not None
+    assert found.value == 1
+    assert 0 < found.interval.low < 1
+    # A chance of 1 in 24 for four items in one order is not below 2.5 %, so independence is not excluded.
+    four = kendall_tau(range(4), range(4))
+    assert four is not None
+    assert four.interval is not None
+    assert not four.interval.excludes_zero()
+
+
+@pytest.mark.parametrize(("num_items", "correlation"), [(6, 0.6), (12, 0.0), (60, 0.9)])
+def test_taus_interval_holds_the_truth_as_often_as_it_says(num_items: int, correlation: float) -> None:
+    random, truth, found = np.random.default_rng(7), 2 / math.pi * math.asin(correlation), {}
+    hits = 0
+    for _ in range(200):
+        a, noise = random.standard_normal((2, num_items))
+        tau = kendall_tau(a, correlation * a + math.sqrt(1 - correlation**2) * noise) if num_items > 40 else None
+        if tau is None:  # few values are possible: each interval is found once
+            ranks = tuple(np.argsort(np.argsort((correlation * a + math.sqrt(1 - correlation**2) * noise)[np.argsort(a)])))
+            inversions = sum(ranks[i] > ranks[j] for i in range(num_items) for j in range(i + 1, num_items))
+            if inversions not in found:
+                found[inversions] = kendall_tau(range(num_items), ranks)
+            tau = found[inversions]
+        assert tau is not None
+        assert tau.interval is not None
+        hits += tau.interval.low <= truth <= tau.interval.high
+    assert 0.91 <= hits / 200 <= 1  # 95 % ± 3 standard deviations of 200 draws, on the side that matters

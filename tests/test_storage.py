@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import multiprocessing.synchronize
 import os
@@ -132,3 +133,28 @@ def test_a_root_that_cannot_be_written_is_an_error_that_names_the_option(tmp_pat
 def test_a_uri_is_refused_with_the_remedy() -> None:
     with pytest.raises(StorageError, match=r"shared file system"):
         Storage.open("s3://bucket/runs")
+
+
+def test_a_root_of_a_newer_version_is_refused_in_one_line(tmp_path: Path) -> None:
+    Storage.open(tmp_path)
+    mark = tmp_path / "format.json"
+    written = json.loads(mark.read_text())
+    Storage.open(tmp_path)
+    assert json.loads(mark.read_text()) == written
+    mark.write_text(json.dumps({"format": written["format"] + 1, "version": "99.0"}))
+    with pytest.raises(StorageError, match=r"written by pause_ray 99\.0 .*use that version or a newer one") as refused:
+        Storage.open(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": "new"}'])
+def test_a_damaged_mark_of_a_root_is_told_apart_from_a_new_one(text: str, tmp_path: Path) -> None:
+    (tmp_path / "format.json").write_text(text)
+    with pytest.raises(StorageError, match=r"format\.json: does not say which version"):
+        Storage.open(tmp_path)
+
+
+def test_a_root_from_before_there_were_marks_gets_one(tmp_path: Path) -> None:
+    (tmp_path / "trials").mkdir()
+    Storage.open(tmp_path)
+    assert (tmp_path / "format.json").is_file()

@@ -14,11 +14,11 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from pause_ray import __version__
-from pause_ray.cli import making, planning, reading
+from pause_ray.cli import clusters, making, planning, reading, sweeping
 from pause_ray.cli.terminal import app, err
 from pause_ray.errors import UserError
 
-__all__ = ["app", "main", "making", "planning", "reading"]
+__all__ = ["app", "clusters", "main", "making", "planning", "reading", "sweeping"]
 
 
 def _version(wanted: bool) -> None:
@@ -43,6 +43,8 @@ def main() -> None:
     except UserError as error:
         err.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("stopped; run the same command again to go on where it was")
-        sys.exit(130)
+    except SystemExit as end:
+        # Typer makes an exit of its own of Ctrl-C.
+        if end.__context__ is not None and isinstance(end.__context__.__cause__, KeyboardInterrupt):
+            err.print("stopped; run the same command again to go on where it was")
+        raise

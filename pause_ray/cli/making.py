@@ -1,28 +1,28 @@
-"""Verbs that make something: check, corpus, train, eval, sweep. Each reads its arguments, calls one function, prints what it left."""
+"""Verbs that make something: check, corpus, train, eval. Each reads its arguments, calls one function, prints what it left."""
 
 from __future__ import annotations
 
 import json
 import shlex
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
+from pause_ray.cli.clusters import look_at_cluster
+from pause_ray.cli.files import expect, kind_of
+from pause_ray.cli.sweeping import run_and_report
 from pause_ray.cli.terminal import DEFAULT_STORAGE, AsJson, Sets, SpecFile, StageProgress, StorageRoot, app, err, out, print_json, program
 from pause_ray.cli.tracker import Tracker
 from pause_ray.errors import SpecError, UserError
 from pause_ray.needle.task import SuiteSpec
 from pause_ray.spec import JsonObject, parse_assignments, read_yaml
 from pause_ray.storage import Storage
-from pause_ray.sweep.spec import PlannedTrial, SweepSpec, expand, read_sweep
+from pause_ray.sweep.spec import PlannedTrial, SweepSpec, example_point, expand, read_sweep
 from pause_ray.trial.spec import TrialSpec, read_suite, read_trial, sparse_trial
 
 if TYPE_CHECKING:
     from pause_ray.checkpoint import Checkpoint
-    from pause_ray.tracking.sweeps import LoggedSweep
     from pause_ray.trial.prepare import PreparedTrial
 
 
@@ -32,6 +32,7 @@ def check(
     set_: Sets = None,
     as_json: AsJson = False,
     resolve: Annotated[bool, typer.Option("--resolve", help="Also fetch the models and texts, and check lengths and markers.")] = False,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Also look at every node of the cluster that this runs on.")] = False,
     storage: StorageRoot = DEFAULT_STORAGE,
 ) -> None:
     """Check the file of a sweep or a trial and list its trials, or that of a suite and list its cells, without starting anything.
@@ -39,14 +40,19 @@ def check(
     Examples: `pause-ray check sweeps/quickstart.yaml --set search.pauses.every.grid='[1, 2]'`;
     `pause-ray check eval/suites/lattice.yaml`
     """
-    if _kind_of(spec) == "suite":
+    if kind_of(spec) == "suite":
+        if cluster:
+            raise SpecError(f"{spec}: a suite needs no cluster; check the file of a sweep or a trial with --cluster")
         if resolve:
             raise SpecError(
                 f"{spec}: a suite names no model, so --resolve has nothing to fetch; see pause-ray eval {spec} --model M --dry-run"
             )
         _check_suite(read_suite(spec, parse_assignments(set_ or [])), spec, as_json=as_json)
         return
-    planned = _plan(spec, set_)
+    planned, points_to_come = _plan(spec, set_)
+    if cluster:
+        look_at_cluster(planned, storage=storage, name=spec.stem, as_json=as_json)
+        return
     if resolve:
         from pause_ray.trial.prepare import prepare
 
@@ -54,11 +60,14 @@ def check(
         for trial in planned:
             prepare(trial.spec, cache=root.cache)
     if as_json:
-        print_json({"trials": [{"arm": trial.arm, "point": trial.point, "spec": trial.spec.resolved()} for trial in planned]})
+        trials = [{"arm": trial.arm, "point": trial.point, "spec": trial.spec.resolved()} for trial in planned]
+        print_json({"trials": trials, "points_to_come": points_to_come})
         return
     for trial in planned:
         out.print(trial.label, highlight=False)
     num_cells = sum(_num_cells(trial) for trial in planned)
+    if points_to_come:
+        out.print(f"{points_to_come} points of the search are chosen as it runs; one of their kind is among these", highlight=False)
     out.print(f"{spec}: {len(planned)} trials, {num_cells} cells, no mistakes found", highlight=False, soft_wrap=True)
 
 
@@ -171,7 +180,7 @@ def evaluate(
     a server: `--set engine.kind=endpoint --set engine.url=http://127.0.0.1:8000/v1 --set engine.model=NAME`
     (`--model` then names whose tokenizer counts)
     """
-    _expect(suite, "suite")
+    expect(suite, "suite")
     trial: JsonObject = {"model": {"source": model}, "adapter": adapter, "eval": read_yaml(suite)}
     data = sparse_trial(trial, parse_assignments(set_ or []), origin=suite)
     if not isinstance(data["eval"], dict):
@@ -181,7 +190,7 @@ def evaluate(
         return
     name = f"eval-{data['eval'].get('name', 'suite')}"
     plan = {"name": name, "trial": data, "arm": "model", "replicates": replicates}
-    _run(SweepSpec.parse(plan, origin=str(suite)), storage=storage, as_json=as_json)
+    run_and_report(SweepSpec.parse(plan, origin=str(suite)), storage=storage, as_json=as_json)
 
 
 def _forecast(spec: TrialSpec, *, storage: str, as_json: bool, replicates: int) -> None:
@@ -197,101 +206,22 @@ def _forecast(spec: TrialSpec, *, storage: str, as_json: bool, replicates: int) 
         out.print(f"each of {replicates} replicates takes about as much", highlight=False)
 
 
-@app.command()
-def sweep(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: StorageRoot = DEFAULT_STORAGE) -> None:
-    """Run every trial of a sweep, then compare and report them. Running it again resumes it.
-
-    Example: `pause-ray sweep sweeps/quickstart.yaml --set trial.train.steps=30`
-
-    On a cluster: `ray job submit --working-dir . -- python -m pause_ray sweep sweeps/quickstart.yaml --storage /mnt/shared/runs`
-    """
-    _expect(spec, "sweep")
-    _run(read_sweep(spec, parse_assignments(set_ or [])), storage=storage, as_json=as_json)
-
-
-def _run(spec: SweepSpec, *, storage: str, as_json: bool) -> None:
-    """Run a sweep, log and report it, and say what failed and what to do next."""
-    from pause_ray.report import table, write_report
-    from pause_ray.sweep.run import run_sweep
-
-    root = Storage.open(storage)
-    command = shlex.join(["pause-ray", *sys.argv[1:]])
-    with Tracker(root) as tracker:
-        outcome = run_sweep(spec, storage=root, console=err, command=command, after_step=tracker.step_of_trial, after_trial=tracker.log)
-        path = write_report(outcome.folder, root)
-        tracker.log(outcome.folder)
-    if as_json:
-        print_json({"folder": str(outcome.folder), "report": str(path), "finished": outcome.finished, "planned": outcome.planned})
-    else:
-        out.print(table(outcome.folder, root))
-        _say_what_next(outcome.folder, path, root, tracker.logged)
-    for failure in outcome.failures:
-        err.print(f"[red]{failure.label} failed:[/] {escape(failure.message)}", highlight=False)
-        if failure.trace:
-            err.print(failure.trace, highlight=False, markup=False)
-    if outcome.finished < outcome.planned:
-        err.print(f"{outcome.finished} of {outcome.planned} trials are finished; run the same command again to go on", highlight=False)
-        raise typer.Exit(1 if any(failure.trace for failure in outcome.failures) else 2)
-
-
-def _plan(spec: Path, set_: list[str] | None) -> list[PlannedTrial]:
-    """The trials of a sweep's file, or the one of a trial's file."""
-    if _kind_of(spec) == "sweep":
-        return expand(read_sweep(spec, parse_assignments(set_ or [])))
-    return [PlannedTrial(arm="trial", point={}, spec=_trial(spec, set_))]
+def _plan(spec: Path, set_: list[str] | None) -> tuple[list[PlannedTrial], int]:
+    """The trials of a sweep's file, or the one of a trial's file; of a search that learns as it goes an example, and how many points."""
+    if kind_of(spec) != "sweep":
+        return [PlannedTrial(arm="trial", point={}, spec=_trial(spec, set_))], 0
+    sweep = read_sweep(spec, parse_assignments(set_ or []))
+    planned = expand(sweep)
+    if sweep.algorithm.kind != "tpe":
+        return planned, 0
+    return expand(sweep, [example_point(sweep)]), sweep.algorithm.points
 
 
 def _trial(spec: Path, set_: list[str] | None) -> TrialSpec:
     """The trial of a trial's file, or the unchanged one of a sweep's file."""
-    _expect(spec, "trial", "sweep")
+    expect(spec, "trial", "sweep")
     return read_trial(spec, parse_assignments(set_ or []))
-
-
-Kind = Literal["sweep", "trial", "suite"]
-_EXAMPLES: dict[Kind, str] = {"sweep": "sweeps/quickstart.yaml", "trial": "sweeps/quickstart.yaml", "suite": "eval/suites/single.yaml"}
-
-
-def _expect(path: Path, *kinds: Kind) -> None:
-    kind = _kind_of(path)
-    if kind not in kinds:
-        raise SpecError(f"{path}: is a {kind}, and a {' or '.join(kinds)} is needed; give a file such as {_EXAMPLES[kinds[0]]}")
-
-
-def _kind_of(path: Path) -> Kind:
-    """What a file describes.
-
-    Raises:
-        SpecError: none of these.
-    """
-    fields = read_yaml(path).keys()
-    kinds: dict[str, Kind] = {"trial": "sweep", "model": "trial", "eval": "trial", "task": "suite"}
-    for field, kind in kinds.items():
-        if field in fields:
-            return kind
-    raise SpecError(
-        f"{path}: describes no sweep (no trial in it), no trial (no model) and no suite (no task); its fields: {', '.join(fields)}"
-    )
 
 
 def _num_cells(trial: PlannedTrial) -> int:
     return sum(trial.spec.eval.num_positions.values())
-
-
-def _say_what_next(folder: Path, path: Path, storage: Storage, logged: LoggedSweep | None) -> None:
-    from pause_ray.tracking.store import tracking_uri, without_secrets
-
-    pause_ray = program("pause-ray")
-    where = "" if storage.root == Path(DEFAULT_STORAGE).absolute() else f" --storage {shlex.quote(str(storage.root))}"
-    lines = [f"\nreport      {path}"]
-    if logged is None:
-        lines.append(f"to MLflow   {pause_ray} report {folder.name} --log{where}   (what it could not take is on storage)")
-    else:
-        uri = without_secrets(tracking_uri(storage))
-        page = f"#/experiments/{logged.experiment_id}/runs"
-        local = [f"trials      {program('mlflow')} ui --backend-store-uri {uri}", f"            then open http://127.0.0.1:5000/{page}"]
-        lines += [f"trials      {uri}/{page}"] if uri.startswith("http") else local
-    changed = "--set trial.model.source=FOLDER_OR_HUB_ID --set trial.model.sha256=null"
-    lines.append(f"your model  {pause_ray} sweep sweeps/quickstart.yaml {changed}{where}")
-    lines.append(f"any model   {pause_ray} eval eval/suites/single.yaml --model FOLDER_OR_HUB_ID{where}")
-    for line in lines:
-        out.print(line, highlight=False, soft_wrap=True, markup=False)

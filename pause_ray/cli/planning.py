@@ -12,27 +12,25 @@ from rich.markup import escape
 from rich.table import Table
 
 from pause_ray.cli.terminal import DEFAULT_STORAGE, AsJson, Sets, StorageRoot, app, err, out, print_json
-from pause_ray.engines.engine import HfEngineSpec, ModelSpec
+from pause_ray.engines.engine import ModelSpec
 from pause_ray.engines.published import PUBLISHED, published_config
 from pause_ray.errors import ModelError, SpecError
 from pause_ray.needle.task import SuiteSpec
-from pause_ray.spec import Spec, check_path, digest, parse_assignments, read_yaml, with_overrides
+from pause_ray.spec import Spec, check_path, parse_assignments, read_yaml, with_overrides
 from pause_ray.storage import Storage
-from pause_ray.sweep.spec import PlannedTrial, expand, read_sweep
+from pause_ray.sweep.spec import PlannedTrial, example_point, expand, known_points, read_sweep
 from pause_ray.train.spec import TrainSpec
-from pause_ray.trial.spec import TrialSpec, read_suite, read_trial
+from pause_ray.trial.spec import read_suite, read_trial
 from pause_ray.words import count, duration, money
 
 if TYPE_CHECKING:
-    from pause_ray.plan import Grid, Plan, Rows, Site
+    from pause_ray.plan import Plan, Site
 
 GPU_TABLE = "cluster/gpus.yaml"
 SUITE = "eval/suites/paper.yaml"
 ROW_TOKENS = 8192
 LEAST_ROWS = 8
 """In a step, where no file says it: the paper's batch."""
-SFT_LEARNED_TOKENS = 64
-"""Of a needle_sft row: the fact as answer and its end."""
 CONFIG = "config.json"
 BESIDE = 3
 """Plans that are shown side by side, with their memory by part; more get a line each."""
@@ -166,80 +164,17 @@ def _config(name: str, *, root: Storage) -> tuple[Mapping[str, Any], str]:
 
 
 def _of_trials(spec: Path, *, site: Site, set_: list[str] | None, root: Storage) -> list[Plan]:
+    from pause_ray.sweep.plans import plan_trials
+
     overrides = parse_assignments(set_ or [])
     if _is_sweep(spec):
-        trials = expand(read_sweep(spec, overrides))
+        sweep = read_sweep(spec, overrides)
+        trials = expand(sweep)
+        if known_points(sweep) is None:
+            trials = expand(sweep, [example_point(sweep)])
     else:
         trials = [PlannedTrial(arm="trial", point={}, spec=read_trial(spec, overrides))]
-    known = _Known(site, root)
-    return [known.plan(trial) for trial in trials]
-
-
-class _Known:
-    """What trials of a sweep have in common, so that it is found out once."""
-
-    def __init__(self, site: Site, root: Storage) -> None:
-        self._site, self._root = site, root
-        self._folders: dict[str, Path] = {}
-        self._grids: dict[str, tuple[Grid, float]] = {}
-
-    def plan(self, planned: PlannedTrial) -> Plan:
-        """One trial's."""
-        from pause_ray.engines.cost import ModelShape
-        from pause_ray.engines.model_source import model_limit_tokens
-        from pause_ray.plan import make_plan
-        from pause_ray.train.loop import check_corpus
-
-        trial, folder = planned.spec, self._folder(planned.spec)
-        shape = ModelShape.load(folder)
-        if trial.train is not None and trial.corpus is not None:
-            tokens, limit_tokens = trial.corpus.sequence_tokens, model_limit_tokens(folder)
-            check_corpus(trial.train, num_rows=trial.corpus.rows, longest_row_tokens=tokens, limit_tokens=limit_tokens)
-        grid, paused = self._grid(trial)
-        scored_here = isinstance(trial.engine, HfEngineSpec)
-        rows = _rows(trial, paused=paused)
-        return make_plan(planned.label, shape=shape, train=trial.train, rows=rows, grid=grid if scored_here else None, site=self._site)
-
-    def _folder(self, trial: TrialSpec) -> Path:
-        from pause_ray.engines.model_source import resolve_model
-
-        key = digest(trial.model)
-        if key not in self._folders:
-            self._folders[key] = resolve_model(trial.model, cache=self._root.cache, weights=False)
-        return self._folders[key]
-
-    def _grid(self, trial: TrialSpec) -> tuple[Grid, float]:
-        """The scoring, and how much longer pauses make a text."""
-        from pause_ray.engines.cost import ModelShape
-        from pause_ray.plan import grid_of_prompts
-        from pause_ray.text.tokens import ModelTokenizer, resolve_marker
-        from pause_ray.trial.forecast import forecast_trial
-
-        asked = trial.resolved()
-        key = digest([asked[part] for part in ("model", "pauses", "eval", "engine", "adapter", "seed", "replicate")])
-        if key not in self._grids:
-            resources = trial.resources.model_copy(update={"scoring_actors": self._site.gpus, "scoring_gpus_per_actor": 1})
-            found = forecast_trial(trial.model_copy(update={"resources": resources}), cache=self._root.cache)
-            prompts = found.by_reuse[found.reuse]
-            group = resolve_marker(ModelTokenizer.load(self._folder(trial)), trial.pauses).group_ids if trial.pauses else ()
-            on_top = trial.pauses is not None and trial.pauses.budget == "content"
-            content = prompts.asked_tokens - found.num_pauses * len(group)
-            shape = ModelShape.load(self._folder(trial))
-            grid = grid_of_prompts(prompts, shape=shape, answer_tokens=trial.eval.max_new_tokens, dtype=trial.model.dtype)
-            self._grids[key] = grid, prompts.asked_tokens / content if on_top else 1.0
-        return self._grids[key]
-
-
-def _rows(trial: TrialSpec, *, paused: float) -> Rows:
-    from pause_ray.plan import Rows
-
-    if trial.train is None or trial.corpus is None:
-        return Rows(longest_tokens=0, mean_tokens=0, learned_tokens=0)
-    longest = trial.corpus.sequence_tokens * paused
-    if trial.corpus.objective == "language_modeling":
-        return Rows(longest_tokens=round(longest), mean_tokens=longest, learned_tokens=round(longest))
-    mean = (trial.corpus.min_context_tokens * paused + longest) / 2
-    return Rows(longest_tokens=round(longest), mean_tokens=mean, learned_tokens=SFT_LEARNED_TOKENS)
+    return plan_trials(trials, site=site, root=root)
 
 
 def _show(plans: list[Plan], site: Site) -> None:

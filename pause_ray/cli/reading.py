@@ -28,24 +28,32 @@ def report(
     as_json: AsJson = False,
     storage: StorageRoot = DEFAULT_STORAGE,
 ) -> None:
-    """Write the report of a sweep again from its ledgers, finished or not.
+    """Write the report of a sweep again from its ledgers, finished or not, and its best trial's folder.
 
     Example: `pause-ray report quickstart --log`
     """
+    from pause_ray.best import export_best
     from pause_ray.ledger_files import find_sweep
     from pause_ray.report import table, write_report
+    from pause_ray.results import read_results
     from pause_ray.tracking.sweeps import log_sweep
 
     root = Storage.open(storage)
     folder = find_sweep(name, root)
-    path = write_report(folder, root)
-    if log:
-        log_sweep(folder, root)
+    results = read_results(folder, root)
+    best = export_best(results, root)
+    path = write_report(results, root)
+    logged = log_sweep(results, root) if log else None
     if as_json:
-        print_json({"folder": str(folder), "report": str(path)})
+        model = {"model": logged.model} if logged else {}
+        print_json({"folder": str(folder), "report": str(path), "best": str(best) if best else None, **model})
         return
-    out.print(table(folder, root))
-    out.print(f"report: {path}", highlight=False)
+    out.print(table(results, root))
+    out.print(f"report: {path}", highlight=False, soft_wrap=True)
+    if best:
+        out.print(f"best trial: {best}", highlight=False, soft_wrap=True)
+    if logged and logged.model:
+        out.print(f"in MLflow: {logged.model}", highlight=False, soft_wrap=True)
 
 
 Arms = Annotated[

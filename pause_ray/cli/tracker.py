@@ -19,6 +19,7 @@ from pause_ray.spec import JsonObject
 from pause_ray.storage import Storage
 
 if TYPE_CHECKING:
+    from pause_ray.results import SweepResults
     from pause_ray.tracking.sweeps import LoggedSweep
     from pause_ray.tracking.training import LiveTrainings, Training
 
@@ -40,8 +41,11 @@ class Tracker:
         self._live: LiveTrainings | None = None
         self._trainings: dict[str, Callable[[], Training]] = {}
         self._steps: dict[str, list[JsonObject]] = defaultdict(list)
+        self._ended_in: set[Path] = set()
         self._waiting = threading.Lock()
-        """Guards these two."""
+        """Guards these three."""
+        self._sent: dict[Path, set[str]] = defaultdict(set)
+        """Sweep → trials whose runs are whole."""
         self._sending = threading.Lock()
         """Held while anything is sent: the store's own lock is for other processes."""
         self._ended = threading.Event()
@@ -77,12 +81,19 @@ class Tracker:
             self._trainings[key] = training
             self._steps[key].append(row)
 
-    def log(self, folder: Path) -> None:
-        """Bring MLflow up to date with a sweep."""
+    def trial_ended(self, folder: Path) -> None:
+        """Have the runs of a sweep's trials that have finished sent soon; the sweep's own is brought up to date by ``log``."""
+        with self._waiting:
+            self._ended_in.add(folder)
+
+    def log(self, sweep: Path | SweepResults) -> None:
+        """Bring MLflow up to date with a sweep, named by its folder or read already."""
         from pause_ray.tracking.sweeps import log_sweep
 
         def send() -> None:
-            self.logged = log_sweep(folder, self._storage)
+            self.logged = log_sweep(sweep, self._storage)
+            with self._waiting:
+                self._ended_in.discard(sweep if isinstance(sweep, Path) else sweep.folder)
 
         self.logged = None
         self._tried(send)
@@ -102,13 +113,24 @@ class Tracker:
             self._send_waiting()
 
     def _send_waiting(self) -> None:
-        """Send all steps that wait; those that do not arrive wait on."""
+        """Send all that waits; what does not arrive waits on."""
         with self._waiting:
             steps, self._steps = self._steps, defaultdict(list)
+            folders, self._ended_in = self._ended_in, set()
         for key, rows in steps.items():
             if self._is_away or not self._tried(lambda key=key, rows=rows: self._append(key, rows)):  # type: ignore[misc]
                 with self._waiting:
                     self._steps[key] = rows + self._steps[key]
+
+        for folder in folders:
+            if self._is_away or not self._tried(lambda folder=folder: self._log_finished(folder)):  # type: ignore[misc]
+                with self._waiting:
+                    self._ended_in.add(folder)
+
+    def _log_finished(self, folder: Path) -> None:
+        from pause_ray.tracking.sweeps import log_finished
+
+        log_finished(folder, self._storage, sent=self._sent[folder])
 
     def _append(self, key: str, rows: list[JsonObject]) -> None:
         from pause_ray.tracking.training import LiveTrainings

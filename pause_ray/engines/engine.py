@@ -23,6 +23,16 @@ Reuse = Literal["full", "depth", "none"]
 ``none``: each prompt is computed from its first token, the reference. Answers are the same."""
 
 
+class RopeSpec(Spec):
+    """Rotary positions beyond the window that a model was trained on, without training it for that; ``train`` may do so besides."""
+
+    kind: Literal["plain", "linear", "dynamic", "yarn"]
+    """``linear``: position interpolation (arXiv 2306.15595); ``dynamic``: dynamic NTK, as YaRN's paper describes it; ``yarn``: YaRN
+    (arXiv 2309.00071); ``plain``: positions go on as they are, what the others are compared with."""
+    factor: float = Field(gt=1, le=64)
+    """How many times the window is read."""
+
+
 class ModelSpec(Spec):
     """Which model, and in which precision it is scored."""
 
@@ -36,6 +46,8 @@ class ModelSpec(Spec):
     """Precision of the weights while scoring. bfloat16 flips near-ties whenever shapes change; how often is measured and reported."""
     quantize: Literal["nf4"] | None = None
     """4-bit weights while scoring, as in QLoRA; computations are in ``dtype``."""
+    rope: RopeSpec | None = None
+    """Scaled positions, while training and scoring; null: as the model has them."""
 
     @model_validator(mode="after")
     def _package_is_pinned(self) -> Self:

@@ -28,10 +28,11 @@ from pause_ray.engines.engine import (
 )
 from pause_ray.engines.greedy import Answer, GreedyReader
 from pause_ray.engines.kv import path_cache
-from pause_ray.engines.model_source import model_limit_tokens
+from pause_ray.engines.model_source import model_limit_tokens, row_limit_tokens
 from pause_ray.engines.weights import (
     SPREAD,
     add_marker_row,
+    hold_positions,
     load_adapter,
     load_base,
     num_rows,
@@ -45,6 +46,8 @@ from pause_ray.text.tokens import MarkerToken, ModelTokenizer
 
 log = logging.getLogger("pause_ray")
 
+LENGTH_STEP = 1024
+"""Beyond its window a model of dynamic frequencies gets those for the next multiple, so that prompts of one asked length share them."""
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 
@@ -173,6 +176,12 @@ class HfEngine:
         asked: list[_Asked] = []
         for index, step in enumerate(steps):
             self._check_turn(turn)
+            if not self._positions_fit(step):
+                self._go_on(reader, asked)
+                yield from self._settled(asked)
+                asked = []
+                self._check_turn(turn)
+                self._set_positions(reader, step)
             self._go_on(reader, asked, before=step)
             asked.append(self._ask(reader, index, step, drafts=self._spec.drafts, wait=True))
             if asked[-1].answer.error is not None:
@@ -194,11 +203,24 @@ class HfEngine:
         _, reader = self._ready()
         self._begin_turn(reader)
         reader.forget()
+        self._set_positions(reader, step)
         other = self._reader_of(reader.model, chunk_tokens=max(1, self._chunk_tokens // 2))
         [(_, outcome)] = self._settled([self._ask(other, 0, step, drafts=False, wait=False)])
         if isinstance(outcome, EngineError):
             raise outcome
         return outcome
+
+    def _positions_fit(self, step: Step) -> bool:
+        """Whether the frequencies are those for the length of ``step``."""
+        base, _ = self._ready()
+        return base.positions_for(len(step.prompt.ids) + self._most(step)) == base.held_positions
+
+    def _set_positions(self, reader: GreedyReader, step: Step) -> None:
+        """Give ``step`` the frequencies for its length; keys that others have turned are of no use to it."""
+        base, _ = self._ready()
+        if not self._positions_fit(step):
+            reader.forget()
+            base.hold_positions(base.positions_for(len(step.prompt.ids) + self._most(step)))
 
     def _begin_turn(self, reader: GreedyReader) -> int:
         """The number of a new call; answers that wait are of a call whose caller took no more of them."""
@@ -307,6 +329,8 @@ class _Base:
         self.tokenizer = ModelTokenizer.load(wanted.model_dir)
         self.end_ids = frozenset(self.tokenizer.end_ids)
         self.limit_tokens = model_limit_tokens(wanted.model_dir)
+        self._window = row_limit_tokens(wanted.model_dir)
+        self.held_positions = 0
         self.model = load_base(wanted.model_dir, dtype=wanted.dtype, marker=None, device=device, quantize=wanted.quantize)
         use_path_attention(self.model)
         self.can_rewind = path_cache(self.model.config, host=False) is not None
@@ -318,6 +342,15 @@ class _Base:
         self._num_rows = num_rows(self.model)
         self._marker: MarkerToken | None = None
         self._overwritten: tuple[int, list[torch.Tensor]] = (0, [])
+
+    def positions_for(self, num_tokens: int) -> int:
+        """The length whose dynamic frequencies a sequence of ``num_tokens`` gets; 0 within the window, and where they are not dynamic."""
+        return 0 if num_tokens <= self._window else -(-num_tokens // LENGTH_STEP) * LENGTH_STEP
+
+    def hold_positions(self, num_tokens: int) -> None:
+        """Turn positions by the frequencies for sequences of ``num_tokens``."""
+        hold_positions(self.model, num_tokens=num_tokens)
+        self.held_positions = num_tokens
 
     def grain_tokens(self, chunk_tokens: int) -> int:
         """What can be kept in this precision."""

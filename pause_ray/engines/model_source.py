@@ -12,7 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pause_ray.engines.engine import ModelSpec
+from pause_ray.engines.engine import ModelSpec, RopeSpec
+from pause_ray.engines.positions import reach, scaled_config
 from pause_ray.errors import ModelError
 from pause_ray.packages import PREFIX, fetch_package, parse_package_source
 from pause_ray.spec import digest
@@ -35,15 +36,22 @@ def resolve_model(spec: ModelSpec, *, cache: Path, weights: bool = True) -> Path
 
     Args:
         spec: A local folder is used as it is; a GGUF file, local or in a package, is converted to float32 safetensors under
-            ``cache/models``; a hub id is fetched into ``cache/hub``.
+            ``cache/models``; a hub id is fetched into ``cache/hub``. With ``rope``, a folder under ``cache/models`` with another
+            config and links to the rest.
         cache: Folder of caches.
         weights: False where config and tokenizer are enough (an endpoint, a forecast): a folder may lack weights, a hub's stay there.
 
     Raises:
-        ModelError: unknown source, hub out of reach, another digest, or a folder that lacks something.
+        ModelError: unknown source, hub out of reach, another digest, a folder that lacks something, or positions that cannot be scaled.
         SourceError: the package cannot be fetched.
         StorageError: the cache cannot be written or the disk is full.
     """
+    folder = _own_folder(spec, cache=cache, weights=weights)
+    return folder if spec.rope is None else _scaled(folder, spec.rope, source=spec.source, cache=cache)
+
+
+def _own_folder(spec: ModelSpec, *, cache: Path, weights: bool) -> Path:
+    """The model as its source has it."""
     source = spec.source
     if source.startswith(PREFIX):
         _refuse_revision(spec)
@@ -95,7 +103,7 @@ def model_digest(model_dir: Path, *, cache: Path) -> str:
 
 
 def model_limit_tokens(model_dir: Path) -> int:
-    """The longest sequence, in tokens, that the model's position embeddings were made for.
+    """The longest sequence, in tokens, that the model's positions were made or scaled for.
 
     Raises:
         ModelError: ``config.json`` does not tell.
@@ -104,12 +112,26 @@ def model_limit_tokens(model_dir: Path) -> int:
     return config_limit_tokens(read_config(path), origin=str(path))
 
 
+def row_limit_tokens(model_dir: Path) -> int:
+    """The longest training row: of dynamic frequencies the window only, since rows beside a longer one would change with it.
+
+    Raises:
+        ModelError: ``config.json`` does not tell.
+    """
+    path = model_dir / "config.json"
+    return _window(read_config(path), origin=str(path))
+
+
 def config_limit_tokens(config: Mapping[str, Any], *, origin: str) -> int:
-    """The same from the content of a ``config.json``; ``origin`` names it in errors.
+    """``model_limit_tokens`` from the content of a ``config.json``; ``origin`` names it in errors.
 
     Raises:
         ModelError: it does not tell.
     """
+    return reach(config, _window(config, origin=origin))
+
+
+def _window(config: Mapping[str, Any], *, origin: str) -> int:
     for part in (config, config.get("text_config"), config.get("llm_config")):
         for field in _LIMIT_FIELDS:
             if isinstance(part, Mapping) and isinstance(part.get(field), int):
@@ -155,6 +177,24 @@ def _refuse_revision(spec: ModelSpec) -> None:
         raise ModelError(
             f"model.revision is a commit of a hub repository, and model.source {spec.source} is a file or folder; leave it out"
         )
+
+
+# ---- scaled positions
+
+
+def _scaled(folder: Path, rope: RopeSpec, *, source: str, cache: Path) -> Path:
+    """A folder beside ``folder`` whose config says ``rope``; every other file is a link to its own."""
+    config = scaled_config(read_config(folder / "config.json"), rope, origin=f"model.source {source}")
+    files = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in ("config.json", MANIFEST))
+    scaled = cache / "models" / digest([str(folder), files, config])
+    with space_errors(scaled), exclusive(lock_of(scaled), waiting=lambda _: None):
+        if not is_complete(scaled):
+            with building(scaled) as scratch:
+                for name in files:
+                    (scratch / name).symlink_to(folder / name)
+                write_json(scratch / "config.json", config)
+                write_json(scratch / MANIFEST, {"model": str(folder), "rope": rope.resolved()})
+    return scaled
 
 
 # ---- GGUF

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.quantizers import AutoHfQuantizer
 
 from pause_ray.errors import CheckpointError, ModelError
@@ -57,6 +58,7 @@ def load_base(
         raise ModelError(f"model folder {model_dir}: transformers cannot load it ({reason})") from error
     if device != SPREAD and quantize is None:
         model = model.to(device)
+    hold_positions(model)
     _keep_plain_quantization(model)
     if marker is not None:
         add_marker_row(model, marker)
@@ -109,6 +111,7 @@ def empty_base(model_dir: Path, *, dtype: str, marker: MarkerToken | None, quant
             )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model folder {model_dir}: transformers cannot build it ({' '.join(str(error).split())})") from error
+    hold_positions(model)
     model.name_or_path = str(model_dir)  # an adapter's configuration says what it was made for
     model.tie_weights()
     if quantize is not None:
@@ -119,6 +122,20 @@ def empty_base(model_dir: Path, *, dtype: str, marker: MarkerToken | None, quant
     if marker is not None and marker.token_id >= num_rows(model):
         model.resize_token_embeddings(marker.token_id + 1, mean_resizing=False)
     return model
+
+
+def hold_positions(model: transformers.PreTrainedModel, *, num_tokens: int = 0) -> None:
+    """Turn positions by the frequencies of dynamic NTK for sequences of ``num_tokens``, until told otherwise; others stay as they are.
+
+    transformers takes the last position of every forward pass for the length: keys that were kept would have been turned by other
+    frequencies than the queries that meet them, and an answer would depend on how its prompt was cut.
+    """
+    for layer in model.modules():
+        config = getattr(layer, "config", None)
+        if hasattr(layer, "original_inv_freq") and (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "dynamic":
+            layer.rope_type = "default"  # which is never recomputed
+            frequencies, _ = ROPE_INIT_FUNCTIONS["dynamic"](config, layer.inv_freq.device, seq_len=num_tokens)
+            layer.register_buffer("inv_freq", frequencies, persistent=False)
 
 
 class StoredWeights:

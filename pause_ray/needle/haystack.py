@@ -15,6 +15,7 @@ from pause_ray.errors import ModelError, SourceError
 from pause_ray.needle.question import Fact
 from pause_ray.needle.task import Cell, SuiteSpec, known_facts
 from pause_ray.spec import digest
+from pause_ray.text.kept_tokens import read_long
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.plain import plain
 from pause_ray.text.prompts import BuiltPrompt, HiddenText, PromptBuilder
@@ -152,9 +153,16 @@ def _say_once(message: str) -> None:
 
 
 def prompt_builder(
-    haystack: Haystack, *, suite: SuiteSpec, tokenizer: ModelTokenizer, policy: PausePolicy | None, marker: Marker, seed: int
+    haystack: Haystack,
+    *,
+    suite: SuiteSpec,
+    tokenizer: ModelTokenizer,
+    policy: PausePolicy | None,
+    marker: Marker,
+    seed: int,
+    cache: Path | None = None,
 ) -> PromptBuilder:
-    """Prompts of cells over ``haystack``; ``seed`` is the cells'."""
+    """Prompts of cells over ``haystack``; ``seed`` is the cells'. Tokens of a long haystack are kept in ``cache``."""
     return PromptBuilder(
         haystack.text,
         rules=haystack.rules,
@@ -164,6 +172,7 @@ def prompt_builder(
         policy=policy,
         marker=marker,
         seed=seed,
+        read=functools.partial(read_long, tokenizer=tokenizer, folder=cache / "tokens") if cache else None,
     )
 
 

@@ -20,6 +20,7 @@ from pause_ray.documents import SourceSpec
 from pause_ray.needle.question import Fact, PlacedFact, Question
 from pause_ray.needle.tasks.combine import CombineTask
 from pause_ray.needle.tasks.key_value import KeyValueTask
+from pause_ray.needle.tasks.keyed import KeyedTask
 from pause_ray.needle.tasks.ruler import RulerNiahTask, VariableTrackingTask
 from pause_ray.needle.tasks.stock import MultiTask, SingleTask
 from pause_ray.needle.tasks.uuids import UuidChainTask, UuidTask
@@ -27,12 +28,14 @@ from pause_ray.spec import Spec, digest
 from pause_ray.text.prompts import PromptSpec
 
 TaskSpec = Annotated[
-    SingleTask | MultiTask | UuidTask | UuidChainTask | RulerNiahTask | VariableTrackingTask | KeyValueTask | CombineTask,
+    SingleTask | MultiTask | UuidTask | UuidChainTask | RulerNiahTask | VariableTrackingTask | KeyValueTask | KeyedTask | CombineTask,
     Field(discriminator="kind"),
 ]
 Scorer = Literal["keywords", "all", "exact", "string_match", "label", "furthest"]
 _SIGMOID_STEEPNESS = 0.1
 """Per percent; the original's value, around 50 %."""
+_KEYED_CHARS_PER_TOKEN = 3
+"""Names and numbers make shorter tokens than prose."""
 
 
 class SuiteSpec(Spec):
@@ -110,6 +113,12 @@ class SuiteSpec(Spec):
         return self
 
     @model_validator(mode="after")
+    def _keyed_facts_have_depths(self) -> Self:
+        if isinstance(self.task, KeyedTask) and len(self.depth_percent) < 2:
+            raise ValueError("task keyed hides a fact at every depth of one context; give depth_percent, two depths or more")
+        return self
+
+    @model_validator(mode="after")
     def _task_has_what_the_scorer_reads(self) -> Self:
         if self.scorer in ("label", "furthest") and self.scorer != self.task.label_scorer:
             raise ValueError(f"scorer {self.scorer} reads labels that task {self.task.kind} does not have; use another, such as keywords")
@@ -175,21 +184,34 @@ def cells(suite: SuiteSpec, *, identity: str, replicate: int, seed: int) -> list
             identity=identity,
         )
         for tokens in suite.context_tokens
-        for position in _positions(suite, tokens)
-        for question in (ask_for(suite, seed=seed, replicate=replicate, sample=position.sample),)
-        for facts in (_placed(question, position, seed=seed, replicate=replicate),)
+        for place, position in enumerate(_positions(suite, tokens))
+        for question in (ask_for(suite, seed=seed, replicate=replicate, sample=position.sample, place=place),)
+        for facts in (
+            _placed_by_key(suite, question, place=place, tokens=tokens)
+            if isinstance(suite.task, KeyedTask)
+            else _placed(question, position, seed=seed, replicate=replicate),
+        )
     ]
 
 
-def ask_for(suite: SuiteSpec, *, seed: int, replicate: int, sample: int) -> Question:
-    """The question of one replicate and sample; the same at every length and depth, so that these alone differ."""
-    return suite.task.question(_random(seed, replicate, sample, "question"), replicate=replicate)
+def ask_for(suite: SuiteSpec, *, seed: int, replicate: int, sample: int, place: int = 0) -> Question:
+    """The question of one replicate and sample; the same at every length and depth, so that these alone differ.
+
+    Only a keyed task asks for another of its facts at each depth, that of index ``place``.
+    """
+    draw = _random(seed, replicate, sample, "question")
+    if isinstance(suite.task, KeyedTask):
+        return suite.task.questions(draw, count=len(suite.depth_percent))[place]
+    return suite.task.question(draw, replicate=replicate)
 
 
 def known_facts(suite: SuiteSpec, *, seed: int, replicate: int) -> tuple[Fact, ...]:
     """Every fact that an evaluation hides: of a file all of them, of a drawing task those of this replicate."""
     if isinstance(suite.task, SingleTask | MultiTask):
         return suite.task.known_facts()
+    if isinstance(suite.task, KeyedTask):
+        places = range(len(suite.depth_percent))
+        return tuple(ask_for(suite, seed=seed, replicate=replicate, sample=0, place=place).facts[0] for place in places)
     drawn = [ask_for(suite, seed=seed, replicate=replicate, sample=sample) for sample in range(suite.samples or 1)]
     return tuple(fact for question in drawn for fact in question.facts)
 
@@ -234,6 +256,25 @@ def _placed(question: Question, position: _Position, *, seed: int, replicate: in
             position_tokens=position.position_tokens if place == 0 else None,
         )
         for place, (fact, depth) in enumerate(zip(question.facts, depths, strict=True))
+    )
+
+
+def _placed_by_key(suite: SuiteSpec, question: Question, *, place: int, tokens: int) -> tuple[PlacedFact, ...]:
+    """Facts at the same haystack tokens whichever of them is asked for; by depth, the question's own length would move them."""
+    others = [other for other in range(len(question.facts)) if other != place]
+    chars = [len(fact.text) + 1 for fact in question.facts]
+    chat = [suite.prompt.system or "", suite.prompt.before, suite.prompt.user_after(question="", instruction=None)]
+    room = max(
+        0, tokens - (sum(chars) + 2 * max(chars) + sum(map(len, chat))) // _KEYED_CHARS_PER_TOKEN
+    )  # a question has up to two facts' words
+    return tuple(
+        PlacedFact(
+            text=fact.text,
+            references=fact.references,
+            depth_percent=suite.depth_percent[at],
+            position_tokens=int(room * suite.depth_percent[at] / 100),
+        )
+        for fact, at in zip(question.facts, [place, *others], strict=True)
     )
 
 

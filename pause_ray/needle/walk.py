@@ -174,6 +174,8 @@ def new_tokens(cells: Sequence[Cell]) -> list[float]:
 def _position(cell: Cell) -> float:
     """About how many tokens stand before the first fact that differs from cell to cell."""
     first = cell.facts[0]
+    if len(cell.facts) > 1 and all(fact.position_tokens is not None for fact in cell.facts):
+        return cell.context_tokens  # the same facts in every cell: only the question differs
     if first.position_tokens is not None:
         return first.position_tokens
     return min(fact.depth_percent for fact in cell.facts) / 100 * cell.context_tokens

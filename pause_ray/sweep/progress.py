@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from pause_ray.engines.engine import HfEngineSpec
 from pause_ray.needle.task import Cell, cells
 from pause_ray.needle.walk import by_position, new_tokens
-from pause_ray.spec import JsonObject
+from pause_ray.spec import JsonObject, digest
 from pause_ray.train.telemetry import step_words
 from pause_ray.trial.spec import TrialSpec
 
@@ -26,6 +26,10 @@ TRAINED_TOKEN_COST = 3.0
 """Prompt tokens that one trained token costs: a LoRA step is a forward pass and a backward pass of about twice its
 work (the frozen base needs no weight gradients, but activations are recomputed or spilled)."""
 POLL_SECONDS = 0.5
+ENDED = ("done", "failed", "stopped")
+"""Stages after which nothing more comes of a trial in this run of the sweep."""
+PAUSED = "paused"
+"""The stage of a trial whose scheduler lets others come as far first; it has no process until it goes on."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,27 @@ class TrialState:
     """How far one trial is."""
 
     stage: str
-    """``waiting`` (for another run of the same trial), ``text``, ``training``, ``scoring``, ``rechecking``, ``done`` or ``failed``."""
+    """``starting``, ``waiting`` (for another run of the same trial), ``text``, ``training``, ``proxy`` (a rung is scored and training
+    has ended), ``paused``, ``scoring``, ``rechecking``, ``done``, ``failed``, or ``stopped`` (by a scheduler, or because the sweep was
+    to end)."""
     done: int
     total: int
     row: JsonObject | None = None
     """While training: what the training log says of the last step."""
 
 
-def work_of(spec: TrialSpec) -> tuple[float, float]:
-    """Training and scoring work of a trial, in prompt-token equivalents."""
-    scoring = _scoring_work(spec)
+def work_of(spec: TrialSpec, *, seen: dict[str, float] | None = None) -> tuple[float, float]:
+    """Training and scoring work of a trial, in prompt-token equivalents.
+
+    Args:
+        spec: The trial.
+        seen: Scoring work of other trials, and added to: most trials of a sweep ask the same.
+    """
+    seen = {} if seen is None else seen
+    asked = digest([spec.eval.resolved(), spec.engine.resolved(), spec.replicate, spec.seed])
+    if asked not in seen:
+        seen[asked] = _scoring_work(spec)
+    scoring = seen[asked]
     if spec.train is None or spec.corpus is None:
         return 0.0, scoring
     rows = spec.train.steps * spec.train.batch_size * spec.train.accumulation
@@ -66,22 +81,24 @@ def work_done(work: tuple[float, float], state: TrialState) -> float:
     share = state.done / state.total if state.total else 0.0
     if state.stage == "training":
         return training * share
+    if state.stage in ("proxy", PAUSED):
+        return training
     if state.stage == "scoring":
         return training + scoring * share
-    return training + scoring if state.stage in ("rechecking", "done", "failed") else 0.0
+    return training + scoring if state.stage in ("rechecking", *ENDED) else 0.0
 
 
 class SweepProgress:
     """Draws until left; in a terminal a live display, elsewhere a line per change of stage."""
 
-    def __init__(
-        self, console: Console, trials: Mapping[str, tuple[str, TrialSpec]], states: Callable[[], Mapping[str, TrialState]]
-    ) -> None:
-        """Prepare a display of ``trials`` (key → label and spec) whose ``states`` are asked for twice a second."""
+    def __init__(self, console: Console, states: Callable[[], Mapping[str, TrialState]]) -> None:
+        """Prepare a display; ``states`` is asked twice a second for the trials that have said something since."""
         self._console = console
-        self._trials = trials
         self._states = states
-        self._work = {key: work_of(spec) for key, (_, spec) in trials.items()}
+        self._labels: dict[str, str] = {}
+        self._work: dict[str, tuple[float, float]] = {}
+        self._scoring: dict[str, float] = {}
+        self._done: dict[str, float] = {}
         self._bars: dict[str, TaskID] = {}
         self._stages: dict[str, str] = {}
         self._stop = threading.Event()
@@ -101,7 +118,7 @@ class SweepProgress:
 
     def __enter__(self) -> Self:
         self._progress.start()
-        self._all = self._progress.add_task("all trials", total=sum(map(sum, self._work.values())), detail=f"0/{len(self._trials)}")
+        self._all = self._progress.add_task("all trials", total=None, detail="")
         self._thread.start()
         return self
 
@@ -109,6 +126,12 @@ class SweepProgress:
         self._stop.set()
         self._thread.join()
         self._progress.stop()
+
+    def add(self, trials: Mapping[str, tuple[str, TrialSpec]]) -> None:
+        """Count these trials (key → label and spec) as work to be done."""
+        self._work |= {key: work_of(spec, seen=self._scoring) for key, (_, spec) in trials.items()}
+        self._labels |= {key: label for key, (label, _) in trials.items()}
+        self._progress.update(self._all, total=sum(map(sum, self._work.values())))
 
     def say(self, text: str) -> None:
         """Print a line above the bars."""
@@ -130,21 +153,21 @@ class SweepProgress:
             self._show(self._states())
 
     def _show(self, states: Mapping[str, TrialState]) -> None:
-        ended = sum(state.stage in ("done", "failed") for state in states.values())
-        work = sum(work_done(self._work[key], state) for key, state in states.items())
-        self._progress.update(self._all, completed=work, detail=f"{ended}/{len(self._trials)}")
         for key, state in states.items():
+            self._done[key] = work_done(self._work[key], state)
             self._show_trial(key, state)
+        ended = sum(stage in ENDED for stage in self._stages.values())
+        self._progress.update(self._all, completed=sum(self._done.values()), detail=f"{ended}/{len(self._labels)}")
 
     def _show_trial(self, key: str, state: TrialState) -> None:
-        label = self._trials[key][0]
+        label = self._labels[key]
         if self._stages.get(key) != state.stage:
             self._stages[key] = state.stage
             if not self._console.is_terminal:
-                self._console.print(f"{label}: {state.stage}")
+                self._console.print(f"{label}: {state.stage}", highlight=False, markup=False)
             if key in self._bars:
                 self._progress.remove_task(self._bars.pop(key))
-            if state.stage not in ("done", "failed"):
+            if state.stage not in ENDED:
                 self._bars[key] = self._progress.add_task(f"  {label}", total=state.total, detail=state.stage)
         if key in self._bars:
             detail = f"{state.stage} {state.done}/{state.total}" + (f" · {step_words(state.row)}" if state.row else "")

@@ -1,4 +1,4 @@
-"""What a sweep is: one trial, a search space over its dotted paths, named arms, replicates. Pure; starts nothing.
+"""What a sweep is: one trial, a search over its dotted paths, named arms, replicates. Pure; starts nothing.
 
 A sweep only makes trial specs. Every arm is combined with every point of the search, except that an arm which sets a
 searched path (or a branch above it) itself is not varied along that path: an arm with ``train: null`` has no LoRA rank,
@@ -7,32 +7,30 @@ and one with ``train.lora.rank: 16`` has just that one. Equal trials are run onc
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
 from pause_ray.errors import SpecError
+from pause_ray.needle.proxy import proxy_suite
+from pause_ray.objective import ObjectiveSpec
 from pause_ray.spec import JsonObject, Spec, check_path, digest, inline_files, read_yaml, with_overrides
+from pause_ray.sweep.algorithms import AlgorithmSpec, GridAlgorithm, RandomAlgorithm, SchedulerSpec
+from pause_ray.sweep.draws import corners, drawn_points, grid_points
+from pause_ray.sweep.space import ABSENT, DOMAIN_FIELDS, Constraint, Domain, value_at
+from pause_ray.train.loop import check_side_by_side
+from pause_ray.train.spec import TrainSpec
 from pause_ray.trial.spec import FILE_FIELDS, TrialSpec
 
 PLACES_NOT_SEARCHED = ("replicate", "resources")
 """Set by the sweep itself, or without effect on the result; the same for every arm."""
-
-
-class GridDomain(Spec):
-    """Every one of the listed values."""
-
-    grid: tuple[Any, ...] = Field(min_length=1)
-    """Plain YAML values."""
-
-    @model_validator(mode="after")
-    def _values_differ(self) -> Self:
-        if len({digest([value]) for value in self.grid}) != len(self.grid):
-            raise ValueError(f"grid names a value twice: {list(self.grid)}")
-        return self
+PROBES = 16
+"""Points at which a search is checked whose own are not known yet, and at most so many values of a path."""
 
 
 class SweepSpec(Spec):
@@ -44,8 +42,16 @@ class SweepSpec(Spec):
     """The trial that everything else varies: sparse, its defaults filled in per trial."""
     arm: str = Field(default="pause_tuned", pattern=r"^[a-z0-9][a-z0-9_]*$")
     """Name of the unchanged trial's arm."""
-    search: dict[str, GridDomain] = Field(default_factory=dict)
-    """Dotted path of the trial → values."""
+    search: dict[str, Domain] = Field(default_factory=dict)
+    """Dotted path of the trial → values, for example ``{grid: [1, 2, 4]}`` (``sweep.space``)."""
+    constraints: tuple[Constraint, ...] = ()
+    """What must hold in every trial; points of the search that break one are left out, or drawn again."""
+    algorithm: AlgorithmSpec = GridAlgorithm()
+    """How points of the search are chosen."""
+    objective: ObjectiveSpec = ObjectiveSpec()
+    """What the search learns from, and what the best trial is the best by."""
+    scheduler: SchedulerSpec | None = None
+    """Ends trainings of the unchanged trial's arm early; null trains all to the end."""
     arms: dict[str, JsonObject] = Field(default_factory=dict)
     """Further conditions: name → dotted paths and their values (a mapping or null replaces the whole branch)."""
     replicates: int = Field(default=1, ge=1)
@@ -56,6 +62,10 @@ class SweepSpec(Spec):
     """The arm that was tuned the same way without pauses: what pause-tuned arms add to it is the effect of the pauses."""
     max_concurrent_trials: int | None = Field(default=None, ge=1)
     """Trials at a time; null: as many as the GPUs allow, one on CPUs."""
+    trial_timeout_minutes: float | None = Field(default=None, gt=0)
+    """A trial of which nothing was heard for so long is ended and counts as failed; null waits for ever."""
+    train_together: int = Field(default=1, ge=1)
+    """How many adapters at most are trained at once on one copy of the base weights."""
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
@@ -65,6 +75,25 @@ class SweepSpec(Spec):
         for field, name in (("compare_to", self.compare_to), ("control", self.control)):
             if name is not None and name not in known:
                 raise ValueError(f"{field} {name!r} is none of the arms {', '.join(known)}")
+        return self
+
+    @model_validator(mode="after")
+    def _algorithm_fits_the_space(self) -> Self:
+        kind = self.algorithm.kind
+        if kind == "grid":
+            for path, domain in self.search.items():
+                if domain.key != "grid":
+                    raise ValueError(
+                        f"search.{path}: {domain.key} is a domain to draw from, and algorithm grid takes every value; "
+                        "list values under grid, or set algorithm, for example {kind: random, points: 20}"
+                    )
+        elif not self.search:
+            raise ValueError(f"algorithm {kind} has nothing to choose: search is empty; give it paths, or leave algorithm out")
+        if kind == "tpe" and self.scheduler is not None:
+            raise ValueError(
+                f"scheduler {self.scheduler.kind} and algorithm tpe exclude each other: the value of a trial that was stopped at a rung "
+                "is a proxy's, which does not compare with full scores; leave one of them out, or use algorithm random"
+            )
         return self
 
     @property
@@ -97,6 +126,9 @@ def read_sweep(path: Path, overrides: JsonObject) -> SweepSpec:
     """
     data = read_yaml(path)
     for dotted in overrides:
+        if dotted.startswith("search.") and isinstance(data.setdefault("search", {}), dict):
+            searched, _, field = dotted.removeprefix("search.").rpartition(".")
+            data["search"].setdefault(searched if field in DOMAIN_FIELDS else f"{searched}.{field}".lstrip("."), {})
         if dotted.startswith("trial."):
             check_path(TrialSpec, dotted.removeprefix("trial."), origin="--set")
         else:
@@ -118,44 +150,258 @@ def _whole(data: JsonObject, path: Path) -> JsonObject:
     return whole
 
 
-def expand(sweep: SweepSpec) -> list[PlannedTrial]:
-    """Every distinct trial of the sweep: arm by arm, point by point, replicate by replicate.
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One condition of a sweep, at whatever point of the search."""
+
+    sweep: SweepSpec
+    name: str
+    changes: JsonObject
+    """Dotted paths and values; empty for the unchanged trial's arm."""
+
+    @property
+    def varied(self) -> list[str]:
+        """Searched paths that it does not set itself."""
+        return [path for path in self.sweep.search if not any(f"{path}.".startswith(f"{changed}.") for changed in self.changes)]
+
+    def applied(self, point: JsonObject) -> JsonObject:
+        """The part of a point that it is varied along."""
+        return {path: point[path] for path in self.varied}
+
+    def trial(self, applied: JsonObject, *, replicate: int) -> TrialSpec | None:
+        """Its trial at a point, or None where a constraint of the sweep leaves it out.
+
+        Raises:
+            SpecError: the trial breaks a rule of its own.
+        """
+        data = with_overrides(self.sweep.trial, {**self.changes, **applied, "replicate": replicate})
+        try:
+            spec = TrialSpec.parse(data, origin=f"sweep {self.sweep.name}: arm {self.name} {applied or ''}".rstrip())
+        except SpecError:
+            if not all(held is not False for held in self._held(data)):
+                return None  # a constraint is there to keep such trials away
+            raise
+        return spec if all(held is not False for held in self._held(spec.resolved())) else None
+
+    def _held(self, data: JsonObject) -> Iterator[bool | None]:
+        return (constraint.holds(lambda path: value_at(data, path)) for constraint in self.sweep.constraints)
+
+
+def arms_of(sweep: SweepSpec) -> list[Arm]:
+    """The unchanged trial's arm, then the others."""
+    return [Arm(sweep=sweep, name=name, changes=changes) for name, changes in {sweep.arm: {}, **sweep.arms}.items()]
+
+
+def allows(sweep: SweepSpec, point: JsonObject) -> bool:
+    """Whether a point is left in by the constraints, in the unchanged trial.
 
     Raises:
-        SpecError: a searched or arm path that the trial does not have, a trial that breaks a rule, or two arms that are the same trial.
+        SpecError: a value at which the trial breaks a rule of its own, where there are constraints to look at.
     """
+    return not sweep.constraints or arms_of(sweep)[0].trial(point, replicate=0) is not None
+
+
+def known_points(sweep: SweepSpec) -> list[JsonObject] | None:
+    """The points of the search that are known before anything runs; None where the algorithm learns them as it goes.
+
+    Raises:
+        SpecError: no point is left in by the constraints, or fewer than were asked for.
+    """
+    algorithm = sweep.algorithm
+    if isinstance(algorithm, GridAlgorithm):
+        return grid_points(sweep.search, lambda point: allows(sweep, point), origin=f"sweep {sweep.name}")
+    if isinstance(algorithm, RandomAlgorithm):
+        return drawn_points(
+            sweep.search, lambda point: allows(sweep, point), points=algorithm.points, seed=algorithm.seed, origin=f"sweep {sweep.name}"
+        )
+    return None
+
+
+def example_point(sweep: SweepSpec) -> JsonObject:
+    """A valid point of the search, for those whose points are not known; always the same one.
+
+    Raises:
+        SpecError: there is none.
+    """
+    return drawn_points(sweep.search, lambda point: allows(sweep, point), points=1, seed=0, origin=f"sweep {sweep.name}")[0]
+
+
+def expand(sweep: SweepSpec, points: Sequence[JsonObject] | None = None) -> list[PlannedTrial]:
+    """Every distinct trial of the sweep: arm by arm, point by point, replicate by replicate.
+
+    Args:
+        sweep: What to expand.
+        points: Of the search, those to be run; None: all that are known before anything runs, after checking the whole sweep. Trials
+            that the search does not vary are there in any case; with algorithm tpe and None, only they are.
+
+    Raises:
+        SpecError: a searched or arm path that the trial does not have, a trial that breaks a rule, two arms that are the same trial,
+            an arm without any trial; a searched path that changes no trial, a constraint that concerns none, an objective that no
+            trial gives, a scheduler or training side by side without anything to act on.
+    """
+    _check_paths(sweep)
+    if points is not None:
+        return _planned(sweep, points)
+    if not isinstance(sweep.algorithm, GridAlgorithm):
+        _check_corners(sweep)
+    known = known_points(sweep)
+    tried = _probes(sweep) if known is None else known
+    planned = _planned(sweep, tried)
+    _check_search(sweep, tried, planned)
+    return _planned(sweep, []) if known is None else planned
+
+
+def _probes(sweep: SweepSpec) -> list[JsonObject]:
+    """Valid points to check a sweep at whose own are not known yet."""
+    search, origin, wanted = sweep.search, f"sweep {sweep.name}", min(PROBES, getattr(sweep.algorithm, "points", PROBES))
+    ends = [point for point in corners(search) if allows(sweep, point)]
+    return ends + drawn_points(search, lambda point: allows(sweep, point), points=wanted, seed=0, origin=origin)
+
+
+def _planned(sweep: SweepSpec, points: Sequence[JsonObject]) -> list[PlannedTrial]:
+    planned: dict[str, PlannedTrial] = {}
+    for arm in arms_of(sweep):
+        found = list(_trials(arm, points))
+        if not found and (points or not arm.varied):
+            broken = ", ".join(constraint.words for constraint in sweep.constraints)
+            raise SpecError(
+                f"sweep {sweep.name}: arm {arm.name}: none of its trials keeps the constraints: {broken}; drop it or change them"
+            )
+        for trial in found:
+            key = digest(trial.spec.defining())
+            if key in planned and planned[key].arm != arm.name:
+                same = f"{planned[key].arm} and {arm.name}"
+                raise SpecError(f"sweep {sweep.name}: arms {same} are the same trial; change what sets them apart, or drop one")
+            planned.setdefault(key, trial)
+    return list(planned.values())
+
+
+def _trials(arm: Arm, points: Sequence[JsonObject]) -> Iterator[PlannedTrial]:
+    distinct = {digest(applied): applied for applied in map(arm.applied, points)} if arm.varied else {"": {}}
+    for applied in distinct.values():
+        for replicate in range(arm.sweep.replicates):
+            spec = arm.trial(applied, replicate=replicate)
+            if spec is None:
+                continue
+            if arm.name == arm.sweep.control and (spec.pauses is not None or (spec.train is None and spec.adapter is None)):
+                raise SpecError(
+                    f"sweep {arm.sweep.name}: control {arm.name}: must be tuned, and without pauses, to show what the pauses add"
+                )
+            yield PlannedTrial(arm=arm.name, point=applied, spec=spec)
+
+
+def _check_paths(sweep: SweepSpec) -> None:
+    """Refuse paths that a trial does not have, or that are not the sweep's to vary."""
     origin = f"sweep {sweep.name}"
     if "replicate" in sweep.trial:
         raise SpecError(f"{origin}: trial.replicate {sweep.trial['replicate']} is set by the sweep, from 0 to replicates - 1; leave it out")
-    arms: dict[str, JsonObject] = {sweep.arm: {}, **sweep.arms}
-    for path in sweep.search:
-        check_path(TrialSpec, path, origin=f"{origin}: search")
-        if path.split(".")[0] in PLACES_NOT_SEARCHED:
-            raise SpecError(f"{origin}: search: {path} cannot be searched: it is set by the sweep or has no effect on the result")
-    for name, changes in arms.items():
+    _check_searched_paths(sweep, origin=f"{origin}: search")
+    for name, changes in sweep.arms.items():
         for path in changes:
             check_path(TrialSpec, path, origin=f"{origin}: arms.{name}")
             if path.split(".")[0] in PLACES_NOT_SEARCHED:
                 raise SpecError(f"{origin}: arms.{name}: {path} is the same for all arms; set it in trial")
-    planned: dict[str, PlannedTrial] = {}
-    for (name, changes), point, replicate in itertools.product(arms.items(), _points(sweep), range(sweep.replicates)):
-        applied = {path: value for path, value in point.items() if not _is_set_by(changes, path)}
-        data = with_overrides(sweep.trial, {**changes, **applied, "replicate": replicate})
-        spec = TrialSpec.parse(data, origin=f"{origin}: arm {name} {applied or ''}".rstrip())
-        key = digest(spec.defining())
-        if key in planned and planned[key].arm != name:
-            raise SpecError(f"{origin}: arms {planned[key].arm} and {name} are the same trial; change what sets them apart, or drop one")
-        if name == sweep.control and (spec.pauses is not None or (spec.train is None and spec.adapter is None)):
-            raise SpecError(f"{origin}: control {name}: must be tuned, and without pauses, to show what the pauses add")
-        planned.setdefault(key, PlannedTrial(arm=name, point=applied, spec=spec))
-    return list(planned.values())
+    for constraint in sweep.constraints:
+        for path in constraint.paths:
+            check_path(TrialSpec, path, origin=f"{origin}: constraints")
+            if path == "replicate":
+                raise SpecError(f"{origin}: constraints: {constraint.words}: replicate is set by the sweep; constrain another path")
 
 
-def _points(sweep: SweepSpec) -> list[JsonObject]:
-    return [
-        dict(zip(sweep.search, values, strict=True)) for values in itertools.product(*(domain.grid for domain in sweep.search.values()))
-    ]
+def _check_searched_paths(sweep: SweepSpec, *, origin: str) -> None:
+    for path in sweep.search:
+        check_path(TrialSpec, path, origin=origin)
+        if path.split(".")[0] in PLACES_NOT_SEARCHED:
+            raise SpecError(f"{origin}: {path} cannot be searched: it is set by the sweep or has no effect on the result")
+        for other in sweep.search:
+            if path.startswith(f"{other}."):
+                raise SpecError(f"{origin}: {path} is a part of {other}, which is searched too; drop one of them")
+        branch = _null_branch(sweep.trial, path)
+        if branch is not None:
+            raise SpecError(f"{origin}: no trial reads {path}, as trial.{branch} is null; give trial.{branch}, or drop the path")
 
 
-def _is_set_by(changes: JsonObject, path: str) -> bool:
-    return any(path == changed or path.startswith(f"{changed}.") for changed in changes)
+def _null_branch(trial: JsonObject, path: str) -> str | None:
+    """The branch above ``path`` that the sparse trial leaves out, as it says so or by default; None if there is none."""
+    nested = with_overrides({}, trial)
+    for depth in range(path.count("."), 0, -1):
+        branch = path.rsplit(".", depth)[0]
+        given = value_at(nested, branch)
+        if given is None or (given is ABSENT and branch in TrialSpec.model_fields and TrialSpec.model_fields[branch].default is None):
+            return branch
+    return None
+
+
+def _check_corners(sweep: SweepSpec) -> None:
+    """Refuse domains that reach to where a trial breaks a rule, before one of their points is drawn."""
+    for point in corners(sweep.search):
+        for arm in arms_of(sweep):
+            try:
+                arm.trial(arm.applied(point), replicate=0)
+            except SpecError as error:
+                raise SpecError(f"{error}; narrow a domain, or add a constraint that leaves such points out") from error
+
+
+def _check_search(sweep: SweepSpec, points: Sequence[JsonObject], planned: Sequence[PlannedTrial]) -> None:
+    """Refuse what else would be found out only after hours, from points of the search and the trials that they are."""
+    origin = f"sweep {sweep.name}"
+    for path in sweep.search:
+        if not any(_reads(arm, path, points) for arm in arms_of(sweep) if path in arm.varied):
+            raise SpecError(
+                f"{origin}: search: {path} changes no result: no trial reads it, or it only decides how one is computed; drop it"
+            )
+    for constraint in sweep.constraints:
+        if all(constraint.holds(functools.partial(value_at, trial.spec.resolved())) is None for trial in planned):
+            raise SpecError(f"{origin}: constraints: {constraint.words}: no trial has both values; correct it, or drop it")
+    ours = [trial.spec for trial in planned if trial.arm == sweep.arm]
+    metric = sweep.objective.metric
+    if not any(sweep.objective.is_produced_by(spec.eval, replicate=spec.replicate, seed=spec.data_seed) for spec in ours):
+        raise SpecError(
+            f"{origin}: objective.metric {metric}: no task of arm {sweep.arm} asks cells that count for it; choose another metric, or "
+            "other depths in eval"
+        )
+    if sweep.train_together > 1:
+        _check_together(
+            [trial.spec.train for trial in planned if trial.spec.train], origin=f"{origin}: train_together {sweep.train_together}"
+        )
+    if sweep.scheduler is not None:
+        _check_scheduler(sweep.scheduler, [spec for spec in ours if spec.replicate == 0], origin=f"{origin}: scheduler")
+
+
+def _check_together(trainings: Sequence[TrainSpec], *, origin: str) -> None:
+    if len(trainings) < 2:
+        raise SpecError(f"{origin}: there are no two trials to train together; leave it out")
+    for train in trainings:
+        try:
+            check_side_by_side(train)
+        except SpecError as error:
+            raise SpecError(f"{origin}: {error}") from error
+
+
+def _reads(arm: Arm, path: str, points: Sequence[JsonObject]) -> bool:
+    """Whether some value of ``path`` makes another trial of the arm than another value, at one of the first points."""
+    domain = arm.sweep.search[path]
+    values = list(itertools.islice(domain.listed() or domain.ends(), PROBES))
+    compared = False
+    for point in itertools.islice(points, PROBES):
+        trials = [arm.trial(arm.applied(point | {path: value}), replicate=0) for value in values]
+        found = {digest(trial.defining()) for trial in trials if trial}
+        if len(found) > 1:
+            return True
+        compared = compared or len([trial for trial in trials if trial]) > 1
+    return not compared
+
+
+def _check_scheduler(scheduler: SchedulerSpec, governed: Sequence[TrialSpec], *, origin: str) -> None:
+    if len(governed) < 2:
+        raise SpecError(f"{origin}: {scheduler.kind} compares trials, and the search gives one; widen it, or leave scheduler out")
+    for spec in governed:
+        if spec.train is None:
+            raise SpecError(f"{origin}: {scheduler.kind} ends trainings early, and trials without train have none; leave scheduler out")
+        steps = [*scheduler.steps(spec.train.steps), spec.train.steps]
+        if any(earlier >= later for earlier, later in itertools.pairwise(steps)):
+            raise SpecError(
+                f"{origin}: rungs {scheduler.rungs} with reduction {scheduler.reduction} of train.steps {spec.train.steps} would be at "
+                f"steps {steps[:-1]}, which must rise and lie before the end; lower rungs or reduction, or train longer"
+            )
+        proxy_suite(spec.eval, facts=scheduler.proxy.facts, context_tokens=scheduler.proxy.context_tokens or spec.eval.context_tokens)

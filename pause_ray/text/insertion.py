@@ -6,9 +6,10 @@ those of the text without it; where the window does not come back to them, the w
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,9 +55,10 @@ class Insertion:
 class Beginning:
     """How a text begins, in tokens; reads on as far as it is asked to, and no more than twice as far."""
 
-    def __init__(self, whole: str, *, tokenizer: ModelTokenizer) -> None:
+    def __init__(self, whole: str, *, tokenizer: ModelTokenizer, read: Callable[[str], TokenText] | None = None) -> None:
+        """``read`` does what ``TokenText.of`` does, which is the default."""
         self._whole = whole
-        self._tokenizer = tokenizer
+        self._read = read or functools.partial(TokenText.of, tokenizer=tokenizer)
         self.read = TokenText.of("", tokenizer=tokenizer)
         """What was read up to now, with up to ``REACH_TOKENS`` tokens at its end that may be others in the whole."""
 
@@ -69,7 +71,7 @@ class Beginning:
         """The first ``tokens`` tokens of the whole text, or all if it has fewer."""
         chars = max((tokens + REACH_TOKENS) * _CHARS_PER_TOKEN, 2 * len(self.read.text))
         while not self.is_all and len(self.read.ids) < tokens + REACH_TOKENS:
-            self.read = TokenText.of(self._whole[:chars], tokenizer=self._tokenizer)
+            self.read = self._read(self._whole[:chars])
             chars *= 2
         if tokens >= len(self.read.ids):
             return self.read

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -17,7 +17,7 @@ from pydantic import model_validator
 
 from pause_ray.errors import TextError
 from pause_ray.spec import Spec
-from pause_ray.text.insertion import REACH_TOKENS, Beginning, Insertion, put_in
+from pause_ray.text.insertion import REACH_TOKENS, Beginning, Insertion, TokenText, put_in
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.segments import DocumentRules, detect_paragraph_rule, split
 from pause_ray.text.tokens import Marker, ModelTokenizer, TokenDocument, cut, put_pauses
@@ -158,6 +158,7 @@ class PromptBuilder:
         policy: PausePolicy | None,
         marker: Marker,
         seed: int,
+        read: Callable[[str], TokenText] | None = None,
     ) -> None:
         """Read nothing yet.
 
@@ -171,6 +172,7 @@ class PromptBuilder:
             policy: Pauses, or None.
             marker: ``resolve_marker(tokenizer, policy)``.
             seed: Of a random placement.
+            read: Gives the tokens of a beginning of the haystack; default: ``TokenText.of``.
         """
         # From whole documents and whatever the policy: the same place and the same pauses at every length and in every arm.
         self._rules: DocumentRules = rules or ((0, detect_paragraph_rule(haystack)),)
@@ -181,7 +183,7 @@ class PromptBuilder:
         self._marker = marker
         self._seed = seed
         self._budget: Literal["content", "total"] = policy.budget if policy else "content"
-        self._beginning = Beginning(haystack, tokenizer=tokenizer)
+        self._beginning = Beginning(haystack, tokenizer=tokenizer, read=read)
         self._starts: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
         self._documents: dict[tuple[Insertion, ...], _Encoded] = {}
         self._frame = functools.lru_cache(maxsize=_KEPT_FRAMES)(self._framed)

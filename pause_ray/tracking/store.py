@@ -1,4 +1,4 @@
-"""One MLflow store: runs found by tag, values sent once, failures in one line without secrets. The only module that imports mlflow.
+"""One MLflow store: runs found by tag, values sent once, failures in one line without secrets.
 
 Knows no sweep and no training: a ``Run`` holds plain values. Runs are found by the tag ``pause_ray.digest``, never by name.
 Uses the client API with explicit run ids (the fluent API keeps one active run per process) and batches.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ from urllib.parse import urlsplit
 
 from pause_ray.errors import TrackingError
 from pause_ray.storage import Storage, exclusive
+from pause_ray.tracking.models import CONTENT_TAG, register
 
 BATCH_METRICS, BATCH_PARAMS = 1000, 100
 """MLflow's limits of one batch."""
+BATCH_MIXED_METRICS = 800
+"""Of a batch that also has parameters and up to 100 tags: it may have 1,000 of all together."""
 PATIENCE = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "8",
@@ -45,7 +49,9 @@ SAFE_REASONS = (
     "Permission denied",
 )
 """Words of a failure that are passed on; they quote no address and no password."""
-KIND_TAG, DIGEST_TAG, CONTENT_TAG = "pause_ray.kind", "pause_ray.digest", "pause_ray.content"
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Lets MLflow's pages begin with runs and their curves, not with traces of agents."""
+KIND_TAG, DIGEST_TAG = "pause_ray.kind", "pause_ray.digest"
 logger = logging.getLogger("pause_ray")
 
 
@@ -96,7 +102,7 @@ class Sender:
         found = client.get_experiment_by_name(experiment)
         if found is None:
             try:
-                return cls(client, client.create_experiment(experiment, artifact_location=location))
+                return cls(client, client.create_experiment(experiment, artifact_location=location, tags=EXPERIMENT_TAGS))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
@@ -128,11 +134,27 @@ class Sender:
                 self._client.set_tag(run_id, CONTENT_TAG, wanted.content)
         if run.info.status == wanted.status:
             return run_id
-        if wanted.status == "FINISHED":
-            self._client.set_terminated(run_id, status="FINISHED", end_time=wanted.ended_ms)
+        if wanted.status in ("FINISHED", "KILLED"):
+            self._client.set_terminated(run_id, status=wanted.status, end_time=wanted.ended_ms)
         else:
             self._client.update_run(run_id, status=wanted.status)
         return run_id
+
+    def child(self, parent_id: str, key: str) -> str | None:
+        """The run with this digest among a run's children."""
+        runs = self._search(f"tags.`mlflow.parentRunId` = '{parent_id}' and tags.`{DIGEST_TAG}` = '{key}'")
+        return runs[0].info.run_id if runs else None
+
+    def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a run that has others or none."""
+        has = self._client.get_run(run_id).data.tags
+        for name, value in tags.items():
+            if has.get(name) != value:
+                self._client.set_tag(run_id, name, value)
+
+    def register(self, name: str, *, run_id: str, folder: Path, content: str, tags: Mapping[str, str]) -> str:
+        """``models.register`` in this experiment."""
+        return register(self._client, self.experiment_id, run_id=run_id, name=name, folder=folder, content=content, tags=tags)
 
     def is_whole(self, run_id: str) -> bool:
         """Whether all of a run has arrived."""
@@ -165,11 +187,14 @@ class Sender:
             known = self.steps(run_id, name) if name in has.metrics else set()
             metrics += [Metric(name, value, wanted.ended_ms, step) for step, value in points if step not in known]
         tags = [RunTag(name, value) for name, value in wanted.tags.items() if has.tags.get(name) != value]
-        for start in range(0, len(params), BATCH_PARAMS):
-            self._client.log_batch(run_id, params=params[start : start + BATCH_PARAMS])
-        for start in range(0, len(metrics), BATCH_METRICS):
-            self._client.log_batch(run_id, metrics=metrics[start : start + BATCH_METRICS])
-        self._client.log_batch(run_id, tags=tags)
+        rounds = max(math.ceil(len(params) / BATCH_PARAMS), math.ceil(len(metrics) / BATCH_MIXED_METRICS), 1)
+        for number in range(rounds):
+            self._client.log_batch(
+                run_id,
+                params=params[number * BATCH_PARAMS : (number + 1) * BATCH_PARAMS],
+                metrics=metrics[number * BATCH_MIXED_METRICS : (number + 1) * BATCH_MIXED_METRICS],
+                tags=tags if number == 0 else (),
+            )
 
     def _find(self, wanted: Run, parent_id: str | None) -> Any:
         among = f"tags.`mlflow.parentRunId` = '{parent_id}'" if parent_id else f"tags.`{KIND_TAG}` = '{wanted.kind}'"
@@ -218,7 +243,7 @@ def _border(uri: str) -> Iterator[None]:
     """
     added = {name: value for name, value in PATIENCE.items() if name not in os.environ}
     os.environ.update(added)
-    for noisy in ("alembic", "mlflow.store.db.utils"):
+    for noisy in ("alembic", "mlflow"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         _check_database_answers(uri)

@@ -13,17 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pause_ray.checkpoint import ADAPTER_CONFIG, TRAINING_LOG, Checkpoint
-from pause_ray.results import condition_label
+from pause_ray.labels import condition_labels
 from pause_ray.spec import JsonObject, digest
 from pause_ray.storage import MANIFEST, Storage, read_json
 from pause_ray.tracking.store import Run, Sender, connected
-from pause_ray.tracking.sweeps import flattened, trial_name
+from pause_ray.tracking.sweeps import growing_sweep
+from pause_ray.tracking.trials import flattened, trial_name
 from pause_ray.train.telemetry import training_series
 
 EXPERIMENT = "training"
 """Of trainings that belong to no sweep."""
 CONTENT_VERSION = 1
-"""As that of ``tracking.sweeps``."""
+"""As that of ``tracking.trials``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +45,12 @@ class Training:
         """
         sweep = read_json(sweep_folder / "sweep.json")
         entry = next(entry for entry in sweep["trials"] if entry["digest"] == trial)
-        name = trial_name(condition_label(entry, sweep["trials"]), entry["replicate"])
+        name = trial_name(condition_labels(sweep["trials"])[trial], entry["replicate"])
         spec = read_json(storage.trials / trial / "spec.json")
         return cls(
             experiment=sweep["name"],
             run=_growing("trial", name=name, key=trial, spec=spec, tags={"pause_ray.arm": entry["arm"]}),
-            parent=_growing("sweep", name=sweep["name"], key=sweep["digest"], spec={}, tags={}),
+            parent=growing_sweep(sweep),
         )
 
     @classmethod

@@ -9,20 +9,20 @@ import logging
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pause_ray.checkpoint import STOP, TRAINING_LOG, Checkpoint, RunningTraining, copy_tokenizer, read_training_log, seal, training_folder
 from pause_ray.engines.cost import ModelShape
-from pause_ray.engines.model_source import model_limit_tokens
-from pause_ray.errors import SpecError
+from pause_ray.engines.model_source import row_limit_tokens
+from pause_ray.errors import SpecError, StoppedError
 from pause_ray.rows import ShardSet
 from pause_ray.spec import JsonObject, digest
 from pause_ray.storage import Storage, building, exclusive, is_complete, lock_of
 from pause_ray.text.tokens import MarkerToken, ModelTokenizer
-from pause_ray.train.assignment import Assignment
+from pause_ray.train.assignment import Assignment, Resumable, Rungs
 from pause_ray.train.loop import check_corpus, check_heads, share
 from pause_ray.train.spec import TrainSpec
 
@@ -88,11 +88,13 @@ def fit(
     cpus_per_worker: float,
     gpus_per_worker: float,
     progress: Progress,
+    rungs: Sequence[int] = (),
+    stop: threading.Event | None = None,
 ) -> Checkpoint:
     """Train, go on with a training that was stopped, or find the finished checkpoint of the same job.
 
-    The training's own checkpoints (``train.checkpoint_every``) are gone when it is finished. SIGTERM or Ctrl-C makes one after
-    the running step and ends.
+    The training's own checkpoints (``train.checkpoint_every``) are gone when it is finished. SIGTERM or Ctrl-C, or ``stop``, makes one
+    after the running step and ends.
 
     Args:
         job: What to train.
@@ -102,6 +104,8 @@ def fit(
         cpus_per_worker: Logical CPUs of each worker.
         gpus_per_worker: GPUs of each worker; 0 trains on the CPU.
         progress: Called for every optimizer step, those that a checkpoint already has included.
+        rungs: Steps after which the adapter is also left in ``checkpoint.rung_folder``, there until the job is asked for without rungs.
+        stop: Asks the training to end, from another thread.
 
     Raises:
         SpecError: rows per step that the workers cannot share, layers that the model lacks, fewer rows than a step takes, or rows
@@ -110,65 +114,100 @@ def fit(
         ModelError: a model folder that cannot be loaded.
         CheckpointError: a checkpoint whose files were changed, or that is of another training.
         StorageError: disk full or not writable.
-        StoppedError: SIGTERM or Ctrl-C came; a checkpoint was written.
+        StoppedError: SIGTERM or Ctrl-C came, or ``stop`` was set; a checkpoint was written.
         TrainingError: loss, gradient or validation loss is not a number, or workers were lost again and again.
     """
-    _check_workers(job.train, num_workers)
+    check_workers(job.train, num_workers)
     shards = ShardSet.open(job.shards)
-    identity = _identity(job, shards)
-    folder = storage.checkpoints / _digest(identity)
+    folder = storage.checkpoints / _digest(_identity(job, shards))
     with exclusive(lock_of(folder), waiting=lambda holder: log.info("waiting for %s, which trains the same adapter", holder)):
         untold: list[Exception] = []
         if not is_complete(folder):
-            _check_job(job, shards)
-            tokenizer_digest = ModelTokenizer.load(job.model_dir).digest
-            running = RunningTraining(folder=training_folder(folder), belongs_to=identity | {"tokenizer": tokenizer_digest})
-            saved = running.latest()
-            if saved:
-                log.info("going on after step %d of %d, from %s", saved.step, job.train.steps, saved.folder)
-            with building(folder) as scratch:
-                copy_tokenizer(job.model_dir, scratch, marker=job.marker)
-                with (
-                    _following(scratch / TRAINING_LOG, steps=job.train.steps, progress=progress, failures=untold),
-                    _stoppable(scratch / STOP),
-                ):
-                    _run(
-                        job,
-                        scratch,
-                        running=running,
-                        num_workers=num_workers,
-                        cpus_per_worker=cpus_per_worker,
-                        gpus_per_worker=gpus_per_worker,
-                    )
-                shutil.rmtree(scratch / RAY_FOLDER, ignore_errors=True)
-                (scratch / STOP).unlink(missing_ok=True)
-                seal(
-                    scratch,
-                    base_digest=job.base_digest,
-                    tokenizer_digest=tokenizer_digest,
-                    marker=job.marker,
-                    spec={"train": job.train.resolved(), "pauses": job.policy, "shards": job.shards.name, "seed": job.seed},
-                    document_digests=shards.document_digests(),
+            if stop is not None and stop.is_set():
+                raise StoppedError("training was asked to end before it began; the same command begins it")
+            check_job(job, shards)
+            with (
+                making(job, shards, folder=folder, on_gpu=gpus_per_worker > 0 if num_workers else None, rungs=rungs) as assignment,
+                following(assignment.folder / TRAINING_LOG, steps=job.train.steps, progress=progress, failures=untold),
+                stoppable([assignment.folder / STOP], asked=stop),
+            ):
+                run_workers(
+                    _train_on_worker,
+                    {"assignment": assignment},
+                    running=assignment.running,
+                    notes=assignment.folder,
+                    num_workers=num_workers,
+                    cpus_per_worker=cpus_per_worker,
+                    gpus_per_worker=gpus_per_worker,
                 )
-        shutil.rmtree(training_folder(folder), ignore_errors=True)  # also one whose training was killed before it came to this
+        # Also what is left of one whose training was killed before it came to this.
+        RunningTraining(folder=training_folder(folder), belongs_to={}).finish(keep_rungs=bool(rungs))
         if untold:
             raise untold[0]
         return Checkpoint.open(folder)
 
 
-def _check_job(job: TrainJob, shards: ShardSet) -> None:
+@contextlib.contextmanager
+def making(job: TrainJob, shards: ShardSet, *, folder: Path, on_gpu: bool | None, rungs: Sequence[int] = ()) -> Iterator[Assignment]:
+    """What a worker is told to train so that the checkpoint ``folder`` exists when the block ends well; hold its lock.
+
+    Args:
+        job: What to train.
+        shards: Its rows.
+        folder: Of the checkpoint.
+        on_gpu: As in ``Assignment``.
+        rungs: As in ``fit``.
+
+    Raises:
+        CheckpointError: a checkpoint of the training itself is damaged or of another one; or the block left no adapter.
+        StorageError: disk full or not writable.
+    """
+    tokenizer_digest = ModelTokenizer.load(job.model_dir).digest
+    belongs_to = _identity(job, shards) | {"tokenizer": tokenizer_digest}
+    running = RunningTraining(folder=training_folder(folder).absolute(), belongs_to=belongs_to)
+    saved = running.latest()
+    if saved:
+        log.info("going on after step %d of %d, from %s", saved.step, job.train.steps, saved.folder)
+    with building(folder) as scratch:
+        copy_tokenizer(job.model_dir, scratch, marker=job.marker)
+        spec = {"train": job.train.resolved(), "pauses": job.policy, "shards": job.shards.name, "seed": job.seed}
+        yield Assignment(
+            train=job.train,
+            model_dir=job.model_dir.absolute(),
+            shards=job.shards.absolute(),
+            marker=job.marker,
+            seed=job.seed,
+            threads=job.threads,
+            on_gpu=on_gpu,
+            folder=scratch.absolute(),
+            running=running,
+            rungs=Rungs(steps=tuple(rungs), base_digest=job.base_digest, tokenizer_digest=tokenizer_digest, spec=spec) if rungs else None,
+        )
+        shutil.rmtree(scratch / RAY_FOLDER, ignore_errors=True)
+        (scratch / STOP).unlink(missing_ok=True)
+        seal(
+            scratch,
+            base_digest=job.base_digest,
+            tokenizer_digest=tokenizer_digest,
+            marker=job.marker,
+            spec=spec,
+            document_digests=shards.document_digests(),
+        )
+
+
+def check_job(job: TrainJob, shards: ShardSet) -> None:
     """Refuse a corpus or a number of sharers that does not fit the model, before anything starts."""
     check_corpus(
         job.train,
         num_rows=shards.num_rows,
         longest_row_tokens=shards.longest_row_tokens(),
-        limit_tokens=model_limit_tokens(job.model_dir),
+        limit_tokens=row_limit_tokens(job.model_dir),
     )
     if job.train.sequence_parallel > 1:
         check_heads(job.train, num_heads=ModelShape.load(job.model_dir).num_heads)
 
 
-def _check_workers(train: TrainSpec, num_workers: int | tuple[int, int]) -> None:
+def check_workers(train: TrainSpec, num_workers: int | tuple[int, int]) -> None:
     """Refuse what only shows when workers have started.
 
     Raises:
@@ -188,16 +227,27 @@ def _check_workers(train: TrainSpec, num_workers: int | tuple[int, int]) -> None
         raise SpecError(f"{most} workers, but only {train.rows_per_step} rows per step; allow fewer workers")
 
 
-def _run(
-    job: TrainJob,
-    folder: Path,
+def run_workers(
+    train: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
     *,
-    running: RunningTraining,
+    running: Resumable,
+    notes: Path,
     num_workers: int | tuple[int, int],
     cpus_per_worker: float,
     gpus_per_worker: float,
 ) -> None:
-    """Let Ray Train run the worker function until adapter and log lie in ``folder``."""
+    """Let Ray Train run ``train(config)`` on every worker, again and again as long as ``Recovery`` has it so.
+
+    Args:
+        train: Imports what it needs itself: this process has no model library.
+        config: What it is called with.
+        running: Tells whether attempts get further.
+        notes: Folder for Ray Train's own notes.
+        num_workers: As in ``fit``.
+        cpus_per_worker: As in ``fit``.
+        gpus_per_worker: As in ``fit``.
+    """
     for noisy in ("ray.train", "bitsandbytes"):  # a line per report; a note on a kernel that only 4-bit models use
         logging.getLogger(noisy).setLevel(logging.ERROR)
     import ray.train
@@ -205,27 +255,16 @@ def _run(
 
     from pause_ray.train.recovery import cause_of, run_config
 
-    assignment = Assignment(
-        train=job.train,
-        model_dir=job.model_dir.absolute(),
-        shards=job.shards.absolute(),
-        marker=job.marker,
-        seed=job.seed,
-        threads=job.threads,
-        on_gpu=gpus_per_worker > 0 if num_workers else None,
-        folder=folder.absolute(),
-        running=dataclasses.replace(running, folder=running.folder.absolute()),
-    )
     resources: dict[str, float] = {"CPU": cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
     trainer = TorchTrainer(
-        _train_on_worker,
-        train_loop_config={"assignment": assignment},
+        train,
+        train_loop_config=config,
         scaling_config=ray.train.ScalingConfig(
             num_workers=num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources if num_workers else None
         ),
-        run_config=run_config(assignment.running, name=RAY_FOLDER, storage=str(folder.absolute())),
+        run_config=run_config(running, name=RAY_FOLDER, storage=str(notes)),
     )
-    # Ray Train 2.60 would answer Ctrl-C by sys.exit, now and for as long as the process lives; it is ours to answer (_stoppable).
+    # Ray Train 2.60 would answer Ctrl-C by sys.exit, now and for as long as the process lives; it is ours to answer (stoppable).
     trainer._register_sigint_handler = lambda controller: None
     try:
         trainer.fit()
@@ -241,30 +280,56 @@ def _train_on_worker(config: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _stoppable(stop: Path) -> Iterator[None]:
-    """Make a first SIGTERM or Ctrl-C write ``stop`` instead of ending the process; only a process's main thread can take signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def stoppable(stops: Sequence[Path], *, asked: threading.Event | None = None) -> Iterator[None]:
+    """Make a first SIGTERM or Ctrl-C, and ``asked``, write the files ``stops``; only a process's main thread can take signals."""
+    with _passing_on(asked, stops):
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
 
-    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def ask(number: int, frame: object) -> None:
-        signal.signal(number, before[signal.Signals(number)])
-        stop.touch()
-        log.info("writing a checkpoint after the running step, then stopping; once more stops at once")
+        def ask(number: int, frame: object) -> None:
+            signal.signal(number, before[signal.Signals(number)])
+            for stop in stops:
+                stop.touch()
+            log.info("writing a checkpoint after the running step, then stopping; once more stops at once")
 
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield
-    finally:
-        for number, its in before.items():
-            signal.signal(number, its)
+        for number in before:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, its in before.items():
+                signal.signal(number, its)
 
 
 @contextlib.contextmanager
-def _following(path: Path, *, steps: int, progress: Progress, failures: list[Exception]) -> Iterator[None]:
+def _passing_on(asked: threading.Event | None, stops: Sequence[Path]) -> Iterator[None]:
+    """Write the files ``stops`` as soon as ``asked`` is set."""
+    if asked is None:
+        yield
+        return
+    ended = threading.Event()
+
+    def wait() -> None:
+        while not ended.wait(POLL_SECONDS):
+            if asked.is_set():
+                for stop in stops:
+                    stop.touch()
+                return
+
+    thread = threading.Thread(target=wait, name="training-stop", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def following(path: Path, *, steps: int, progress: Progress, failures: list[Exception]) -> Iterator[None]:
     """Pass each row of a growing training log to ``progress``: the same way for one process and for workers elsewhere.
 
     What ``progress`` raises is added to ``failures``: it ends the telling and not the training.

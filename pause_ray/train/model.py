@@ -50,8 +50,8 @@ def load_trainable(train: TrainSpec, *, model_dir: Path, marker: MarkerToken | N
     """
     _check_quantized(train, stage=stage, device=device)
     empty = empty_base(model_dir, dtype=train.precision, marker=marker, quantize=train.quantize if stage == 3 else None)
-    config = _adapter_config(train.lora, empty, marker)
-    start = functools.partial(_start_adapter, seed=seed, dtype=getattr(torch, train.precision))
+    config = adapter_config(train.lora, empty, marker)
+    start = functools.partial(start_adapter, seed=seed, dtype=getattr(torch, train.precision))
     if stage == 3:
         dealer = Dealer(empty, model_dir, train=train, marker=marker, device=device)
         without_magnitudes = dataclasses.replace(config, use_dora=False)  # DoRA's cannot be taken from empty weights
@@ -65,7 +65,7 @@ def load_trainable(train: TrainSpec, *, model_dir: Path, marker: MarkerToken | N
                 start(name, layer)
     for layer in model.modules():
         if type(layer) is TrainableTokensLayer:
-            layer.__class__ = _TrainedRow
+            layer.__class__ = TrainedRow
     if train.gradient_checkpointing:
         model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
@@ -81,7 +81,12 @@ def _check_quantized(train: TrainSpec, *, stage: int, device: str) -> None:
         )
 
 
-def _adapter_config(lora: LoraSpec, base: transformers.PreTrainedModel, marker: MarkerToken | None) -> peft.LoraConfig:
+def adapter_config(lora: LoraSpec, base: transformers.PreTrainedModel, marker: MarkerToken | None) -> peft.LoraConfig:
+    """PEFT's words for an adapter of ``base``, in which there is none yet.
+
+    Raises:
+        SpecError: a rank or targets that ``base`` does not have.
+    """
     lora.check_rank(base.config.get_text_config().hidden_size)
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -117,9 +122,9 @@ def _embedding_name(base: transformers.PreTrainedModel) -> str:
 
 
 @torch.no_grad()
-def _start_adapter(name: str, layer: LoraLayer, *, seed: int, dtype: torch.dtype) -> None:
+def start_adapter(name: str, layer: LoraLayer, *, seed: int, dtype: torch.dtype, adapter: str = ADAPTER) -> None:
     """First values of one layer as PEFT has them, but drawn by seed and name: order, device and precision change nothing."""
-    inner = layer.lora_A[ADAPTER].weight
+    inner = layer.lora_A[adapter].weight
     number = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]) >> 1
     values = torch.empty(inner.shape, dtype=torch.float32)
     nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=torch.Generator().manual_seed(number))
@@ -129,40 +134,46 @@ def _start_adapter(name: str, layer: LoraLayer, *, seed: int, dtype: torch.dtype
             parameter.data = parameter.data.to(dtype)
 
 
-class _TrainedRow(TrainableTokensLayer):  # type: ignore[misc]
+class TrainedRow(TrainableTokensLayer):  # type: ignore[misc]
     """PEFT's layer of trained vocabulary rows without its copy of the whole table, and the table's gradient, in every pass."""
 
     def forward_adapters(self, x: torch.Tensor, active_adapters: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As PEFT's: ``x`` is tokens, or the output layer's input."""
         if self.disable_adapters or self.merged or not active_adapters:
             untrained: torch.Tensor = super().forward_adapters(x, active_adapters, *args, **kwargs)
             return untrained
         result: torch.Tensor = self.base_layer(x)
-        scale = self._get_embed_scale()
         for adapter in active_adapters:
-            rows = self.trainable_tokens_delta[adapter]
-            if isinstance(self.base_layer, nn.Embedding):
-                for token, row in zip(self.token_indices[adapter], rows, strict=True):
-                    here = (x == token).unsqueeze(-1)
-                    result = torch.where(here, (row if scale is None else row * scale.to(row)).to(result), result)
-            else:
-                tokens = torch.tensor(self.token_indices[adapter], device=result.device)
-                result = result.index_copy(-1, tokens, nn.functional.linear(x, rows.to(x)).to(result))
+            result = self.put_rows(result, x, adapter)
         return result
 
+    def put_rows(self, result: torch.Tensor, x: torch.Tensor, adapter: str) -> torch.Tensor:
+        """What the table made of ``x``, with what it would make of it with the rows of ``adapter``."""
+        rows = self.trainable_tokens_delta[adapter]
+        if isinstance(self.base_layer, nn.Embedding):
+            scale = self._get_embed_scale()
+            for token, row in zip(self.token_indices[adapter], rows, strict=True):
+                here = (x == token).unsqueeze(-1)
+                result = torch.where(here, (row if scale is None else row * scale.to(row)).to(result), result)
+            return result
+        tokens = torch.tensor(self.token_indices[adapter], device=result.device)
+        return result.index_copy(-1, tokens, nn.functional.linear(x, rows.to(x)).to(result))
 
-def write_adapter(model: peft.PeftModel, *, trained: dict[str, torch.Tensor], folder: Path) -> None:
+
+def write_adapter(model: peft.PeftModel, *, trained: dict[str, torch.Tensor], folder: Path, adapter: str = ADAPTER) -> None:
     """Write what ``PeftModel.from_pretrained`` reads; equal tensors give equal bytes.
 
     Args:
         model: Where the adapter's shape and configuration come from; its own weights may be partitioned.
-        trained: Every trained parameter by name, whole.
+        trained: Every trained parameter of the adapter by name, whole.
         folder: Where the two files go.
+        adapter: Its name in the model.
 
     Raises:
         OSError: disk full. PEFT's own writing goes through Rust, whose error for a full disk says less.
     """
-    tensors = peft.get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False)
-    config = model.peft_config["default"].to_dict() | {"inference_mode": True}
+    tensors = peft.get_peft_model_state_dict(model, state_dict=trained, adapter_name=adapter, save_embedding_layers=False)
+    config = model.peft_config[adapter].to_dict() | {"inference_mode": True}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n", encoding="utf-8")
     whole = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
     (folder / ADAPTER_WEIGHTS).write_bytes(safetensors.torch.save(whole, metadata={"format": "pt"}))

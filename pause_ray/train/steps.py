@@ -6,7 +6,6 @@ an uninterrupted one takes. Knows DeepSpeed's engine and torch's process group; 
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import time
@@ -17,18 +16,17 @@ import numpy as np
 import torch
 import torch.distributed
 
-from pause_ray.checkpoint import STOP, TRAINING_LOG, SavedStep
+from pause_ray.checkpoint import TRAINING_LOG, SavedStep
 from pause_ray.errors import StoppedError, TrainingError
 from pause_ray.rows import NO_LOSS, PackedRow, ShardSet
 from pause_ray.spec import JsonObject
 from pause_ray.storage import space_errors, write_text
 from pause_ray.train import state, telemetry
 from pause_ray.train.assignment import Assignment
-from pause_ray.train.loop import check_loss, collate, deal, learning_rate, num_labelled, rows_of_step, share
+from pause_ray.train.crew import Crew, Requests
+from pause_ray.train.loop import check_loss, collate, deal, dropout_seed, learning_rate, num_labelled, rows_of_step, share
 from pause_ray.train.loss import tensors
 
-LOOK_SECONDS = 5.0
-"""Between two questions whether a node goes away, which all workers must ask together; Ray itself looks as often."""
 IDLE = -1
 """Row number of what a worker computes when there are not enough rows for all: one token without a loss."""
 
@@ -36,25 +34,27 @@ IDLE = -1
 class Steps:
     """A training between its first and its last step. Every worker has one, and all call the same methods in the same order."""
 
-    def __init__(self, engine: Any, assignment: Assignment, *, loses_a_node: Callable[[], bool]) -> None:
+    def __init__(self, engine: Any, assignment: Assignment, *, loses_a_node: Callable[[], bool], write_rung: Callable[[int], None]) -> None:
         """Around an engine that was just started.
 
         Args:
             engine: DeepSpeed's, around a ``LossModel``.
             assignment: What is trained.
             loses_a_node: Whether a node with workers on it is about to go away; all workers call it together.
+            write_rung: Writes the adapter as it is after so many steps; all workers call it together.
         """
         self._engine = engine
         self._assignment = assignment
         self._train = assignment.train
-        self._loses_a_node = loses_a_node
-        self._rank, self._world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        crew = Crew(engine.device)
+        self._crew, self._rank, self._world_size = crew, crew.rank, crew.size
+        self._requests = Requests(crew, [assignment.folder], loses_a_node=loses_a_node)
+        self._write_rung = write_rung
         self._share = share(self._train, num_workers=self._world_size, even=False)
         self._group, self._part = self._share.place(self._rank)
         self._shards = ShardSet.open(assignment.shards)
         self._log = assignment.folder / TRAINING_LOG
         self._rows: list[JsonObject] = []
-        self._looked = time.monotonic()
 
     def run(self) -> None:
         """Take every step that no checkpoint has.
@@ -71,7 +71,9 @@ class Steps:
             if done == self._train.steps or (self._train.validate_every and done % self._train.validate_every == 0):
                 record |= self._validate(step)
             self._append(record)
-            stop, node_goes = self._asked()
+            if self._assignment.rungs is not None and done in self._assignment.rungs.steps:
+                self._write_rung(done)
+            stop, node_goes = self._requests.look()
             due = self._train.checkpoint_every is not None and done % self._train.checkpoint_every == 0
             if done < self._train.steps and (due or stop or node_goes):
                 self._save(done)
@@ -130,7 +132,7 @@ class Steps:
         rate = learning_rate(step, self._train)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(_dropout_seed(self._assignment.seed, step, self._rank))
+        torch.manual_seed(dropout_seed(self._assignment.seed, step, self._rank))
         losses: list[torch.Tensor] = []
         total, norm = math.nan, math.nan
         passes = dealt[self._group]
@@ -154,8 +156,15 @@ class Steps:
             labelled_tokens=labelled,
             computed_tokens=telemetry.computed_tokens(lengths, passes=dealt, parts=self._share.sequence_parallel),
             seconds=seconds,
-            peak_memory_bytes=int(self._most(telemetry.peak_memory_bytes(str(self._engine.device)))),
-            mfu=self._mfu([rows[number] for number in numbers], labelled=labelled, seconds=seconds),
+            peak_memory_bytes=int(self._crew.most(telemetry.peak_memory_bytes(str(self._engine.device)))),
+            mfu=telemetry.measured_utilization(
+                self._assignment.model_dir,
+                [rows[number] for number in numbers],
+                labelled_tokens=labelled,
+                seconds=seconds,
+                device=self._engine.device,
+                workers=self._world_size,
+            ),
         )
         return record | ({"skipped_steps": self._engine.skipped_steps} if self._engine.skipped_steps else {})
 
@@ -253,42 +262,3 @@ class Steps:
             with space_errors(self._log), self._log.open("r+", encoding="utf-8") as file:
                 file.seek(0, 2)
                 file.write(json.dumps(record, allow_nan=False) + "\n")
-
-    def _asked(self) -> tuple[bool, bool]:
-        """Whether to end after a checkpoint, and whether one is due because a node goes away; the same on all workers."""
-        stop, look = False, False
-        if self._rank == 0:
-            stop = (self._assignment.folder / STOP).exists()
-            look = time.monotonic() - self._looked >= LOOK_SECONDS
-        asked = int(self._most(2 * stop + look))
-        if not asked % 2:
-            return asked >= 2, False
-        self._looked = time.monotonic()
-        return asked >= 2, self._loses_a_node()
-
-    def _most(self, value: float) -> float:
-        """The largest of all workers' values."""
-        if self._world_size == 1:
-            return value
-        box = torch.tensor(value, dtype=torch.float64, device=self._engine.device)
-        torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
-        return box.item()
-
-    def _mfu(self, rows: Sequence[PackedRow], *, labelled: int, seconds: float) -> float | None:
-        """Share of the GPUs' peak; None on a CPU, and where model or GPU is not known."""
-        shape = _shape(self._assignment.model_dir)
-        if self._engine.device.type != "cuda" or shape is None:
-            return None
-        ends = [np.append(row.document_starts[1:], len(row.input_ids)) for row in rows]
-        documents = [int(tokens) for row, end in zip(rows, ends, strict=True) for tokens in end - row.document_starts]
-        flops = telemetry.step_flops(shape, document_tokens=documents, labelled_tokens=labelled)
-        names = [torch.cuda.get_device_name(self._engine.device)] * self._world_size
-        return telemetry.model_flops_utilization(flops, seconds=seconds, device_names=names)
-
-
-_shape = functools.cache(telemetry.known_shape)
-
-
-def _dropout_seed(seed: int, step: int, rank: int) -> int:
-    """So that no random state has to be kept: a step's dropout is the same whenever and after whatever it is taken."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])

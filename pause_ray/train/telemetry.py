@@ -1,19 +1,29 @@
 """What one row of the training log says of its step. Counts and measures; knows no optimizer, no Ray and no file.
 
-A row has the fields of ``step_record``: always the same ones, except that ``mfu`` stands only where the peak of the GPU
-is known. Where the step was followed by a look at the held-out rows, ``validation_loss`` is added, in nats per labelled token.
+A row has the fields of ``step_record``: always the same ones, except that ``mfu`` stands only where the peak of the GPU is known, and
+``side_by_side``, the number of trainings, only where the step was taken beside others: its seconds are then a share of what all of
+them took, by tokens. Where the step was followed by a look at the held-out rows, ``validation_loss`` is added, in nats per labelled
+token.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import resource
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from pause_ray.engines.cost import ModelShape
 from pause_ray.errors import ModelError
+from pause_ray.rows import PackedRow
 from pause_ray.spec import JsonObject
+
+if TYPE_CHECKING:
+    import torch
 
 FORWARD_AND_BACKWARD = 2
 """Matrix products per frozen weight: forward, and the gradient of its input. A frozen weight needs no gradient of its own, which is
@@ -157,6 +167,24 @@ def model_flops_utilization(flops: float, *, seconds: float, device_names: Seque
     peaks = [peak_flops(name) for name in device_names]
     known = [peak for peak in peaks if peak is not None]
     return flops / (seconds * math.fsum(known)) if known and len(known) == len(peaks) else None
+
+
+def measured_utilization(
+    model_dir: Path, rows: Iterable[PackedRow], *, labelled_tokens: int, seconds: float, device: torch.device, workers: int
+) -> float | None:
+    """``model_flops_utilization`` of a step with these ``rows``; None on a CPU, and where model or GPU is not known."""
+    shape = _kept_shape(model_dir)
+    if device.type != "cuda" or shape is None:
+        return None
+    import torch
+
+    ends = ((row, np.append(row.document_starts[1:], len(row.input_ids))) for row in rows)
+    documents = [int(tokens) for row, end in ends for tokens in end - row.document_starts]
+    flops = step_flops(shape, document_tokens=documents, labelled_tokens=labelled_tokens)
+    return model_flops_utilization(flops, seconds=seconds, device_names=[torch.cuda.get_device_name(device)] * workers)
+
+
+_kept_shape = functools.cache(known_shape)
 
 
 def peak_memory_bytes(device: str) -> int:

@@ -7,9 +7,11 @@ adapter and the training log into the folder it is given; sealing that folder is
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -18,17 +20,23 @@ import ray.train
 import torch
 import torch.distributed
 
+from pause_ray.checkpoint import TRAINING_LOG, copy_tokenizer, rung_folder, seal
 from pause_ray.errors import SpecError
 from pause_ray.rows import ShardSet
-from pause_ray.storage import space_errors
+from pause_ray.storage import building, is_complete, space_errors
 from pause_ray.train import state
+from pause_ray.train.adapters import AdaptersLoss, unfit
 from pause_ray.train.assignment import Assignment
 from pause_ray.train.attention import sequence_group
+from pause_ray.train.crew import Crew
 from pause_ray.train.deepspeed_config import deepspeed_config
 from pause_ray.train.loop import share
 from pause_ray.train.loss import LossModel
 from pause_ray.train.memory import resolve_stage
 from pause_ray.train.model import load_trainable, write_adapter
+from pause_ray.train.room import check_room
+from pause_ray.train.side_by_side import SideBySide, leave_failure
+from pause_ray.train.spec import TrainSpec
 from pause_ray.train.steps import Steps
 from pause_ray.train.telemetry import known_shape
 
@@ -54,7 +62,9 @@ def train_on_worker(config: dict[str, Any]) -> None:
         warnings.simplefilter("ignore", FutureWarning)
         engine = _start_engine(assignment, device=device)
         try:
-            Steps(engine, assignment, loses_a_node=_loses_a_node).run()
+            write_rung = functools.partial(_write_rung, engine, assignment)
+            Steps(engine, assignment, loses_a_node=_loses_a_node, write_rung=write_rung).run()
+            del write_rung
             trained = state.gather_weights(engine)
             if torch.distributed.get_rank() == 0:
                 with space_errors(assignment.folder):
@@ -65,6 +75,66 @@ def train_on_worker(config: dict[str, Any]) -> None:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+
+def train_side_by_side(config: dict[str, Any]) -> None:
+    """Train several adapters from their last checkpoints on; leave each one, or why there is none, in its assignment's folder.
+
+    Args:
+        config: ``{"assignments": [Assignment, …]}``, equal in all that concerns the base model; Ray Train passes it to every worker.
+
+    Raises:
+        StoppedError, StorageError, CheckpointError, ModelError, SourceError: as ``train_on_worker``, for all of them.
+        SpecError: the base model cannot be trained so.
+    """
+    assignments: list[Assignment] = config["assignments"]
+    first = assignments[0]
+    on_gpu = torch.cuda.is_available() if first.on_gpu is None else first.on_gpu
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu"
+    crew = Crew(torch.device(device))
+    refused = unfit(assignments)
+    if crew.rank == 0:
+        for index, error in refused.items():
+            leave_failure(error, assignments[index].folder)
+    fitting = [assignment for index, assignment in enumerate(assignments) if index not in refused]
+    if not fitting:
+        return
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)  # of a training before this one in the same process
+        check_room(
+            [assignment.train for assignment in fitting],
+            shape=known_shape(first.model_dir),
+            workers=crew.size,
+            memory_bytes=int(-crew.most(-torch.cuda.mem_get_info(device)[0])),
+            longest_row_tokens=[ShardSet.open(assignment.shards).longest_row_tokens() for assignment in fitting],
+        )
+    with _threads(first.threads):
+        try:
+            SideBySide(AdaptersLoss(fitting, device=device), fitting, crew=crew, loses_a_node=_loses_a_node).run()
+        finally:
+            gc.collect()
+            if on_gpu:
+                torch.cuda.empty_cache()
+
+
+def _write_rung(engine: Any, assignment: Assignment, step: int) -> None:
+    """Leave the adapter as it is now beside the training's own checkpoints, unless an earlier attempt has left it; on all workers."""
+    trained = state.gather_weights(engine)
+    folder = rung_folder(assignment.running.folder, step=step)
+    if torch.distributed.get_rank() != 0 or assignment.rungs is None or is_complete(folder):
+        return
+    with building(folder) as scratch:
+        copy_tokenizer(assignment.model_dir, scratch, marker=assignment.marker)
+        write_adapter(engine.module.model, trained=trained, folder=scratch)
+        shutil.copyfile(assignment.folder / TRAINING_LOG, scratch / TRAINING_LOG)
+        seal(
+            scratch,
+            base_digest=assignment.rungs.base_digest,
+            tokenizer_digest=assignment.rungs.tokenizer_digest,
+            marker=assignment.marker,
+            spec=assignment.rungs.spec,
+            document_digests=ShardSet.open(assignment.shards).document_digests(),
+        )
 
 
 def _loses_a_node() -> bool:
@@ -143,11 +213,29 @@ def _free_memory_bytes(device: str) -> int | None:
     return int(free)
 
 
+def _check_nvme(train: TrainSpec) -> None:
+    """Refuse an offload to NVMe before a model is loaded for it.
+
+    Raises:
+        SpecError: DeepSpeed's asynchronous input and output cannot be built or used here.
+    """
+    if "nvme" not in (train.zero.offload_optimizer, train.zero.offload_parameters):
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise SpecError(
+            "train.zero: offload to nvme needs DeepSpeed's async_io, which does not work on this machine; "
+            "install libaio with its headers and a C++ compiler on every node, or offload to cpu"
+        )
+
+
 def _start_engine(assignment: Assignment, *, device: str) -> Any:
     import deepspeed
 
     if assignment.train.precision == "float16" and not deepspeed.get_accelerator().is_fp16_supported():
         raise SpecError(f"train.precision float16: this {device} does not compute in it; use bfloat16 or float32")
+    _check_nvme(assignment.train)
     train, num_workers = assignment.train, torch.distributed.get_world_size()
     where = "cpu" if device == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}"
     stage = resolve_stage(

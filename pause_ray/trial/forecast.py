@@ -62,7 +62,7 @@ def forecast_trial(spec: TrialSpec, *, cache: Path) -> TrialForecast:
     prompts = {cell.id: prompt for cell, prompt in zip(grid, reader.prompts(grid), strict=True)}
     for prompt in prompts.values():
         check_fits(prompt, max_new_tokens=spec.eval.max_new_tokens, limit_tokens=limit_tokens, origin=spec.model.source)
-    runs = split_for_actors(grid, num_actors=spec.resources.scoring_actors)
+    runs = split_for_actors(grid, num_actors=spec.resources.scoring_bounds[1])
     engine = spec.engine if isinstance(spec.engine, HfEngineSpec) else HfEngineSpec()
     chunk = engine.chunk_tokens or default_chunk_tokens(on_gpu=bool(spec.resources.scoring_gpus_per_actor))
     grain = grain_of(dtype=spec.model.dtype, quantize=spec.model.quantize, chunk_tokens=chunk)

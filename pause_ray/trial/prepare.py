@@ -5,14 +5,15 @@ Everything a user can get wrong about a trial is found here, in seconds, without
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pause_ray.checkpoint import Checkpoint
 from pause_ray.corpus.shards import Evaluation, ShardJob, shards_digest
 from pause_ray.corpus.spec import CorpusSpec
 from pause_ray.engines.engine import HfEngineSpec
-from pause_ray.engines.model_source import model_digest, model_limit_tokens, read_config, resolve_model
+from pause_ray.engines.model_source import model_digest, model_limit_tokens, read_config, resolve_model, row_limit_tokens
 from pause_ray.errors import ModelError, SpecError
 from pause_ray.needle.haystack import Haystack, ask, check_fits, check_lengths, load_haystack, prompt_builder
 from pause_ray.needle.task import Cell, cells, known_facts
@@ -39,30 +40,55 @@ class PreparedTrial:
     marker: Marker
     shards: ShardJob | None
     """None when nothing is trained."""
-    cells: tuple[Cell, ...]
+
+    @functools.cached_property
+    def cells(self) -> tuple[Cell, ...]:
+        """What it is asked; made when it is needed, since a sweep keeps a thousand trials and asks the cells of a few."""
+        return tuple(cells(self.spec.eval, identity=self.digest, replicate=self.spec.replicate, seed=self.spec.data_seed))
 
 
-def prepare(spec: TrialSpec, *, cache: Path) -> PreparedTrial:
+@dataclass(frozen=True)
+class Seen:
+    """What was read and checked for other trials of the same process, most of which share text and prompts."""
+
+    haystacks: dict[str, Haystack] = field(default_factory=dict)
+    """By digest of what decides them; the last one only, which is what neighbouring trials share."""
+    tokenizers: dict[Path, ModelTokenizer] = field(default_factory=dict)
+    """By model folder."""
+    fitting: set[str] = field(default_factory=set)
+    """Digests of prompts' ingredients that are known to fit."""
+
+
+def prepare(spec: TrialSpec, *, cache: Path, seen: Seen | None = None) -> PreparedTrial:
     """Fetch and check what a trial names.
+
+    Args:
+        spec: The trial.
+        cache: For packages and models.
+        seen: Of other trials, and added to; what they share is not read and checked again. Files must not change in between.
 
     Raises:
         UserError: a model, text, marker, adapter or length that does not fit; the message says which and what to do.
     """
     has_weights = spec.train is not None or isinstance(spec.engine, HfEngineSpec)
     model_dir = resolve_model(spec.model, cache=cache, weights=has_weights)
-    tokenizer = ModelTokenizer.load(model_dir)
+    seen = seen or Seen()
+    if model_dir not in seen.tokenizers:
+        seen.tokenizers[model_dir] = ModelTokenizer.load(model_dir)
+    tokenizer = seen.tokenizers[model_dir]
     base_digest = model_digest(model_dir, cache=cache) if has_weights else digest([spec.engine.identity(), tokenizer.digest])
     limit_tokens = model_limit_tokens(model_dir)
     check_lengths(spec.eval, limit_tokens=limit_tokens, origin=spec.model.source)
-    if spec.train and spec.corpus and spec.corpus.sequence_tokens > limit_tokens:
+    row_tokens = row_limit_tokens(model_dir)
+    if spec.train and spec.corpus and spec.corpus.sequence_tokens > row_tokens:
         raise ModelError(
-            f"corpus.sequence_tokens {spec.corpus.sequence_tokens} exceeds the {limit_tokens} tokens that {spec.model.source} can read"
+            f"corpus.sequence_tokens {spec.corpus.sequence_tokens} exceeds the {row_tokens} tokens of which {spec.model.source} can learn"
         )
     if spec.train:
         config = read_config(model_dir / "config.json")
         spec.train.lora.check_rank(int(config.get("text_config", config).get("hidden_size", spec.train.lora.rank)))
     marker = resolve_marker(tokenizer, spec.pauses)
-    haystack = load_haystack(spec.eval, cache=cache, seed=spec.seed, replicate=spec.replicate, data_seed=spec.data_seed)
+    haystack = _haystack(spec, cache=cache, seen=seen)
     shards = _shard_job(spec, spec.corpus, model_dir, haystack) if spec.train and spec.corpus else None
     adapter = Checkpoint.open(Path(spec.adapter)) if spec.adapter is not None else None
     if adapter is not None:
@@ -80,11 +106,20 @@ def prepare(spec: TrialSpec, *, cache: Path) -> PreparedTrial:
             "adapter": digest((adapter.folder / MANIFEST).read_bytes()) if adapter else None,
         }
     )
-    grid = cells(spec.eval, identity=identity, replicate=spec.replicate, seed=spec.data_seed)
-    _check_lengths(spec, grid, haystack, tokenizer, marker, limit_tokens=limit_tokens)
-    return PreparedTrial(
-        spec=spec, digest=identity, model_dir=model_dir, base_digest=base_digest, marker=marker, shards=shards, cells=tuple(grid)
-    )
+    pauses = spec.pauses.resolved() if spec.pauses else None
+    prompts = digest([spec.eval.resolved(), pauses, str(model_dir), tokenizer.digest, limit_tokens, spec.seed, spec.replicate])
+    if prompts not in seen.fitting:
+        _check_lengths(spec, haystack, tokenizer, marker, limit_tokens=limit_tokens, cache=cache)
+        seen.fitting.add(prompts)
+    return PreparedTrial(spec=spec, digest=identity, model_dir=model_dir, base_digest=base_digest, marker=marker, shards=shards)
+
+
+def _haystack(spec: TrialSpec, *, cache: Path, seen: Seen) -> Haystack:
+    key = digest([spec.eval.resolved(), spec.seed, spec.replicate])
+    if key not in seen.haystacks:
+        seen.haystacks.clear()
+        seen.haystacks[key] = load_haystack(spec.eval, cache=cache, seed=spec.seed, replicate=spec.replicate, data_seed=spec.data_seed)
+    return seen.haystacks[key]
 
 
 def _check_unseen(adapter: Checkpoint, haystack: Haystack) -> None:
@@ -99,8 +134,8 @@ def _check_unseen(adapter: Checkpoint, haystack: Haystack) -> None:
 def _named_by_content(spec: TrialSpec) -> JsonObject:
     """The defining fields without those that only say where content is; its digests stand for them."""
     data = spec.defining()
-    for field in ("source", "sha256", "revision"):
-        del data["model"][field]
+    for place in ("source", "sha256", "revision", "rope"):
+        del data["model"][place]
     del data["eval"]["haystack"], data["adapter"]
     data.pop("corpus", None)
     return data
@@ -123,10 +158,13 @@ def _shard_job(spec: TrialSpec, corpus: CorpusSpec, model_dir: Path, haystack: H
 
 
 def _check_lengths(
-    spec: TrialSpec, grid: list[Cell], haystack: Haystack, tokenizer: ModelTokenizer, marker: Marker, *, limit_tokens: int
+    spec: TrialSpec, haystack: Haystack, tokenizer: ModelTokenizer, marker: Marker, *, limit_tokens: int, cache: Path
 ) -> None:
     """Build the shortest prompts and a longest one: the first may have no room for their facts, the last may exceed the model."""
-    builder = prompt_builder(haystack, suite=spec.eval, tokenizer=tokenizer, policy=spec.pauses, marker=marker, seed=spec.data_seed)
+    grid = cells(spec.eval, identity="", replicate=spec.replicate, seed=spec.data_seed)
+    builder = prompt_builder(
+        haystack, suite=spec.eval, tokenizer=tokenizer, policy=spec.pauses, marker=marker, seed=spec.data_seed, cache=cache
+    )
     shortest, longest = min(spec.eval.context_tokens), max(spec.eval.context_tokens)
     extremes = [cell for cell in grid if cell.context_tokens == shortest]
     for cell in [*extremes, next(cell for cell in reversed(grid) if cell.context_tokens == longest)]:

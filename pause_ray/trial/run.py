@@ -7,7 +7,10 @@ order of steps; what a step does is in ``corpus``, ``train`` and ``needle``.
 from __future__ import annotations
 
 import json
+import threading
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -15,13 +18,16 @@ from pause_ray import __version__
 from pause_ray.checkpoint import Checkpoint
 from pause_ray.corpus.shards import build_shards
 from pause_ray.engines.engine import HfEngineSpec, LoadedAs, depends_on_shapes
+from pause_ray.errors import PauseRayError
+from pause_ray.needle.actor import ScoringJob
 from pause_ray.needle.answer import Condition
-from pause_ray.needle.fleet import Fleet, ScoringJob
+from pause_ray.needle.fleet import Fleet
 from pause_ray.needle.ledger import CellResult, Ledger
 from pause_ray.rows import ShardSet
 from pause_ray.spec import JsonObject
 from pause_ray.storage import MANIFEST, Storage, exclusive, is_complete, lock_of, write_json
-from pause_ray.train.launch import TrainJob, fit
+from pause_ray.train.launch import TrainJob, fit, train_digest
+from pause_ray.train.together import fit_together
 from pause_ray.trial.prepare import PreparedTrial
 from pause_ray.trial.spec import Resources
 
@@ -36,15 +42,33 @@ class TrialProgress(Protocol):
         """Of ``stage``, ``done`` of ``total`` is behind it; while training, ``row`` is that step's row of the training log."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Companion:
+    """A trial that is trained together with another one."""
+
+    trial: PreparedTrial
+    progress: TrialProgress
+    """Is told how its training goes."""
+
+
 def run_trial(
-    trial: PreparedTrial, *, arm: str, storage: Storage, fleet: Fleet, train_gpus: float, progress: TrialProgress
+    trial: PreparedTrial,
+    *,
+    arm: str,
+    storage: Storage,
+    fleet: Fleet,
+    train_gpus: float,
+    progress: TrialProgress,
+    stop: threading.Event | None = None,
+    companions: Sequence[Companion] = (),
 ) -> float | None:
-    """Run what is missing of a trial.
+    """Run what is missing of a trial; ``stop`` asks its training to end where it can go on, ``companions`` are trained with it.
 
     Returns:
         The mean score of its cells, 0 to 1, or None if no cell could be scored.
 
     Raises:
+        StoppedError: it was asked to end; the same call goes on.
         PauseRayError: a step failed; what was finished before stays and is not repeated.
     """
     folder = storage.trials / trial.digest
@@ -54,7 +78,9 @@ def run_trial(
             started = time.monotonic()
             write_json(folder / "spec.json", trial.spec.resolved())
             shards = make_shards(trial, storage=storage, progress=progress)
-            checkpoint = make_checkpoint(trial, storage=storage, shards=shards, train_gpus=train_gpus, progress=progress)
+            checkpoint = make_checkpoint(
+                trial, storage=storage, shards=shards, train_gpus=train_gpus, progress=progress, stop=stop, companions=companions
+            )
             job = scoring_job(trial, arm=arm, checkpoint=checkpoint, storage=storage)
             score_cells(trial, job, ledger=ledger, fleet=fleet, progress=progress)
             noise = recheck_cells(trial, job, ledger=ledger, fleet=fleet, progress=progress)
@@ -71,18 +97,83 @@ def make_shards(trial: PreparedTrial, *, storage: Storage, progress: TrialProgre
 
 
 def make_checkpoint(
-    trial: PreparedTrial, *, storage: Storage, shards: ShardSet | None, train_gpus: float, progress: TrialProgress
+    trial: PreparedTrial,
+    *,
+    storage: Storage,
+    shards: ShardSet | None,
+    train_gpus: float,
+    progress: TrialProgress,
+    stop: threading.Event | None = None,
+    companions: Sequence[Companion] = (),
 ) -> Checkpoint | None:
-    """The trial's adapter: trained, given by the spec, or None for the base model."""
+    """The trial's adapter: trained, given by the spec, or None for the base model.
+
+    Where it is missing, those of ``companions`` that are missing are trained with it; why one of them failed is for its own turn.
+    """
     spec = trial.spec
     if spec.adapter is not None:
         return Checkpoint.open(Path(spec.adapter))
     job = training_job(trial, shards)
-    return run_training(job, spec.resources, storage=storage, train_gpus=train_gpus, progress=progress) if job else None
+    if job is None:
+        return None
+    if companions and not is_complete(storage.checkpoints / train_digest(job)):
+        return train_with(companions, job, spec.resources, storage=storage, train_gpus=train_gpus, progress=progress, stop=stop)
+    return run_training(job, spec.resources, storage=storage, train_gpus=train_gpus, progress=progress, stop=stop)
 
 
-def run_training(job: TrainJob, resources: Resources, *, storage: Storage, train_gpus: float, progress: TrialProgress) -> Checkpoint:
-    """Train with a trial's resources."""
+def train_with(
+    companions: Sequence[Companion],
+    job: TrainJob,
+    resources: Resources,
+    *,
+    storage: Storage,
+    train_gpus: float,
+    progress: TrialProgress,
+    stop: threading.Event | None,
+) -> Checkpoint:
+    """Train ``job`` and what is missing of its companions on one base (``train.together``), with a trial's resources."""
+    jobs = {train_digest(job): (job, progress)}
+    for companion in companions:
+        its = training_job(companion.trial, make_shards(companion.trial, storage=storage, progress=companion.progress))
+        if its is not None:
+            jobs.setdefault(train_digest(its), (its, companion.progress))
+    told = [its for _, its in jobs.values()]
+    own_done = 0
+
+    def tell(number: int, done: int, total: int, row: JsonObject) -> None:
+        nonlocal own_done
+        if number == 0:
+            own_done = done
+        told[number]("training", done, total, row)
+        if done > own_done:  # this trial's own training has ended, its process has not
+            progress("training", done, total)
+
+    fewest, most = resources.worker_bounds
+    own, *_ = fit_together(
+        [its for its, _ in jobs.values()],
+        storage=storage,
+        num_workers=most if fewest == most else (fewest, most),
+        cpus_per_worker=resources.train_cpus_per_worker,
+        gpus_per_worker=train_gpus,
+        progress=tell,
+        stop=stop,
+    )
+    if isinstance(own, PauseRayError):
+        raise own
+    return own
+
+
+def run_training(
+    job: TrainJob,
+    resources: Resources,
+    *,
+    storage: Storage,
+    train_gpus: float,
+    progress: TrialProgress,
+    rungs: Sequence[int] = (),
+    stop: threading.Event | None = None,
+) -> Checkpoint:
+    """Train with a trial's resources; ``rungs`` and ``stop`` are ``train.launch.fit``'s."""
     fewest, most = resources.worker_bounds
     return fit(
         job,
@@ -91,6 +182,8 @@ def run_training(job: TrainJob, resources: Resources, *, storage: Storage, train
         cpus_per_worker=resources.train_cpus_per_worker,
         gpus_per_worker=train_gpus,
         progress=lambda done, total, row: progress("training", done, total, row),
+        rungs=rungs,
+        stop=stop,
     )
 
 

@@ -12,6 +12,7 @@ from pause_ray.engines.engine import EndpointSpec, EngineSpec, HfEngineSpec, Mod
 from pause_ray.needle.task import SuiteSpec
 from pause_ray.spec import JsonObject, Spec, check_path, inline_files, read_yaml, with_overrides
 from pause_ray.text.pauses import PausePolicy
+from pause_ray.train.loop import share
 from pause_ray.train.spec import TrainSpec
 
 _SUITE_FILE_FIELDS = ("task.needles", "task.groups")
@@ -34,31 +35,75 @@ class WorkerRange(Spec):
         return self
 
 
-Workers = Annotated[
-    Annotated[int, Field(ge=0), Tag("<number>")] | Annotated[WorkerRange, Tag("<range>")],
-    Discriminator(lambda workers: "<range>" if isinstance(workers, dict | WorkerRange) else "<number>"),
-]
-"""So that a mistake is told by the rule of what was meant."""
+class ActorRange(Spec):
+    """Scoring actors come when there is work for them, and go."""
+
+    min: int = Field(ge=0)
+    """Kept for the whole sweep; 0 gives all their places back when nothing is scored."""
+    max: int = Field(ge=1)
+    """With work for more, it waits."""
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}; swap them")
+        return self
+
+
+def _number_or_range(data: object) -> str:
+    """So that a mistake is told by the rule of what was meant."""
+    return "<range>" if isinstance(data, dict | Spec) else "<number>"
+
+
+Workers = Annotated[Annotated[int, Field(ge=0), Tag("<number>")] | Annotated[WorkerRange, Tag("<range>")], Discriminator(_number_or_range)]
+Actors = Annotated[Annotated[int, Field(ge=1), Tag("<number>")] | Annotated[ActorRange, Tag("<range>")], Discriminator(_number_or_range)]
+IDLE_SECONDS = 60.0
+"""Less than it takes to load a large model again, more than between two trials."""
 
 
 class Resources(Spec):
     """Where a trial runs. In no digest: the same trial on other machines is the same trial."""
 
     train_workers: Workers = 0
-    """Ray Train workers; 0 trains inside the trial's own process (one process start fewer); ``{min, max}`` for as many as there
-    is room for, which needs ``train.checkpoint_every``."""
+    """Ray Train workers; 0 trains inside the trial's own process (one process start fewer), but on GPUs that a range of scoring
+    actors shares in a worker of its own; ``{min, max}`` for as many as there is room for, which needs ``train.checkpoint_every``."""
     train_gpus_per_worker: float | None = Field(default=None, ge=0)
     """GPUs of each training worker; null: one where the cluster has several, half of one where it has one, else none."""
     train_cpus_per_worker: float = Field(default=1, gt=0)
     """Logical CPUs of each training worker."""
-    scoring_actors: int = Field(default=1, ge=1)
-    """Ray actors that answer cells, shared by all trials of a sweep."""
+    scoring_actors: Actors = 1
+    """Ray actors that answer cells, shared by all trials of a sweep; ``{min, max}`` for as many as there is work for, so that
+    training and scoring can take turns on the same GPUs."""
+    scoring_idle_seconds: float | None = Field(default=None, ge=0)
+    """An actor beyond ``scoring_actors.min`` gives its place back after so long without work, and at once where training waits
+    for it; null: 60."""
     scoring_gpus_per_actor: float | None = Field(default=None, ge=0)
     """GPUs of each scoring actor; null: as for training."""
     scoring_cpus_per_actor: float = Field(default=1, gt=0)
     """Logical CPUs of each scoring actor."""
     threads: int | None = Field(default=None, ge=1)
     """Threads of one computation on the CPU; null: all cores of the machine, scoring actors on it share them."""
+
+    @model_validator(mode="after")
+    def _idle_actors_may_go(self) -> Self:
+        fewest, most = self.scoring_bounds
+        if self.scoring_idle_seconds is not None and fewest == most:
+            raise ValueError(
+                f"scoring_idle_seconds {self.scoring_idle_seconds:g} has no effect on scoring_actors {most}, which stay; "
+                f"leave it out, or set scoring_actors: {{min: 0, max: {most}}}"
+            )
+        return self
+
+    @property
+    def scoring_bounds(self) -> tuple[int, int]:
+        """Fewest and most scoring actors."""
+        actors = self.scoring_actors
+        return (actors.min, actors.max) if isinstance(actors, ActorRange) else (actors, actors)
+
+    @property
+    def idle_seconds(self) -> float:
+        """After which a scoring actor beyond the fewest goes."""
+        return IDLE_SECONDS if self.scoring_idle_seconds is None else self.scoring_idle_seconds
 
     @property
     def worker_bounds(self) -> tuple[int, int]:
@@ -121,9 +166,25 @@ class TrialSpec(Spec):
         return self
 
     @model_validator(mode="after")
+    def _workers_share_the_rows(self) -> Self:
+        if self.train is not None and isinstance(self.resources.train_workers, int):
+            share(self.train, num_workers=max(1, self.resources.train_workers))
+        return self
+
+    @model_validator(mode="after")
     def _adapter_is_made_or_given(self) -> Self:
         if self.train is not None and self.adapter is not None:
             raise ValueError(f"adapter {self.adapter} and train exclude each other; set train to null to score that adapter")
+        return self
+
+    @model_validator(mode="after")
+    def _lengths_share_no_dynamic_positions(self) -> Self:
+        dynamic = self.model.rope is not None and self.model.rope.kind == "dynamic"
+        if dynamic and isinstance(self.engine, HfEngineSpec) and self.engine.reuse == "full":
+            raise ValueError(
+                "model.rope dynamic turns every position by the prompt's whole length, so prompts of different lengths share nothing; "
+                "set engine.reuse to depth"
+            )
         return self
 
     @model_validator(mode="after")
@@ -133,6 +194,8 @@ class TrialSpec(Spec):
             return self
         if self.model.quantize is not None:
             raise ValueError(f"model.quantize {self.model.quantize} has no effect on an endpoint; choose it on the server")
+        if self.model.rope is not None:
+            raise ValueError(f"model.rope {self.model.rope.kind} has no effect on an endpoint; scale positions on the server")
         token = self.pauses.token if self.pauses else "text"
         if token == "added" or (token == "reserved" and self.train is not None):
             raise ValueError(

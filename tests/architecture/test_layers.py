@@ -16,11 +16,12 @@ PACKAGE = ROOT / "pause_ray"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"sweep", "report", "tracking", "ledger_comparison"},
-    {"sections", "heatmaps", "ledger_files"},
+    {"sweep", "report", "tracking", "ledger_comparison", "preflight", "submission"},
+    {"sections", "heatmaps", "ledger_files", "best"},
     {"figures", "findings"},
+    {"ranking"},
     {"results"},
-    {"places"},
+    {"places", "search_record", "labels", "objective"},
     {"trial", "compare", "plan"},
     {"effects"},
     {"corpus", "train", "needle"},
@@ -29,7 +30,7 @@ LAYERS = [
     {"rows", "documents", "text"},
     {"packages", "source_files"},
     {"storage", "spec"},
-    {"errors", "statistics", "words"},
+    {"errors", "statistics", "words", "pareto"},
 ]
 """From top to bottom; a module imports only from lines below its own (and from its own package)."""
 
@@ -38,19 +39,40 @@ ENGINE = {f"engines.{name}" for name in ("hf", "weights", "greedy", "kv", "rows"
 
 _MODEL = {f"engines.{name}" for name in ("weights", "gguf", "greedy", "kv", "rows", "attention")}
 _TRAINED = {f"train.{name}" for name in ("model", "partition", "loss", "attention")}
+_TRAINING = {f"train.{name}" for name in ("state", "telemetry", "steps", "worker", "export", "adapters", "crew", "side_by_side")}
 HEAVY = {
-    "ray": {"cluster", "corpus.shards", "train.worker", "train.recovery", "train.launch", "needle.fleet", "sweep.run"},
-    "mlflow": {"tracking.store"},
-    "torch": _MODEL | _TRAINED | {"engines.hf", *(f"train.{name}" for name in ("state", "telemetry", "steps", "worker", "export"))},
+    "ray": {
+        "preflight",
+        "submission",
+        "cluster",
+        "corpus.shards",
+        "train.worker",
+        "train.recovery",
+        "train.launch",
+        "needle.broker",
+        "needle.fleet",
+        "sweep.asking",
+        "sweep.execution",
+        "sweep.reports",
+        "sweep.watch",
+        "sweep.governed",
+        "sweep.governed_trial",
+        "sweep.tpe",
+        "sweep.tuning",
+    },
+    "optuna": {"sweep.tpe"},
+    "mlflow": {"tracking.store", "tracking.models"},
+    "torch": _MODEL | _TRAINED | _TRAINING | {"engines.hf"},
     "transformers": _MODEL | _TRAINED,
-    "peft": {"engines.hf", "engines.weights", "train.model", "train.partition", "train.loss", "train.export"},
+    "peft": {"engines.hf", "engines.weights", "train.model", "train.partition", "train.loss", "train.export", "train.adapters"},
     "deepspeed": {"train.worker", "train.partition", "train.attention", "train.state"},
 }
 """External package → the modules that import it anywhere in their code."""
 
 PROCESS_BORDERS = {
-    "sweep.run",  # a trial's process: what went wrong is kept and the sweep goes on
+    "sweep.tuning",  # a trial's process: what went wrong is kept and the sweep goes on
     "train.launch",  # a thread: raised again by the one that started it
+    "trial.rungs",  # likewise
     "storage",  # tokenizers and safetensors raise Rust's errors, whose class says nothing; all but a full disk go on
     "tracking.store",  # another system, whose client raises whatever its transport raised
 }

@@ -25,6 +25,7 @@ GROUPS = NeedleGroupFile.parse(read_yaml(EVAL / "needles" / "multi.yaml"), origi
 FACTS = FactFile.parse(read_yaml(EVAL / "needles" / "training_facts.yaml"), origin="training_facts.yaml").facts
 SUITES = sorted((EVAL / "suites").glob("*.yaml"))
 SWEEPS = sorted((EVAL.parent / "sweeps").glob("*.yaml"))
+OWN_PROTOCOLS = ("single", "quickstart", "lattice", "long", "laptop_single", "laptop_multi")
 PAPER_LENGTHS = (1000, 2000, 4000, 8000, 16000, 32000, 64000, 128000)
 RULER_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 RULER_NIAH = {  # as in its synthetic.yaml: keys, values, queries, kind of key, kind of value, haystack
@@ -72,7 +73,7 @@ def test_a_suite_is_named_as_its_file_and_says_what_it_is(path):
     assert parse_suite(path).name == path.stem
     comment = list(itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines()))
     assert comment
-    own = path.stem in ("single", "quickstart", "lattice")
+    own = path.stem in OWN_PROTOCOLS
     assert own or {"# What differs:"} <= set(comment)
     assert own or any("arXiv" in line or "github.com" in line for line in comment)
     assert own or any(line.startswith("# Metric:") for line in comment)
@@ -201,8 +202,12 @@ def test_a_sweep_expands_to_trials_whose_control_is_tuned_without_pauses(path):
     assert {trial.arm for trial in trials} == {sweep.arm, *sweep.arms}
 
 
-def test_the_papers_sweep_has_its_arms_and_training():
-    trials = {trial.arm: trial.spec for trial in expand(read_sweep(EVAL.parent / "sweeps" / "paper.yaml", {})) if trial.spec.replicate == 2}
+def test_the_papers_sweep_has_its_arms_and_training_for_both_models():
+    planned = [trial for trial in expand(read_sweep(EVAL.parent / "sweeps" / "paper.yaml", {})) if trial.spec.replicate == 2]
+    by_size = {size: {trial.arm: trial.spec for trial in planned if size in trial.spec.model.source} for size in ("-3B-", "-8B-")}
+    assert by_size["-3B-"].keys() == by_size["-8B-"].keys()
+    assert sum(map(len, by_size.values())) == len(planned)
+    trials = by_size["-3B-"]
     assert set(trials) == {"baseline", "pauses_untuned", "tag_instruction", "pauses_instruction", "tuned_without_pauses", "pause_tuned"}
     assert {arm for arm, spec in trials.items() if spec.train} == {"pause_tuned", "tuned_without_pauses"}
     assert {arm for arm, spec in trials.items() if spec.pauses} == set(trials) - {"baseline", "tuned_without_pauses"}
@@ -322,7 +327,7 @@ def test_the_essays_tell_no_answer_and_know_nobody_of_a_story(cache):
 @pytest.mark.real
 @every_suite
 def test_a_prompt_of_every_suite_holds_its_facts_and_its_question(path, model_dir, cache):
-    spec = parse_suite(path, context_tokens=[1000], **({"lattice_tokens": 250} if path.stem == "lattice" else {}))
+    spec = parse_suite(path, context_tokens=[1000], **({"lattice_tokens": 250} if "lattice_tokens" in read_yaml(path) else {}))
     tokenizer = ModelTokenizer.load(model_dir)
     haystack = load_haystack(spec, cache=cache, seed=0, replicate=0)
     builder = prompt_builder(haystack, suite=spec, tokenizer=tokenizer, policy=None, marker=resolve_marker(tokenizer, None), seed=0)

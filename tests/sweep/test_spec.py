@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from pause_ray.errors import SpecError
-from pause_ray.spec import JsonObject, with_overrides
-from pause_ray.sweep.spec import SweepSpec, expand, read_sweep
+from pause_ray.spec import JsonObject, Spec, with_overrides
+from pause_ray.spec import _inner_specs as inner_specs
+from pause_ray.sweep.algorithms import SchedulerSpec
+from pause_ray.sweep.space import DOMAIN_FIELDS
+from pause_ray.sweep.spec import SweepSpec, expand, known_points, read_sweep
 from pause_ray.trial.spec import TrialSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +42,9 @@ SWEEP: JsonObject = {
     "search": {"pauses.every": {"grid": [1, 2]}, "train.lora.rank": {"grid": [4, 8]}},
     "arms": {"baseline": {"pauses": None, "train": None}},
 }
+EVERY: JsonObject = {"pauses.every": {"grid": [1, 2]}}
+UP_TO_40: JsonObject = {"pauses.every": {"int": [1, 40]}}
+AT_MOST_1: JsonObject = {"path": "pauses.every", "is": "at_most", "than": 1}
 
 
 def planned(**changes: Any) -> list[tuple[str, JsonObject, int]]:
@@ -91,6 +97,37 @@ def test_replicates_differ_in_seed_and_needle_but_not_in_anything_else() -> None
         ({"trial.eval.depth_percent": [120]}, r"depth_percent 120 is outside 0 to 100"),
         ({"trial.corpus": None}, r"train needs a corpus"),
         ({"trial.replicate": 2}, r"trial\.replicate 2 is set by the sweep"),
+        ({"search": {"pauses.every": {"gird": [1]}}}, r"search\.pauses\.every\.gird: unknown field; did you mean grid"),
+        ({"search": {"pauses.every": {"int": [1, 4]}}}, r"search\.pauses\.every: int is a domain to draw from, and algorithm grid"),
+        ({"search": {"train.zero.stage": {"grid": [0, 2]}}}, r"search: train\.zero\.stage changes no result"),
+        ({"search": {"train.lora": {"grid": [{"rank": 4}]}, "train.lora.rank": {"grid": [4]}}}, r"rank is a part of train\.lora"),
+        ({"trial.train": None}, r"search: no trial reads train\.lora\.rank, as trial\.train is null"),
+        ({"search": EVERY, "algorithm": {"points": 3}}, r"algorithm\.kind: required, and missing"),
+        ({"search": EVERY, "algorithm": {"kind": "random", "points": 3}}, r"algorithm\.points 3: the search has 2 valid points"),
+        ({"search": {}, "algorithm": {"kind": "random", "points": 3}}, r"algorithm random has nothing to choose"),
+        ({"search": UP_TO_40, "algorithm": {"kind": "tpe", "points": 8}}, r"random_points 8 of points 8: nothing is left"),
+        ({"search": UP_TO_40, "algorithm": {"kind": "tpe", "points": 9, "at_a_time": 9}}, r"at_a_time 9 of points 9"),
+        ({"search": UP_TO_40, "algorithm": {"kind": "tpe", "points": 9}, "scheduler": {"kind": "asha"}}, r"asha and algorithm tpe exclude"),
+        ({"search": {"pauses.every": {"int": [0, 9]}}, "algorithm": {"kind": "random", "points": 2}}, r"every = 0.*; narrow a domain, or"),
+        (
+            {"constraints": [{"path": "train.lora.alhpa", "is": "equal", "than": 1}]},
+            r"constraints: unknown path.*did you mean train\.lora\.alpha",
+        ),
+        (
+            {"constraints": [{"path": "replicate", "is": "at_most", "than": 1}]},
+            r"constraints: replicate at_most 1: replicate is set by the sweep",
+        ),
+        ({"constraints": [{"path": "train.lora.rank", "is": "at_most", "than": 3}]}, r"search: no point keeps the constraints"),
+        (
+            {"constraints": [{"path": "engine.url", "is": "equal", "than": 3}]},
+            r"constraints: engine\.url equal 3: no trial has both values",
+        ),
+        ({"constraints": [AT_MOST_1], "arms": {"low": {"pauses.every": 7}}}, r"arm low: none of its trials keeps the constraints"),
+        ({"objective": {"metric": "score_edges"}}, r"objective\.metric score_edges: no task of arm pause_tuned asks cells that count"),
+        ({"objective": {"metric": "recall"}}, r"objective\.metric = \"recall\""),
+        ({"scheduler": {"kind": "asha"}}, r"scheduler: rungs 3 with reduction 3 of train\.steps 2 would be at steps \[1, 1, 1\]"),
+        ({"search": {}, "scheduler": {"kind": "asha"}}, r"scheduler: asha compares trials, and the search gives one"),
+        ({"train_together": 2, "search": {}, "arms": {}}, r"train_together 2: there are no two trials to train together"),
     ],
 )
 def test_a_mistake_is_found_before_anything_starts(change: JsonObject, message: str) -> None:
@@ -130,3 +167,81 @@ def test_the_quickstart_is_two_frequencies_by_two_ranks_and_three_controls() -> 
 def test_an_override_of_an_unknown_path_is_refused() -> None:
     with pytest.raises(SpecError, match=r"--set: unknown path train\.stps"):
         read_sweep(ROOT / "sweeps" / "quickstart.yaml", {"trial.train.stps": 3})
+
+
+def test_constraints_leave_out_points_and_trials_of_arms() -> None:
+    alpha_of_rank_4 = {"path": "train.lora.alpha", "is": "equal", "than": "train.lora.rank", "times": 4}
+    found = planned(constraints=[alpha_of_rank_4], arms={"baseline": {"train": None}, "low": {"pauses": None}})
+    assert found == [  # alpha is 16
+        ("pause_tuned", {"pauses.every": 1, "train.lora.rank": 4}, 0),
+        ("pause_tuned", {"pauses.every": 2, "train.lora.rank": 4}, 0),
+        ("baseline", {"pauses.every": 1}, 0),
+        ("baseline", {"pauses.every": 2}, 0),
+        ("low", {"train.lora.rank": 4}, 0),
+    ]
+    one = {"path": "pauses.every", "is": "at_least", "than": 2}
+    assert [arm for arm, _, _ in planned(constraints=[one], arms={"baseline": {"pauses": None, "train": None}})] == [
+        "pause_tuned",
+        "pause_tuned",
+        "baseline",
+    ]
+
+
+def test_a_constraint_keeps_away_trials_that_would_break_a_rule() -> None:
+    search = {"pauses.every": {"grid": [0, 1, 2]}}
+    assert [point for _, point, _ in planned(search=search, constraints=[{"path": "pauses.every", "is": "at_least", "than": 1}])][:2] == [
+        {"pauses.every": 1},
+        {"pauses.every": 2},
+    ]
+
+
+def test_branches_can_be_searched_whole() -> None:
+    search = {"pauses": {"grid": [None, {"unit": "sentence", "every": 2}]}}
+    trials = expand(SweepSpec.parse({**SWEEP, "search": search, "arms": {}}, origin="test"))
+    assert [trial.spec.pauses and trial.spec.pauses.unit for trial in trials] == [None, "sentence"]
+
+
+@pytest.mark.parametrize(("rungs", "reduction", "steps"), [(3, 3, (3, 7, 20)), (1, 2, (30,)), (2, 4, (4, 15))])
+def test_rungs_stand_at_powers_of_the_whole_training(rungs: int, reduction: int, steps: tuple[int, ...]) -> None:
+    assert SchedulerSpec(kind="asha", rungs=rungs, reduction=reduction).steps(60) == steps
+
+
+def test_a_sweep_reads_back_as_it_was_written() -> None:
+    whole = {
+        **SWEEP,
+        "search": UP_TO_40,
+        "algorithm": {"kind": "random", "points": 4},
+        "constraints": [AT_MOST_1],
+        "scheduler": {"kind": "asha"},
+    }
+    sweep = SweepSpec.parse(whole, origin="test")
+    assert SweepSpec.parse(sweep.resolved(), origin="again") == sweep
+
+
+def test_an_arm_that_is_one_trial_for_all_points_is_there_without_points() -> None:
+    sweep = SweepSpec.parse(SWEEP, origin="test")
+    assert [trial.arm for trial in expand(sweep, [])] == ["baseline"]
+    assert [trial.label for trial in expand(sweep, known_points(sweep))] == [trial.label for trial in expand(sweep)]
+
+
+@pytest.mark.parametrize(
+    ("override", "domain"),
+    [
+        ({"search.pauses.every.grid": [3]}, ("pauses.every", {"grid": [3]})),
+        ({"search.pauses.every": {"grid": [3]}}, ("pauses.every", {"grid": [3]})),
+        ({"search.train.warmup_steps": {"grid": [1, 2]}}, ("train.warmup_steps", {"grid": [1, 2]})),
+        ({"search.train.warmup_steps.grid": [1, 2]}, ("train.warmup_steps", {"grid": [1, 2]})),
+        ({"search.seed.grid": [1, 2]}, ("seed", {"grid": [1, 2]})),
+    ],
+)
+def test_an_override_reaches_a_searched_path_that_is_there_or_not(override: JsonObject, domain: tuple[str, JsonObject]) -> None:
+    path, expected = domain
+    assert read_sweep(ROOT / "sweeps" / "quickstart.yaml", override).resolved()["search"][path] == expected
+
+
+def test_no_trial_path_ends_like_a_domain() -> None:
+    def names(schema: type[Spec]) -> set[str]:
+        inner = (spec for field in schema.model_fields.values() for spec in inner_specs(field.annotation))
+        return set(schema.model_fields).union(*map(names, inner))
+
+    assert not names(TrialSpec) & DOMAIN_FIELDS

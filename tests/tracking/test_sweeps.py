@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
-from pause_ray.errors import TrackingError
+from pause_ray.errors import StorageError, TrackingError
 from pause_ray.report import write_report
 from pause_ray.storage import Storage
 from pause_ray.tracking.store import tracking_uri
-from pause_ray.tracking.sweeps import flattened, log_sweep
-from tests.stored_sweep import rows, store_sweep, store_trial
+from pause_ray.tracking.sweeps import MOST_CONTRASTS, MOST_DESCRIPTION_CHARS, log_finished, log_sweep, metric_label
+from pause_ray.tracking.trials import flattened
+from tests.stored_sweep import rows, rung_event, stop_event, store_search, store_sweep, store_trial
 
 GRID = {(1024, 10.0): 1.0, (1024, 50.0): 0.5, (2048, 10.0): 0.0, (2048, 50.0): None}
 
@@ -250,6 +251,106 @@ def test_the_environment_is_as_before_and_nothing_secret_is_logged(
         log_sweep(two_trials(storage), storage, uri="postgresql://anna:secret@127.0.0.1:1/db")
     assert dict(os.environ) == before
     assert "secret" not in caplog.text
+
+
+@pytest.mark.mlflow
+def test_trials_are_sent_as_they_finish_and_the_sweep_completes_the_same_runs(storage: Storage) -> None:
+    folder = two_trials(storage, second_finished=False)
+    sent: set[str] = set()
+    log_finished(folder, storage, sent=sent)
+    parent, children, _ = runs_of(storage)
+    assert (sent, set(children), parent.info.status) == ({"b0"}, {"b0"}, "RUNNING")
+    assert (children["b0"].info.status, children["b0"].data.metrics["cells"]) == ("FINISHED", 4)
+    before = everything(storage)
+    log_finished(folder, storage, sent=sent)
+    log_finished(folder, storage, sent=set())  # of another process
+    assert everything(storage) == before
+    (storage.trials / "p0" / "cells.jsonl").unlink()
+    store_trial(storage, "p0", rows(GRID, trial="p0"), trained=True)
+    log_finished(folder, storage, sent=sent)
+    log_sweep(folder, storage)
+    parent, children, client = runs_of(storage)
+    assert (set(children), parent.info.status) == ({"b0", "p0"}, "FINISHED")
+    for run in children.values():
+        assert all(
+            len(client.get_metric_history(run.info.run_id, name)) == (3 if name.startswith("training_") else 1) for name in run.data.metrics
+        )
+
+
+@pytest.mark.mlflow
+def test_a_damaged_ledger_does_not_keep_the_other_trials_back(storage: Storage) -> None:
+    folder = two_trials(storage)
+    (storage.trials / "b0" / "cells.jsonl").write_text("nothing\n")
+    with pytest.raises(StorageError, match=r"b0.*line 1 is no cell result"):
+        log_finished(folder, storage, sent=set())
+    _, children, _ = runs_of(storage)
+    assert set(children) == {"p0"}
+
+
+@pytest.mark.mlflow
+def test_what_a_scheduler_stopped_is_a_killed_run_with_the_proxys_scores(storage: Storage) -> None:
+    store_trial(storage, "p1", rows(GRID, trial="p1"), trained=True)
+    planned = [(f"p{number}", "paused", {"pauses.every": number}, 0) for number in (0, 1)]
+    folder = store_sweep(storage, planned, compare_to="paused", spec={"arm": "paused"})
+    events = [rung_event("p0", 0, 0.25), rung_event("p1", 0, 0.5), stop_event("p0", 0), rung_event("p1", 1, 0.75)]
+    store_search(folder, events)
+    log_sweep(folder, storage)
+    log_sweep(folder, storage)
+    parent, children, client = runs_of(storage)
+    stopped, kept = children["p0"], children["p1"]
+    assert (parent.info.status, parent.data.metrics["trials_stopped"]) == ("FINISHED", 1)
+    assert (stopped.info.status, stopped.info.run_name) == ("KILLED", "paused every=0 #0")
+    assert stopped.data.tags["pause_ray.stopped"] == "at rung 0 by asha, on the proxy"
+    assert "score" not in stopped.data.metrics
+    scores = [client.get_metric_history(run.info.run_id, "proxy_score") for run in (stopped, kept)]
+    assert [[(point.step, point.value) for point in its] for its in scores] == [[(10, 0.25)], [(10, 0.5), (30, 0.75)]]
+    assert "| paused every=0 | stopped early |" in parent.data.tags["mlflow.note.content"]
+    assert "search.jsonl" in artifacts(client, parent)
+
+
+@pytest.mark.mlflow
+def test_the_parent_of_many_arms_has_few_metrics_and_a_whole_description(storage: Storage) -> None:
+    store_trial(storage, "b0", rows(GRID, trial="b0"))
+    planned = [("b0", "baseline", {}, 0)]
+    for number in range(150):
+        store_trial(storage, f"p{number}", rows(GRID, trial=f"p{number}"))
+        planned.append((f"p{number}", "paused", {"pauses.every": number, "train.lora.rank": 16}, 0))
+    folder = store_sweep(storage, planned)
+    from pause_ray.results import read_results
+    from pause_ray.tracking.sweeps import _sweep_run
+
+    run = _sweep_run(read_results(folder, storage))
+    assert len(run.metrics) <= 2 * MOST_CONTRASTS + 10
+    description = run.tags["mlflow.note.content"]
+    assert len(description) <= MOST_DESCRIPTION_CHARS
+    assert "| baseline | 0.50 | reference" in description
+    assert "more, in `arms.csv`" in description
+    assert description.endswith("The whole report is the artifact `report.html`.")
+
+
+def test_labels_that_differ_in_punctuation_are_metrics_of_their_own() -> None:
+    markers = ("<PAUSE>", "[PAUSE]", "-PAUSE-", "/PAUSE/", ".", "..", "1=2")
+    labels = [f"paused marker={marker}" for marker in markers]
+    names = [metric_label(label) for label in labels]
+    assert len(set(names)) == len(names)
+    assert metric_label("paused every=2 rank=16") == "paused every-2 rank-16"
+    assert metric_label("paused every=2") != metric_label("paused every-2")
+    assert len(metric_label("paused marker=" + "x" * 500)) < 230
+
+
+@pytest.mark.mlflow
+def test_mlflow_takes_every_label_as_a_metric(storage: Storage) -> None:
+    labels = ["paused marker=<|p|>", "paused marker=..", "paused marker=/a//b/", "paused marker=é ", "paused every=2", "paused x=\n"]
+    store_trial(storage, "b0", rows(GRID, trial="b0"))
+    planned = [("b0", "baseline", {}, 0)]
+    for number, label in enumerate(labels):
+        store_trial(storage, f"p{number}", rows(GRID, trial=f"p{number}"))
+        arm, _, point = label.partition(" ")
+        path, _, value = point.partition("=")
+        planned.append((f"p{number}", arm, {f"pauses.{path}": value}, 0))
+    log_sweep(store_sweep(storage, planned), storage)
+    parent, _, _ = runs_of(storage)
+    assert sum(name.startswith("difference/") for name in parent.data.metrics) == len(labels)
 
 
 def test_a_spec_becomes_dotted_parameters() -> None:

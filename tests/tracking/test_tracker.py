@@ -12,9 +12,10 @@ import pytest
 from pause_ray.cli import tracker as tracker_module
 from pause_ray.cli.tracker import Tracker
 from pause_ray.errors import StoppedError
-from pause_ray.storage import Storage
+from pause_ray.storage import Storage, read_json, write_json
 from pause_ray.tracking.store import tracking_uri
 from pause_ray.tracking.training import Training
+from tests.stored_sweep import rows, store_sweep, store_trial
 
 pytestmark = pytest.mark.mlflow
 TRAINING = Training.alone({"train": {"steps": 2}}, name="quickstart", checkpoint="abcdef0123456789")
@@ -31,11 +32,11 @@ def row(number: int) -> dict[str, Any]:
     return {"step": number, "loss": 1.0 / number, "seconds": 1.0, "tokens_per_second": 100.0}
 
 
-def runs(storage: Storage) -> list[Any]:
+def runs(storage: Storage, name: str = "training") -> list[Any]:
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=tracking_uri(storage))
-    experiment = client.get_experiment_by_name("training")
+    experiment = client.get_experiment_by_name(name)
     return [] if experiment is None else list(client.search_runs([experiment.experiment_id]))
 
 
@@ -87,3 +88,40 @@ def test_a_server_that_is_away_is_said_once_and_holds_nothing_up(
         until(lambda: last_step(storage) == 1 / 1000)
     said.append(capsys.readouterr().err)
     assert "".join(said).count("MLflow at http://127.0.0.1") == 1
+
+
+def test_trials_arrive_while_the_sweep_runs_and_their_ends_hold_nothing_up(storage: Storage) -> None:
+    for trial in ("a", "b"):
+        store_trial(storage, trial, rows({(1024, 50.0): 0.5}, trial=trial), finished=trial == "a")
+    folder = store_sweep(storage, [("a", "baseline", {}, 0), ("b", "paused", {}, 0)])
+
+    def finished() -> set[str]:
+        found = runs(storage, "demo")
+        return {run.data.tags["pause_ray.digest"] for run in found if run.info.status == "FINISHED"}
+
+    with Tracker(storage, send_seconds=0.01) as tracker:
+        started = time.monotonic()
+        for _ in range(1000):
+            tracker.trial_ended(folder)
+        assert time.monotonic() - started < 1
+        until(lambda: finished() == {"a"})
+        write_json(storage.trials / "b" / "manifest.json", {**read_json(storage.trials / "a" / "manifest.json"), "digest": "b"})
+        tracker.trial_ended(folder)
+        until(lambda: finished() == {"a", "b"})
+        tracker.log(folder)
+    assert finished() == {"a", "b", "0011223344556677"}
+    assert len(runs(storage, "demo")) == 3
+
+
+def test_trials_that_could_not_be_sent_are_sent_when_the_server_is_back(
+    storage: Storage, absent_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store_trial(storage, "a", rows({(1024, 50.0): 0.5}, trial="a"))
+    folder = store_sweep(storage, [("a", "baseline", {}, 0)])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", absent_server)
+    monkeypatch.setattr(tracker_module, "RETRY_SECONDS", 0.0)
+    with Tracker(storage, send_seconds=0.01) as tracker:
+        tracker.trial_ended(folder)
+        until(lambda: tracker._warned)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{storage.root / 'mlflow.db'}")
+        until(lambda: len(runs(storage, "demo")) == 2)

@@ -54,3 +54,14 @@ def run(folder: Path, rows: list[Any], train: TrainSpec, *, num_workers: int) ->
         fit(job, storage=storage, num_workers=num_workers, cpus_per_worker=1, gpus_per_worker=0, progress=lambda *_: None)
     finally:
         assert not any(path.is_dir() for path in storage.checkpoints.glob("*")), "nothing was begun"
+
+
+def test_an_offload_to_nvme_that_cannot_work_here_is_told_in_one_line(tmp_path: Path) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("this machine has what DeepSpeed's async_io needs")
+    zero = {"stage": 2, "offload_optimizer": "nvme", "nvme_path": str(tmp_path / "disk")}
+    with pytest.raises(SpecError, match=r"offload to nvme needs DeepSpeed's async_io.*or offload to cpu") as caught:
+        run(tmp_path, make_rows(8), TrainSpec.model_validate({"zero": zero}), num_workers=0)
+    assert "\n" not in str(caught.value)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pause_ray.needle.ledger import CellResult, Ledger
-from pause_ray.needle.task import Cell, cells
+from pause_ray.needle.task import Cell
 from pause_ray.spec import JsonObject
 from pause_ray.text.tokens import Marker
 from pause_ray.trial.spec import TrialSpec
@@ -45,10 +45,8 @@ def recheck(tmp_path: Path) -> Callable[..., tuple[JsonObject | None, int]]:
         suite = make_suite(None, noise="Grass is green.", context_tokens=[200, 300, 400, 500, 600])
         data: dict[str, Any] = {"model": {"source": "m", **(model or {})}, "engine": engine or {}, "eval": suite.resolved()}
         spec = TrialSpec.parse(data, origin="test")
-        grid = cells(suite, identity="i", replicate=0, seed=0)
-        trial = prepare.PreparedTrial(
-            spec=spec, digest="d", model_dir=tmp_path, base_digest="b", marker=Marker((), None), shards=None, cells=tuple(grid)
-        )
+        trial = prepare.PreparedTrial(spec=spec, digest="d", model_dir=tmp_path, base_digest="b", marker=Marker((), None), shards=None)
+        grid = trial.cells
         ledger = Ledger(tmp_path / "cells.jsonl")
         for cell in grid:
             ledger.append(row(0, "Eat a sandwich.", cell_id=cell.id) if cell is not grid[0] else row(0, None, cell_id=cell.id))

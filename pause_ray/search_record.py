@@ -1,0 +1,105 @@
+"""What a search wrote down in its sweep's folder: rungs that were scored on the proxy, and trials that were stopped there.
+
+Reads ``search.jsonl``; decides nothing. The proxy is a cheap stand-in for a trial's cells: many facts in one context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pause_ray.spec import JsonObject
+from pause_ray.storage import read_json_lines
+
+SEARCH_LOG = "search.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """An adapter in the middle of its training, scored on the proxy."""
+
+    trial: str
+    """Digest of the trial."""
+    rung: int
+    """From 0."""
+    step: int
+    """Optimizer steps done."""
+    proxy_score: float | None
+    """Mean of the proxy's cells, 0 to 1; None if none could be scored."""
+    num_cells: int
+    seconds: float
+    prefilled_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """A trial that a scheduler gave up."""
+
+    trial: str
+    rung: int
+    """The last one that it reached."""
+    by: str
+    """The scheduler's kind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRecord:
+    """All of a sweep's rungs and stops."""
+
+    rungs: tuple[Rung, ...] = ()
+    """In the order in which they were scored; of a rung that was scored twice the first time counts."""
+    stops: Mapping[str, Stop] = field(default_factory=dict)
+    """By the trial's digest."""
+
+    @classmethod
+    def read(cls, sweep_folder: Path) -> SearchRecord:
+        """Of a sweep that has no such file: nothing.
+
+        Raises:
+            StorageError: a line is no event.
+        """
+        rungs: dict[tuple[str, int], Rung] = {}
+        stops: dict[str, Stop] = {}
+        for event in read_json_lines(sweep_folder / SEARCH_LOG):
+            if event.get("event") == "rung":
+                rungs.setdefault((event["trial"], event["rung"]), _rung(event))
+            elif event.get("event") == "stopped":
+                stops[event["trial"]] = Stop(trial=event["trial"], rung=event["rung"], by=event["by"])
+        return cls(rungs=tuple(rungs.values()), stops=stops)
+
+    def left_out(self, entries: Sequence[JsonObject], *, governed_arm: str) -> set[str]:
+        """Digests of the trials that will not be run to their ends.
+
+        Those that were stopped, and those of other arms and replicates whose point no surviving trial of the governed arm has.
+
+        Args:
+            entries: The sweep's trials, as in ``sweep.json``.
+            governed_arm: Whose trials at replicate 0 the scheduler judges.
+        """
+        if not self.stops:
+            return set()
+        judged = [entry for entry in entries if entry["arm"] == governed_arm and entry["replicate"] == 0]
+        alive = [entry["point"] for entry in judged if entry["digest"] not in self.stops]
+        return {
+            entry["digest"]
+            for entry in entries
+            if entry["digest"] in self.stops or not any(_agrees(entry["point"], point) for point in alive)
+        }
+
+
+def _agrees(point: JsonObject, other: JsonObject) -> bool:
+    """Whether all of ``point`` is in ``other``."""
+    return all(path in other and other[path] == value for path, value in point.items())
+
+
+def _rung(event: JsonObject) -> Rung:
+    return Rung(
+        trial=event["trial"],
+        rung=event["rung"],
+        step=event["step"],
+        proxy_score=event["proxy_score"],
+        num_cells=event["cells"],
+        seconds=event["seconds"],
+        prefilled_tokens=event["prefilled_tokens"],
+    )

@@ -1,0 +1,296 @@
+"""Trials in processes: a fleet that scores for all of them, a board that they talk to, and the line that they wait in.
+
+Knows Ray; what a trial does is in ``trial.run``, what Tune does with it in ``sweep.tuning``. Processes are started as rarely as
+possible: shard sets are made before the trials, the fleet holds the base weights for the whole sweep, and a trial's process is
+used for the next (importing torch, transformers, peft and deepspeed costs up to 25 s of CPU).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from rich.console import Console
+
+from pause_ray import cluster
+from pause_ray.corpus.shards import build_shards, shards_digest
+from pause_ray.corpus.statistics import corpus_words
+from pause_ray.errors import UserError
+from pause_ray.needle.fleet import Fleet
+from pause_ray.spec import JsonObject
+from pause_ray.storage import Storage
+from pause_ray.sweep.asking import NOT_YET
+from pause_ray.sweep.board import Failure
+from pause_ray.sweep.governed import run_governed
+from pause_ray.sweep.line import WaitingLine
+from pause_ray.sweep.log import SearchLog
+from pause_ray.sweep.places import Places
+from pause_ray.sweep.progress import SweepProgress
+from pause_ray.sweep.rounds import Rounds, SweepTrial
+from pause_ray.sweep.rungs import governed
+from pause_ray.sweep.spec import SweepSpec
+from pause_ray.sweep.tuning import Shared, lost_trials, run_trials
+from pause_ray.sweep.watch import Watch, start_board
+from pause_ray.trial.companions import companions, leaders_first
+
+
+class PostedTrials(Mapping[str, SweepTrial]):
+    """Trials by digest: the driver has them, other processes fetch those that they need from the board.
+
+    A sweep's later trials do not exist yet when its processes start, and a thousand of them are more than each wants to load.
+    """
+
+    def __init__(self, board: Any) -> None:
+        """None yet."""
+        self._board = board
+        self._here: dict[str, SweepTrial] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_board": self._board, "_here": {}}
+
+    def __getitem__(self, key: str) -> SweepTrial:
+        if key in self._here:
+            return self._here[key]
+        trial: SweepTrial = pickle.loads(ray.get(self._board.posted.remote(key)))  # noqa: S301 (written by ``post``)
+        return trial
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._here)
+
+    def __len__(self) -> int:
+        return len(self._here)
+
+    def post(self, trials: Mapping[str, SweepTrial]) -> None:
+        """Let all processes find these too."""
+        ray.get(self._board.post.remote({key: pickle.dumps(trial) for key, trial in trials.items()}))
+        self._here |= trials
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """Everything that runs while trials of a sweep run."""
+
+    sweep: SweepSpec
+    rounds: Rounds
+    storage: Storage
+    places: Places
+    fleet: Fleet
+    board: Any
+    watch: Watch
+    progress: SweepProgress
+    line: WaitingLine
+    posted: PostedTrials
+    log: SearchLog
+    after_trial: Callable[[], None]
+    running: set[str] = field(default_factory=set)
+    """Trials that have begun and not ended."""
+    errors: list[UserError] = field(default_factory=list)
+    """What kept the next round from being prepared; Tune would wrap it in its own."""
+
+    def run(self, trials: Mapping[str, SweepTrial]) -> None:
+        """Run trials, and those of further rounds, until there are none or the sweep is to end.
+
+        Raises:
+            UserError: a further round could not be prepared.
+        """
+        judged = governed(self.sweep, self.rounds.trials)
+        waiting = self._admit(trials)
+        shared = Shared(
+            folder=self.rounds.folder,
+            trials=self.posted,
+            storage=self.storage,
+            fleet=self.fleet,
+            board=self.board,
+            train_gpus=self.places.train_gpus,
+        )
+        with self.watch.interruptible():
+            self.line.add(key for key in waiting if key in judged)
+            if judged:
+                self._hear_of_losses(
+                    run_governed(
+                        self.sweep,
+                        shared,
+                        trials={key: self.rounds.trials[key] for key in judged},
+                        places=self.places,
+                        log=self.log,
+                        next_trial=self._next_trial,
+                        ended=self._ended,
+                        after_trial=self.after_trial,
+                    )
+                )
+            left_out = self.rounds.left_out()
+            self._let_wait(key for key in waiting if key not in judged and key not in left_out)
+            if self.line.ended_by is None:
+                self._hear_of_losses(
+                    run_trials(
+                        self.sweep,
+                        shared,
+                        places=self.places,
+                        next_trial=self._next_trial,
+                        ended=self._ended,
+                        after_trial=self.after_trial,
+                    )
+                )
+        if self.errors:
+            raise self.errors[0]
+
+    def failures(self) -> tuple[Failure, ...]:
+        """Why trials did not finish."""
+        return tuple(
+            Failure(label=self.rounds.trials[key].planned.label, message=message, trace=trace)
+            for key, (message, trace) in self.watch.failures.items()
+        )
+
+    def _next_trial(self) -> str | None:
+        """As for ``Asking``: who is next in line, when it is empty and all have ended of the next round."""
+        self.watch.look()
+        key = self.line.next()
+        while key is None and self.line.ended_by is None and not self.rounds.are_known:
+            if self.running:
+                return NOT_YET
+            try:
+                more = self.rounds.advance()
+            except UserError as error:
+                self.errors.append(error)
+                return None
+            if not more:
+                return None
+            self._let_wait(self._admit(more))
+            key = self.line.next()
+        if key is not None:
+            self.running.add(key)
+        return key
+
+    def _ended(self, key: str, lost: str | None) -> None:
+        self.running.discard(key)
+        self.watch.look()
+        if lost is not None:
+            self.watch.note_lost(key)
+
+    def _hear_of_losses(self, results: Any) -> None:
+        self.watch.look()
+        for key, (message, trace) in (lost_trials(results) if results else {}).items():
+            self.watch.explain_loss(key, message, trace)
+
+    def _admit(self, trials: Mapping[str, SweepTrial]) -> list[str]:
+        """Count trials as work; those whose training rows are on storage now, in their order. For the others the board says why."""
+        self.progress.add({key: (trial.planned.label, trial.planned.spec) for key, trial in trials.items()})
+        self.line.expect({key: trial.planned.arm for key, trial in trials.items()})
+        failed = self._make_rows(trials)
+        runnable = {
+            key: dataclasses.replace(trial, prepared=self.places.placed(trial.prepared))
+            for key, trial in trials.items()
+            if key not in failed
+        }
+        self.posted.post(runnable)
+        for key, message in failed.items():
+            ray.get(self.board.fail.remote(key, message, None))
+        return list(runnable)
+
+    def _let_wait(self, keys: Iterable[str]) -> None:
+        """Put admitted trials in line that no scheduler stops; those that train together are told of each other."""
+        trials = {key: self.posted[key] for key in keys}
+        groups = companions({key: trial.prepared for key, trial in trials.items()}, at_most=self.sweep.train_together)
+        told = {
+            key: dataclasses.replace(trials[key], companions=tuple(trials[its].prepared for its in group if its != key))
+            for key, group in groups.items()
+        }
+        self.posted.post(told)
+        self.line.add(leaders_first(trials, groups))
+
+    def _make_rows(self, trials: Mapping[str, SweepTrial]) -> dict[str, str]:
+        """Make the shard sets that trials train on; trial → why its set could not be made."""
+        jobs = {key: trial.prepared.shards for key, trial in trials.items() if trial.prepared.shards is not None}
+        sharing: dict[str, list[str]] = {}
+        for key, job in jobs.items():
+            sharing.setdefault(shards_digest(job), []).append(key)
+        failed: dict[str, str] = {}
+        for keys in sharing.values():
+            job, label = jobs[keys[0]], trials[keys[0]].planned.label
+            try:
+                rows = build_shards(job, storage=self.storage, progress=self.progress.showing(f"text for {label}"))
+            except UserError as error:
+                failed |= dict.fromkeys(keys, str(error))
+                continue
+            self.progress.say(f"training rows for {label}: {corpus_words(rows.manifest['stats'])}")
+        return failed
+
+
+@contextlib.contextmanager
+def executing(
+    sweep: SweepSpec,
+    trials: Mapping[str, SweepTrial],
+    *,
+    rounds: Rounds,
+    storage: Storage,
+    console: Console,
+    line: WaitingLine,
+    log: SearchLog,
+    after_step: Callable[[Path, str, JsonObject], None],
+    after_trial: Callable[[Path], None],
+) -> Iterator[Execution]:
+    """Start what trials need, and end it.
+
+    Args:
+        sweep: What they belong to.
+        trials: Those that decide what is needed: the first to be run.
+        rounds: All that are known, and the way to more.
+        storage: Where everything is kept.
+        console: Where progress is shown.
+        line: Where trials wait.
+        log: Of the sweep's search.
+        after_step: As for ``run_sweep``.
+        after_trial: As for ``run_sweep``.
+
+    Raises:
+        SpecError: the cluster has no room for them.
+    """
+    with cluster.connection():
+        places = Places.of(sweep, [trial.planned.spec for trial in trials.values()])
+        board = start_board()
+        with _fleet(places) as fleet:
+            watch = Watch(
+                board,
+                line,
+                timeout_minutes=sweep.trial_timeout_minutes,
+                after_step=lambda key, row: after_step(rounds.folder, key, row),
+                finish=fleet.finish,
+                label=lambda key: rounds.trials[key].planned.label,
+                say=lambda text: progress.say(text),
+            )
+            with SweepProgress(console, watch.states) as progress, watch:
+                yield Execution(
+                    sweep=sweep,
+                    rounds=rounds,
+                    storage=storage,
+                    places=places,
+                    fleet=fleet,
+                    board=board,
+                    watch=watch,
+                    progress=progress,
+                    line=line,
+                    posted=PostedTrials(board),
+                    log=log,
+                    after_trial=lambda: after_trial(rounds.folder),
+                )
+
+
+@contextlib.contextmanager
+def _fleet(places: Places) -> Iterator[Fleet]:
+    fleet = Fleet.start(
+        num_actors=places.resources.scoring_bounds,
+        cpus=places.resources.scoring_cpus_per_actor,
+        gpus=places.scoring_gpus,
+        threads=places.resources.threads,
+        idle_seconds=places.resources.idle_seconds,
+    )
+    try:
+        yield fleet
+    finally:
+        fleet.stop()

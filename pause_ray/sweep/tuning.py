@@ -1,0 +1,169 @@
+"""Trials under Ray Tune, which only places them: storage decides what is left to do in each. Knows Tune, no MLflow and no report."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from pause_ray.errors import StoppedError, StorageError, UserError
+from pause_ray.needle.fleet import Fleet
+from pause_ray.storage import Storage
+from pause_ray.sweep.asking import Asking
+from pause_ray.sweep.places import Places
+from pause_ray.sweep.reports import Reports
+from pause_ray.sweep.rounds import SweepTrial
+from pause_ray.sweep.spec import SweepSpec
+from pause_ray.trial.run import Companion, run_trial
+
+SCORE, INTERRUPTED = "mean_score", "was_interrupted"
+"""Of a trial's last result: the mean of its cells; whether it was asked to end before it was done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What all trials of a sweep share; travels to their processes."""
+
+    folder: Path
+    """The sweep's."""
+    trials: Mapping[str, SweepTrial]
+    storage: Storage
+    fleet: Fleet
+    board: Any
+    train_gpus: float
+
+
+class TuneTrial(tune.Trainable):  # type: ignore[misc]
+    """One trial as Tune runs it: a single step. A class, because ``ray.train.report`` is refused inside Tune's function trials."""
+
+    def setup(self, config: dict[str, Any], *, shared: Shared) -> None:
+        """Check that this machine sees the sweep's storage.
+
+        Raises:
+            StorageError: it does not, so results would be scattered over machines.
+        """
+        if not (shared.folder / "sweep.json").is_file():
+            raise StorageError(
+                f"{shared.folder}: not seen by {socket.gethostname()}; give --storage a path that is the same shared folder on every node"
+            )
+        self._shared = shared
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the next trial in this process."""
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Run the trial to its end; what went wrong goes to the board, and the sweep goes on with the next."""
+        reports = Reports(self._shared.board, self.config["trial"])
+        return guarded(reports, lambda: self._finish(reports))
+
+    def _finish(self, reports: Reports) -> dict[str, Any]:
+        shared, trial = self._shared, self._shared.trials[self.config["trial"]]
+        score = run_trial(
+            trial.prepared,
+            arm=trial.planned.arm,
+            storage=shared.storage,
+            fleet=shared.fleet,
+            train_gpus=shared.train_gpus,
+            progress=reports,
+            stop=reports.ending,
+            companions=[Companion(trial=its, progress=reports.beside(its.digest)) for its in trial.companions],
+        )
+        reports.finish("done")
+        return {SCORE: score, tune.result.DONE: True}
+
+
+def guarded(reports: Reports, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``work`` returns; where it may not begin or does not end well the board knows why, and the trial is done."""
+    done: dict[str, Any] = {SCORE: None, tune.result.DONE: True}
+    if not reports.begin():
+        reports.finish("stopped")
+        return done | {INTERRUPTED: True}
+    try:
+        return work()
+    except StoppedError:
+        reports.finish("stopped")
+        return done | {INTERRUPTED: True}
+    except UserError as error:
+        reports.fail(str(error), None)
+    except Exception as error:  # noqa: BLE001 (the border of a trial's process)
+        reports.fail(f"{type(error).__name__}: {error}", traceback.format_exc())
+    return done
+
+
+class AfterTrial(tune.Callback):  # type: ignore[misc]
+    """Tells the driver that a trial has ended while the next one runs."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self._tell = tell
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its callbacks to restore an experiment, which storage makes unnecessary here."""
+        return {}
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Pass it on."""
+        self._tell()
+
+
+def run_trials(
+    sweep: SweepSpec,
+    shared: Shared,
+    *,
+    places: Places,
+    next_trial: Callable[[], str | None],
+    ended: Callable[[str, str | None], None],
+    after_trial: Callable[[], None],
+) -> tune.ResultGrid:
+    """Run trials of ``shared`` to their ends; what went wrong in one is on the board, what Tune itself lost in the results.
+
+    Args:
+        sweep: What they belong to.
+        shared: What their processes know.
+        places: What of the cluster they get.
+        next_trial: As for ``Asking``.
+        ended: As for ``Asking``.
+        after_trial: Called when a trial has ended.
+    """
+    return tuned(
+        tune.with_resources(tune.with_parameters(TuneTrial, shared=shared), places.of_one_trial()),
+        tune.TuneConfig(
+            search_alg=Asking(next_trial, ended=ended),
+            num_samples=-1,
+            reuse_actors=True,
+            max_concurrent_trials=places.concurrent_trials,
+        ),
+        name=sweep.name,
+        storage=shared.storage,
+        callbacks=[AfterTrial(after_trial)],
+    )
+
+
+def tuned(trainable: Any, config: tune.TuneConfig, *, name: str, storage: Storage, callbacks: list[tune.Callback]) -> tune.ResultGrid:
+    """Let Tune run trials: silently, and with nothing of its own to take part in what they leave."""
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the ledger and MLflow hold the results
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own banner; progress is shown by SweepProgress
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths in specs mean the same in every process
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Watch.interruptible answers Ctrl-C
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is kept on the board and shown once
+    run_config = tune.RunConfig(
+        name=name,
+        storage_path=str(storage.root / "tune"),
+        verbose=0,
+        callbacks=callbacks,
+        checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+    )
+    return tune.Tuner(trainable, tune_config=config, run_config=run_config).fit()
+
+
+def lost_trials(results: tune.ResultGrid) -> dict[str, tuple[str, str | None]]:
+    """Trials whose process died or could not begin: key → message and Ray's account of it."""
+    lost = [(result.config["trial"], str(result.error).strip()) for result in results if result.error is not None and result.config]
+    return {key: (account.splitlines()[-1], account) for key, account in lost}

@@ -1,0 +1,205 @@
+"""The driver's side of the board: what trials say goes to the display, the tracker and the waiting line; who hangs is ended.
+
+Knows Ray and no trial. A thread looks at the board twice a second, and whoever starts the next trial looks too, so that a failure
+is known before the next trial begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pause_ray.spec import JsonObject
+from pause_ray.sweep.board import ProgressBoard, Reason
+from pause_ray.sweep.line import WaitingLine
+from pause_ray.sweep.progress import ENDED, PAUSED, TrialState
+
+WAITING = "waiting"
+"""The stage of a trial that waits for another process; its silence says nothing, and there is nothing of it to finish."""
+
+LOOK_SECONDS = 0.5
+SILENT_MINUTES = 30
+"""After which people are told, where no limit is set: loading a large model or waiting for machines may take as long."""
+LOST = "the trial's process was lost"
+
+
+def start_board() -> Any:
+    """A board on this node, where the driver is: nodes that only work may be taken away."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(ProgressBoard).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+class Watch:
+    """Reads the board for all who want to know, from when it is entered until it is left."""
+
+    def __init__(
+        self,
+        board: Any,
+        line: WaitingLine,
+        *,
+        timeout_minutes: float | None,
+        after_step: Callable[[str, JsonObject], None],
+        finish: Callable[[], None],
+        label: Callable[[str], str],
+        say: Callable[[str], None],
+    ) -> None:
+        """Begin to listen.
+
+        Args:
+            board: Handle of a ``ProgressBoard``.
+            line: Is told which trials finished and failed.
+            timeout_minutes: A trial that says nothing for so long is ended; None waits for ever.
+            after_step: Is given a trial's key and each row of its training log.
+            finish: Called once when the sweep is to end: lets running cells be answered and no others.
+            label: What people call a trial.
+            say: Shows a line to people.
+        """
+        self._board = board
+        self._line = line
+        self._timeout_minutes = timeout_minutes
+        self._after_step = after_step
+        self._finish = finish
+        self._label = label
+        self._say = say
+        self._looking = threading.Lock()
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._look_regularly, name="sweep-watch", daemon=True)
+        self._running: dict[str, tuple[TrialState, float]] = {}
+        """Trial → what it said last, and when this was heard."""
+        self._unseen: dict[str, TrialState] = {}
+        """What the display has not seen yet."""
+        self._told_silent: dict[str, float] = {}
+        self._let_go: set[str] = set()
+        """Trials whose processes were ended although they did nothing wrong."""
+        self._ended = False
+        self.interrupted = False
+        """A signal asked for an end; set by its handler, which must not talk to Ray itself."""
+        self.failures: dict[str, Reason] = {}
+        """Trial → message and traceback."""
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._left.set()
+        self._thread.join()
+
+    def _look_regularly(self) -> None:
+        while not self._left.wait(LOOK_SECONDS):
+            self.look()
+
+    def states(self) -> Mapping[str, TrialState]:
+        """What trials have said since this was last asked: for the display."""
+        with self._looking:
+            unseen, self._unseen = self._unseen, {}
+        return unseen
+
+    def look(self) -> None:
+        """Read the board and act on it."""
+        with self._looking:
+            news = ray.get(self._board.news.remote())
+            for key, row in news.steps:
+                self._after_step(key, row)
+            self._hear(news.states)
+            for key, (message, trace) in news.failures.items():
+                self._note_failure(key, message, trace)
+            self._mind_the_silent()
+            self._end_if_told_to()
+
+    def note_lost(self, key: str) -> None:
+        """A trial's process was lost; what it said itself before counts more."""
+        with self._looking:
+            if key not in self.failures and key not in self._let_go:
+                self._note_failure(key, LOST, None)
+
+    def explain_loss(self, key: str, message: str, trace: str | None) -> None:
+        """Why a process was lost, where nothing else is known of it."""
+        with self._looking:
+            if self.failures.get(key) == (LOST, None):
+                self.failures[key] = (message, trace)
+
+    def _hear(self, states: Mapping[str, TrialState]) -> None:
+        now = time.monotonic()
+        self._unseen |= states
+        for key, state in states.items():
+            if state.stage in (*ENDED, PAUSED):
+                self._running.pop(key, None)
+            else:
+                self._running[key] = (state, now)
+        self._line.note_finished(key for key, state in states.items() if state.stage == "done")
+
+    def _note_failure(self, key: str, message: str, trace: str | None) -> None:
+        self.failures[key] = (message, trace)
+        self._line.note_failed(key, message)
+
+    def _mind_the_silent(self) -> None:
+        """End trials that have said nothing for too long; where there is no limit, say once that they are silent."""
+        now = time.monotonic()
+        for key, (state, heard) in list(self._running.items()):
+            minutes = (now - heard) / 60
+            if state.stage == WAITING:
+                continue
+            place = f"{state.stage}, {state.done} of {state.total} done"
+            if self._timeout_minutes is not None and minutes >= self._timeout_minutes:
+                message = (
+                    f"said nothing for {self._timeout_minutes:g} minutes ({place}), so it was ended; run the same command again to try it "
+                    "once more, with a larger trial_timeout_minutes if it was only slow"
+                )
+                self._end_process(key, message)
+            elif self._timeout_minutes is None and minutes >= SILENT_MINUTES and self._told_silent.get(key) != heard:
+                self._told_silent[key] = heard
+                hint = "trial_timeout_minutes would end such trials"
+                self._say(f"{self._label(key)}: has said nothing for {SILENT_MINUTES} minutes ({place}); {hint}")
+
+    def _end_process(self, key: str, message: str | None) -> None:
+        """Kill the process of a trial; without a message it did not fail."""
+        del self._running[key]
+        process = ray.get(self._board.process.remote(key))  # which the board forgets with a trial that has failed
+        if message is None:
+            self._let_go.add(key)
+        else:
+            ray.get(self._board.fail.remote(key, message, None))
+        if process is not None:
+            ray.kill(process)
+
+    def _end_if_told_to(self) -> None:
+        if self.interrupted:
+            self._line.end("it was interrupted")
+        if not self.interrupted or self._ended:
+            return
+        self._ended = True
+        ray.get(self._board.end.remote())
+        self._finish()
+        for key in [key for key, (state, _) in self._running.items() if state.stage == WAITING]:
+            self._end_process(key, None)
+        self._say("finishing what is being answered or trained just now, then stopping; Ctrl-C once more stops at once")
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Let a first SIGINT or SIGTERM bring the sweep to an end; a second does what it did before. Only a main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def ask(number: int, frame: object) -> None:
+            for each, its in before.items():
+                signal.signal(each, its)
+            self.interrupted = True
+
+        for number in before:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, its in before.items():
+                signal.signal(number, its)

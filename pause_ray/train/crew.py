@@ -1,0 +1,81 @@
+"""The workers of one training: what they tell each other, and what they are asked. Knows torch's process group; starts none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed
+
+from pause_ray.checkpoint import STOP
+
+LOOK_SECONDS = 5.0
+"""Between two questions whether a node goes away, which all workers must ask together; Ray itself looks as often."""
+
+
+class Crew:
+    """The workers that train together, this one among them. All must call the same methods in the same order."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Of torch's process group, or this process alone where there is none."""
+        self._grouped = torch.distributed.is_initialized()
+        self.device = device
+        self.rank = torch.distributed.get_rank() if self._grouped else 0
+        self.size = torch.distributed.get_world_size() if self._grouped else 1
+
+    def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor``, summed over all workers in place."""
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def most(self, value: float) -> float:
+        """The largest of all workers' values."""
+        if self.size == 1:
+            return value
+        box = torch.tensor(value, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
+        return box.item()
+
+    def union(self, numbers: set[int]) -> list[int]:
+        """All workers' numbers, sorted."""
+        found: list[set[int]] = [set() for _ in range(self.size)]
+        if self.size > 1:
+            torch.distributed.all_gather_object(found, numbers)
+        else:
+            found = [numbers]
+        return sorted(set().union(*found))
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
+
+class Requests:
+    """What is asked of a training from outside while it runs."""
+
+    def __init__(self, crew: Crew, folders: Sequence[Path], *, loses_a_node: Callable[[], bool]) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            crew: Who trains.
+            folders: In which the first worker looks for ``STOP``.
+            loses_a_node: Whether a node with workers on it is about to go away; all workers call it together.
+        """
+        self._crew, self._folders, self._loses_a_node = crew, folders, loses_a_node
+        self._looked = time.monotonic()
+
+    def look(self) -> tuple[bool, bool]:
+        """Whether to end after a checkpoint, and whether one is due because a node goes away; the same on all workers."""
+        stop, look = False, False
+        if self._crew.rank == 0:
+            stop = any((folder / STOP).exists() for folder in self._folders)
+            look = time.monotonic() - self._looked >= LOOK_SECONDS
+        asked = int(self._crew.most(2 * stop + look))
+        if not asked % 2:
+            return asked >= 2, False
+        self._looked = time.monotonic()
+        return asked >= 2, self._loses_a_node()

@@ -1,0 +1,68 @@
+"""docs/security.md: what it names is there, and what it says of the program is so."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.cluster_files.autoscaler import CLUSTER, ROOT
+
+TEXT = (ROOT / "docs" / "security.md").read_text()
+PACKAGE = sorted((ROOT / "pause_ray").rglob("*.py"))
+
+
+def test_the_tests_it_names_exist() -> None:
+    named = set(re.findall(r"`(test_\w+\.py)`", TEXT))
+    assert named
+    assert named <= {path.name for path in Path(__file__).parent.glob("test_*.py")}
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(\w+\.yaml|kuberay/|mlflow/)`", TEXT))))
+def test_the_files_it_names_exist(name: str) -> None:
+    assert (CLUSTER / name).exists()
+
+
+@functools.cache
+def calls() -> list[tuple[str, ast.Call]]:
+    """(file, call) of the whole package."""
+    nodes = [(path.name, node) for path in PACKAGE for node in ast.walk(ast.parse(path.read_text()))]
+    return [(name, node) for name, node in nodes if isinstance(node, ast.Call)]
+
+
+def test_no_model_brings_code() -> None:
+    """``trust_remote_code`` is nowhere but false, and where weights are loaded from somebody's folder it is said."""
+    said = [(name, keyword.value) for name, call in calls() for keyword in call.keywords if keyword.arg == "trust_remote_code"]
+    assert said
+    assert all(isinstance(value, ast.Constant) and value.value is False for _, value in said)
+    for name, call in calls():
+        loader = ast.unparse(call.func)
+        if re.search(r"Auto(Model|Config)\w*\.from_pretrained$", loader):
+            words = {keyword.arg for keyword in call.keywords}
+            assert words & {"trust_remote_code", "gguf_file"}, f"{name}: {ast.unparse(call)}"
+
+
+def test_only_weights_and_texts_are_fetched_from_a_hub() -> None:
+    from pause_ray.engines import model_source
+
+    assert model_source._HUB_FILES
+    assert not any(pattern.endswith((".py", ".bin", ".pt", ".pkl", "*")) for pattern in model_source._HUB_FILES)
+
+
+def test_nothing_of_other_peoples_is_unpickled() -> None:
+    """Where pickles are read, the same process group has written them a moment ago."""
+    readers = {
+        name for name, call in calls() if re.fullmatch(r"(pickle|cloudpickle)\.loads?|torch\.load|joblib\.load", ast.unparse(call.func))
+    }
+    assert readers <= {"execution.py"}
+
+
+def test_a_ray_of_its_own_has_no_dashboard() -> None:
+    starts = [call for name, call in calls() if ast.unparse(call.func) == "ray.init" and name == "cluster.py"]
+    local = [call for call in starts if any(isinstance(word.value, ast.Constant) and word.value.value == "local" for word in call.keywords)]
+    assert local
+    for call in local:
+        assert any(word.arg == "include_dashboard" and ast.unparse(word.value) == "False" for word in call.keywords)

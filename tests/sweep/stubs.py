@@ -1,0 +1,153 @@
+"""Sweeps without a neural network: a training that only writes its files, an engine that answers by a rule, in real processes.
+
+Everything else is real: Ray, Tune, the fleet, locks, ledgers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from pause_ray.engines.engine import Completion, EngineError, LoadedAs, Step
+from pause_ray.engines.scripted import ScriptedEngine
+from pause_ray.errors import SpecError
+from tests.needle.tiny import STOCK, WORDS, make_haystack_folder, make_text, make_tokenizer_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+FAILING_RANK, HANGING_RANK = 13, 17
+"""Adapters of these ranks cannot be trained, or never come to their end."""
+
+
+@dataclass(kw_only=True)
+class StubEngine(ScriptedEngine):
+    """Is blind in a part of the prompt that the adapter decides, so that trials differ in their scores."""
+
+    cell_seconds: float = 0.0
+
+    def use(self, wanted: LoadedAs) -> None:
+        super().use(wanted)
+        name = wanted.adapter_dir.name if wanted.adapter_dir else "base"
+        self.blind_percent = (20.0, 30.0 + hashlib.sha256(name.encode()).digest()[0] / 4)
+
+    def answer(self, steps: Sequence[Step]) -> Iterator[tuple[int, Completion | EngineError]]:
+        for place, outcome in super().answer(steps):
+            time.sleep(self.cell_seconds)
+            yield place, outcome
+
+
+def write_adapter(train: Callable[[dict[str, Any]], None], config: dict[str, Any], *, step_seconds: float, **placement: Any) -> None:
+    """Stands for Ray Train's workers: a row of the log per step, then an adapter that the spec and the seed decide."""
+    from pause_ray.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STOP, TRAINING_LOG
+    from pause_ray.errors import StoppedError
+
+    assignment = config["assignment"]
+    lora = assignment.train.lora
+    if lora.rank == FAILING_RANK:
+        raise SpecError(f"train.lora.rank {lora.rank}: this stub has no such rank (seed {assignment.seed}); choose another")
+    while lora.rank == HANGING_RANK:
+        time.sleep(1)
+    with (assignment.folder / TRAINING_LOG).open("w") as log:
+        for step in range(1, assignment.train.steps + 1):
+            if (assignment.folder / STOP).exists():
+                raise StoppedError(f"stopped before step {step}; the same command goes on")
+            time.sleep(step_seconds)
+            row = {
+                "step": step,
+                "loss": 2.0 / step,
+                "learning_rate": 0.001,
+                "tokens": 100,
+                "seconds": step_seconds,
+                "tokens_per_second": 1e4,
+            }
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+    (assignment.folder / ADAPTER_CONFIG).write_text(json.dumps({"r": lora.rank, "seed": assignment.seed}))
+    (assignment.folder / ADAPTER_WEIGHTS).write_bytes(b"")
+
+
+def make_stub_engine(*, cell_seconds: float) -> StubEngine:
+    """One that knows the stock needle."""
+    return StubEngine(facts={STOCK.question: STOCK.needle}, cell_seconds=cell_seconds)
+
+
+def write_model(folder: Path) -> Path:
+    """A tokenizer, a config, and weights of one number."""
+    make_tokenizer_folder(folder)
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + np.zeros(1, np.float32).tobytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 4096}))
+    return folder
+
+
+def write_stub_sweep(folder: Path, *, name: str = "stubbed", **changes: Any) -> Path:
+    """A sweep of two ranks, a baseline and untuned pauses; ``changes`` are dotted paths of it."""
+    from pause_ray.spec import with_overrides
+
+    if not (folder / "model").exists():
+        write_model(folder / "model")
+        make_haystack_folder(folder / "essays", num_documents=3)
+        (folder / "training").mkdir()
+        for number in range(4):
+            (folder / "training" / f"{number}.txt").write_text(make_text(120, seed=100 + number))
+    place = {"needle": "The gate of {place} is {colour}.", "question": "Which colour has the gate of {place}?"}
+    slots = {"place": ["Oslo", "Lima", "Cairo", "Quito"], "colour": list(WORDS[:4])}
+    sweep = {
+        "name": name,
+        "trial": {
+            "model": {"source": str(folder / "model")},
+            "pauses": {"unit": "paragraph"},
+            "corpus": {
+                "sources": [{"path": str(folder / "training")}],
+                "facts": {"facts": [{**place, "slots": slots}]},
+                "sequence_tokens": 256,
+                "min_context_tokens": 192,
+                "rows": 4,
+            },
+            "train": {"steps": 4, "batch_size": 2, "accumulation": 2, "lora": {"rank": 2}},
+            "eval": {
+                "name": "stubbed",
+                "haystack": [{"path": str(folder / "essays" / "*.txt")}],
+                "task": {"kind": "single", "needles": {"needles": [STOCK.resolved()]}},
+                "context_tokens": [256, 384],
+                "prompt": {"system": None},
+                "depth_percent": [0, 20, 40, 60, 80, 100],
+                "max_new_tokens": 64,
+            },
+            "resources": {"threads": 1},
+        },
+        "search": {"train.lora.rank": {"grid": [2, 4]}},
+        "arms": {"baseline": {"pauses": None, "train": None}, "pauses_untuned": {"train": None}},
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(with_overrides(sweep, changes)))
+    return path
+
+
+def main() -> None:
+    """``pause-ray`` with stubs in its trials: ``python -m tests.sweep.stubs [--cell-seconds S] [--step-seconds S] -- sweep FILE …``."""
+    from pause_ray.cli.main import main as pause_ray
+    from tests.sweep.stub_processes import stub_every_process
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cell-seconds", type=float, default=0.0)
+    parser.add_argument("--step-seconds", type=float, default=0.0)
+    parser.add_argument("command", nargs="+")
+    arguments = parser.parse_args()
+    stub_every_process(cell_seconds=arguments.cell_seconds, step_seconds=arguments.step_seconds)
+    sys.argv = ["pause-ray", *arguments.command]
+    pause_ray()
+
+
+if __name__ == "__main__":
+    main()

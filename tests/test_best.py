@@ -1,0 +1,108 @@
+"""The exported trial is the best one, whole, and says how it can be used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pause_ray.best import export_best, exported
+from pause_ray.checkpoint import Checkpoint
+from pause_ray.storage import Storage, write_json
+from tests.stored_sweep import rows, store_sweep, store_trial
+from tests.trained import store_checkpoint
+
+GRID = {(1024, 10.0): 1.0, (1024, 50.0): 0.5}
+PAUSES = {"unit": "paragraph", "every": 2, "marker": "<PAUSE>", "token": "added"}
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage.open(tmp_path)
+
+
+def tuned(storage: Storage, key: str, score: float, *, replicate: int = 0) -> None:
+    checkpoint = store_checkpoint(storage.checkpoints / f"{key}{key}")
+    spec = {"model": {"source": "some/model"}, "pauses": PAUSES, "train": {"steps": 3}, "eval": {"max_new_tokens": 8}}
+    folder = store_trial(storage, key, rows(dict.fromkeys(GRID, score), trial=key, replicate=replicate), trained=True, spec=spec)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    write_json(folder / "manifest.json", {**manifest, "checkpoint": str(checkpoint)})
+
+
+def sweep(storage: Storage, **options: Any) -> Path:
+    store_trial(storage, "b0", rows(dict.fromkeys(GRID, 0.5), trial="b0"))
+    return store_sweep(storage, [("b0", "baseline", {}, 0), ("p0", "paused", {}, 0), ("q0", "other", {}, 0)], **options)
+
+
+def test_the_best_trained_trial_is_exported_whole(storage: Storage) -> None:
+    tuned(storage, "p0", 0.75)
+    tuned(storage, "q0", 0.25)
+    folder = export_best(sweep(storage), storage)
+    assert folder is not None
+    assert {path.name for path in folder.iterdir()} == {"trial.json", "adapter", "README.md", "manifest.json"}
+    assert Checkpoint.open(folder / "adapter").num_steps == 3
+    assert json.loads((folder / "trial.json").read_text())["pauses"] == PAUSES
+    manifest = exported(folder.parent)
+    assert manifest is not None
+    assert (manifest["trial"], manifest["condition"], manifest["value"]) == ("p0", "paused", 0.75)
+    assert manifest["better_untrained"] is None
+    readme = (folder / "README.md").read_text()
+    assert all(words in readme for words in ("some/model", "pause-ray export adapter", "PeftModel", "<PAUSE>", "resize_token_embeddings"))
+
+
+def test_an_untrained_arm_that_did_better_is_named(storage: Storage) -> None:
+    tuned(storage, "p0", 0.25)
+    folder = export_best(sweep(storage), storage)
+    assert folder is not None
+    manifest = exported(folder.parent)
+    assert manifest is not None
+    assert (manifest["trial"], manifest["better_untrained"]) == ("p0", "baseline")
+    assert "did better: baseline" in (folder / "README.md").read_text()
+
+
+def test_a_sweep_that_trains_nothing_exports_a_spec_alone(storage: Storage) -> None:
+    folder = export_best(sweep(storage), storage)
+    assert folder is not None
+    assert {path.name for path in folder.iterdir()} == {"trial.json", "README.md", "manifest.json"}
+    assert "PeftModel" not in (folder / "README.md").read_text()
+
+
+def test_an_export_that_is_right_is_left_alone_and_a_better_trial_replaces_it(storage: Storage) -> None:
+    tuned(storage, "p0", 0.5)
+    folder = export_best(sweep(storage), storage)
+    assert folder is not None
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    export_best(folder.parent, storage)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    tuned(storage, "q0", 1.0)
+    export_best(folder.parent, storage)
+    manifest = exported(folder.parent)
+    assert manifest is not None
+    assert manifest["trial"] == "q0"
+
+
+def test_an_adapter_that_is_gone_or_was_changed_is_said_and_not_exported(storage: Storage, caplog: pytest.LogCaptureFixture) -> None:
+    tuned(storage, "p0", 0.5)
+    folder = sweep(storage)
+    (storage.checkpoints / "p0p0" / "adapter_model.safetensors").write_bytes(b"something else")
+    assert export_best(folder, storage) is None
+    assert "adapter_model.safetensors: missing or changed" in caplog.text
+    shutil.rmtree(storage.checkpoints / "p0p0")
+    assert export_best(folder, storage) is None
+    assert "p0p0: no finished checkpoint" in caplog.text
+    assert exported(folder) is None
+
+
+def test_an_adapter_is_found_where_the_storage_root_was_moved_to(storage: Storage, tmp_path: Path) -> None:
+    tuned(storage, "p0", 0.5)
+    folder = sweep(storage)
+    moved = Storage(tmp_path.with_name("moved"))
+    shutil.move(storage.root, moved.root)
+    assert export_best(moved.sweeps / folder.name, moved) is not None
+
+
+def test_nothing_is_exported_while_nothing_has_finished(storage: Storage) -> None:
+    assert export_best(store_sweep(storage, [("none", "baseline", {}, 0)]), storage) is None

@@ -1,0 +1,165 @@
+"""The best trial, the fronts and the proxy's agreement are what the ledgers say, by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pause_ray.errors import SpecError
+from pause_ray.ranking import agreements, best, climbs, markets, objective_of
+from pause_ray.results import SweepResults, read_results
+from pause_ray.storage import Storage
+from tests.stored_sweep import rows, rung_event, stop_event, store_search, store_sweep, store_trial
+
+MIDDLE, EDGE = (1024, 50.0), (1024, 0.0)
+
+
+def trial(storage: Storage, key: str, middle: float, edge: float, *, tokens: int | None = None, overhead: int = 0, **options: Any) -> None:
+    log = [{"step": 1, "loss": 1.0, "seconds": 1.0, **({} if tokens is None else {"tokens": tokens})}]
+    scores = rows({MIDDLE: middle, EDGE: edge}, trial=key, replicate=options.pop("replicate", 0), prompt_tokens=1024 + overhead)
+    store_trial(storage, key, scores, training=log, **{"trained": tokens is not None, "pauses": tokens is not None} | options)
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage.open(tmp_path)
+
+
+def arms(storage: Storage, *names: str, **options: Any) -> SweepResults:
+    return read_results(store_sweep(storage, [(name, name, {}, 0) for name in names], compare_to=names[0], **options), storage)
+
+
+def test_the_best_is_the_best_by_the_sweeps_objective(storage: Storage) -> None:
+    trial(storage, "base", 0.5, 1.0)
+    trial(storage, "paused", 1.0, 0.25, tokens=100)
+    by_score = best(arms(storage, "base", "paused"))
+    assert by_score is not None
+    assert (by_score.condition.label, by_score.value) == ("base", 0.75)
+    by_middle = best(arms(storage, "base", "paused", spec={"objective": {"metric": "score_middle", "mode": "max"}}))
+    assert by_middle is not None
+    assert (by_middle.condition.label, by_middle.value) == ("paused", 1.0)
+    lowest = best(arms(storage, "base", "paused", spec={"objective": {"metric": "score_middle", "mode": "min"}}))
+    assert lowest is not None
+    assert (lowest.condition.label, lowest.value) == ("base", 0.5)
+    tuned = best(arms(storage, "base", "paused"), tuned=True)
+    assert tuned is not None
+    assert tuned.condition.label == "paused"
+
+
+def test_an_objective_that_is_not_known_is_refused_and_none_is_the_score(storage: Storage) -> None:
+    trial(storage, "base", 0.5, 1.0)
+    assert objective_of(arms(storage, "base")).metric == "score"
+    with pytest.raises(SpecError, match="metric"):
+        best(arms(storage, "base", spec={"objective": {"metric": "speed"}}))
+
+
+def test_the_best_arm_is_found_by_its_mean_and_then_its_best_replicate(storage: Storage) -> None:
+    for number, (steady, lucky) in enumerate([(0.75, 0.25), (0.5, 1.0)]):
+        trial(storage, f"s{number}", steady, steady, replicate=number)
+        trial(storage, f"l{number}", lucky, lucky, replicate=number)
+    planned = [(f"{key}{number}", arm, {}, number) for key, arm in (("s", "steady"), ("l", "lucky")) for number in (0, 1)]
+    found = best(read_results(store_sweep(storage, planned, compare_to="steady"), storage))
+    assert found is not None
+    assert (found.condition.label, found.value, found.trial.digest, found.trial_value) == ("steady", 0.625, "s0", 0.75)
+
+
+def test_an_arm_with_missing_replicates_does_not_win_against_whole_ones(storage: Storage) -> None:
+    trial(storage, "a0", 0.5, 0.5)
+    trial(storage, "b0", 1.0, 1.0)
+    planned = [("a0", "whole", {}, 0), ("b0", "half", {}, 0), ("b1", "half", {}, 1)]
+    found = best(read_results(store_sweep(storage, planned, compare_to="whole"), storage))
+    assert found is not None
+    assert found.condition.label == "whole"
+
+
+def test_nothing_is_best_while_nothing_has_finished(storage: Storage) -> None:
+    assert best(read_results(store_sweep(storage, [("none", "base", {}, 0)], compare_to="base"), storage)) is None
+
+
+def test_an_arm_is_beaten_by_one_that_costs_no_more(storage: Storage) -> None:
+    trial(storage, "base", 0.5, 0.5)
+    trial(storage, "cheap", 0.75, 1.0, tokens=1000, overhead=32)
+    trial(storage, "dear", 0.5, 1.0, tokens=1000, overhead=64)
+    overhead, training = markets(arms(storage, "base", "cheap", "dear"))
+    assert (overhead.currency, training.currency) == ("overhead", "training")
+    assert [(its.condition.label, its.cost) for its in overhead.offers] == [("base", 0.0), ("cheap", 3.1), ("dear", 6.2)]
+    assert [(its.condition.label, its.cost) for its in training.offers] == [("base", 0.0), ("cheap", 1000.0), ("dear", 1000.0)]
+    for market in (overhead, training):
+        assert [its.condition.label for its in market.front] == ["base", "cheap"]
+        [beaten] = [its for its in market.offers if not its.is_on_front]
+        assert beaten.beaten_by is not None
+        assert beaten.lead is not None
+        assert (beaten.beaten_by.label, beaten.lead.value) == ("cheap", 0.125)  # 0.25 in the middle, none at the edge
+        assert not beaten.is_surely_beaten
+
+
+def test_a_lead_on_many_questions_is_sure(storage: Storage) -> None:
+    grid = {(length, depth): 1.0 for length in (1024, 2048, 4096) for depth in (0.0, 20.0, 40.0, 60.0, 80.0, 100.0)}
+    store_trial(storage, "good", rows(grid, trial="good"))
+    store_trial(storage, "long", rows(dict.fromkeys(grid, 0.0), trial="long", prompt_tokens=5000))
+    [market] = markets(arms(storage, "good", "long"))
+    assert [its.is_surely_beaten for its in market.offers] == [False, True]
+
+
+def test_a_cost_that_is_not_told_or_the_same_for_all_is_no_cost(storage: Storage) -> None:
+    trial(storage, "base", 0.5, 0.5)
+    trial(storage, "other", 0.75, 0.75)
+    assert markets(arms(storage, "base", "other")) == []
+    store_trial(storage, "tuned", rows({MIDDLE: 1.0}, trial="tuned"), trained=True)  # its log does not count tokens
+    assert markets(arms(storage, "base", "tuned")) == []
+
+
+def judged(storage: Storage) -> SweepResults:
+    """Six points; the two worst are stopped at rung 0, one at rung 1; the proxy swaps the two best."""
+    for number, score in ((3, 0.5), (4, 1.0), (5, 0.75)):
+        trial(storage, f"p{number}", score, score)
+    points = [(f"p{number}", "paused", {"pauses.every": number}, 0) for number in range(6)]
+    again = [(f"r{number}", "paused", {"pauses.every": number}, 1) for number in (0, 5)]
+    folder = store_sweep(storage, [*points, *again], compare_to="paused", spec={"arm": "paused"})
+    events = [rung_event(f"p{number}", 0, number / 10) for number in range(6)]
+    events += [stop_event("p0", 0), stop_event("p1", 0)]
+    events += [rung_event(f"p{number}", 1, score) for number, score in ((2, 0.2), (3, 0.4), (4, 0.6), (5, 0.8))]
+    store_search(folder, [*events, stop_event("p2", 1)])
+    return read_results(folder, storage)
+
+
+def test_what_a_scheduler_stopped_is_neither_missing_nor_finished(storage: Storage) -> None:
+    results = judged(storage)
+    assert results.progress == "3 of 8 trials finished, 4 stopped early"
+    by_label = {its.label: its for its in results.conditions}
+    assert (by_label["paused every=0"].num_stopped, by_label["paused every=0"].num_missing) == (2, 0)
+    assert (by_label["paused every=5"].num_stopped, by_label["paused every=5"].num_missing) == (0, 1)
+    assert not results.is_finished
+
+
+def test_every_trial_on_a_rung_has_its_scores_and_its_end(storage: Storage) -> None:
+    seen = {its.trial: its for its in climbs(judged(storage))}
+    assert list(seen) == [f"p{number}" for number in range(6)]
+    assert seen["p2"].proxy_scores == {0: 0.2, 1: 0.2}
+    assert seen["p2"].stop is not None
+    assert (seen["p2"].stop.rung, seen["p2"].value) == (1, None)
+    assert (seen["p4"].stop, seen["p4"].value) == (None, 1.0)
+
+
+def test_agreement_is_taken_over_trials_with_both_scores(storage: Storage) -> None:
+    first, second = agreements(judged(storage))
+    assert (first.rung, first.steps, first.num_trials, first.num_stopped) == (0, (10,), 3, 3)
+    assert (second.rung, second.steps, second.num_trials, second.num_stopped) == (1, (30,), 3, 1)
+    assert first.tau is not None
+    assert first.tau.value == pytest.approx(1 / 3)  # of three pairs one is swapped
+
+
+def test_agreement_follows_the_objectives_direction(storage: Storage) -> None:
+    judged(storage)
+    results = read_results(
+        store_sweep(
+            storage,
+            [(f"p{number}", "paused", {"pauses.every": number}, 0) for number in range(6)],
+            compare_to="paused",
+            spec={"arm": "paused", "objective": {"metric": "score", "mode": "min"}},
+        ),
+        storage,
+    )
+    assert [its.tau.value for its in agreements(results) if its.tau] == [pytest.approx(-1 / 3)] * 2

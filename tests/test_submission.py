@@ -1,0 +1,141 @@
+"""``pause-ray submit`` against a real head with token authentication and two more raylets."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pause_ray.errors import SpecError
+from pause_ray.submission import Job, check_no_secrets
+from tests.real_cluster import RealCluster, free_port, running_cluster
+from tests.sweep.tiny_sweep import ROOT, answers, run_sweep_to_its_end, write_model, write_sweep
+
+
+def job(**fields: object) -> Job:
+    plain = {
+        "name": "tiny",
+        "command": "python -m pause_ray sweep tiny.yaml",
+        "working_dir": Path("/x"),
+        "env": {},
+        "num_cpus": 0,
+        "labels": {},
+    }
+    return Job(**{**plain, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"env": {"MLFLOW_TRACKING_PASSWORD": "x"}}, "--env MLFLOW_TRACKING_PASSWORD: looks like a secret"),
+        ({"env": {"HF_TOKEN": "x"}}, "--env HF_TOKEN: looks like a secret"),
+        ({"env": {"AWS_ACCESS_KEY_ID": "x"}}, "--env AWS_ACCESS_KEY_ID: looks like a secret"),
+        ({"env": {"MLFLOW_TRACKING_URI": "https://me:word@host"}}, "--env MLFLOW_TRACKING_URI: looks like a secret"),
+        ({"command": "python -m pause_ray sweep x --set trial.engine.url=http://me:word@host"}, "the command has a URL with a password"),
+    ],
+)
+def test_what_everybody_on_the_cluster_could_read_is_refused(fields: dict[str, object], told: str) -> None:
+    with pytest.raises(SpecError, match=told) as caught:
+        check_no_secrets(job(**fields))
+    assert "word@" not in str(caught.value)
+
+
+def test_plain_settings_pass_and_the_same_work_is_known_again() -> None:
+    plain = job(env={"MLFLOW_TRACKING_URI": "https://mlflow.example", "PAUSE_RAY_CACHE": "/mnt/cache"})
+    check_no_secrets(plain)
+    assert plain.work == job(env=plain.env).work
+    assert plain.work != job(env={}).work
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealCluster]:
+    with running_cluster(tmp_path_factory.mktemp("cluster"), workers=2) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def sweep_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    return write_sweep(folder, write_model(folder / "model"))
+
+
+def submit(cluster: RealCluster, sweep: Path, storage: Path, *more: str, **environment: str | None) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pause_ray", "submit", sweep.name, "--storage", str(storage), "--address", cluster.address]
+    command += ["--env", f"PYTHONPATH={ROOT}", "--env", "OMP_NUM_THREADS=1", *more]
+    wanted = {**cluster.environment, "PYTHONPATH": str(ROOT), **environment}
+    env = {name: value for name, value in wanted.items() if value is not None}
+    return subprocess.Popen(command, cwd=sweep.parent, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=seconds)
+    return process.returncode, out, err
+
+
+@pytest.mark.ray
+def test_stopped_and_submitted_again_it_ends_with_what_a_local_run_ends_with(
+    cluster: RealCluster, sweep_file: Path, tmp_path: Path
+) -> None:
+    storage = tmp_path / "runs"
+    first = submit(cluster, sweep_file, storage)
+    until = time.monotonic() + 240
+    while not any((storage / "trials").glob("*/cells.jsonl")):
+        assert first.poll() is None, ended(first)
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    code, _, err = ended(submit(cluster, sweep_file, storage))
+    assert code == 2
+    assert "does the same already" in err
+    code, out, err = ended(submit(cluster, sweep_file, storage, "--stop", "--json"))
+    assert code == 0, err
+    code, _, err = ended(first)
+    assert (code, json.loads(out)["job"] in err) == (1, True), "whoever follows it hears of its end"
+    code, out, err = ended(submit(cluster, sweep_file, storage, "--json"))
+    assert code == 0, err
+    assert json.loads(out)["status"] == "SUCCEEDED"
+    assert "tiny" in err, "the job's own output"
+    run_sweep_to_its_end(sweep_file, tmp_path / "local")
+    assert answers(storage) == answers(tmp_path / "local")
+    code, _, err = ended(submit(cluster, sweep_file, storage, "--follow"))
+    assert code == 2
+    assert "no running job does this" in err
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"RAY_AUTH_TOKEN": "0" * 64}, "the head refuses this token; put the cluster's own"),
+        ({"RAY_AUTH_TOKEN": None, "HOME": "/nonexistent"}, "the head asks for a token, and none is found here"),
+    ],
+)
+def test_without_the_clusters_token_nothing_is_submitted(
+    cluster: RealCluster, sweep_file: Path, tmp_path: Path, environment: dict[str, str | None], told: str
+) -> None:
+    code, _, err = ended(submit(cluster, sweep_file, tmp_path / "runs", **environment))
+    assert code == 2, err
+    assert told in " ".join(err.split())
+
+
+@pytest.mark.ray
+def test_an_address_without_a_head_is_told_in_one_line(cluster: RealCluster, sweep_file: Path, tmp_path: Path) -> None:
+    code, _, err = ended(submit(cluster, sweep_file, tmp_path / "runs", "--address", f"http://127.0.0.1:{free_port()}"))
+    assert code == 2, err
+    assert "no Ray head answers there" in " ".join(err.split())
+    assert "Traceback" not in err
+
+
+@pytest.mark.ray
+def test_a_mistake_in_the_sweep_is_found_before_a_head_is_asked(sweep_file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pause_ray", "submit", sweep_file.name, "--set", "trial.train.steps=0", "--storage", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=sweep_file.parent, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "train.steps" in done.stderr

@@ -1,0 +1,65 @@
+"""Long texts are tokenised once, short ones as ever, and a damaged file is read as if it were not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pause_ray.text import kept_tokens
+from pause_ray.text.insertion import TokenText
+from pause_ray.text.kept_tokens import LONG_CHARS, read_long
+from pause_ray.text.tokens import Encoding, ModelTokenizer
+from tests.needle.tiny import make_text, make_tokenizer_folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ModelTokenizer:
+    return ModelTokenizer.load(make_tokenizer_folder(tmp_path_factory.mktemp("kept") / "model"))
+
+
+LONG = (make_text(4000, seed=3) * 2)[: LONG_CHARS + 5]
+
+
+def same(one: TokenText, other: TokenText) -> bool:
+    return one.text == other.text and np.array_equal(one.ids, other.ids) and np.array_equal(one.starts, other.starts)
+
+
+def test_a_long_text_is_tokenised_once_and_comes_back_as_it_was(
+    tokenizer: ModelTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = read_long(LONG, tokenizer=tokenizer, folder=tmp_path)
+    assert same(first, TokenText.of(LONG, tokenizer=tokenizer))
+
+    def refuse(self: ModelTokenizer, text: str) -> Encoding:
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr(ModelTokenizer, "encode", refuse)
+    again = read_long(LONG, tokenizer=tokenizer, folder=tmp_path)
+    assert same(first, again)
+    assert again.ids.dtype == first.ids.dtype
+    with pytest.raises(AssertionError, match="again"):
+        read_long(LONG[1:], tokenizer=tokenizer, folder=tmp_path)
+
+
+def test_a_short_text_leaves_no_file(tokenizer: ModelTokenizer, tmp_path: Path) -> None:
+    read_long(LONG[: LONG_CHARS - 1], tokenizer=tokenizer, folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 cut off", b"not a zip file at all"])
+def test_a_damaged_file_is_replaced(damage: bytes, tokenizer: ModelTokenizer, tmp_path: Path) -> None:
+    first = read_long(LONG, tokenizer=tokenizer, folder=tmp_path)
+    [path] = tmp_path.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(damage)
+    assert same(read_long(LONG, tokenizer=tokenizer, folder=tmp_path), first)
+    assert path.read_bytes() == whole
+
+
+def test_another_format_is_another_file(tokenizer: ModelTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_long(LONG, tokenizer=tokenizer, folder=tmp_path)
+    monkeypatch.setattr(kept_tokens, "FORMAT", kept_tokens.FORMAT + 1)
+    read_long(LONG, tokenizer=tokenizer, folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
