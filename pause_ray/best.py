@@ -17,7 +17,7 @@ from pause_ray.errors import CheckpointError
 from pause_ray.ranking import Best, best, objective_words
 from pause_ray.results import SweepResults, TrialResult, results_of
 from pause_ray.spec import JsonObject
-from pause_ray.storage import MANIFEST, Storage, building, is_complete, read_json, space_errors, write_json, write_text
+from pause_ray.storage import MANIFEST, Storage, building, exclusive, is_complete, lock_of, read_json, space_errors, write_json, write_text
 from pause_ray.trial.answering import ADAPTER, MODEL_VARIABLE, TRIAL
 
 FOLDER = "best"
@@ -52,13 +52,14 @@ def export_best(sweep: Path | SweepResults, storage: Storage) -> Path | None:
         log.warning("the best trial is not exported: %s (and %s of its trial)", error, found.trial.folder / MANIFEST)
         return None
     manifest = _manifest(results, found, adapter)
-    if not (is_complete(folder) and read_json(folder / MANIFEST) == manifest):
-        with building(folder) as scratch, space_errors(folder):
-            if checkpoint is not None:
-                shutil.copytree(checkpoint.folder, scratch / ADAPTER)
-            write_json(scratch / TRIAL, found.trial.spec)
-            write_text(scratch / README, _readme(manifest, found))
-            write_json(scratch / MANIFEST, manifest)
+    with exclusive(lock_of(folder), waiting=lambda holder: log.warning("the best trial: waiting for %s", holder)):
+        if not (is_complete(folder) and read_json(folder / MANIFEST) == manifest):
+            with building(folder) as scratch, space_errors(folder):
+                if checkpoint is not None:
+                    shutil.copytree(checkpoint.folder, scratch / ADAPTER)
+                write_json(scratch / TRIAL, found.trial.spec)
+                write_text(scratch / README, _readme(manifest, found))
+                write_json(scratch / MANIFEST, manifest)
     return folder
 
 
@@ -114,13 +115,20 @@ def _readme(manifest: JsonObject, found: Best) -> str:
             "It was trained and scored on text with pauses, and wants them in what it reads. The first two ways below put them in; "
             f"with the others do so yourself:\n\n    {json.dumps(pauses, ensure_ascii=False)}"
         )
-    return "\n\n".join([*parts, *(_ways(model["source"], pauses) if manifest["checkpoint"] else [])]) + "\n"
+    return "\n\n".join([*parts, *(_ways(model, pauses) if manifest["checkpoint"] else [])]) + "\n"
 
 
-def _ways(source: str, pauses: JsonObject | None) -> list[str]:
+def _ways(model: JsonObject, pauses: JsonObject | None) -> list[str]:
+    source, rope = model["source"], model.get("rope")
     command = ["pause-ray", "eval", "eval/suites/single.yaml", "--model", source, "--adapter", ADAPTER]
-    command += ["--set", f"pauses={json.dumps(pauses)}"] if pauses else []
+    said = {f"model.{name}": value for name, value in model.items() if name != "source" and value is not None}
+    said |= {"pauses": pauses} if pauses else {}
+    said |= {"engine.reuse": "depth"} if rope and rope["kind"] == "dynamic" else {}
+    for path, value in said.items():
+        command += ["--set", f"{path}={value if isinstance(value, str) else json.dumps(value)}"]
     grows = pauses is not None and pauses.get("token") == "added"
+    plain = rope is None and not source.startswith("pypi:") and not source.endswith(".gguf")
+    revision = f", revision={json.dumps(model['revision'])}" if model.get("revision") else ""
     asked = f"""from pathlib import Path
 from pause_ray.trial.answering import Answerer
 
@@ -129,11 +137,11 @@ print(Answerer.open(Path(".")).answer(context, question))  # {MODEL_VARIABLE} ma
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{ADAPTER}")
-base = AutoModelForCausalLM.from_pretrained({json.dumps(source)}){GROWN if grows else ""}
+base = AutoModelForCausalLM.from_pretrained({json.dumps(source)}{revision}){GROWN if grows else ""}
 model = PeftModel.from_pretrained(base, "{ADAPTER}")"""
     return [
         f"## Ask it\n\n```python\n{asked}\n```",
         f"## Score it\n\n    {shlex.join(command)}",
         f"## Make a plain model of it, for transformers, vLLM and others\n\n    pause-ray export {ADAPTER} merged-model",
-        f"## Load it with PEFT alone\n\n```python\n{loaded}\n```",
+        *([f"## Load it with PEFT alone\n\n```python\n{loaded}\n```"] if plain else []),  # of others transformers makes another model
     ]

@@ -13,12 +13,14 @@ from typing import Literal
 
 from pause_ray.compare import paired_difference
 from pause_ray.objective import ObjectiveSpec
-from pause_ray.pareto import Priced, beaten_by
+from pause_ray.pareto import Priced, beaten_by, front
 from pause_ray.results import Condition, SweepResults, TrialResult
 from pause_ray.search_record import Rung, Stop
 from pause_ray.statistics import Estimate, Interval, kendall_tau
 
 Currency = Literal["overhead", "training"]
+MOST_UNSCORED_SHARE = 0.1
+"""A mean that leaves out more of the cells than this is one of other questions; what cannot be answered is seldom the easiest."""
 
 
 def objective_of(results: SweepResults) -> ObjectiveSpec:
@@ -51,7 +53,8 @@ class Best:
 def best(results: SweepResults, *, tuned: bool = False) -> Best | None:
     """The best condition; of equal ones the one that was planned first. None while there is none.
 
-    Conditions with missing replicates compete only among themselves, where no other has finished.
+    Conditions with missing replicates, or with more than ``MOST_UNSCORED_SHARE`` of their cells unscored, compete only among
+    themselves, where there is no other.
 
     Args:
         results: Of the sweep.
@@ -60,13 +63,18 @@ def best(results: SweepResults, *, tuned: bool = False) -> Best | None:
     objective = objective_of(results)
     candidates = [(its, value) for its in results.scored if (value := objective.value(its.rows)) is not None]
     candidates = [(its, value) for its, value in candidates if not tuned or all(trial.is_trained for trial in its.trials)]
-    whole = [(its, value) for its, value in candidates if its.num_missing == 0 and its.num_stopped == 0]
+    whole = [(its, value) for its, value in candidates if _is_whole(its)]
     if not candidates:
         return None
     condition, value = max(whole or candidates, key=lambda candidate: _merit(objective, candidate[1]))
     scores = [(trial, score) for trial in condition.trials if (score := objective.value(trial.rows)) is not None]
     trial, trial_value = max(scores, key=lambda scored: _merit(objective, scored[1]))
     return Best(objective=objective, condition=condition, trial=trial, value=value, trial_value=trial_value)
+
+
+def _is_whole(condition: Condition) -> bool:
+    scored = condition.summary is not None and condition.summary.unscored_share <= MOST_UNSCORED_SHARE
+    return scored and condition.num_missing == 0 and condition.num_stopped == 0
 
 
 def _merit(objective: ObjectiveSpec, value: float) -> float:
@@ -85,8 +93,10 @@ class Offer:
     cost: float
     beaten_by: Condition | None
     """One that scores at least as high and costs at most as much, and is better in one of them; None on the front."""
+    next_cheaper: Condition | None
+    """On the front: the best there that costs less; None for the cheapest, and for one that is beaten."""
     lead: Estimate | None
-    """Mean paired difference of that one's score to this one's; None on the front, or where nothing pairs."""
+    """Mean paired difference of scores: of the one that beats it to it, or of it to the next cheaper; None where nothing pairs."""
 
     @property
     def is_on_front(self) -> bool:
@@ -94,8 +104,15 @@ class Offer:
         return self.beaten_by is None
 
     @property
-    def is_surely_beaten(self) -> bool:
-        """Whether the other one's lead is more than chance would explain, by its interval alone."""
+    def rival(self) -> Condition | None:
+        """Whose score decides its place: the one that beats it, or the next cheaper on the front."""
+        return self.beaten_by or self.next_cheaper
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the lead that decides its place is more than chance would explain, by its interval alone."""
+        if self.rival is None:
+            return True
         return self.lead is not None and self.lead.interval is not None and self.lead.interval.low > 0
 
 
@@ -125,19 +142,24 @@ def markets(results: SweepResults) -> list[Market]:
 
 
 def _offers(priced: Sequence[tuple[Condition, float]]) -> tuple[Offer, ...]:
-    scores = [its.summary.grand_mean or 0.0 if its.summary else 0.0 for its, _ in priced]
-    beaten = beaten_by([Priced(score, cost) for score, (_, cost) in zip(scores, priced, strict=True)])
-    offers = [
-        Offer(
-            condition=its,
-            score=score,
-            interval=its.summary.interval if its.summary else None,
-            cost=cost,
-            beaten_by=None if by is None else priced[by][0],
-            lead=None if by is None else paired_difference(priced[by][0].rows, its.rows),
+    choices = [Priced(its.summary.grand_mean or 0.0 if its.summary else 0.0, cost) for its, cost in priced]
+    on_front, beaten = front(choices), beaten_by(choices)
+    offers = []
+    for place, (its, cost) in enumerate(priced):
+        by = beaten[place]
+        cheaper = [other for other in on_front if choices[other].cost < cost] if by is None else []
+        winner, loser = (place, cheaper[-1]) if cheaper else (by, place)
+        offers.append(
+            Offer(
+                condition=its,
+                score=choices[place].value,
+                interval=its.summary.interval if its.summary else None,
+                cost=cost,
+                beaten_by=None if by is None else priced[by][0],
+                next_cheaper=priced[cheaper[-1]][0] if cheaper else None,
+                lead=None if winner is None else paired_difference(priced[winner][0].rows, priced[loser][0].rows),
+            )
         )
-        for (its, cost), score, by in zip(priced, scores, beaten, strict=True)
-    ]
     return tuple(sorted(offers, key=lambda offer: (offer.cost, -offer.score)))
 
 

@@ -123,11 +123,12 @@ def table(sweep: Path | SweepResults, storage: Storage) -> Table:
 
 
 def _best_words(results: SweepResults) -> str:
-    """`` Best by highest score: pause_tuned every=2, 0.83.``; nothing where it goes without saying."""
+    """What the best arm is and that it was chosen; nothing where it goes without saying."""
     found = best(results)
     if found is None or len(results.scored) < 2:
         return ""
-    return f"\nBest by {objective_words(found.objective)}: {found.condition.label}, {number(found.value)}."
+    chosen = f"the best of {len(results.scored)}, which looks better than it is"
+    return f"\nBest by {objective_words(found.objective)}: {found.condition.label}, {number(found.value)} ({chosen})."
 
 
 def corpus_table(stats: JsonObject) -> Table:

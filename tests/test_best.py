@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,15 @@ import pytest
 
 from pause_ray.best import export_best, exported
 from pause_ray.checkpoint import Checkpoint
-from pause_ray.storage import Storage, write_json
+from pause_ray.engines.engine import ModelSpec
+from pause_ray.spec import parse_assignments, read_yaml
+from pause_ray.storage import Storage, exclusive, lock_of, write_json
+from pause_ray.text.pauses import PausePolicy
+from pause_ray.trial.spec import TrialSpec, sparse_trial
 from tests.stored_sweep import rows, store_sweep, store_trial
 from tests.trained import store_checkpoint
 
+ROOT = Path(__file__).resolve().parents[1]
 GRID = {(1024, 10.0): 1.0, (1024, 50.0): 0.5}
 PAUSES = {"unit": "paragraph", "every": 2, "marker": "<PAUSE>", "token": "added"}
 
@@ -24,9 +32,9 @@ def storage(tmp_path: Path) -> Storage:
     return Storage.open(tmp_path)
 
 
-def tuned(storage: Storage, key: str, score: float, *, replicate: int = 0) -> None:
+def tuned(storage: Storage, key: str, score: float, *, replicate: int = 0, model: dict[str, Any] | None = None) -> None:
     checkpoint = store_checkpoint(storage.checkpoints / f"{key}{key}")
-    spec = {"model": {"source": "some/model"}, "pauses": PAUSES, "train": {"steps": 3}, "eval": {"max_new_tokens": 8}}
+    spec = {"model": model or {"source": "some/model"}, "pauses": PAUSES, "train": {"steps": 3}, "eval": {"max_new_tokens": 8}}
     folder = store_trial(storage, key, rows(dict.fromkeys(GRID, score), trial=key, replicate=replicate), trained=True, spec=spec)
     manifest = json.loads((folder / "manifest.json").read_text())
     write_json(folder / "manifest.json", {**manifest, "checkpoint": str(checkpoint)})
@@ -51,6 +59,31 @@ def test_the_best_trained_trial_is_exported_whole(storage: Storage) -> None:
     assert manifest["better_untrained"] is None
     readme = (folder / "README.md").read_text()
     assert all(words in readme for words in ("some/model", "pause-ray export adapter", "PeftModel", "<PAUSE>", "resize_token_embeddings"))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"source": "pypi:some-model==1.0#some/model.gguf", "sha256": "a" * 64, "dtype": "float32", "revision": None},
+        {"source": "some/model", "dtype": "bfloat16", "rope": {"kind": "dynamic", "factor": 2.0}},
+    ],
+)
+def test_the_ways_to_use_it_are_those_of_its_model(storage: Storage, model: dict[str, Any]) -> None:
+    tuned(storage, "p0", 0.75, model=model)
+    folder = export_best(sweep(storage), storage)
+    assert folder is not None
+    readme = (folder / "README.md").read_text()
+    assert "PeftModel" not in readme  # transformers cannot load the one, and would load the other with other positions
+    [line] = [line for line in readme.splitlines() if line.strip().startswith("pause-ray eval")]
+    _, verb, suite, *options = shlex.split(line)
+    assert verb == "eval"
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    assert given["--model"] == model["source"]
+    overrides = parse_assignments([value for name, value in zip(options[::2], options[1::2], strict=True) if name == "--set"])
+    data = sparse_trial({"model": {"source": given["--model"]}, "eval": read_yaml(ROOT / suite)}, overrides, origin=ROOT / suite)
+    asked = TrialSpec.parse(data, origin="README.md")
+    assert asked.model == ModelSpec.parse(model, origin="model")
+    assert asked.pauses == PausePolicy.parse(PAUSES, origin="pauses")
 
 
 def test_an_untrained_arm_that_did_better_is_named(storage: Storage) -> None:
@@ -82,6 +115,20 @@ def test_an_export_that_is_right_is_left_alone_and_a_better_trial_replaces_it(st
     manifest = exported(folder.parent)
     assert manifest is not None
     assert manifest["trial"] == "q0"
+
+
+def test_two_commands_do_not_export_at_the_same_time(storage: Storage, caplog: pytest.LogCaptureFixture) -> None:
+    tuned(storage, "p0", 0.5)
+    folder = sweep(storage)
+    other = threading.Thread(target=export_best, args=(folder, storage))
+    with exclusive(lock_of(folder / "best")):
+        other.start()
+        while "waiting for process" not in caplog.text:
+            assert other.is_alive()
+            time.sleep(0.01)
+        assert exported(folder) is None
+    other.join()
+    assert exported(folder) is not None
 
 
 def test_an_adapter_that_is_gone_or_was_changed_is_said_and_not_exported(storage: Storage, caplog: pytest.LogCaptureFixture) -> None:

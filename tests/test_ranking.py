@@ -92,7 +92,7 @@ def test_an_arm_is_beaten_by_one_that_costs_no_more(storage: Storage) -> None:
         assert beaten.beaten_by is not None
         assert beaten.lead is not None
         assert (beaten.beaten_by.label, beaten.lead.value) == ("cheap", 0.125)  # 0.25 in the middle, none at the edge
-        assert not beaten.is_surely_beaten
+        assert not beaten.is_sure
 
 
 def test_a_lead_on_many_questions_is_sure(storage: Storage) -> None:
@@ -100,7 +100,36 @@ def test_a_lead_on_many_questions_is_sure(storage: Storage) -> None:
     store_trial(storage, "good", rows(grid, trial="good"))
     store_trial(storage, "long", rows(dict.fromkeys(grid, 0.0), trial="long", prompt_tokens=5000))
     [market] = markets(arms(storage, "good", "long"))
-    assert [its.is_surely_beaten for its in market.offers] == [False, True]
+    assert [(its.is_on_front, its.is_sure) for its in market.offers] == [(True, True), (False, True)]
+
+
+def test_a_dearer_arm_on_the_front_is_sure_only_by_its_lead_over_the_next_cheaper(storage: Storage) -> None:
+    depths = [(length, depth) for length in (1024, 2048, 4096) for depth in (0.0, 20.0, 40.0, 60.0, 80.0, 100.0)]
+    found = {"base": 0, "some": 12, "more": 13, "worse": 2}  # of 18 questions
+    for cost, (name, num_found) in enumerate(found.items()):
+        scores = {place: float(number < num_found) for number, place in enumerate(depths)}
+        store_trial(storage, name, rows(scores, trial=name, prompt_tokens=3000 + 100 * cost))
+    [market] = markets(arms(storage, *found))
+    by_label = {its.condition.label: its for its in market.offers}
+    assert [its.condition.label for its in market.front] == ["base", "some", "more"]
+    rivals = {label: its.rival.label if its.rival else None for label, its in by_label.items()}
+    assert rivals == {"base": None, "some": "base", "more": "some", "worse": "more"}
+    assert {label: its.is_sure for label, its in by_label.items()} == {"base": True, "some": True, "more": False, "worse": True}
+    lead = by_label["more"].lead
+    assert lead is not None
+    assert lead.value == pytest.approx(1 / 18)
+
+
+def test_an_arm_most_of_whose_cells_have_no_score_does_not_win(storage: Storage) -> None:
+    places = [(1024, float(depth)) for depth in range(10, 90, 4)]
+    store_trial(storage, "base", rows(dict.fromkeys(places, 0.75), trial="base"))
+    for name, num_lost in (("lost", 3), ("kept", 2)):  # of 20
+        scores = {place: None if number < num_lost else 1.0 for number, place in enumerate(places)}
+        store_trial(storage, name, rows(scores, trial=name))
+    without, with_it = best(arms(storage, "base", "lost")), best(arms(storage, "base", "lost", "kept"))
+    assert without is not None
+    assert with_it is not None
+    assert (without.condition.label, with_it.condition.label) == ("base", "kept")
 
 
 def test_a_cost_that_is_not_told_or_the_same_for_all_is_no_cost(storage: Storage) -> None:

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from pause_ray.cli.main import app
 from pause_ray.errors import SpecError
 from pause_ray.submission import Job, check_no_secrets
 from tests.real_cluster import RealCluster, free_port, running_cluster
@@ -51,6 +53,14 @@ def test_plain_settings_pass_and_the_same_work_is_known_again() -> None:
     check_no_secrets(plain)
     assert plain.work == job(env=plain.env).work
     assert plain.work != job(env={}).work
+
+
+def test_a_mistake_in_a_search_that_learns_is_found_before_a_head_is_asked() -> None:
+    changes = ["search={train.lora.rank: {int: [1, 64]}}", "algorithm={kind: tpe, points: 6, random_points: 2}", "trial.train=null"]
+    options = [part for change in changes for part in ("--set", change)]
+    refused = CliRunner().invoke(app, ["submit", "sweeps/quickstart.yaml", "--storage", "/mnt/runs", *options]).exception
+    assert isinstance(refused, SpecError)
+    assert "no trial reads train.lora.rank" in str(refused)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from pause_ray.cli.terminal import AsJson, Sets, SpecFile, app, err, out, print_
 from pause_ray.errors import ClusterError, SpecError, TrackingError
 from pause_ray.spec import parse_assignments
 from pause_ray.storage import Storage
-from pause_ray.sweep.spec import PlannedTrial, expand, known_points, read_sweep
+from pause_ray.sweep.spec import PlannedTrial, expand, read_sweep
 
 if TYPE_CHECKING:
     from pause_ray.preflight import Node, Problem
@@ -82,8 +82,7 @@ def _job(
     from pause_ray.submission import Job
 
     sweep = read_sweep(spec, parse_assignments(sets))
-    if known_points(sweep) is not None:
-        expand(sweep)
+    expand(sweep)
     root = working_dir.expanduser().resolve()
     if not spec.resolve().is_relative_to(root):
         raise SpecError(f"{spec}: is not below the working directory {root}, which is what the cluster gets; give it with --working-dir")

@@ -18,7 +18,7 @@ from pause_ray.errors import SpecError, UserError
 from pause_ray.needle.task import SuiteSpec
 from pause_ray.spec import JsonObject, parse_assignments, read_yaml
 from pause_ray.storage import Storage
-from pause_ray.sweep.spec import PlannedTrial, SweepSpec, example_point, expand, read_sweep
+from pause_ray.sweep.spec import PlannedTrial, SweepSpec, listed_trials, read_sweep
 from pause_ray.trial.spec import TrialSpec, read_suite, read_trial, sparse_trial
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def check(
         return
     planned, points_to_come = _plan(spec, set_)
     if cluster:
-        look_at_cluster(planned, storage=storage, name=spec.stem, as_json=as_json)
+        look_at_cluster(planned, storage=storage, name=str(read_yaml(spec).get("name", spec.stem)), as_json=as_json)
         return
     if resolve:
         from pause_ray.trial.prepare import prepare
@@ -64,7 +64,7 @@ def check(
         print_json({"trials": trials, "points_to_come": points_to_come})
         return
     for trial in planned:
-        out.print(trial.label, highlight=False)
+        out.print(trial.label, highlight=False, markup=False)
     num_cells = sum(_num_cells(trial) for trial in planned)
     if points_to_come:
         out.print(f"{points_to_come} points of the search are chosen as it runs; one of their kind is among these", highlight=False)
@@ -211,10 +211,7 @@ def _plan(spec: Path, set_: list[str] | None) -> tuple[list[PlannedTrial], int]:
     if kind_of(spec) != "sweep":
         return [PlannedTrial(arm="trial", point={}, spec=_trial(spec, set_))], 0
     sweep = read_sweep(spec, parse_assignments(set_ or []))
-    planned = expand(sweep)
-    if sweep.algorithm.kind != "tpe":
-        return planned, 0
-    return expand(sweep, [example_point(sweep)]), sweep.algorithm.points
+    return listed_trials(sweep), sweep.algorithm.points if sweep.algorithm.kind == "tpe" else 0
 
 
 def _trial(spec: Path, set_: list[str] | None) -> TrialSpec:

@@ -20,7 +20,7 @@ from pause_ray.engines.engine import EndpointSpec
 from pause_ray.errors import SpecError
 from pause_ray.spec import parse_assignments
 from pause_ray.storage import Storage
-from pause_ray.sweep.spec import SweepSpec, expand, read_sweep
+from pause_ray.sweep.spec import SweepSpec, listed_trials, read_sweep
 from pause_ray.words import count, duration, money
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _price_per_hour(spec: SweepSpec, site: Site | None) -> float:
     Raises:
         SpecError: nothing has a price, or prices are in different currencies.
     """
-    engines = (trial.spec.engine for trial in expand(spec))
+    engines = (trial.spec.engine for trial in listed_trials(spec))
     prices = [engine.prices for engine in engines if isinstance(engine, EndpointSpec) and engine.prices is not None]
     currencies = {its.currency for its in prices} | ({site.gpu.currency} if site else set())
     if not currencies:
@@ -151,7 +151,7 @@ def run_and_report(spec: SweepSpec, *, storage: str, as_json: bool, budget: Budg
 def _say_what_is_left(outcome: SweepOutcome) -> None:
     """Failures and ends before the end, and the exit code that they mean; a budget that was reached is no failure."""
     for failure in outcome.failures:
-        err.print(f"[red]{failure.label} failed:[/] {escape(failure.message)}", highlight=False)
+        err.print(f"[red]{escape(failure.label)} failed:[/] {escape(failure.message)}", highlight=False)
         if failure.trace:
             err.print(failure.trace, highlight=False, markup=False)
     for reason in (*outcome.given_up, *([outcome.ended_by] if outcome.ended_by else [])):
@@ -225,7 +225,7 @@ def _table(found: SweepForecast, *, currency: str) -> Table:
 
 def _add_trial(table: Table, trial: TrialOutlook, columns: Columns, *, times: str) -> None:
     over = trial.state in ("finished", "stopped")
-    table.add_row(f"{times}{trial.label}", trial.state, *("" if over else words(trial.left) for _, words in columns))
+    table.add_row(f"{times}{escape(trial.label)}", trial.state, *("" if over else words(trial.left) for _, words in columns))
     for step in trial.steps:
         if step.done < step.total and not over:
             figures = ["" if step.made_by or step.name == "text" else words(step.left) for _, words in columns]

@@ -129,7 +129,7 @@ def needle_sft_row(
 
 
 def pack_language_modeling(
-    documents: Iterable[TokenDocument],
+    documents: Iterable[tuple[TokenDocument, bool]],
     *,
     sequence_tokens: int,
     end_id: int,
@@ -137,7 +137,7 @@ def pack_language_modeling(
     budget: Literal["content", "total"],
     leading_ids: Sequence[int] = (),
 ) -> Iterator[PackedRow]:
-    """Documents end to end, ``end_id`` after each, in rows of ``sequence_tokens``; the last row is what remains.
+    """Documents end to end, ``end_id`` after each that is there to its end, in rows of ``sequence_tokens``; the last is what remains.
 
     Under ``budget: content`` a row holds so many tokens that are no pause, the same ones whatever the pauses; under
     ``total`` pauses are among them. A marker group is never split. Pauses carry no loss, and neither does the first token of a
@@ -152,10 +152,11 @@ def pack_language_modeling(
             f"one marker group is {group_tokens} tokens, but a row holds {sequence_tokens}; lower pauses.count or raise sequence_tokens"
         )
     ids, is_pause, source = np.empty(0, np.int32), np.empty(0, bool), np.empty(0, np.int64)
-    for number, document in enumerate(documents):
-        ids = np.concatenate([ids, document.ids, np.array([end_id], np.int32)])
-        is_pause = np.concatenate([is_pause, document.is_pause, np.array([False])])
-        source = np.concatenate([source, np.full(len(document.ids) + 1, number)])
+    for number, (document, is_ended) in enumerate(documents):
+        end_ids = np.array([end_id] * is_ended, np.int32)
+        ids = np.concatenate([ids, document.ids, end_ids])
+        is_pause = np.concatenate([is_pause, document.is_pause, np.zeros(len(end_ids), bool)])
+        source = np.concatenate([source, np.full(len(document.ids) + len(end_ids), number)])
         done = 0
         for end in _row_ends(is_pause, sequence_tokens, group_tokens, budget):
             yield _led(_language_row(ids[done:end], is_pause[done:end], source[done:end], end_id, group_tokens), leading_ids)

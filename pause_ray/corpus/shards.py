@@ -55,8 +55,8 @@ from pause_ray.text.tokens import ModelTokenizer
 
 log = logging.getLogger("pause_ray")
 
-RECIPE_VERSION = 4
-"""Raise when the code makes other rows from the same inputs."""
+RECIPE_VERSIONS = {"needle_sft": 4, "language_modeling": 5}
+"""By objective; raise when the code makes other rows from the same inputs."""
 ROWS_PER_UNIT = 32
 """``needle_sft`` rows that one task makes: about a second of work at 1,024 tokens, so that progress moves."""
 CHARS_PER_TOKEN = 4
@@ -167,7 +167,7 @@ def _identity(job: ShardJob, recipe: Recipe) -> JsonObject:
         aside |= {"facts", "min_context_tokens"}
         policy_aside = {"instruction"}
     return {
-        "version": RECIPE_VERSION,
+        "version": RECIPE_VERSIONS[job.spec.objective],
         "spec": job.spec.model_dump(mode="json", exclude=aside),
         "prompt": job.prompt.model_dump(mode="json") if job.spec.objective == "needle_sft" else None,
         "sources": [source_identity(source) for source in job.spec.sources],

@@ -198,14 +198,14 @@ def plan_shards(
     return plan
 
 
-def _encoded_between(path: Path, *, begin: int, end: int, recipe: Recipe) -> Iterator[TokenDocument]:
-    """Documents of a piece, or what of them lies between two of its characters, in tokens."""
+def _encoded_between(path: Path, *, begin: int, end: int, recipe: Recipe) -> Iterator[tuple[TokenDocument, bool]]:
+    """Documents of a piece, or what of them lies between two of its characters, in tokens, and whether that reaches their ends."""
     offset = 0
     for name, digest, text in read_piece(path, columns=("id", "digest", "text")):
         part = text[max(0, begin - offset) : max(0, end - offset)]
-        if part:
-            yield _encoded(name, digest, part, recipe=recipe)
         offset += len(text)
+        if part:
+            yield _encoded(name, digest, part, recipe=recipe), offset <= end
 
 
 def _encoded(name: str, digest: str, text: str, *, recipe: Recipe) -> TokenDocument:

@@ -31,6 +31,8 @@ MOST_LOSSES_PER_CELL = 3
 """A cell during which an actor was lost this often is taken to be the reason, and scoring stops."""
 MOST_FAILED_STARTS = 3
 """In a row, with no actor up: scoring stops."""
+LONGEST_PAUSE_SECONDS = 30.0
+"""Between two attempts to start an actor; the first pause is a second, each further one twice as long."""
 STARTING_SECONDS = 30.0
 """An actor that is not up after so long has no room, and nothing is left for it to do; it takes its share when it comes."""
 LOOK_SECONDS = 1.0
@@ -381,7 +383,7 @@ class Broker:
             return
         self._retire(actor)
         self._failed_starts += 1
-        self._next_start = time.monotonic() + 0.5 * 2**self._failed_starts
+        self._next_start = time.monotonic() + min(LONGEST_PAUSE_SECONDS, 0.5 * 2 ** min(self._failed_starts, 10))
         reason = " ".join(str(error).split())
         if self._failed_starts < MOST_FAILED_STARTS or any(other.pid is not None for other in self._actors):
             log.warning("a scoring actor did not come up (%s)", reason)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from pause_ray.errors import SpecError
 from pause_ray.needle.task import SuiteSpec
+from pause_ray.needle.tasks.keyed import MOST_FACTS
 from pause_ray.spec import JsonObject
 
 ANSWER_TOKENS = 24
@@ -20,8 +21,10 @@ def proxy_suite(suite: SuiteSpec, *, facts: int, context_tokens: Sequence[int]) 
     """The proxy of a suite: ``facts`` keyed facts, evenly spaced in its text, at each of some lengths.
 
     Raises:
-        SpecError: lengths that are none, or a suite that hides its facts in lines that only its own task has.
+        SpecError: lengths that are none, too many facts, or a suite that hides its facts in lines that only its own task has.
     """
+    if facts > MOST_FACTS:
+        raise SpecError(f"scheduler.proxy.facts {facts} is more than the {MOST_FACTS} that one context can hold; lower it")
     if suite.task.has_filler:
         raise SpecError(
             f"scheduler: its proxy hides facts in documents or noise, and suite {suite.name} has only the lines of task {suite.task.kind}; "

@@ -20,7 +20,7 @@ from pause_ray.documents import SourceSpec
 from pause_ray.needle.question import Fact, PlacedFact, Question
 from pause_ray.needle.tasks.combine import CombineTask
 from pause_ray.needle.tasks.key_value import KeyValueTask
-from pause_ray.needle.tasks.keyed import KeyedTask
+from pause_ray.needle.tasks.keyed import MOST_FACTS, KeyedTask
 from pause_ray.needle.tasks.ruler import RulerNiahTask, VariableTrackingTask
 from pause_ray.needle.tasks.stock import MultiTask, SingleTask
 from pause_ray.needle.tasks.uuids import UuidChainTask, UuidTask
@@ -114,8 +114,11 @@ class SuiteSpec(Spec):
 
     @model_validator(mode="after")
     def _keyed_facts_have_depths(self) -> Self:
-        if isinstance(self.task, KeyedTask) and len(self.depth_percent) < 2:
-            raise ValueError("task keyed hides a fact at every depth of one context; give depth_percent, two depths or more")
+        if isinstance(self.task, KeyedTask) and not 2 <= len(self.depth_percent) <= MOST_FACTS:
+            raise ValueError(
+                f"task keyed hides a fact at every depth of one context; give depth_percent, 2 to {MOST_FACTS} depths "
+                f"(here: {len(self.depth_percent)})"
+            )
         return self
 
     @model_validator(mode="after")

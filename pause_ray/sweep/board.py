@@ -1,13 +1,21 @@
-"""Where trial processes say how far they are and why they failed, and hear that the sweep ends. An actor's class; starts nothing."""
+"""Where trial processes say how far they are and why they failed, and hear that the sweep ends: the board, and a trial's side of it.
+
+The board is an actor's class, started by ``sweep.watch``, which is the driver's side. Knows no trial.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import ray
+
+from pause_ray.errors import StoppedError
 from pause_ray.spec import JsonObject
-from pause_ray.sweep.progress import ENDED, TrialState
+from pause_ray.sweep.progress import ENDED, WAITING, TrialState
+from pause_ray.trial.run import TrialProgress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +32,8 @@ TrainedStep = tuple[str, JsonObject]
 """A trial's digest and a row of its training log."""
 Reason = tuple[str, str | None]
 """A failure's message and traceback."""
+ANSWERED = ("waiting", "text", "training")
+"""Stages in which a trial asks whether it may go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +77,10 @@ class ProgressBoard:
         self._states[key] = TrialState("starting", 0, 1)
         return not self._ending
 
+    def goes_on(self) -> bool:
+        """Whether trials may go on."""
+        return not self._ending
+
     def process(self, key: str) -> Any:
         """Handle of the process that a trial runs in, or None if it has said no such thing."""
         return self._processes.get(key)
@@ -108,3 +122,53 @@ class ProgressBoard:
     def _forget(self, key: str) -> None:
         self._posted.pop(key, None)
         self._processes.pop(key, None)
+
+
+class Reports:
+    """A ``trial.run.TrialProgress`` that tells the board of one sweep about one trial."""
+
+    def __init__(self, board: Any, key: str) -> None:
+        """``key`` names the trial on the board."""
+        self._board = board
+        self._key = key
+        self._has_begun = False
+        self.ending = threading.Event()
+        """Set as soon as the board has said that trials shall come to an end: what trains writes a checkpoint and stops."""
+
+    def begin(self) -> bool:
+        """Say, the first time, that this process runs the trial now; False if it shall not, or not go on."""
+        if self._has_begun:
+            return bool(ray.get(self._board.goes_on.remote()))
+        self._has_begun = True
+        process = ray.get_runtime_context().current_actor
+        may_begin: bool = ray.get(self._board.begin.remote(self._key, process))
+        return may_begin
+
+    def __call__(self, stage: str, done: int, total: int, row: JsonObject | None = None) -> None:
+        """Tell; where the stage can end here, wait for the answer. Who scores hears from the fleet that it shall end.
+
+        Raises:
+            StoppedError: trials shall end, and this one does nothing yet. A training is left to look at ``ending``.
+        """
+        answer = self._board.show.remote(self._key, TrialState(stage, done, total, row))
+        if stage not in ANSWERED or ray.get(answer):
+            return
+        self.ending.set()
+        if stage != "training":
+            raise StoppedError(f"stopped while {stage}; run the same command again to go on")
+
+    def beside(self, key: str) -> TrialProgress:
+        """Says under its own name how a trial gets on that is trained with this one; it still waits for its turn."""
+
+        def tell(stage: str, done: int, total: int, row: JsonObject | None = None) -> None:
+            self._board.show.remote(key, TrialState(WAITING, done, total, row))
+
+        return tell
+
+    def finish(self, stage: str) -> None:
+        """Say that the trial has come to an end: ``done``, or ``stopped`` where it can be taken up again."""
+        ray.get(self._board.show.remote(self._key, TrialState(stage, 1, 1)))
+
+    def fail(self, message: str, trace: str | None) -> None:
+        """Say why the trial failed."""
+        ray.get(self._board.fail.remote(self._key, message, trace))

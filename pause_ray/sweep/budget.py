@@ -35,7 +35,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         for option, value in (("--max-trials", self.max_trials), ("--max-hours", self.max_hours), ("--max-cost", self.max_cost)):
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:  # nor what is no number
                 raise SpecError(f"{option} {value:g}: must be above zero, or left out for no limit")
 
     @property

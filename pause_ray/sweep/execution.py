@@ -25,7 +25,6 @@ from pause_ray.errors import UserError
 from pause_ray.needle.fleet import Fleet
 from pause_ray.spec import JsonObject
 from pause_ray.storage import Storage
-from pause_ray.sweep.asking import NOT_YET
 from pause_ray.sweep.board import Failure
 from pause_ray.sweep.governed import run_governed
 from pause_ray.sweep.line import WaitingLine
@@ -35,7 +34,7 @@ from pause_ray.sweep.progress import SweepProgress
 from pause_ray.sweep.rounds import Rounds, SweepTrial
 from pause_ray.sweep.rungs import governed
 from pause_ray.sweep.spec import SweepSpec
-from pause_ray.sweep.tuning import Shared, lost_trials, run_trials
+from pause_ray.sweep.tuning import NOT_YET, Shared, lost_trials, run_trials
 from pause_ray.sweep.watch import Watch, start_board
 from pause_ray.trial.companions import companions, leaders_first
 
@@ -154,6 +153,8 @@ class Execution:
         while key is None and self.line.ended_by is None and not self.rounds.are_known:
             if self.running:
                 return NOT_YET
+            if self.sweep.arm in self.line.given_up:
+                return None  # points that are chosen without a value would stay chosen
             try:
                 more = self.rounds.advance()
             except UserError as error:

@@ -21,7 +21,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pause_ray.search_record import Rung, SearchRecord
 from pause_ray.storage import is_complete
 from pause_ray.sweep.algorithms import SchedulerSpec
-from pause_ray.sweep.asking import Asking
 from pause_ray.sweep.governed_trial import CELLS, ENDED, IS_NEW, PROXY_SCORE, RUNG, SECONDS, STEP, TIME, TOKENS, GovernedTrial
 from pause_ray.sweep.log import SearchLog
 from pause_ray.sweep.places import Places
@@ -29,7 +28,7 @@ from pause_ray.sweep.progress import TrialState
 from pause_ray.sweep.rounds import SweepTrial
 from pause_ray.sweep.rungs import Schedule, rung_event, stopped_event
 from pause_ray.sweep.spec import SweepSpec
-from pause_ray.sweep.tuning import INTERRUPTED, Shared, tuned
+from pause_ray.sweep.tuning import INTERRUPTED, Asking, Shared, tuned
 from pause_ray.trial.proxy import proxy_lengths
 
 HEAD = "node:__internal_head__"

@@ -16,8 +16,8 @@ from ray import tune
 from pause_ray.checkpoint import Checkpoint
 from pause_ray.needle.proxy import proxy_suite
 from pause_ray.search_record import Rung
+from pause_ray.sweep.board import Reports
 from pause_ray.sweep.progress import PAUSED
-from pause_ray.sweep.reports import Reports
 from pause_ray.sweep.rungs import Schedule
 from pause_ray.sweep.tuning import SCORE, Shared, TuneTrial, guarded
 from pause_ray.train.launch import train_digest

@@ -28,6 +28,8 @@ work (the frozen base needs no weight gradients, but activations are recomputed 
 POLL_SECONDS = 0.5
 ENDED = ("done", "failed", "stopped")
 """Stages after which nothing more comes of a trial in this run of the sweep."""
+WAITING = "waiting"
+"""The stage of a trial that waits for another process; its silence says nothing, and there is nothing of it to finish."""
 PAUSED = "paused"
 """The stage of a trial whose scheduler lets others come as far first; it has no process until it goes on."""
 
@@ -104,10 +106,10 @@ class SweepProgress:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="sweep-progress", daemon=True)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             TaskProgressColumn(),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
@@ -135,7 +137,7 @@ class SweepProgress:
 
     def say(self, text: str) -> None:
         """Print a line above the bars."""
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, markup=False)
 
     def showing(self, label: str) -> Callable[[int, int], None]:
         """A progress callback that draws one line under ``label`` until its work is done."""

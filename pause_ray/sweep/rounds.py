@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pause_ray import __version__
 from pause_ray.errors import SpecError
@@ -17,7 +17,6 @@ from pause_ray.search_record import SearchRecord
 from pause_ray.spec import JsonObject, digest
 from pause_ray.storage import Storage, is_complete, write_json
 from pause_ray.sweep.draws import corners
-from pause_ray.sweep.search import Search
 from pause_ray.sweep.spec import PlannedTrial, SweepSpec, arms_of, expand
 from pause_ray.trial.prepare import PreparedTrial, Seen, prepare
 
@@ -33,6 +32,20 @@ class SweepTrial:
     prepared: PreparedTrial
     companions: tuple[PreparedTrial, ...] = ()
     """Others that are trained with it on one copy of the base weights."""
+
+
+class Search(Protocol):
+    """Chooses points by what came of those before (``sweep.tpe``)."""
+
+    def ask(self) -> list[JsonObject] | None:
+        """The points to run next, whose values it must be told before it is asked again; None at the end.
+
+        Raises:
+            SpecError: no valid point is left to ask for.
+        """
+
+    def tell(self, point: JsonObject, value: float | None) -> None:
+        """The objective's value at a point that was asked for, or None where there is none as its trial failed."""
 
 
 class Rounds:
@@ -149,10 +162,14 @@ class Rounds:
         self._showing(len(planned), len(planned))
 
     def _identity(self) -> Any:
-        """What makes this the same sweep: its trials; where they are not known, what they will be drawn from and a trial of that kind."""
+        """What makes this the same sweep: its trials, and who ends them early.
+
+        Where trials are not known, what they will be drawn from and a trial of that kind.
+        """
         places = sorted([key, trial.planned.arm, trial.planned.point] for key, trial in self.trials.items())
         if self.are_known:
-            return places
+            scheduler = self._sweep.scheduler  # its stops and rungs are in the folder, and mean nothing to another one
+            return [places, scheduler.resolved(), self._sweep.objective.mode] if scheduler is not None else places
         spec = {name: value for name, value in self._sweep.resolved().items() if name not in PLACES}
         del spec["trial"]
         ours = arms_of(self._sweep)[0]

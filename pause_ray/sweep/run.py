@@ -14,13 +14,13 @@ from rich.console import Console
 
 from pause_ray.spec import JsonObject
 from pause_ray.storage import Storage, exclusive
+from pause_ray.sweep.algorithms import TpeAlgorithm
 from pause_ray.sweep.board import Failure
 from pause_ray.sweep.budget import Budget, BudgetMeter, bill_of, left_over
 from pause_ray.sweep.execution import executing
 from pause_ray.sweep.line import WaitingLine
 from pause_ray.sweep.log import SearchLog
-from pause_ray.sweep.rounds import Rounds
-from pause_ray.sweep.search import start_search
+from pause_ray.sweep.rounds import Rounds, Search
 from pause_ray.sweep.spec import SweepSpec
 
 
@@ -88,7 +88,7 @@ def run_sweep(
     interrupted = False
     with exclusive(rounds.folder / ".lock"):
         log = SearchLog(rounds.folder)
-        missing = rounds.begin(None if rounds.are_known else start_search(sweep, log=log))
+        missing = rounds.begin(_search(sweep, log=log))
         if missing:
             if there := rounds.num_finished():
                 console.print(f"{there} of {len(rounds.trials)} trials are finished already; going on with the rest")
@@ -106,7 +106,8 @@ def run_sweep(
                 execution.run(missing)
                 failures, interrupted = execution.failures(), execution.watch.interrupted
         finished, planned, left_out = rounds.num_finished(), len(rounds.trials), len(rounds.left_out())
-    ended_by = line.ended_by
+    is_all = rounds.are_known and finished + left_out == planned
+    ended_by = None if is_all else line.ended_by
     if ended_by is not None and line.is_out_of_budget:
         ended_by = left_over(ended_by, trials=planned - finished - left_out - len(failures))
     return SweepOutcome(
@@ -117,5 +118,14 @@ def run_sweep(
         failures=failures,
         ended_by=ended_by,
         given_up=tuple(line.given_up.values()),
-        interrupted=interrupted,
+        interrupted=interrupted and not is_all,
     )
+
+
+def _search(sweep: SweepSpec, *, log: SearchLog) -> Search | None:
+    """What chooses points as the sweep goes on; None where all are known."""
+    if not isinstance(sweep.algorithm, TpeAlgorithm):
+        return None
+    from pause_ray.sweep.tpe import TpeSearch  # loads Optuna
+
+    return TpeSearch(sweep, sweep.algorithm, log=log)

@@ -241,7 +241,7 @@ def expand(sweep: SweepSpec, points: Sequence[JsonObject] | None = None) -> list
     """
     _check_paths(sweep)
     if points is not None:
-        return _planned(sweep, points)
+        return _planned(sweep, points, each_arm=False)
     if not isinstance(sweep.algorithm, GridAlgorithm):
         _check_corners(sweep)
     known = known_points(sweep)
@@ -251,6 +251,16 @@ def expand(sweep: SweepSpec, points: Sequence[JsonObject] | None = None) -> list
     return _planned(sweep, []) if known is None else planned
 
 
+def listed_trials(sweep: SweepSpec) -> list[PlannedTrial]:
+    """What can be said of a sweep's trials before anything runs: all, or with a search that learns those of ``example_point``.
+
+    Raises:
+        SpecError: as ``expand``.
+    """
+    planned = expand(sweep)
+    return expand(sweep, [example_point(sweep)]) if sweep.algorithm.kind == "tpe" else planned
+
+
 def _probes(sweep: SweepSpec) -> list[JsonObject]:
     """Valid points to check a sweep at whose own are not known yet."""
     search, origin, wanted = sweep.search, f"sweep {sweep.name}", min(PROBES, getattr(sweep.algorithm, "points", PROBES))
@@ -258,11 +268,12 @@ def _probes(sweep: SweepSpec) -> list[JsonObject]:
     return ends + drawn_points(search, lambda point: allows(sweep, point), points=wanted, seed=0, origin=origin)
 
 
-def _planned(sweep: SweepSpec, points: Sequence[JsonObject]) -> list[PlannedTrial]:
+def _planned(sweep: SweepSpec, points: Sequence[JsonObject], *, each_arm: bool = True) -> list[PlannedTrial]:
+    """The trials at these points; ``each_arm`` refuses an arm that has none of them, if there are points."""
     planned: dict[str, PlannedTrial] = {}
     for arm in arms_of(sweep):
         found = list(_trials(arm, points))
-        if not found and (points or not arm.varied):
+        if not found and ((points and each_arm) or not arm.varied):
             broken = ", ".join(constraint.words for constraint in sweep.constraints)
             raise SpecError(
                 f"sweep {sweep.name}: arm {arm.name}: none of its trials keeps the constraints: {broken}; drop it or change them"

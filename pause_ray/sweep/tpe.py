@@ -26,7 +26,7 @@ _VALUE = "value"
 
 
 class TpeSearch:
-    """As ``sweep.search.Search``."""
+    """As ``sweep.rounds.Search``."""
 
     def __init__(self, sweep: SweepSpec, algorithm: TpeAlgorithm, *, log: SearchLog) -> None:
         """Begin, or take up what ``log`` says was asked and told.

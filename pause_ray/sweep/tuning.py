@@ -12,19 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.search import Searcher
 
 from pause_ray.errors import StoppedError, StorageError, UserError
 from pause_ray.needle.fleet import Fleet
 from pause_ray.storage import Storage
-from pause_ray.sweep.asking import Asking
+from pause_ray.sweep.board import Reports
 from pause_ray.sweep.places import Places
-from pause_ray.sweep.reports import Reports
 from pause_ray.sweep.rounds import SweepTrial
 from pause_ray.sweep.spec import SweepSpec
 from pause_ray.trial.run import Companion, run_trial
 
 SCORE, INTERRUPTED = "mean_score", "was_interrupted"
 """Of a trial's last result: the mean of its cells; whether it was asked to end before it was done."""
+NOT_YET = ""
+"""Instead of a trial: what runs now decides whether there is another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,49 @@ def guarded(reports: Reports, work: Callable[[], dict[str, Any]]) -> dict[str, A
     except Exception as error:  # noqa: BLE001 (the border of a trial's process)
         reports.fail(f"{type(error).__name__}: {error}", traceback.format_exc())
     return done
+
+
+class Asking(Searcher):  # type: ignore[misc]
+    """Hands Tune one trial after another as ``{"trial": key}``, however many there turn out to be."""
+
+    def __init__(self, next_trial: Callable[[], str | None], *, ended: Callable[[str, str | None], None]) -> None:
+        """Begin.
+
+        Args:
+            next_trial: The key of the trial to begin, ``NOT_YET``, or None when there are no more.
+            ended: Is given the key of every trial that has ended, and how its process was lost, or None.
+        """
+        super().__init__()
+        self._next_trial = next_trial
+        self._ended = ended
+        self._keys: dict[str, str] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles searchers to restore an experiment, which storage makes unnecessary here."""
+        return {}
+
+    def suggest(self, trial_id: str) -> dict[str, str] | str | None:
+        """The next trial's config."""
+        key = self._next_trial()
+        if key is None:
+            finished: str = Searcher.FINISHED
+            return finished
+        if key == NOT_YET:
+            return None
+        self._keys[trial_id] = key
+        return {"trial": key}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: FBT001, FBT002 (Tune's)
+        """Pass on that a trial has ended."""
+        key = self._keys.pop(trial_id, None)
+        if key is not None:
+            self._ended(key, "the trial's process was lost" if error else None)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing, as for ``__getstate__``."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, as for ``__getstate__``."""
 
 
 class AfterTrial(tune.Callback):  # type: ignore[misc]

@@ -20,10 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pause_ray.spec import JsonObject
 from pause_ray.sweep.board import ProgressBoard, Reason
 from pause_ray.sweep.line import WaitingLine
-from pause_ray.sweep.progress import ENDED, PAUSED, TrialState
-
-WAITING = "waiting"
-"""The stage of a trial that waits for another process; its silence says nothing, and there is nothing of it to finish."""
+from pause_ray.sweep.progress import ENDED, PAUSED, WAITING, TrialState
 
 LOOK_SECONDS = 0.5
 SILENT_MINUTES = 30

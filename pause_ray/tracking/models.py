@@ -41,6 +41,7 @@ def register(client: Any, experiment_id: str, *, run_id: str, name: str, folder:
     tagged = {**tags, CONTENT_TAG: content}
     versions = [its for its in client.search_model_versions(f"name = '{name}'") if its.tags.get(CONTENT_TAG) == content]
     if versions:
+        _point_to(client, name, str(versions[0].version))
         return f"models:/{name}/{versions[0].version}"
     model = _logged(client, experiment_id, content) or _log(client, experiment_id, run_id=run_id, name=name, folder=folder, tags=tagged)
     try:
@@ -49,8 +50,14 @@ def register(client: Any, experiment_id: str, *, run_id: str, name: str, folder:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     made = client.create_model_version(name, model.artifact_location, run_id=run_id, tags=tagged, model_id=model.model_id)
-    client.set_registered_model_alias(name, ALIAS, made.version)
+    _point_to(client, name, str(made.version))
     return f"models:/{name}/{made.version}"
+
+
+def _point_to(client: Any, name: str, version: str) -> None:
+    """Let the alias name this version: another one may have been the best in between, or the server went away before it was set."""
+    if str(client.get_registered_model(name).aliases.get(ALIAS)) != version:
+        client.set_registered_model_alias(name, ALIAS, version)
 
 
 def _logged(client: Any, experiment_id: str, content: str) -> Any:

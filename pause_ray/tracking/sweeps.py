@@ -188,8 +188,9 @@ def _sweep_run(results: SweepResults) -> Run:
             "pause_ray.version": str(results.description.get("version", "")),
             "pause_ray.best": found.condition.label if found else "",
         },
-        params={"trials": str(results.num_planned), "arms": str(len(results.conditions))},
-        metrics={
+        metrics={  # not parameters, which MLflow never changes: a search that learns as it goes asks for more
+            "arms": float(len(results.conditions)),
+            "trials_planned": float(results.num_planned),
             "trials_finished": float(len(results.trials)),
             "trials_stopped": float(results.num_stopped),
             **({f"best_{found.objective.metric}": found.value} if found else {}),

@@ -23,7 +23,7 @@ CONTENT_FIELDS = ("eval.task.needles", "eval.task.groups", "eval.noise", "corpus
 CORPUS_METRICS = ("documents", "rows", "pauses_per_1k_tokens", "longest_stretch_tokens")
 """Of the training text's statistics; all of them are in the trial's ``manifest.json``."""
 MOST_PARAM_CHARS = 500
-CONTENT_VERSION = 6
+CONTENT_VERSION = 7
 """Raised when other values are sent for the same files, so that runs logged before are brought up to date."""
 HEATMAP_DOTS_PER_INCH = 100
 

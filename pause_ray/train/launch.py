@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
+import os
 import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pause_ray.checkpoint import STOP, TRAINING_LOG, Checkpoint, RunningTraining, copy_tokenizer, read_training_log, seal, training_folder
+from pause_ray.checkpoint import STOP, TRAINING_LOG, Checkpoint, RunningTraining, copy_tokenizer, seal, training_folder
 from pause_ray.engines.cost import ModelShape
 from pause_ray.engines.model_source import row_limit_tokens
 from pause_ray.errors import SpecError, StoppedError
@@ -34,6 +36,8 @@ RAY_FOLDER = "ray"
 """Ray Train's own notes inside the scratch folder, removed with it: the checkpoint is what must survive."""
 Progress = Callable[[int, int, JsonObject], None]
 """Called with (steps done, steps in all, that step's row of the training log), from a thread of its own."""
+Stage = Callable[[Literal["waiting", "training"]], None]
+"""Called with ``waiting`` before another process that trains the same adapter is waited for, and with ``training`` when it begins here."""
 log = logging.getLogger("pause_ray")
 
 
@@ -88,6 +92,7 @@ def fit(
     cpus_per_worker: float,
     gpus_per_worker: float,
     progress: Progress,
+    stage: Stage | None = None,
     rungs: Sequence[int] = (),
     stop: threading.Event | None = None,
 ) -> Checkpoint:
@@ -104,6 +109,7 @@ def fit(
         cpus_per_worker: Logical CPUs of each worker.
         gpus_per_worker: GPUs of each worker; 0 trains on the CPU.
         progress: Called for every optimizer step, those that a checkpoint already has included.
+        stage: Called when it turns out who trains; what it raises ends the call.
         rungs: Steps after which the adapter is also left in ``checkpoint.rung_folder``, there until the job is asked for without rungs.
         stop: Asks the training to end, from another thread.
 
@@ -120,9 +126,11 @@ def fit(
     check_workers(job.train, num_workers)
     shards = ShardSet.open(job.shards)
     folder = storage.checkpoints / _digest(_identity(job, shards))
-    with exclusive(lock_of(folder), waiting=lambda holder: log.info("waiting for %s, which trains the same adapter", holder)):
+    with exclusive(lock_of(folder), waiting=functools.partial(wait_for, stage=stage)):
         untold: list[Exception] = []
         if not is_complete(folder):
+            if stage is not None:
+                stage("training")
             if stop is not None and stop.is_set():
                 raise StoppedError("training was asked to end before it began; the same command begins it")
             check_job(job, shards)
@@ -145,6 +153,13 @@ def fit(
         if untold:
             raise untold[0]
         return Checkpoint.open(folder)
+
+
+def wait_for(holder: str, *, stage: Stage | None) -> None:
+    """Say that ``holder`` trains the same adapter, before it is waited for."""
+    log.info("waiting for %s, which trains the same adapter", holder)
+    if stage is not None:
+        stage("waiting")
 
 
 @contextlib.contextmanager
@@ -328,6 +343,36 @@ def _passing_on(asked: threading.Event | None, stops: Sequence[Path]) -> Iterato
         thread.join()
 
 
+class GrowingLog:
+    """A training log, read on from where it was read last. Workers that start again put a shorter one in its place."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file_number = 0
+        self._read_bytes = 0
+        """Of this file, whole lines only."""
+        self._read_rows = 0
+        self._given_rows = 0
+
+    def new_rows(self) -> list[JsonObject]:
+        """The complete rows beyond those that were given; steps that are taken again are not given again."""
+        try:
+            with self._path.open("rb") as file:
+                found = os.fstat(file.fileno())
+                if found.st_ino != self._file_number or found.st_size < self._read_bytes:
+                    self._file_number, self._read_bytes, self._read_rows = found.st_ino, 0, 0
+                file.seek(self._read_bytes)
+                lines, end, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return []
+        rows: list[JsonObject] = [json.loads(line) for line in lines.splitlines()]
+        given = max(0, self._given_rows - self._read_rows)
+        self._read_bytes += len(lines) + len(end)
+        self._read_rows += len(rows)
+        self._given_rows = max(self._given_rows, self._read_rows)
+        return rows[given:]
+
+
 @contextlib.contextmanager
 def following(path: Path, *, steps: int, progress: Progress, failures: list[Exception]) -> Iterator[None]:
     """Pass each row of a growing training log to ``progress``: the same way for one process and for workers elsewhere.
@@ -337,12 +382,11 @@ def following(path: Path, *, steps: int, progress: Progress, failures: list[Exce
     ended = threading.Event()
 
     def follow() -> None:
-        told = 0
+        growing = GrowingLog(path)
         while True:
             last_look = ended.wait(POLL_SECONDS)
-            for row in read_training_log(path)[told:]:
+            for row in growing.new_rows():
                 progress(row["step"], steps, row)
-                told += 1
             if last_look:
                 return
 

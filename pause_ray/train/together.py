@@ -24,7 +24,18 @@ from pause_ray.spec import JsonObject
 from pause_ray.storage import Storage, exclusive, is_complete, lock_of, read_json
 from pause_ray.text.tokens import MarkerToken
 from pause_ray.train.assignment import FAILED, Assignment
-from pause_ray.train.launch import TrainJob, check_job, check_workers, following, log, making, run_workers, stoppable, train_digest
+from pause_ray.train.launch import (
+    Stage,
+    TrainJob,
+    check_job,
+    check_workers,
+    following,
+    making,
+    run_workers,
+    stoppable,
+    train_digest,
+    wait_for,
+)
 from pause_ray.train.loop import check_side_by_side
 from pause_ray.train.spec import TrainSpec
 
@@ -40,6 +51,7 @@ def fit_together(
     cpus_per_worker: float,
     gpus_per_worker: float,
     progress: TogetherProgress,
+    stage: Stage | None = None,
     stop: threading.Event | None = None,
 ) -> list[Checkpoint | PauseRayError]:
     """Train several adapters at once, or find those that are finished; one that fails leaves the others alone.
@@ -54,6 +66,7 @@ def fit_together(
         cpus_per_worker: As in ``fit``.
         gpus_per_worker: As in ``fit``.
         progress: Called for every optimizer step of every job, those that a checkpoint already has included.
+        stage: As in ``fit``, of any of the jobs.
         stop: Asks the training to end, from another thread.
 
     Returns:
@@ -76,10 +89,10 @@ def fit_together(
     untold: list[Exception] = []
     with ExitStack() as held:
         for folder in sorted(folders):  # in one order everywhere, so that no two trainings wait for each other
-            held.enter_context(
-                exclusive(lock_of(folder), waiting=lambda holder: log.info("waiting for %s, which trains the same adapter", holder))
-            )
+            held.enter_context(exclusive(lock_of(folder), waiting=functools.partial(wait_for, stage=stage)))
         missing = {folder: index for index, folder in enumerate(folders) if not is_complete(folder)}
+        if missing and stage is not None:
+            stage("training")
         if missing and stop is not None and stop.is_set():
             raise StoppedError("training was asked to end before it began; the same command begins it")
         failures: dict[Path, PauseRayError] = {}

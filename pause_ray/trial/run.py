@@ -6,6 +6,7 @@ order of steps; what a step does is in ``corpus``, ``train`` and ``needle``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -18,7 +19,7 @@ from pause_ray import __version__
 from pause_ray.checkpoint import Checkpoint
 from pause_ray.corpus.shards import build_shards
 from pause_ray.engines.engine import HfEngineSpec, LoadedAs, depends_on_shapes
-from pause_ray.errors import PauseRayError
+from pause_ray.errors import PauseRayError, UserError
 from pause_ray.needle.actor import ScoringJob
 from pause_ray.needle.answer import Condition
 from pause_ray.needle.fleet import Fleet
@@ -134,9 +135,10 @@ def train_with(
     """Train ``job`` and what is missing of its companions on one base (``train.together``), with a trial's resources."""
     jobs = {train_digest(job): (job, progress)}
     for companion in companions:
-        its = training_job(companion.trial, make_shards(companion.trial, storage=storage, progress=companion.progress))
-        if its is not None:
-            jobs.setdefault(train_digest(its), (its, companion.progress))
+        with contextlib.suppress(UserError):  # what is wrong with it is said when it is its turn
+            its = training_job(companion.trial, make_shards(companion.trial, storage=storage, progress=companion.progress))
+            if its is not None:
+                jobs.setdefault(train_digest(its), (its, companion.progress))
     told = [its for _, its in jobs.values()]
     own_done = 0
 
@@ -145,8 +147,8 @@ def train_with(
         if number == 0:
             own_done = done
         told[number]("training", done, total, row)
-        if done > own_done:  # this trial's own training has ended, its process has not
-            progress("training", done, total)
+        if number != 0:  # a sign of life: this trial's own training may have ended long before those beside it
+            progress("training", own_done, job.train.steps)
 
     fewest, most = resources.worker_bounds
     own, *_ = fit_together(
@@ -156,6 +158,7 @@ def train_with(
         cpus_per_worker=resources.train_cpus_per_worker,
         gpus_per_worker=train_gpus,
         progress=tell,
+        stage=lambda stage: progress(stage, 0, job.train.steps),
         stop=stop,
     )
     if isinstance(own, PauseRayError):
@@ -182,6 +185,7 @@ def run_training(
         cpus_per_worker=resources.train_cpus_per_worker,
         gpus_per_worker=train_gpus,
         progress=lambda done, total, row: progress("training", done, total, row),
+        stage=lambda stage: progress(stage, 0, job.train.steps),
         rungs=rungs,
         stop=stop,
     )

@@ -197,14 +197,20 @@ def token_documents(draw: st.DrawFn, group: int) -> TokenDocument:
     return TokenDocument(np.array(ids, np.int32), np.array(is_pause, bool), starts)
 
 
+def whole(documents: list[TokenDocument]) -> list[tuple[TokenDocument, bool]]:
+    return [(document, True) for document in documents]
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), group=st.integers(1, 4), length=st.integers(5, 30), budget=st.sampled_from(BUDGETS))
 def test_packed_rows_are_the_documents_end_to_end(
     data: st.DataObject, group: int, length: int, budget: Literal["content", "total"]
 ) -> None:
-    documents = data.draw(st.lists(token_documents(group), max_size=6))
+    documents = whole(data.draw(st.lists(token_documents(group), max_size=6)))
+    if data.draw(st.booleans()):
+        documents[-1:] = [(document, False) for document, _ in documents[-1:]]
     rows = list(pack_language_modeling(documents, sequence_tokens=length, end_id=END, group_tokens=group, budget=budget))
-    stream = [token for document in documents for token in [*document.ids.tolist(), END]]
+    stream = [token for document, is_ended in documents for token in [*document.ids.tolist(), *[END] * is_ended]]
     packed = [token for row in rows for token in row.input_ids.tolist()]
     assert packed == stream[: len(packed)]
     left = [token for token in stream[len(packed) :] if not is_marker(token)]
@@ -235,7 +241,7 @@ def test_packed_rows_are_the_documents_end_to_end(
 def test_every_document_and_every_rest_of_one_begins_as_the_model_expects(
     data: st.DataObject, length: int, budget: Literal["content", "total"], leading: list[int]
 ) -> None:
-    documents = data.draw(st.lists(token_documents(2), max_size=6))
+    documents = whole(data.draw(st.lists(token_documents(2), max_size=6)))
 
     def rows(leading_ids: list[int]) -> list[PackedRow]:
         return list(
@@ -260,7 +266,7 @@ def test_packed_rows_of_content_do_not_depend_on_the_pauses(data: st.DataObject,
     bare = [TokenDocument(doc.ids[~doc.is_pause], np.zeros(doc.num_content, bool), doc.content_starts) for doc in documents]
 
     def contents(documents: list[TokenDocument], group: int) -> list[list[int]]:
-        rows = pack_language_modeling(documents, sequence_tokens=length, end_id=END, group_tokens=group, budget="content")
+        rows = pack_language_modeling(whole(documents), sequence_tokens=length, end_id=END, group_tokens=group, budget="content")
         return [[token for token in row.input_ids.tolist() if not is_marker(token)] for row in rows]
 
     assert contents(documents, 3) == contents(bare, 0)

@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pause_ray.corpus.spec import CorpusSpec
+from pause_ray.corpus.staging import stage_piece
 from pause_ray.corpus.statistics import row_statistics
-from pause_ray.corpus.steps import Recipe, cut_shard, find_needles, plan_shards
+from pause_ray.corpus.steps import Recipe, cut_shard, find_needles, make_language_rows, plan_shards
+from pause_ray.documents import Document
 from pause_ray.errors import TextError
-from pause_ray.rows import PackedRow, ShardSet, rows_to_table, seal, write_rows
+from pause_ray.rows import PackedRow, ShardSet, rows_to_table, seal, table_to_rows, write_rows
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.prompts import PromptSpec
 from pause_ray.text.tokens import ModelTokenizer, encode_document, resolve_marker
@@ -80,3 +83,23 @@ def test_a_needle_is_found_through_pauses_case_white_space_and_unicode_forms(
 def test_another_tokenizer_on_a_node_is_noticed(byte_model: Path) -> None:
     with pytest.raises(TextError, match="give every node the same files"):
         Recipe(spec=SPEC, prompt=PromptSpec(), policy=None, model_dir=byte_model, tokenizer_digest="0" * 16, seed=0).tokenizer()
+
+
+@pytest.mark.parametrize("end", [30, 40, 55, 80])
+def test_a_document_that_goes_on_in_held_out_text_does_not_end_in_training_text(tmp_path: Path, byte_model: Path, end: int) -> None:
+    tokenizer = ModelTokenizer.load(byte_model)
+    recipe = Recipe(spec=SPEC, prompt=PromptSpec(), policy=None, model_dir=byte_model, tokenizer_digest=tokenizer.digest, seed=0)
+    texts = ["The old bridge sings at night, they say.", "And nobody knows why it does so in May."]
+    stage_piece(tmp_path, name="piece", documents=[Document(id=text[:3], text=text) for text in texts], policy=None)
+    whole = "".join(text + "<|text_end|>" for text in texts)
+
+    def made(begin: int, end: int) -> str:
+        [unit] = make_language_rows(
+            {"piece": "piece", "begin": begin, "end": end, "unit": 0}, recipe=recipe, staged=tmp_path, packed=tmp_path
+        )
+        assert unit["rows"] == 1
+        [row] = table_to_rows(pq.read_table(tmp_path / "0000000.parquet"))
+        return tokenizer.decode(row.input_ids, skip_special_tokens=False)
+
+    trained, held_out = made(0, end), made(end, len("".join(texts))) if end < 79 else ""
+    assert trained + held_out == whole

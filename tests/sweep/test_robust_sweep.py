@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -230,3 +231,18 @@ def test_a_search_that_learns_goes_on_after_a_kill_with_the_points_that_it_would
     assert code == 0, output
     assert ranking(tmp_path / "killed") == ranking(tmp_path / "straight")
     assert len(ranking(tmp_path / "killed")) == 6
+
+
+def test_a_search_whose_trials_all_fail_chooses_no_more_points_without_a_value(texts: Path, tmp_path: Path) -> None:
+    """Points stay asked: a cause that is put right later would leave a search that has learned nothing."""
+    tpe: dict[str, Any] = {
+        "search": {"train.learning_rate": {"loguniform": [1e-5, 1e-3]}},
+        "algorithm": {"kind": "tpe", "points": 8, "random_points": 2},
+        "trial.train.lora.rank": FAILING_RANK,
+        "arms": {"baseline": {"pauses": None, "train": None}},
+    }
+    code, output = run_to_its_end(write_stub_sweep(texts, name="unlucky", **tpe), tmp_path)
+    assert code == 2, output
+    assert "3 of 3 trials of the arm pause_tuned have failed" in " ".join(output.split())
+    [log] = tmp_path.glob("sweeps/*/search.jsonl")
+    assert [event["event"] for event in map(json.loads, log.read_text().splitlines())] == ["asked", "told", "asked", "told", "asked"]

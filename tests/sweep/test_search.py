@@ -8,8 +8,9 @@ import pytest
 
 from pause_ray.errors import SpecError
 from pause_ray.spec import JsonObject
+from pause_ray.sweep.algorithms import TpeAlgorithm
 from pause_ray.sweep.log import SearchLog
-from pause_ray.sweep.search import Search, start_search
+from pause_ray.sweep.rounds import Search
 from pause_ray.sweep.spec import SweepSpec, expand, known_points
 from tests.sweep.test_spec import SWEEP
 
@@ -26,6 +27,13 @@ TPE = {"kind": "tpe", "points": 24, "random_points": 8}
 
 def sweep_of(search: JsonObject, algorithm: JsonObject, **changes: object) -> SweepSpec:
     return SweepSpec.parse({**SWEEP, "search": search, "algorithm": algorithm, **changes}, origin="test")
+
+
+def learning(sweep: SweepSpec, folder: Path) -> Search:
+    from pause_ray.sweep.tpe import TpeSearch
+
+    assert isinstance(sweep.algorithm, TpeAlgorithm)
+    return TpeSearch(sweep, sweep.algorithm, log=SearchLog(folder))
 
 
 def value(point: JsonObject) -> float:
@@ -47,15 +55,6 @@ def ask_on(search: Search, *, rounds: int | None = None) -> list[JsonObject]:
     return asked
 
 
-@pytest.mark.parametrize("algorithm", [{"kind": "grid"}, {"kind": "random", "points": 3}])
-def test_what_is_known_is_asked_in_one_round(algorithm: JsonObject, tmp_path: Path) -> None:
-    sweep = sweep_of(SWEEP["search"], algorithm)
-    search = start_search(sweep, log=SearchLog(tmp_path))
-    assert search.ask() == known_points(sweep)
-    assert search.ask() is None
-    assert not list(tmp_path.iterdir())
-
-
 def test_random_points_keep_the_constraints_and_become_trials() -> None:
     sweep = sweep_of(SPACE, {"kind": "random", "points": 12}, constraints=[AT_LEAST])
     points = known_points(sweep) or []
@@ -73,15 +72,15 @@ def test_random_points_keep_the_constraints_and_become_trials() -> None:
 @pytest.mark.parametrize("at_a_time", [1, 4])
 def test_a_search_that_went_on_asks_what_it_would_have_asked(tmp_path: Path, at_a_time: int) -> None:
     sweep = sweep_of(SPACE, {**TPE, "at_a_time": at_a_time}, constraints=[AT_LEAST])
-    whole = ask_on(start_search(sweep, log=SearchLog(tmp_path / "whole")))
+    whole = ask_on(learning(sweep, tmp_path / "whole"))
     assert len(whole) == TPE["points"]
     assert all(point["train.lora.alpha"] >= point["train.lora.rank"] for point in whole)
     for rounds in (1, 4):
-        ask_on(start_search(sweep, log=SearchLog(tmp_path / "parts")), rounds=rounds)
-    interrupted = start_search(sweep, log=SearchLog(tmp_path / "parts"))
+        ask_on(learning(sweep, tmp_path / "parts"), rounds=rounds)
+    interrupted = learning(sweep, tmp_path / "parts")
     ask_on(interrupted, rounds=5)
     interrupted.ask()  # killed before the values of this round were told
-    assert ask_on(start_search(sweep, log=SearchLog(tmp_path / "parts"))) == whole
+    assert ask_on(learning(sweep, tmp_path / "parts")) == whole
     assert SearchLog(tmp_path / "parts").events() == SearchLog(tmp_path / "whole").events()
 
 
@@ -90,7 +89,7 @@ def test_it_learns_from_values_in_the_direction_of_the_objective(tmp_path: Path)
     nearness = {}
     for mode in ("max", "min"):
         sweep = sweep_of(SPACE, {**TPE, "points": 40}, objective={"mode": mode})
-        learned = ask_on(start_search(sweep, log=SearchLog(tmp_path / mode)))[20:]
+        learned = ask_on(learning(sweep, tmp_path / mode))[20:]
         nearness[mode] = sum(map(value, learned)) / len(learned)
     assert nearness["max"] > 2 * nearness["min"]
 
@@ -98,14 +97,14 @@ def test_it_learns_from_values_in_the_direction_of_the_objective(tmp_path: Path)
 @pytest.mark.ray
 def test_points_asked_before_stay_asked_when_a_value_has_changed_since(tmp_path: Path) -> None:
     sweep = sweep_of(SPACE, TPE)
-    search = start_search(sweep, log=SearchLog(tmp_path))
+    search = learning(sweep, tmp_path)
     first: list[JsonObject] = []
     for _ in range(14):
         points = search.ask() or []
         first += points
         for point in points:
             search.tell(point, None)  # every trial failed
-    again = ask_on(start_search(sweep, log=SearchLog(tmp_path)))  # and now they are finished
+    again = ask_on(learning(sweep, tmp_path))  # and now they are finished
     assert again[:14] == first
     assert len(again) == len({str(point) for point in again}) == TPE["points"]
     told = [event for event in SearchLog(tmp_path).events() if event["event"] == "told"]
@@ -117,18 +116,18 @@ def test_points_asked_before_stay_asked_when_a_value_has_changed_since(tmp_path:
 def test_a_small_space_is_asked_for_each_of_its_points_once(tmp_path: Path) -> None:
     space = {"pauses.every": {"int": [1, 6]}, "train.schedule": {"grid": ["linear", "cosine"]}}
     sweep = sweep_of(space, {"kind": "tpe", "points": 12, "random_points": 2})
-    points = ask_on(start_search(sweep, log=SearchLog(tmp_path)))
+    points = ask_on(learning(sweep, tmp_path))
     assert {(point["pauses.every"], point["train.schedule"]) for point in points} == {
         (every, schedule) for every in range(1, 7) for schedule in ("linear", "cosine")
     }
     assert len(points) == 12
     with pytest.raises(SpecError, match=r"algorithm\.points 13: the search has 12 valid points"):
-        start_search(sweep_of(space, {"kind": "tpe", "points": 13, "random_points": 2}), log=SearchLog(tmp_path))
+        learning(sweep_of(space, {"kind": "tpe", "points": 13, "random_points": 2}), tmp_path)
 
 
 @pytest.mark.ray
 def test_the_next_round_waits_for_the_values_of_the_last(tmp_path: Path) -> None:
-    search = start_search(sweep_of(SPACE, {**TPE, "at_a_time": 2}), log=SearchLog(tmp_path))
+    search = learning(sweep_of(SPACE, {**TPE, "at_a_time": 2}), tmp_path)
     points = search.ask() or []
     search.tell(points[1], 0.5)
     with pytest.raises(RuntimeError, match="1 points were asked for whose value was not told"):
@@ -141,3 +140,14 @@ def test_trials_of_points_to_come_are_not_known_and_the_others_are() -> None:
     assert [trial.arm for trial in expand(sweep)] == ["baseline"]
     point = {"pauses.every": 3, "train.lora.rank": 4, "train.lora.alpha": 8, "train.learning_rate": 1e-4, "train.schedule": "cosine"}
     assert [(trial.arm, trial.point) for trial in expand(sweep, [point])] == [("pause_tuned", point), ("baseline", {})]
+
+
+def test_an_arm_that_a_constraint_keeps_from_a_point_is_left_out_of_its_round() -> None:
+    """Rounds are small: at the point of one, an arm may well have no trial at all."""
+    arms = {"baseline": {"pauses": None, "train": None}, "small_alpha": {"train.lora.alpha": 8}}
+    sweep = sweep_of({"train.lora.rank": {"int": [4, 16]}}, {**TPE, "points": 10}, constraints=[AT_LEAST], arms=arms)
+    assert [trial.arm for trial in expand(sweep, [{"train.lora.rank": 16}])] == ["pause_tuned", "baseline"]
+    assert [trial.arm for trial in expand(sweep, [{"train.lora.rank": 8}])] == ["pause_tuned", "baseline", "small_alpha"]
+    never = sweep_of({"train.lora.rank": {"int": [9, 16]}}, {**TPE, "points": 8, "random_points": 2}, constraints=[AT_LEAST], arms=arms)
+    with pytest.raises(SpecError, match="arm small_alpha: none of its trials keeps the constraints"):
+        expand(never)

@@ -29,6 +29,7 @@ def run(*arguments: str) -> Result:
         (["--gpu", "H1000", "--dry-run"], r"--gpu H1000: not in the table of GPUs, which has"),
         (["--max-cost", "5"], r"--max-cost: nothing has a price; name the GPUs with --gpu and --gpus, or give engine\.prices"),
         (["--max-hours", "0"], r"--max-hours 0: must be above zero"),
+        (["--max-hours", "nan"], r"--max-hours nan: must be above zero"),
         (["--max-trials", "-1"], r"--max-trials -1: must be above zero"),
     ],
 )
@@ -46,6 +47,23 @@ def test_prices_in_two_currencies_do_not_add_up() -> None:
     refused = run(QUICKSTART, *changes, "--max-cost", "5", "--gpu", "H100").exception
     assert isinstance(refused, SpecError)
     assert "prices are in EUR and USD, which do not add up" in str(refused)
+
+
+def test_prices_of_a_search_that_learns_are_seen_before_its_points_are_known() -> None:
+    prices = "{input_per_million: 1, output_per_million: 2, currency: EUR}"
+    engine = f"{{kind: endpoint, url: 'http://127.0.0.1:1/v1', model: m, load_adapters: true, prices: {prices}}}"
+    tpe = ["--set", "algorithm={kind: tpe, points: 3, random_points: 2}", "--set", "arms={}", "--set", "compare_to=null"]
+    changes = ["--set", f"trial.engine={engine}", "--set", "trial.pauses.token=text", "--set", "control=null", *tpe]
+    refused = run(QUICKSTART, *changes, "--max-cost", "5", "--gpu", "H100").exception
+    assert isinstance(refused, SpecError)
+    assert "prices are in EUR and USD" in str(refused)
+
+
+def test_a_marker_in_square_brackets_is_shown_as_it_is() -> None:
+    search = 'search={"pauses.marker": {"grid": ["[/pause]", "[pause]"]}}'
+    checked = CliRunner().invoke(app, ["check", QUICKSTART, "--set", search])
+    assert checked.exit_code == 0, checked.output
+    assert "pause_tuned marker=[/pause] #0\npause_tuned marker=[pause] #0\n" in checked.output
 
 
 @pytest.fixture(scope="module")

@@ -101,6 +101,9 @@ def test_the_same_best_is_registered_once_and_a_better_one_again(storage: Storag
     assert int(client.get_model_version_by_alias("pause_ray-demo", "best").version) == 2
     [parent] = client.search_runs([logged_models(storage)[0].experiment_id], "tags.`pause_ray.kind` = 'sweep'")
     assert parent.data.tags["pause_ray.model"] == "models:/pause_ray-demo/2"
+    client.set_registered_model_alias("pause_ray-demo", "best", "1")  # as where the server went away before it was set
+    assert log_sweep(folder, storage).model == "models:/pause_ray-demo/2"
+    assert int(client.get_model_version_by_alias("pause_ray-demo", "best").version) == 2
 
 
 def test_a_server_that_goes_away_between_the_model_and_its_registration_leaves_no_second_one(

@@ -127,6 +127,7 @@ def test_a_running_sweep_is_brought_up_to_date(storage: Storage) -> None:
     log_sweep(folder, storage)
     parent, children, _ = runs_of(storage)
     assert (parent.info.status, parent.data.metrics["trials_finished"], set(children)) == ("RUNNING", 1, {"b0"})
+    assert parent.data.metrics["trials_planned"] == 2
     (storage.trials / "p0" / "cells.jsonl").unlink()
     store_trial(storage, "p0", rows(GRID, trial="p0"), trained=True)
     write_report(folder, storage)

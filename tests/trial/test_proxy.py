@@ -64,6 +64,8 @@ def test_a_suite_of_its_tasks_own_lines_has_no_proxy() -> None:
 def test_a_length_that_is_none_is_refused_in_one_line(haystack: Path) -> None:
     with pytest.raises(SpecError, match=r"scheduler\.proxy: .*context_tokens 0"):
         proxy_suite(make_suite(haystack), facts=4, context_tokens=(0,))
+    with pytest.raises(SpecError, match=r"scheduler.proxy.facts 5000 .*lower it"):
+        proxy_suite(make_suite(haystack), facts=5000, context_tokens=(2048,))
 
 
 def test_the_longest_length_of_the_suite_is_taken(model: Path, haystack: Path, tmp_path: Path) -> None:

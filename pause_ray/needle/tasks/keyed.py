@@ -13,6 +13,9 @@ from pause_ray.needle.question import Fact, LabelScorer, Question
 from pause_ray.needle.tasks.words import distinct, fact_name, fact_number
 from pause_ray.spec import Spec
 
+MOST_FACTS = 256
+"""In one context. There are names for 1,352, and a question is drawn with all facts beside it."""
+
 
 class KeyedTask(Spec):
     """A name and a number at each depth of the suite; every cell's context holds all of them, its question asks for one."""

@@ -12,6 +12,8 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
+from pause_ray.errors import SpecError
+
 KeyKind = Literal["words", "uuids"]
 ValueKind = Literal["numbers", "uuids", "words"]
 
@@ -35,6 +37,8 @@ thistle toboggan trumpet tulip turnip urchin violin walnut whistle willow windmi
 """
 NOUNS = tuple(_NOUNS.split())
 """None begins with another, so that no name lies within another."""
+MOST_DRAWS = 10_000
+"""For one text; there are 1,352 names for facts, so the last of them is missed once in 1,600 times."""
 _FACT_SHARE = 8
 """One name in this many is for facts."""
 _NUMBER_SHARE = 7
@@ -72,12 +76,19 @@ def drawn_uuid(draw: random.Random) -> str:
 
 
 def distinct(makes: Sequence[Callable[[random.Random], str]], draw: random.Random) -> list[str]:
-    """One text per function, none of which occurs within another."""
+    """One text per function, none of which occurs within another.
+
+    Raises:
+        SpecError: so many are wanted that no further one is found.
+    """
     texts: list[str] = []
     for make in makes:
-        text = make(draw)
-        while any(text in other or other in text for other in texts):
-            text = make(draw)
+        drawn = (make(draw) for _ in range(MOST_DRAWS))
+        text = next((text for text in drawn if not any(text in other or other in text for other in texts)), None)
+        if text is None:
+            raise SpecError(
+                f"task: only {len(texts)} of the {len(makes)} names and numbers that it asks for are different; let it hide fewer"
+            )
         texts.append(text)
     return texts
 

@@ -12,6 +12,7 @@ from pause_ray.errors import SpecError
 from pause_ray.needle.haystack import ask, load_haystack, prompt_builder
 from pause_ray.needle.score import Score, grade
 from pause_ray.needle.task import Cell, SuiteSpec, cells, known_facts
+from pause_ray.needle.tasks.keyed import MOST_FACTS
 from pause_ray.needle.walk import plan, split_for_actors
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.prompts import BuiltPrompt
@@ -99,8 +100,14 @@ def test_one_actor_answers_all_questions_of_a_context(haystack: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "grid", [{"depth_percent": [50]}, {"depth_percent": [], "samples": 3}, {"depth_percent": [], "lattice_tokens": 256}]
+    "grid",
+    [
+        {"depth_percent": [50]},
+        {"depth_percent": {"from": 0, "to": 100, "count": MOST_FACTS + 1}},
+        {"depth_percent": [], "samples": 3},
+        {"depth_percent": [], "lattice_tokens": 256},
+    ],
 )
-def test_keyed_facts_without_several_depths_are_refused(haystack: Path, grid: dict[str, Any]) -> None:
+def test_keyed_facts_without_several_depths_or_with_more_than_there_are_names_for_are_refused(haystack: Path, grid: dict[str, Any]) -> None:
     with pytest.raises(SpecError, match="keyed hides a fact at every depth"):
         keyed(haystack, **grid)

@@ -6,9 +6,11 @@ import itertools
 import random
 import uuid
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pause_ray.errors import SpecError
 from pause_ray.needle.tasks.words import (
     ADJECTIVES,
     NOUNS,
@@ -76,3 +78,8 @@ def test_distinct_draws_again_what_lies_within_another() -> None:
 
 def test_a_list_reads_like_one() -> None:
     assert [listed(list("abc")[:size]) for size in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
+
+
+def test_more_names_than_there_are_is_an_error_and_no_endless_search() -> None:
+    with pytest.raises(SpecError, match=r"only 2 of the 3 .* let it hide fewer"):
+        distinct([lambda draw: draw.choice("ab")] * 3, random.Random(0))
