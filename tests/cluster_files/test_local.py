@@ -42,7 +42,7 @@ def after(number, seconds):
 
 before = alive()
 worked_on = ray.get(place.remote(), timeout=60)
-during = alive()
+during = sorted(alive())
 print(json.dumps({"before": before, "worked_on": worked_on, "during": during, "after": after(1, 60)}))
 """
 

@@ -155,7 +155,7 @@ def test_a_second_interrupt_ends_at_once_what_never_would(texts: Path, tmp_path:
             process.wait(4)
         assert process.poll() is None, "a training that was asked to end was not waited for"
         os.kill(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=45)
+        output, _ = process.communicate(timeout=120)
     assert process.returncode == INTERRUPTED, output
     assert "run the same command again" in output
     assert "Traceback" not in output

@@ -115,14 +115,14 @@ def postgres(folder: Path) -> Iterator[str]:
     with (folder / "postgres.log").open("wb") as log:
         process = subprocess.Popen(command, cwd=folder, user=user, stdout=log, stderr=log)
     try:
-        import psycopg
+        import psycopg2
 
         deadline = time.monotonic() + 60
         while True:
             try:
-                psycopg.connect(host="127.0.0.1", port=port, user="mlflow", dbname="postgres").close()
+                psycopg2.connect(host="127.0.0.1", port=port, user="mlflow", dbname="postgres").close()
                 break
-            except psycopg.OperationalError:
+            except psycopg2.OperationalError:
                 assert time.monotonic() < deadline, (folder / "postgres.log").read_text()
                 time.sleep(0.1)
         yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
