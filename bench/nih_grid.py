@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from rich.table import Table
+from tables import as_table
 
 from pause_ray.engines.attention import flop_counter
 from pause_ray.engines.cost import ModelShape
@@ -243,6 +243,20 @@ def _reader(suite: SuiteSpec, model_dir: Path, cache: Path) -> Reader:
     return Reader(builder=builder, tokenizer=tokenizer, policy=None, marker=marker, max_new_tokens=suite.max_new_tokens)
 
 
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "variant": lambda row: row.name,
+    "cells": lambda row: str(row.cells),
+    "prefilled": lambda row: f"{row.prefilled_tokens:,}",
+    "planned": lambda row: f"{row.planned_tokens:,}",
+    "decoded": lambda row: f"{row.decoded_tokens:,}",
+    "TFLOP predicted": lambda row: f"{row.predicted_flops / 1e12:.2f}",
+    "TFLOP counted": lambda row: f"{row.counted_flops / 1e12:.2f}",
+    "seconds": lambda row: f"{row.seconds:.1f}",
+    "ratio": lambda row: f"{row.ratio:.2f}",
+    "identical": lambda row: f"{row.identical}/{row.cells}",
+}
+
+
 def main() -> None:
     """Run all variants and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -280,40 +294,9 @@ def main() -> None:
         for row in bench.compare(name, suite, _reader(suite, model_dir, cache), chunk_tokens=chunk):
             console.print(f"{row.name}: {row.seconds:.1f} s", highlight=False)
             rows.append(row)
-    console.print(_table(rows))
+    console.print(as_table(rows, COLUMNS, title=f"NIH grid, {torch.get_num_threads()} threads, torch {torch.__version__}"))
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-
-
-def _table(rows: Sequence[Row]) -> Table:
-    table = Table(title=f"NIH grid, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    for heading in (
-        "variant",
-        "cells",
-        "prefilled",
-        "planned",
-        "decoded",
-        "TFLOP predicted",
-        "TFLOP counted",
-        "seconds",
-        "ratio",
-        "identical",
-    ):
-        table.add_column(heading, justify="left" if heading == "variant" else "right")
-    for row in rows:
-        table.add_row(
-            row.name,
-            str(row.cells),
-            f"{row.prefilled_tokens:,}",
-            f"{row.planned_tokens:,}",
-            f"{row.decoded_tokens:,}",
-            f"{row.predicted_flops / 1e12:.2f}",
-            f"{row.counted_flops / 1e12:.2f}",
-            f"{row.seconds:.1f}",
-            f"{row.ratio:.2f}",
-            f"{row.identical}/{row.cells}",
-        )
-    return table
 
 
 if __name__ == "__main__":

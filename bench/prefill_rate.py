@@ -13,6 +13,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import tokenizers
 import torch
 import transformers
 from rich.console import Console
-from rich.table import Table
+from tables import as_table
 
 from pause_ray.engines.cost import ModelShape
 from pause_ray.engines.engine import Completion, HfEngineSpec, LoadedAs, Step
@@ -113,6 +114,16 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
+COLUMNS: dict[str, Callable[[Row], str | None]] = {
+    "tokens": lambda row: f"{row.tokens:,}",
+    "seconds": lambda row: f"{row.seconds:.2f}",
+    "TFLOP/s": lambda row: f"{row.tflops:.2f}",
+    "of matmul": lambda row: f"{row.of_matmul:.0%}",
+    "GiB planned": lambda row: f"{row.planned_bytes / 2**30:.2f}",
+    "GiB peak": lambda row: None if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}",
+}
+
+
 def main() -> None:
     """Measure every length and print one table."""
     on_gpu = torch.cuda.is_available()
@@ -134,20 +145,8 @@ def main() -> None:
         shape = ModelShape.load(folder)
         rows = [measure(engine, shape, tokens=tokens, dtype=args.dtype, rate=rate) for tokens in args.lengths]
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
-    table = Table(title=f"{args.shape}, {args.dtype}, {name}, matmul {rate / 1e12:.2f} TFLOP/s, chunk {engine.chunk_tokens}")
-    for heading in ("tokens", "seconds", "TFLOP/s", "of matmul", "GiB planned", "GiB peak"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        peak = "–" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}"
-        table.add_row(
-            f"{row.tokens:,}",
-            f"{row.seconds:.2f}",
-            f"{row.tflops:.2f}",
-            f"{row.of_matmul:.0%}",
-            f"{row.planned_bytes / 2**30:.2f}",
-            peak,
-        )
-    Console().print(table)
+    title = f"{args.shape}, {args.dtype}, {name}, matmul {rate / 1e12:.2f} TFLOP/s, chunk {engine.chunk_tokens}"
+    Console().print(as_table(rows, COLUMNS, title=title))
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 

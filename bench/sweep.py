@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from tables import as_table
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_SIZES = ("100x1", "100x120", "1000x120")
@@ -183,26 +183,19 @@ def in_its_own_process(size: str, *, with_mlflow: bool) -> Row:
     return Row(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def table(rows: list[Row]) -> Table:
-    """For people: times, and the growth from the smallest to the largest sweep of the same cells."""
-    shown = Table(title="sweeps of stubs")
-    names = ("trials", "cells", "prepare s", "run s", "s/trial", "answering ms/cell", "close s", "report s", "MLflow s", "driver MiB")
-    for name in names:
-        shown.add_column(name, justify="right")
-    for row in rows:
-        shown.add_row(
-            f"{row.trials}",
-            f"{row.cells}",
-            f"{row.prepare_seconds:.1f}",
-            f"{row.run_seconds:.1f}",
-            f"{row.seconds_per_trial:.3f}",
-            f"{1000 * row.answer_seconds_per_cell:.2f}",
-            f"{row.close_seconds:.1f}",
-            f"{row.report_seconds:.1f}",
-            f"{row.mlflow_seconds:.1f}",
-            " ".join(map(str, row.driver_mib)),
-        )
-    return shown
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "trials": lambda row: f"{row.trials}",
+    "cells": lambda row: f"{row.cells}",
+    "prepare s": lambda row: f"{row.prepare_seconds:.1f}",
+    "run s": lambda row: f"{row.run_seconds:.1f}",
+    "s/trial": lambda row: f"{row.seconds_per_trial:.3f}",
+    "answering ms/cell": lambda row: f"{1000 * row.answer_seconds_per_cell:.2f}",
+    "close s": lambda row: f"{row.close_seconds:.1f}",
+    "report s": lambda row: f"{row.report_seconds:.1f}",
+    "MLflow s": lambda row: f"{row.mlflow_seconds:.1f}",
+    "driver MiB": lambda row: " ".join(map(str, row.driver_mib)),
+}
+TITLE = "sweeps of stubs"
 
 
 def summary(rows: list[Row]) -> dict[str, float]:
@@ -239,8 +232,8 @@ def main() -> None:
     rows = []
     for size in arguments.sizes:
         rows.append(in_its_own_process(size, with_mlflow=not arguments.without_mlflow))
-        console.print(table(rows[-1:]))
-    console.print(table(rows), summary(rows))
+        console.print(as_table(rows[-1:], COLUMNS, title=TITLE))
+    console.print(as_table(rows, COLUMNS, title=TITLE), summary(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps({"rows": [asdict(row) for row in rows], "summary": summary(rows)}, indent=2))
 

@@ -22,12 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from tables import as_table
 
 from pause_ray.engines.cost import ModelShape
 from pause_ray.engines.engine import ModelSpec
@@ -192,23 +192,16 @@ def cases(args: argparse.Namespace, model_dir: Path, folder: Path) -> Iterator[t
                 yield f"{precision} {tokens}", {"train": train.resolved(), "adapters": adapters, **places}
 
 
-def show(rows: Sequence[Row], *, title: str) -> Table:
-    table = Table(title=title)
-    table.add_column("variant")
-    for heading in ("adapters", "seconds", "in steps", "CPU s", "tokens/s", "peak GiB", "times"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        found = (
-            str(row.adapters),
-            row.seconds and f"{row.seconds:.1f}",
-            row.step_seconds and f"{row.step_seconds:.1f}",
-            row.processor_seconds and f"{row.processor_seconds:.1f}",
-            row.tokens_per_second and f"{row.tokens_per_second:,.0f}",
-            row.peak_memory_bytes and f"{row.peak_memory_bytes / 2**30:.2f}",
-            row.times and f"{row.times:.2f}",
-        )
-        table.add_row(row.name, *(cell or "–" for cell in found))
-    return table
+COLUMNS: dict[str, Callable[[Row], str | None]] = {
+    "variant": lambda row: row.name,
+    "adapters": lambda row: str(row.adapters),
+    "seconds": lambda row: row.seconds and f"{row.seconds:.1f}",
+    "in steps": lambda row: row.step_seconds and f"{row.step_seconds:.1f}",
+    "CPU s": lambda row: row.processor_seconds and f"{row.processor_seconds:.1f}",
+    "tokens/s": lambda row: row.tokens_per_second and f"{row.tokens_per_second:,.0f}",
+    "peak GiB": lambda row: row.peak_memory_bytes and f"{row.peak_memory_bytes / 2**30:.2f}",
+    "times": lambda row: row.times and f"{row.times:.2f}",
+}
 
 
 def parse() -> argparse.Namespace:
@@ -258,7 +251,9 @@ def main() -> None:
             for name, case in cases(args, model_dir, Path(place)):
                 rows += measure(f"{shape} {name}" if shape else name, case, repeats=args.repeats)
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {args.threads} threads"
-    Console(width=140).print(show(rows, title=f"{where}, torch {torch.__version__}, {args.steps} steps each, {args.repeats} runs"))
+    Console(width=140).print(
+        as_table(rows, COLUMNS, title=f"{where}, torch {torch.__version__}, {args.steps} steps each, {args.repeats} runs")
+    )
     if args.json:
         args.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
 

@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from prefill_rate import SHAPES, make_model
 from rich.console import Console
-from rich.table import Table
+from tables import as_table
 
 from pause_ray.engines.cost import ModelShape
 from pause_ray.engines.engine import ModelSpec
@@ -256,22 +256,15 @@ def start_rows(args: argparse.Namespace, model_dir: Path) -> list[Row]:
     return [replace(row, peak_memory_bytes=None, ratio=bare / row.seconds_to_first_step) for row in found]  # type: ignore[operator]
 
 
-def show(rows: Sequence[Row], *, title: str) -> Table:
-    table = Table(title=title)
-    table.add_column("variant")
-    for heading in ("tokens/s", "peak GiB", "final loss", "times Trainer", "MFU", "s to first step"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        cells = (
-            row.tokens_per_second and f"{row.tokens_per_second:,.1f}",
-            row.peak_memory_bytes and f"{row.peak_memory_bytes / 2**30:.2f}",
-            row.final_loss and f"{row.final_loss:.4f}",
-            row.ratio and f"{row.ratio:.2f}",
-            row.mfu and f"{row.mfu:.1%}",
-            row.seconds_to_first_step and f"{row.seconds_to_first_step:.1f}",
-        )
-        table.add_row(row.name, *(cell or "–" for cell in cells))
-    return table
+COLUMNS: dict[str, Callable[[Row], str | None]] = {
+    "variant": lambda row: row.name,
+    "tokens/s": lambda row: row.tokens_per_second and f"{row.tokens_per_second:,.1f}",
+    "peak GiB": lambda row: row.peak_memory_bytes and f"{row.peak_memory_bytes / 2**30:.2f}",
+    "final loss": lambda row: row.final_loss and f"{row.final_loss:.4f}",
+    "times Trainer": lambda row: row.ratio and f"{row.ratio:.2f}",
+    "MFU": lambda row: row.mfu and f"{row.mfu:.1%}",
+    "s to first step": lambda row: row.seconds_to_first_step and f"{row.seconds_to_first_step:.1f}",
+}
 
 
 def parse() -> argparse.Namespace:
@@ -325,7 +318,9 @@ def main() -> None:
             for workload in cpu_workloads(args, model_dir):
                 keep(measure(workload, repeats=args.repeats))
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {args.threads} threads"
-    Console(width=140).print(show(rows, title=f"{name}, torch {torch.__version__}, {args.repeats} runs of {args.steps} steps each"))
+    Console(width=140).print(
+        as_table(rows, COLUMNS, title=f"{name}, torch {torch.__version__}, {args.repeats} runs of {args.steps} steps each")
+    )
 
 
 if __name__ == "__main__":

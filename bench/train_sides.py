@@ -93,9 +93,9 @@ def pause_ray(case: Case, *, num_workers: int = 0) -> dict[str, Any]:
     """``fit``; with workers, on a Ray that has been started before the clock."""
     from pause_ray import cluster
     from pause_ray.storage import Storage
-    from pause_ray.train import launch
+    from pause_ray.train import launch, training_log
 
-    launch.POLL_SECONDS = LOOK_SECONDS
+    training_log.POLL_SECONDS = LOOK_SECONDS
     job = launch.TrainJob(
         train=case.train,
         model_dir=case.model_dir,

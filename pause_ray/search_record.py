@@ -1,6 +1,6 @@
-"""What a search wrote down in its sweep's folder: rungs that were scored on the proxy, and trials that were stopped there.
+"""What a search writes down in its sweep's folder of rungs that were scored on the proxy, and of trials that were stopped there.
 
-Reads ``search.jsonl``; decides nothing. The proxy is a cheap stand-in for a trial's cells: many facts in one context.
+The events of ``search.jsonl``; decides nothing. The proxy is a cheap stand-in for a trial's cells: many facts in one context.
 """
 
 from __future__ import annotations
@@ -31,6 +31,33 @@ class Rung:
     seconds: float
     prefilled_tokens: int
 
+    @classmethod
+    def of_event(cls, event: JsonObject) -> Rung:
+        """As it was written down."""
+        return cls(
+            trial=event["trial"],
+            rung=event["rung"],
+            step=event["step"],
+            proxy_score=event["proxy_score"],
+            num_cells=event["cells"],
+            seconds=event["seconds"],
+            prefilled_tokens=event["prefilled_tokens"],
+        )
+
+    def as_event(self, *, point: JsonObject) -> JsonObject:
+        """To be written down; ``point`` is the trial's."""
+        return {
+            "event": "rung",
+            "trial": self.trial,
+            "point": point,
+            "rung": self.rung,
+            "step": self.step,
+            "proxy_score": self.proxy_score,
+            "cells": self.num_cells,
+            "seconds": self.seconds,
+            "prefilled_tokens": self.prefilled_tokens,
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stop:
@@ -41,6 +68,10 @@ class Stop:
     """The last one that it reached."""
     by: str
     """The scheduler's kind."""
+
+    def as_event(self, *, point: JsonObject) -> JsonObject:
+        """To be written down; ``point`` is the trial's."""
+        return {"event": "stopped", "trial": self.trial, "point": point, "rung": self.rung, "by": self.by}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +94,7 @@ class SearchRecord:
         stops: dict[str, Stop] = {}
         for event in read_json_lines(sweep_folder / SEARCH_LOG):
             if event.get("event") == "rung":
-                rungs.setdefault((event["trial"], event["rung"]), _rung(event))
+                rungs.setdefault((event["trial"], event["rung"]), Rung.of_event(event))
             elif event.get("event") == "stopped":
                 stops[event["trial"]] = Stop(trial=event["trial"], rung=event["rung"], by=event["by"])
         return cls(rungs=tuple(rungs.values()), stops=stops)
@@ -91,15 +122,3 @@ class SearchRecord:
 def _agrees(point: JsonObject, other: JsonObject) -> bool:
     """Whether all of ``point`` is in ``other``."""
     return all(path in other and other[path] == value for path, value in point.items())
-
-
-def _rung(event: JsonObject) -> Rung:
-    return Rung(
-        trial=event["trial"],
-        rung=event["rung"],
-        step=event["step"],
-        proxy_score=event["proxy_score"],
-        num_cells=event["cells"],
-        seconds=event["seconds"],
-        prefilled_tokens=event["prefilled_tokens"],
-    )

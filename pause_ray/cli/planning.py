@@ -18,7 +18,7 @@ from pause_ray.errors import ModelError, SpecError
 from pause_ray.needle.task import SuiteSpec
 from pause_ray.spec import Spec, check_path, parse_assignments, read_yaml, with_overrides
 from pause_ray.storage import Storage
-from pause_ray.sweep.spec import PlannedTrial, example_point, expand, known_points, read_sweep
+from pause_ray.sweep.spec import PlannedTrial, listed_trials, read_sweep
 from pause_ray.train.spec import TrainSpec
 from pause_ray.trial.spec import read_suite, read_trial
 from pause_ray.words import count, duration, money
@@ -168,10 +168,7 @@ def _of_trials(spec: Path, *, site: Site, set_: list[str] | None, root: Storage)
 
     overrides = parse_assignments(set_ or [])
     if _is_sweep(spec):
-        sweep = read_sweep(spec, overrides)
-        trials = expand(sweep)
-        if known_points(sweep) is None:
-            trials = expand(sweep, [example_point(sweep)])
+        trials = listed_trials(read_sweep(spec, overrides))
     else:
         trials = [PlannedTrial(arm="trial", point={}, spec=read_trial(spec, overrides))]
     return plan_trials(trials, site=site, root=root)

@@ -76,6 +76,16 @@ class _Actor:
         return self.pid is not None and self.run is None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """What came of an order."""
+
+    results: list[CellResult]
+    """Those that were not taken before."""
+    waits: bool
+    """No actor is at it: others have their turn, or none is up."""
+
+
 @dataclass(kw_only=True, eq=False)
 class _Caller:
     """Who waits for an order's answers."""
@@ -85,6 +95,8 @@ class _Caller:
     results: list[CellResult] = field(default_factory=list)
     failure: Exception | None = None
     news: asyncio.Event = field(default_factory=asyncio.Event)
+    runs: int = 0
+    """Actors that are at it."""
     losses: collections.Counter[str] = field(default_factory=collections.Counter)
 
     def fail(self, failure: Exception) -> None:
@@ -163,8 +175,13 @@ class Broker:
             self._watch(self._until_gone(key, caller))
         self._stir()
 
-    async def take(self, key: str, received: int) -> list[CellResult] | None:
-        """Wait for answers beyond the first ``received`` of an order; None if the order is not known (any more).
+    async def take(self, key: str, received: int, *, waits: bool) -> Taken | None:
+        """Wait for news of an order; None if it is not known (any more).
+
+        Args:
+            key: The order.
+            received: Answers that the caller has.
+            waits: What it was told last, or True.
 
         Raises:
             Exception: what ended the order, when all answers before it are taken.
@@ -172,12 +189,12 @@ class Broker:
         if key not in self._callers:
             return None
         caller = self._callers[key]
-        while len(caller.results) <= received:
+        while len(caller.results) <= received and (caller.runs == 0) == waits:
             if caller.failure is not None:
                 raise caller.failure
             caller.news.clear()
             await caller.news.wait()
-        return caller.results[received:]
+        return Taken(results=caller.results[received:], waits=caller.runs == 0)
 
     async def leave(self, key: str) -> None:
         """Nobody waits for the order any more; actors that are at it come free after the running cell."""
@@ -360,6 +377,8 @@ class Broker:
         caller = self._callers[run.order.key]
         method = actor.handle.answer_otherwise if caller.otherwise else actor.handle.answer
         stream = method.options(num_returns="streaming").remote(run.number, caller.job, list(run.owed.values()))
+        caller.runs += 1
+        caller.news.set()
         try:
             async for item in stream:
                 result = await item
@@ -377,6 +396,8 @@ class Broker:
             actor.leaving = True
         finally:
             self._turns.end(run, now=time.monotonic())
+            caller.runs -= 1
+            caller.news.set()
 
     def _note_failed_start(self, actor: _Actor, error: RayError) -> None:
         if actor.leaving:

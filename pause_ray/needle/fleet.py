@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pause_ray.engines.engine import Engine
 from pause_ray.errors import FleetError, PauseRayError
 from pause_ray.needle.actor import ScoringJob
-from pause_ray.needle.broker import Broker, FleetState
+from pause_ray.needle.broker import Broker, FleetState, Taken
 from pause_ray.needle.ledger import CellResult
 from pause_ray.needle.task import Cell
 
@@ -73,27 +73,41 @@ class Fleet:
         ray.get(broker.begin.remote())  # before trials take places that the actors may need
         return cls(broker)
 
-    def score(self, job: ScoringJob, cells: Sequence[Cell], *, on_result: Callable[[CellResult], None]) -> None:
-        """Answer every cell once; ``on_result`` gets each answer as soon as it is there, in this thread.
+    def score(
+        self,
+        job: ScoringJob,
+        cells: Sequence[Cell],
+        *,
+        on_result: Callable[[CellResult], None],
+        on_wait: Callable[[bool], None] = lambda waits: None,
+    ) -> None:
+        """Answer every cell once. The caller is a driver or an actor; when its process ends, its cells are answered no further.
 
-        The caller is a driver or an actor; when its process ends, its cells are answered no further.
+        Args:
+            job: Of all cells.
+            cells: What to answer.
+            on_result: Gets each answer as soon as it is there, in this thread.
+            on_wait: Is told, in this thread, False when actors begin to answer and True when none of them does any more: others have
+                their turn, or there is no room.
 
         Raises:
             UserError: what the prompt, the model or the adapter raised in an actor, as it is.
             StoppedError: ``finish`` was called; cells that were being answered were given to ``on_result``.
             FleetError: the same cell cost several actors, no actor comes up, or the fleet was stopped.
         """
-        with contextlib.closing(self._answers(job, cells, otherwise=False)) as answers:
+        with contextlib.closing(self._answers(job, cells, otherwise=False, on_wait=on_wait)) as answers:
             for result in answers:
                 on_result(result)
 
-    def answer_otherwise(self, job: ScoringJob, cells: Sequence[Cell]) -> list[CellResult]:
+    def answer_otherwise(
+        self, job: ScoringJob, cells: Sequence[Cell], *, on_wait: Callable[[bool], None] = lambda waits: None
+    ) -> list[CellResult]:
         """The cells' results computed in other shapes, in their order: where they differ, the precision decided.
 
         Raises:
             PauseRayError: as ``score``.
         """
-        results = {result.cell_id: result for result in self._answers(job, cells, otherwise=True)}
+        results = {result.cell_id: result for result in self._answers(job, cells, otherwise=True, on_wait=on_wait)}
         return [results[cell.id] for cell in cells]
 
     def finish(self) -> None:
@@ -110,14 +124,16 @@ class Fleet:
         ray.get(self.broker.close.remote())
         ray.kill(self.broker)
 
-    def _answers(self, job: ScoringJob, cells: Sequence[Cell], *, otherwise: bool) -> Generator[CellResult, None, None]:
+    def _answers(
+        self, job: ScoringJob, cells: Sequence[Cell], *, otherwise: bool, on_wait: Callable[[bool], None]
+    ) -> Generator[CellResult, None, None]:
         """Results in the order in which they come."""
         owed = {cell.id: cell for cell in cells}
         while owed:
             order = uuid.uuid4().hex
             try:
                 self._order(order, job, list(owed.values()), otherwise=otherwise)
-                for result in self._taken(order, number=len(owed)):
+                for result in self._taken(order, number=len(owed), on_wait=on_wait):
                     del owed[result.cell_id]
                     yield result
             except RayActorError as error:
@@ -134,12 +150,16 @@ class Fleet:
         caller = context.current_actor if context.get_actor_id() else None
         ray.get(self.broker.enter.remote(order, job, cells, otherwise=otherwise, caller=caller))
 
-    def _taken(self, order: str, *, number: int) -> Iterator[CellResult]:
+    def _taken(self, order: str, *, number: int, on_wait: Callable[[bool], None]) -> Iterator[CellResult]:
         """What comes of an order; it ends early if the broker was lost, and its successor knows of nothing."""
-        received = 0
+        received, waits = 0, True
+        on_wait(waits)
         while received < number:
-            results: list[CellResult] | None = ray.get(self.broker.take.remote(order, received))
-            if results is None:
+            taken: Taken | None = ray.get(self.broker.take.remote(order, received, waits=waits))
+            if taken is None:
                 return
-            received += len(results)
-            yield from results
+            received += len(taken.results)
+            yield from taken.results
+            if taken.waits != waits and received < number:
+                waits = taken.waits
+                on_wait(waits)

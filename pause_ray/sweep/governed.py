@@ -18,7 +18,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, HyperBandScheduler, MedianStoppingRule, TrialScheduler
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pause_ray.search_record import Rung, SearchRecord
+from pause_ray.search_record import Rung, SearchRecord, Stop
 from pause_ray.storage import is_complete
 from pause_ray.sweep.algorithms import SchedulerSpec
 from pause_ray.sweep.governed_trial import CELLS, ENDED, IS_NEW, PROXY_SCORE, RUNG, SECONDS, STEP, TIME, TOKENS, GovernedTrial
@@ -26,7 +26,7 @@ from pause_ray.sweep.log import SearchLog
 from pause_ray.sweep.places import Places
 from pause_ray.sweep.progress import TrialState
 from pause_ray.sweep.rounds import SweepTrial
-from pause_ray.sweep.rungs import Schedule, rung_event, stopped_event
+from pause_ray.sweep.rungs import Schedule
 from pause_ray.sweep.spec import SweepSpec
 from pause_ray.sweep.tuning import INTERRUPTED, Asking, Shared, tuned
 from pause_ray.trial.proxy import proxy_lengths
@@ -77,14 +77,14 @@ class _Minutes:
                 seconds=result[SECONDS],
                 prefilled_tokens=result[TOKENS],
             )
-            self.log.append(rung_event(rung, point=self.trials[key].planned.point))
+            self.log.append(rung.as_event(point=self.trials[key].planned.point))
 
     def note_stop(self, key: str, *, rung: int, is_running: bool) -> None:
         """A trial is given up after a rung."""
         if self.interrupted:
             return
         if key not in self.settled:
-            self.log.append(stopped_event(key, point=self.trials[key].planned.point, rung=rung, by=self.by))
+            self.log.append(Stop(trial=key, rung=rung, by=self.by).as_event(point=self.trials[key].planned.point))
         if is_running:
             ray.get(self.verdicts.stop.remote(key))
         elif key not in self.settled:

@@ -131,7 +131,7 @@ class GovernedTrial(TuneTrial):
             arm=trial.planned.arm,
             storage=self._shared.storage,
             fleet=self._shared.fleet,
-            progress=lambda done, total: self._tell(reports, done, total),
+            progress=lambda stage, done, total: self._tell(reports, stage, done, total),
         )
         return Rung(
             trial=self._key,
@@ -143,10 +143,10 @@ class GovernedTrial(TuneTrial):
             prefilled_tokens=found.prefilled_tokens,
         )
 
-    def _tell(self, reports: Reports, done: int, total: int) -> None:
+    def _tell(self, reports: Reports, stage: str, done: int, total: int) -> None:
         """As long as the training goes on it has the word."""
         if self._training is None or not self._training.goes_on:
-            reports("proxy", done, total)
+            reports(stage, done, total)
 
     def _begin_training(self, reports: Reports, *, rungs: tuple[int, ...]) -> TrainingInBackground:
         shared, trial = self._shared, self._shared.trials[self._key].prepared

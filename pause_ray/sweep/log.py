@@ -11,10 +11,9 @@ import json
 import os
 from pathlib import Path
 
+from pause_ray.search_record import SEARCH_LOG
 from pause_ray.spec import JsonObject
 from pause_ray.storage import read_json_lines, space_errors
-
-SEARCH_LOG = "search.jsonl"
 
 
 class SearchLog:

@@ -30,6 +30,8 @@ ENDED = ("done", "failed", "stopped")
 """Stages after which nothing more comes of a trial in this run of the sweep."""
 WAITING = "waiting"
 """The stage of a trial that waits for another process; its silence says nothing, and there is nothing of it to finish."""
+QUEUED = "queued"
+"""The stage of a trial whose cells wait for a scoring actor: none is up yet, or all are at other trials. Its silence says nothing."""
 PAUSED = "paused"
 """The stage of a trial whose scheduler lets others come as far first; it has no process until it goes on."""
 
@@ -40,8 +42,8 @@ class TrialState:
 
     stage: str
     """``starting``, ``waiting`` (for another run of the same trial), ``text``, ``training``, ``proxy`` (a rung is scored and training
-    has ended), ``paused``, ``scoring``, ``rechecking``, ``done``, ``failed``, or ``stopped`` (by a scheduler, or because the sweep was
-    to end)."""
+    has ended), ``paused``, ``queued``, ``scoring``, ``rechecking``, ``done``, ``failed``, or ``stopped`` (by a scheduler, or because
+    the sweep was to end)."""
     done: int
     total: int
     row: JsonObject | None = None
@@ -85,7 +87,7 @@ def work_done(work: tuple[float, float], state: TrialState) -> float:
         return training * share
     if state.stage in ("proxy", PAUSED):
         return training
-    if state.stage == "scoring":
+    if state.stage in (QUEUED, "scoring"):
         return training + scoring * share
     return training + scoring if state.stage in ("rechecking", *ENDED) else 0.0
 
@@ -103,6 +105,8 @@ class SweepProgress:
         self._done: dict[str, float] = {}
         self._bars: dict[str, TaskID] = {}
         self._stages: dict[str, str] = {}
+        self._seen: dict[str, TrialState] = {}
+        self._looking = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="sweep-progress", daemon=True)
         self._progress = Progress(
@@ -152,9 +156,21 @@ class SweepProgress:
         last_look = False
         while not last_look:
             last_look = self._stop.wait(POLL_SECONDS)
+            self.look()
+
+    def look(self) -> dict[str, TrialState]:
+        """Show what is new; the last state of every trial that has said something."""
+        with self._looking:
             self._show(self._states())
+            return dict(self._seen)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """By the speed of the last ten minutes; None while nothing tells it."""
+        return next((task.time_remaining for task in self._progress.tasks if task.id == self._all), None)
 
     def _show(self, states: Mapping[str, TrialState]) -> None:
+        self._seen |= states
         for key, state in states.items():
             self._done[key] = work_done(self._work[key], state)
             self._show_trial(key, state)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from pause_ray.search_record import Rung, SearchRecord
-from pause_ray.spec import JsonObject
 from pause_ray.sweep.algorithms import SchedulerSpec
 from pause_ray.sweep.spec import PlannedTrial, SweepSpec
 
@@ -82,23 +81,3 @@ class Schedule:
     def whole_time(self) -> int:
         """Of the end of a training, on the scheduler's clock."""
         return self.time_of(self.scheduler.rungs)
-
-
-def rung_event(rung: Rung, *, point: JsonObject) -> JsonObject:
-    """What the search's log says of a rung that was scored."""
-    return {
-        "event": "rung",
-        "trial": rung.trial,
-        "point": point,
-        "rung": rung.rung,
-        "step": rung.step,
-        "proxy_score": rung.proxy_score,
-        "cells": rung.num_cells,
-        "seconds": rung.seconds,
-        "prefilled_tokens": rung.prefilled_tokens,
-    }
-
-
-def stopped_event(trial: str, *, point: JsonObject, rung: int, by: str) -> JsonObject:
-    """What the search's log says of a trial that a scheduler gave up after a rung."""
-    return {"event": "stopped", "trial": trial, "point": point, "rung": rung, "by": by}

@@ -6,6 +6,7 @@ A domain is told by its key: ``{grid: [...]}``, ``{choice: [...]}``, ``{uniform:
 
 from __future__ import annotations
 
+import abc
 import difflib
 import itertools
 import json
@@ -36,12 +37,12 @@ class _Keyed(Spec):
         return next(iter(type(self).model_fields))
 
 
-class _Listed(_Keyed):
+class _Listed(_Keyed, abc.ABC):
     """A domain that lists its values."""
 
+    @abc.abstractmethod
     def listed(self) -> Sequence[Any]:
         """All values, in the order in which they are written."""
-        raise NotImplementedError
 
     @property
     def size(self) -> int:

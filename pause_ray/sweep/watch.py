@@ -6,21 +6,21 @@ is known before the next trial begins.
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pause_ray.interruption import first_signal_asks
 from pause_ray.spec import JsonObject
 from pause_ray.sweep.board import ProgressBoard, Reason
 from pause_ray.sweep.line import WaitingLine
-from pause_ray.sweep.progress import ENDED, PAUSED, WAITING, TrialState
+from pause_ray.sweep.progress import ENDED, PAUSED, QUEUED, WAITING, TrialState
 
 LOOK_SECONDS = 0.5
 SILENT_MINUTES = 30
@@ -143,7 +143,7 @@ class Watch:
         now = time.monotonic()
         for key, (state, heard) in list(self._running.items()):
             minutes = (now - heard) / 60
-            if state.stage == WAITING:
+            if state.stage in (WAITING, QUEUED):
                 continue
             place = f"{state.stage}, {state.done} of {state.total} done"
             if self._timeout_minutes is not None and minutes >= self._timeout_minutes:
@@ -180,23 +180,10 @@ class Watch:
             self._end_process(key, None)
         self._say("finishing what is being answered or trained just now, then stopping; Ctrl-C once more stops at once")
 
-    @contextlib.contextmanager
-    def interruptible(self) -> Iterator[None]:
+    def interruptible(self) -> AbstractContextManager[None]:
         """Let a first SIGINT or SIGTERM bring the sweep to an end; a second does what it did before. Only a main thread can."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)}
 
-        def ask(number: int, frame: object) -> None:
-            for each, its in before.items():
-                signal.signal(each, its)
+        def ask() -> None:
             self.interrupted = True
 
-        for number in before:
-            signal.signal(number, ask)
-        try:
-            yield
-        finally:
-            for number, its in before.items():
-                signal.signal(number, its)
+        return first_signal_asks(ask)

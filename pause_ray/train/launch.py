@@ -7,9 +7,7 @@ import dataclasses
 import functools
 import json
 import logging
-import os
 import shutil
-import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from pause_ray.checkpoint import STOP, TRAINING_LOG, Checkpoint, RunningTraining
 from pause_ray.engines.cost import ModelShape
 from pause_ray.engines.model_source import row_limit_tokens
 from pause_ray.errors import SpecError, StoppedError
+from pause_ray.interruption import first_signal_asks
 from pause_ray.rows import ShardSet
 from pause_ray.spec import JsonObject, digest
 from pause_ray.storage import Storage, building, exclusive, is_complete, lock_of
@@ -27,15 +26,14 @@ from pause_ray.text.tokens import MarkerToken, ModelTokenizer
 from pause_ray.train.assignment import Assignment, Resumable, Rungs
 from pause_ray.train.loop import check_corpus, check_heads, share
 from pause_ray.train.spec import TrainSpec
+from pause_ray.train.training_log import Progress, following
 
 FORMAT = 3
 """Part of the digest; raised when the same job begins to give another adapter."""
 POLL_SECONDS = 0.5
-"""Between two looks at the training log; a step takes seconds."""
+"""Between two looks whether a training is asked to end; a step takes seconds."""
 RAY_FOLDER = "ray"
 """Ray Train's own notes inside the scratch folder, removed with it: the checkpoint is what must survive."""
-Progress = Callable[[int, int, JsonObject], None]
-"""Called with (steps done, steps in all, that step's row of the training log), from a thread of its own."""
 Stage = Callable[[Literal["waiting", "training"]], None]
 """Called with ``waiting`` before another process that trains the same adapter is waited for, and with ``training`` when it begins here."""
 log = logging.getLogger("pause_ray")
@@ -297,26 +295,14 @@ def _train_on_worker(config: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def stoppable(stops: Sequence[Path], *, asked: threading.Event | None = None) -> Iterator[None]:
     """Make a first SIGTERM or Ctrl-C, and ``asked``, write the files ``stops``; only a process's main thread can take signals."""
-    with _passing_on(asked, stops):
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
 
-        before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)}
+    def ask() -> None:
+        for stop in stops:
+            stop.touch()
+        log.info("writing a checkpoint after the running step, then stopping; once more stops at once")
 
-        def ask(number: int, frame: object) -> None:
-            signal.signal(number, before[signal.Signals(number)])
-            for stop in stops:
-                stop.touch()
-            log.info("writing a checkpoint after the running step, then stopping; once more stops at once")
-
-        for number in before:
-            signal.signal(number, ask)
-        try:
-            yield
-        finally:
-            for number, its in before.items():
-                signal.signal(number, its)
+    with _passing_on(asked, stops), first_signal_asks(ask):
+        yield
 
 
 @contextlib.contextmanager
@@ -335,68 +321,6 @@ def _passing_on(asked: threading.Event | None, stops: Sequence[Path]) -> Iterato
                 return
 
     thread = threading.Thread(target=wait, name="training-stop", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
-class GrowingLog:
-    """A training log, read on from where it was read last. Workers that start again put a shorter one in its place."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file_number = 0
-        self._read_bytes = 0
-        """Of this file, whole lines only."""
-        self._read_rows = 0
-        self._given_rows = 0
-
-    def new_rows(self) -> list[JsonObject]:
-        """The complete rows beyond those that were given; steps that are taken again are not given again."""
-        try:
-            with self._path.open("rb") as file:
-                found = os.fstat(file.fileno())
-                if found.st_ino != self._file_number or found.st_size < self._read_bytes:
-                    self._file_number, self._read_bytes, self._read_rows = found.st_ino, 0, 0
-                file.seek(self._read_bytes)
-                lines, end, _ = file.read().rpartition(b"\n")
-        except FileNotFoundError:
-            return []
-        rows: list[JsonObject] = [json.loads(line) for line in lines.splitlines()]
-        given = max(0, self._given_rows - self._read_rows)
-        self._read_bytes += len(lines) + len(end)
-        self._read_rows += len(rows)
-        self._given_rows = max(self._given_rows, self._read_rows)
-        return rows[given:]
-
-
-@contextlib.contextmanager
-def following(path: Path, *, steps: int, progress: Progress, failures: list[Exception]) -> Iterator[None]:
-    """Pass each row of a growing training log to ``progress``: the same way for one process and for workers elsewhere.
-
-    What ``progress`` raises is added to ``failures``: it ends the telling and not the training.
-    """
-    ended = threading.Event()
-
-    def follow() -> None:
-        growing = GrowingLog(path)
-        while True:
-            last_look = ended.wait(POLL_SECONDS)
-            for row in growing.new_rows():
-                progress(row["step"], steps, row)
-            if last_look:
-                return
-
-    def guarded() -> None:
-        try:
-            follow()
-        except Exception as error:  # noqa: BLE001 (a thread's border: raised when the adapter is safe)
-            failures.append(error)
-
-    thread = threading.Thread(target=guarded, name="training-progress", daemon=True)
     thread.start()
     try:
         yield

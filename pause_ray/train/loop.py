@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pause_ray.errors import SpecError, TrainingError
-from pause_ray.rows import NO_LOSS, PackedRow
+from pause_ray.rows import NO_LOSS, PackedRow, ShardSet
 from pause_ray.train.spec import TrainSpec
 
 
@@ -131,6 +131,37 @@ def rows_of_step(step: int, *, num_rows: int, rows_per_step: int, seed: int) -> 
     wanted = range(step * rows_per_step, (step + 1) * rows_per_step)
     epochs = {epoch: _permutation(num_rows, seed, epoch) for epoch in range(wanted[0] // num_rows, wanted[-1] // num_rows + 1)}
     return [int(epochs[place // num_rows][place % num_rows]) for place in wanted]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRows:
+    """What one optimizer step learns from, all workers together."""
+
+    numbers: list[int]
+    """In the order in which they are dealt."""
+    rows: dict[int, PackedRow]
+    """By number."""
+    labelled: int
+    """Learned tokens of all of them, at least 1."""
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows."""
+        return sum(len(row.input_ids) for row in self.rows.values())
+
+
+def read_step(shards: ShardSet, step: int, *, rows_per_step: int, seed: int) -> StepRows:
+    """The rows of optimizer step ``step`` (from 0).
+
+    Raises:
+        TrainingError: none of them has a token with a loss.
+    """
+    numbers = rows_of_step(step, num_rows=shards.num_rows, rows_per_step=rows_per_step, seed=seed)
+    rows = dict(zip(numbers, shards.rows(numbers), strict=True))
+    labelled = sum(num_labelled(rows[number]) for number in numbers)
+    if not labelled:
+        raise TrainingError(f"rows {numbers} of step {step + 1} have no token with a loss; look at the corpus in {shards.folder}")
+    return StepRows(numbers=numbers, rows=rows, labelled=labelled)
 
 
 def _permutation(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -9,7 +9,6 @@ AdamW and one reduction do what DeepSpeed would be for. Knows no Ray and starts 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,15 +20,16 @@ from torch import nn
 
 from pause_ray.checkpoint import TRAINING_LOG
 from pause_ray.errors import PauseRayError, StoppedError, TrainingError
-from pause_ray.rows import PackedRow, ShardSet
+from pause_ray.rows import ShardSet
 from pause_ray.spec import JsonObject
-from pause_ray.storage import space_errors, write_json, write_text
+from pause_ray.storage import space_errors, write_json
 from pause_ray.train import state, telemetry
 from pause_ray.train.adapters import AdaptersLoss, name_alone, name_of
 from pause_ray.train.assignment import FAILED, Assignment
 from pause_ray.train.crew import Crew, Requests
-from pause_ray.train.loop import check_loss, deal, dropout_seed, learning_rate, num_labelled, rows_of_step, share
+from pause_ray.train.loop import StepRows, check_loss, deal, dropout_seed, learning_rate, num_labelled, read_step, share
 from pause_ray.train.model import write_adapter
+from pause_ray.train.training_log import WrittenLog
 
 IDLE = -1
 """Stands for a row where rows do not go round."""
@@ -39,18 +39,11 @@ IDLE = -1
 class _Step:
     """One optimizer step of one training, while it is taken."""
 
-    numbers: list[int]
-    """Its rows, those of all workers."""
-    rows: dict[int, PackedRow]
+    read: StepRows
     passes: list[list[int]]
     """Row numbers of this worker's forward passes."""
-    labelled: int
     losses: list[torch.Tensor]
     """Summed, of each pass so far."""
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(row.input_ids) for row in self.rows.values())
 
 
 class Side:
@@ -74,8 +67,7 @@ class Side:
         self._masters = {name: part if part.dtype == torch.float32 else part.detach().float() for name, part in parameters.items()}
         self._optimizer = torch.optim.AdamW(self._masters.values(), lr=self.train.learning_rate, weight_decay=self.train.weight_decay)
         self._share = share(self.train, num_workers=crew.size, even=False)
-        self._log = assignment.folder / TRAINING_LOG
-        self._rows: list[JsonObject] = []
+        self.log = WrittenLog(assignment.folder / TRAINING_LOG, writes=crew.rank == 0)
 
     def resume(self) -> None:
         """Go back to the last checkpoint, if there is one.
@@ -89,9 +81,8 @@ class Side:
             whole = state.read_tensors(saved.tensors, trained={name: self._parameters[its].shape for name, its in alone.items()})
             for name, its in alone.items():
                 self._restore(its, {kind: whole[f"{kind}/{name}"] for kind in (state.MASTER, *state.MOMENTS)}, saved.facts)
-            self.done, self._rows = saved.step, saved.log_rows()
-        if self._crew.rank == 0:
-            write_text(self._log, "".join(json.dumps(row) + "\n" for row in self._rows))
+            self.done = saved.step
+        self.log.begin(saved.log_rows() if saved else [])
 
     @torch.no_grad()
     def _restore(self, name: str, tensors: Mapping[str, torch.Tensor], facts: JsonObject) -> None:
@@ -113,7 +104,7 @@ class Side:
         self.assignment.running.save(
             self.done,
             write_tensors=lambda path: state.write_tensors(path, tensors),
-            log_rows=self._rows,
+            log_rows=self.log.rows,
             facts={"applied_steps": applied, "skipped_steps": 0, "loss_scale": {}},
             keep_last=self.train.keep_checkpoints,
         )
@@ -124,18 +115,12 @@ class Side:
         Raises:
             TrainingError: none of them has a token with a loss.
         """
-        numbers = rows_of_step(self.done, num_rows=self.shards.num_rows, rows_per_step=self._share.rows_per_step, seed=self.assignment.seed)
-        rows = dict(zip(numbers, self.shards.rows(numbers), strict=True))
-        dealt = [*numbers, *[IDLE] * (self._share.micro_rows * self._share.passes * self._share.groups - len(numbers))]
-        lengths = [len(rows[number].input_ids) if number != IDLE else 0 for number in dealt]
+        found = read_step(self.shards, self.done, rows_per_step=self._share.rows_per_step, seed=self.assignment.seed)
+        dealt = [*found.numbers, *[IDLE] * (self._share.micro_rows * self._share.passes * self._share.groups - len(found.numbers))]
+        lengths = [len(found.rows[number].input_ids) if number != IDLE else 0 for number in dealt]
         passes = deal(dealt, lengths=lengths, micro_rows=self._share.micro_rows, groups=self._share.groups)[self._crew.rank]
-        labelled = sum(num_labelled(row) for row in rows.values())
-        if not labelled:
-            raise TrainingError(
-                f"rows {numbers} of step {self.done + 1} have no token with a loss; look at the corpus in {self.assignment.shards}"
-            )
         taken = [[number for number in chosen if number != IDLE] for chosen in passes]
-        return _Step(numbers=numbers, rows=rows, passes=taken, labelled=labelled, losses=[])
+        return _Step(read=found, passes=taken, losses=[])
 
     def collect(self) -> None:
         """Add the gradient of a pass to the masters', in float32."""
@@ -163,7 +148,9 @@ class Side:
         self._reduce(masters)
         norm = float(torch.nn.utils.clip_grad_norm_(masters, self.train.gradient_clip))
         if not math.isfinite(norm):
-            raise TrainingError(f"gradient is not a number at step {self.done + 1}, among rows {step.numbers}; lower train.learning_rate")
+            raise TrainingError(
+                f"gradient is not a number at step {self.done + 1}, among rows {step.read.numbers}; lower train.learning_rate"
+            )
         rate = learning_rate(self.done, self.train)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -173,7 +160,7 @@ class Side:
             for name, master in self._masters.items():
                 self._parameters[name].copy_(master)
         self.done += 1
-        return {"step": self.done, "loss": total / step.labelled, "learning_rate": rate, "gradient_norm": norm}
+        return {"step": self.done, "loss": total / step.read.labelled, "learning_rate": rate, "gradient_norm": norm}
 
     def _reduce(self, masters: Sequence[torch.Tensor]) -> None:
         for master in masters:
@@ -187,14 +174,6 @@ class Side:
     def is_due(self, every: int | None) -> bool:
         """Whether something that happens every so many steps happens now."""
         return every is not None and self.done % every == 0
-
-    def append(self, record: JsonObject) -> None:
-        """Add a row to the training log."""
-        self._rows.append(record)
-        if self._crew.rank == 0:
-            with space_errors(self._log), self._log.open("r+", encoding="utf-8") as file:
-                file.seek(0, 2)
-                file.write(json.dumps(record, allow_nan=False) + "\n")
 
     @contextlib.contextmanager
     def ending_alone(self) -> Iterator[None]:
@@ -257,7 +236,7 @@ class SideBySide:
             due = [side for side in self._running() if side.done == side.train.steps or side.is_due(side.train.validate_every)]
             measured = self._validate(due) if due else {}
             for side in self._running():
-                side.append(records[side.adapter] | measured.get(side.adapter, {}))
+                side.log.append(records[side.adapter] | measured.get(side.adapter, {}))
             self._save()
             self._finish()
 
@@ -313,13 +292,13 @@ class SideBySide:
                 step = steps[side.adapter]
                 chosen = step.passes[index] if index < len(step.passes) else []
                 if chosen:
-                    rows[side.adapter] = [step.rows[number] for number in chosen]
+                    rows[side.adapter] = [step.read.rows[number] for number in chosen]
                 elif index < len(step.passes):
                     step.losses.append(torch.zeros((), device=self._crew.device))
             if not rows:
                 continue
             losses = self._model.each(rows)
-            shares = torch.tensor([1 / steps[name].labelled for name in rows], device=losses.device)
+            shares = torch.tensor([1 / steps[name].read.labelled for name in rows], device=losses.device)
             torch.autograd.backward((losses * shares).sum())
             for name, loss in zip(rows, losses.detach(), strict=True):
                 steps[name].losses.append(loss)
@@ -328,12 +307,12 @@ class SideBySide:
 
     def _measured(self, records: Mapping[str, JsonObject], steps: Mapping[str, _Step], *, seconds: float) -> dict[str, JsonObject]:
         """Rows of the training log. The time of a step that all take at once is divided by their tokens."""
-        together = sum(step.tokens for step in steps.values())
+        together = sum(step.read.tokens for step in steps.values())
         peak = int(self._crew.most(telemetry.peak_memory_bytes(str(self._crew.device))))
         mfu = telemetry.measured_utilization(
             self._sides[0].assignment.model_dir,
-            [row for step in steps.values() for row in step.rows.values()],
-            labelled_tokens=sum(step.labelled for step in steps.values()),
+            [row for step in steps.values() for row in step.read.rows.values()],
+            labelled_tokens=sum(step.read.labelled for step in steps.values()),
             seconds=seconds,
             device=self._crew.device,
             workers=self._crew.size,
@@ -341,10 +320,10 @@ class SideBySide:
         return {
             name: telemetry.step_record(
                 **record,
-                tokens=steps[name].tokens,
-                labelled_tokens=steps[name].labelled,
-                computed_tokens=steps[name].tokens,
-                seconds=seconds * steps[name].tokens / together,
+                tokens=steps[name].read.tokens,
+                labelled_tokens=steps[name].read.labelled,
+                computed_tokens=steps[name].read.tokens,
+                seconds=seconds * steps[name].read.tokens / together,
                 peak_memory_bytes=peak,
                 mfu=mfu,
             )

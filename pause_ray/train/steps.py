@@ -6,7 +6,6 @@ an uninterrupted one takes. Knows DeepSpeed's engine and torch's process group; 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -20,12 +19,12 @@ from pause_ray.checkpoint import TRAINING_LOG, SavedStep
 from pause_ray.errors import StoppedError, TrainingError
 from pause_ray.rows import NO_LOSS, PackedRow, ShardSet
 from pause_ray.spec import JsonObject
-from pause_ray.storage import space_errors, write_text
 from pause_ray.train import state, telemetry
 from pause_ray.train.assignment import Assignment
 from pause_ray.train.crew import Crew, Requests
-from pause_ray.train.loop import check_loss, collate, deal, dropout_seed, learning_rate, num_labelled, rows_of_step, share
+from pause_ray.train.loop import check_loss, collate, deal, dropout_seed, learning_rate, num_labelled, read_step, share
 from pause_ray.train.loss import tensors
+from pause_ray.train.training_log import WrittenLog
 
 IDLE = -1
 """Row number of what a worker computes when there are not enough rows for all: one token without a loss."""
@@ -53,8 +52,7 @@ class Steps:
         self._share = share(self._train, num_workers=self._world_size, even=False)
         self._group, self._part = self._share.place(self._rank)
         self._shards = ShardSet.open(assignment.shards)
-        self._log = assignment.folder / TRAINING_LOG
-        self._rows: list[JsonObject] = []
+        self._log = WrittenLog(assignment.folder / TRAINING_LOG, writes=crew.rank == 0)
 
     def run(self) -> None:
         """Take every step that no checkpoint has.
@@ -70,7 +68,7 @@ class Steps:
             done = step + 1
             if done == self._train.steps or (self._train.validate_every and done % self._train.validate_every == 0):
                 record |= self._validate(step)
-            self._append(record)
+            self._log.append(record)
             if self._assignment.rungs is not None and done in self._assignment.rungs.steps:
                 self._write_rung(done)
             stop, node_goes = self._requests.look()
@@ -92,9 +90,7 @@ class Steps:
             state.restore(self._engine, whole, applied=saved.facts["applied_steps"])
             state.restore_loss_scale(self._engine, saved.facts["loss_scale"])
             self._engine.skipped_steps = saved.facts["skipped_steps"]
-            self._rows = saved.log_rows()
-        if self._rank == 0:
-            write_text(self._log, "".join(json.dumps(row) + "\n" for row in self._rows))
+        self._log.begin(saved.log_rows() if saved else [])
         return saved.step if saved else 0
 
     def _save(self, done: int) -> None:
@@ -104,7 +100,7 @@ class Steps:
             self._assignment.running.save(
                 done,
                 write_tensors=lambda path: state.write_tensors(path, whole),
-                log_rows=self._rows,
+                log_rows=self._log.rows,
                 facts={
                     "applied_steps": state.applied_steps(self._engine),
                     "skipped_steps": self._engine.skipped_steps,
@@ -121,14 +117,9 @@ class Steps:
         by the step's labelled tokens makes the gradient that of the mean over all labelled tokens, however they are cut up.
         """
         started = time.perf_counter()
-        numbers = rows_of_step(step, num_rows=self._shards.num_rows, rows_per_step=self._share.rows_per_step, seed=self._assignment.seed)
-        rows = dict(zip(numbers, self._shards.rows(numbers), strict=True))
+        found = read_step(self._shards, step, rows_per_step=self._share.rows_per_step, seed=self._assignment.seed)
+        numbers, rows, labelled = found.numbers, dict(found.rows), found.labelled
         dealt = self._deal(numbers, rows)
-        labelled = sum(num_labelled(rows[number]) for number in numbers)
-        if not labelled:
-            raise TrainingError(
-                f"rows {numbers} of step {step + 1} have no token with a loss; look at the corpus in {self._assignment.shards}"
-            )
         rate = learning_rate(step, self._train)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
@@ -255,10 +246,3 @@ class Steps:
         if not math.isfinite(total):
             raise TrainingError(f"validation loss is {total} after step {step + 1}; lower train.learning_rate")
         return {"validation_loss": total / labelled} if labelled else {}
-
-    def _append(self, record: JsonObject) -> None:
-        self._rows.append(record)
-        if self._rank == 0:
-            with space_errors(self._log), self._log.open("r+", encoding="utf-8") as file:
-                file.seek(0, 2)
-                file.write(json.dumps(record, allow_nan=False) + "\n")

@@ -29,7 +29,6 @@ from pause_ray.train.launch import (
     TrainJob,
     check_job,
     check_workers,
-    following,
     making,
     run_workers,
     stoppable,
@@ -38,6 +37,7 @@ from pause_ray.train.launch import (
 )
 from pause_ray.train.loop import check_side_by_side
 from pause_ray.train.spec import TrainSpec
+from pause_ray.train.training_log import following
 
 TogetherProgress = Callable[[int, int, int, JsonObject], None]
 """Called with (number of the job, steps done, steps in all, that step's row of the training log), from threads of its own."""

@@ -247,9 +247,11 @@ def score_cells(trial: PreparedTrial, job: ScoringJob, *, ledger: Ledger, fleet:
         answered += 1
         progress("scoring", answered, len(trial.cells))
 
-    progress("scoring", answered, len(trial.cells))
+    def show(waits: bool) -> None:  # noqa: FBT001 (the fleet's)
+        progress("queued" if waits else "scoring", answered, len(trial.cells))
+
     if missing:
-        fleet.score(job, missing, on_result=keep)
+        fleet.score(job, missing, on_result=keep, on_wait=show)
 
 
 def recheck_cells(trial: PreparedTrial, job: ScoringJob, *, ledger: Ledger, fleet: Fleet, progress: TrialProgress) -> JsonObject | None:
@@ -267,8 +269,14 @@ def recheck_cells(trial: PreparedTrial, job: ScoringJob, *, ledger: Ledger, flee
     sample = sorted((cell for cell in trial.cells if cell.id in rows), key=lambda cell: cell.id)[:wanted]
     if not sample:
         return None
-    progress("rechecking", 0, len(sample))
-    again = [result for result in fleet.answer_otherwise(job, sample) if result.score is not None]
+
+    def show(waits: bool) -> None:  # noqa: FBT001 (the fleet's)
+        if waits:
+            progress("queued", len(rows), len(trial.cells))
+        else:
+            progress("rechecking", 0, len(sample))
+
+    again = [result for result in fleet.answer_otherwise(job, sample, on_wait=show) if result.score is not None]
     if not again:
         return None
     return {

@@ -48,7 +48,7 @@ def score_proxy(
     arm: str,
     storage: Storage,
     fleet: Fleet,
-    progress: Callable[[int, int], None],
+    progress: Callable[[str, int, int], None],
 ) -> ProxyScore:
     """Ask the proxy of an adapter.
 
@@ -59,7 +59,8 @@ def score_proxy(
         arm: The trial's.
         storage: Where packages are kept.
         fleet: Who answers.
-        progress: Is told how many cells of how many are answered; what it raises ends the asking.
+        progress: Is told how many of the proxy's cells are answered (stage ``proxy``), and while none can be (``queued``) how many of
+            the trial's own; what it raises ends the asking.
 
     Raises:
         ModelError: no cell could be scored.
@@ -72,10 +73,15 @@ def score_proxy(
 
     def keep(result: CellResult) -> None:
         rows.append(result)
-        progress(len(rows), len(asked))
+        progress("proxy", len(rows), len(asked))
 
-    progress(0, len(asked))
-    fleet.score(job, asked, on_result=keep)
+    def show(waits: bool) -> None:  # noqa: FBT001 (the fleet's)
+        if waits:
+            progress("queued", 0, len(trial.cells))
+        else:
+            progress("proxy", len(rows), len(asked))
+
+    fleet.score(job, asked, on_result=keep, on_wait=show)
     scores = [row.score for row in rows if row.score is not None]
     if not scores:
         raise ModelError(

@@ -20,7 +20,22 @@ FILE_FIELDS = ("eval", *(f"eval.{field}" for field in _SUITE_FILE_FIELDS), "corp
 """Dotted paths where a trial's YAML may name a file instead of writing its content."""
 
 
-class WorkerRange(Spec):
+class _Range(Spec):
+    """As many as there is room or work for, between two bounds."""
+
+    min: int
+    """The fewest."""
+    max: int = Field(ge=1)
+    """The most."""
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}; swap them")
+        return self
+
+
+class WorkerRange(_Range):
     """Ray Train takes as many workers as the cluster has room for, and goes on from the last checkpoint when that changes."""
 
     min: int = Field(ge=1)
@@ -28,26 +43,14 @@ class WorkerRange(Spec):
     max: int = Field(ge=1)
     """What an autoscaling cluster is asked for."""
 
-    @model_validator(mode="after")
-    def _is_a_range(self) -> Self:
-        if self.min > self.max:
-            raise ValueError(f"min {self.min} is above max {self.max}; swap them")
-        return self
 
-
-class ActorRange(Spec):
+class ActorRange(_Range):
     """Scoring actors come when there is work for them, and go."""
 
     min: int = Field(ge=0)
     """Kept for the whole sweep; 0 gives all their places back when nothing is scored."""
     max: int = Field(ge=1)
     """With work for more, it waits."""
-
-    @model_validator(mode="after")
-    def _is_a_range(self) -> Self:
-        if self.min > self.max:
-            raise ValueError(f"min {self.min} is above max {self.max}; swap them")
-        return self
 
 
 def _number_or_range(data: object) -> str:

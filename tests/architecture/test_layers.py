@@ -30,7 +30,7 @@ LAYERS = [
     {"rows", "documents", "text"},
     {"packages", "source_files"},
     {"storage", "spec"},
-    {"errors", "statistics", "words", "pareto"},
+    {"errors", "statistics", "words", "pareto", "interruption"},
 ]
 """From top to bottom; a module imports only from lines below its own (and from its own package)."""
 
@@ -70,7 +70,7 @@ HEAVY = {
 
 PROCESS_BORDERS = {
     "sweep.tuning",  # a trial's process: what went wrong is kept and the sweep goes on
-    "train.launch",  # a thread: raised again by the one that started it
+    "train.training_log",  # a thread: raised again by the one that started it
     "trial.rungs",  # likewise
     "storage",  # tokenizers and safetensors raise Rust's errors, whose class says nothing; all but a full disk go on
     "tracking.store",  # another system, whose client raises whatever its transport raised

@@ -248,8 +248,10 @@ def test_a_trial_that_comes_later_does_not_wait_for_the_whole_of_another(tokeniz
         first = threading.Thread(target=started.score, args=(job, asked), kwargs={"on_result": lambda _: order.append("first")})
         first.start()
         within(30, lambda: len(order) >= 2)
-        started.score(job, asked[:3], on_result=lambda _: order.append("second"))
+        waited: list[bool] = []
+        started.score(job, asked[:3], on_result=lambda _: order.append("second"), on_wait=waited.append)
         first.join(timeout=60)
+    assert waited[:2] == [True, False], "it is told that it waits, and when that is over"
     assert order.count("first") == len(asked) == 30
     assert order.index("second") < 15
     assert len(order) - 1 - order[::-1].index("second") < 30, "all of the second before the end of the first"

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pause_ray import cluster
 from pause_ray.corpus.shards import shards_digest
 from pause_ray.errors import SpecError
 from pause_ray.needle.ledger import Ledger
@@ -95,9 +96,10 @@ def sweep_of(folder: Path, **changes: object) -> SweepSpec:
 def look(sweep: SweepSpec, storage: Storage, *, at: Site | None = None) -> SweepForecast:
     import ray
 
-    before = ray.is_initialized()
-    found = forecast_sweep(sweep, storage=storage, site=at, showing=lambda done, of: None)
-    assert ray.is_initialized() == before, "nothing is started"
+    with pytest.MonkeyPatch.context() as without:  # whether other tests have a cluster in this process or not
+        without.setattr(ray, "init", lambda *args, **options: pytest.fail("Ray was started"))
+        without.setattr(cluster, "connection", lambda: pytest.fail("Ray was asked for"))
+        found = forecast_sweep(sweep, storage=storage, site=at, showing=lambda done, of: None)
     json.dumps(found.as_json(), allow_nan=False)
     return found
 

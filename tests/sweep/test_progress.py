@@ -43,8 +43,11 @@ def test_work_that_is_behind_a_trial_never_shrinks() -> None:
     spec = trial(samples=2)
     stages = [
         TrialState("waiting", 0, 1),
+        TrialState("queued", 0, 4),
         TrialState("scoring", 0, 4),
         TrialState("scoring", 3, 4),
+        TrialState("queued", 3, 4),
+        TrialState("queued", 4, 4),
         TrialState("rechecking", 0, 2),
         TrialState("done", 1, 1),
     ]

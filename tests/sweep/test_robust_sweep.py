@@ -155,7 +155,7 @@ def test_a_second_interrupt_ends_at_once_what_never_would(texts: Path, tmp_path:
             process.wait(4)
         assert process.poll() is None, "a training that was asked to end was not waited for"
         os.kill(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=45)
     assert process.returncode == INTERRUPTED, output
     assert "run the same command again" in output
     assert "Traceback" not in output
@@ -163,11 +163,11 @@ def test_a_second_interrupt_ends_at_once_what_never_would(texts: Path, tmp_path:
 
 def test_a_trial_that_hangs_and_one_that_cannot_be_trained_cost_only_themselves(texts: Path, tmp_path: Path) -> None:
     ranks = {"train.lora.rank": {"grid": [HANGING_RANK, FAILING_RANK, 2]}}
-    sweep = write_stub_sweep(texts, name="mixed", **{"search": ranks, "trial_timeout_minutes": 0.3})
+    sweep = write_stub_sweep(texts, name="mixed", **{"search": ranks, "trial_timeout_minutes": 0.1})
     code, output = run_to_its_end(sweep, tmp_path)
     output = " ".join(output.split())
     assert code == 2, output
-    assert f"rank={HANGING_RANK} #0 failed: said nothing for 0.3 minutes (" in output
+    assert f"rank={HANGING_RANK} #0 failed: said nothing for 0.1 minutes (" in output
     assert f"rank={FAILING_RANK} #0 failed: train.lora.rank {FAILING_RANK}" in output
     assert "3 of 5 trials are finished" in output
     assert len(ledgers(tmp_path)) == 3

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from pause_ray.errors import SpecError
-from pause_ray.search_record import Rung, SearchRecord
+from pause_ray.search_record import Rung, SearchRecord, Stop
 from pause_ray.spec import JsonObject, with_overrides
 from pause_ray.sweep.algorithms import SchedulerSpec
 from pause_ray.sweep.log import SearchLog
-from pause_ray.sweep.rungs import Schedule, governed, rung_event, stopped_event
+from pause_ray.sweep.rungs import Schedule, governed
 from pause_ray.sweep.spec import PlannedTrial, SweepSpec, expand
 
 ASHA = SchedulerSpec(kind="asha", rungs=3, reduction=3)
@@ -99,8 +99,8 @@ def test_what_was_written_down_is_known_again(tmp_path: Path) -> None:
     log = SearchLog(tmp_path)
     seen = [rung_of("a", 0, 0.5), rung_of("b", 0, 0.25), rung_of("a", 1, 0.75)]
     for rung in seen:
-        log.append(rung_event(rung, point={"train.lora.rank": 2}))
-    log.append(stopped_event("b", point={"train.lora.rank": 4}, rung=0, by="asha"))
+        log.append(rung.as_event(point={"train.lora.rank": 2}))
+    log.append(Stop(trial="b", rung=0, by="asha").as_event(point={"train.lora.rank": 4}))
     schedule = Schedule.resume(ASHA, SearchRecord.read(tmp_path), trials=["a", "b", "c", "d"], finished=["d"], context_tokens=(512,))
     assert [schedule.known("a", number) for number in range(3)] == [seen[0], seen[2], None]
     assert schedule.known("b", 0) == seen[1]
@@ -109,7 +109,7 @@ def test_what_was_written_down_is_known_again(tmp_path: Path) -> None:
 
 
 def test_a_trial_of_another_sweep_is_none_of_ours(tmp_path: Path) -> None:
-    SearchLog(tmp_path).append(rung_event(rung_of("elsewhere", 0, 0.5), point={}))
+    SearchLog(tmp_path).append(rung_of("elsewhere", 0, 0.5).as_event(point={}))
     schedule = Schedule.resume(ASHA, SearchRecord.read(tmp_path), trials=["a"], finished=[], context_tokens=(512,))
     assert schedule.recorded == {"a": ()}
 
@@ -118,7 +118,7 @@ def test_points_that_no_survivor_has_are_left_out_in_all_arms_and_replicates(tri
     by_point = {tuple(trials[key].planned.point.values()): key for key in judged(trials)}
     log = SearchLog(tmp_path)
     for point in ((4, 1), (4, 2), (2, 2)):
-        log.append(stopped_event(by_point[point], point=trials[by_point[point]].planned.point, rung=0, by="asha"))
+        log.append(Stop(trial=by_point[point], rung=0, by="asha").as_event(point=trials[by_point[point]].planned.point))
     entries = [
         {"digest": key, "arm": each.planned.arm, "point": each.planned.point, "replicate": each.planned.spec.replicate}
         for key, each in trials.items()

@@ -9,9 +9,10 @@ import pytest
 
 from pause_ray.errors import StoppedError
 from pause_ray.storage import Storage, exclusive, lock_of, write_text
-from pause_ray.train.launch import GrowingLog, TrainJob, fit, following, train_digest
+from pause_ray.train.launch import TrainJob, fit, train_digest
 from pause_ray.train.spec import TrainSpec
 from pause_ray.train.together import fit_together
+from pause_ray.train.training_log import GrowingLog, following
 from tests.train.tiny_llama import make_rows, make_shards
 
 

@@ -15,7 +15,7 @@ from pause_ray.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STATE_TENSORS,
 from pause_ray.errors import SpecError, StoppedError, TrainingError
 from pause_ray.spec import JsonObject
 from pause_ray.storage import Storage
-from pause_ray.train import launch
+from pause_ray.train import launch, training_log
 from pause_ray.train.launch import TrainJob, fit
 from pause_ray.train.spec import LoraSpec, TrainSpec, ZeroSpec
 from pause_ray.train.together import check_jobs, fit_together
@@ -181,7 +181,8 @@ def test_workers_share_the_rows_of_all(tmp_path: Path) -> None:
 def test_one_that_was_stopped_goes_on_alone_or_with_others(
     llama: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "POLL_SECONDS", 0.01)  # a step of so small a model takes less than the usual look at the log
+    for module in (launch, training_log):  # a step of so small a model takes less than the usual look
+        monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
     changes = {"steps": 60, "learning_rate": 1e-4, "checkpoint_every": 50}
     first, second, third = (job_of(llama, shards, seed=seed, lora={"rank": 2, "alpha": 2}, **changes) for seed in range(3))
     stop = threading.Event()

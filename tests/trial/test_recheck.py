@@ -32,7 +32,7 @@ class Again:
     differs: Sequence[JsonObject] = ()
     asked: int = 0
 
-    def answer_otherwise(self, job: object, sample: Sequence[Cell]) -> list[CellResult]:
+    def answer_otherwise(self, job: object, sample: Sequence[Cell], *, on_wait: object) -> list[CellResult]:
         self.asked = len(sample)
         rows = {its.cell_id: its for its in self.ledger.rows()}
         changes = [*self.differs, *({} for _ in sample)]

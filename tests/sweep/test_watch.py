@@ -1,0 +1,64 @@
+"""What the driver makes of what trials say: who is silent because it hangs, and who because it waits for others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from pause_ray.sweep.line import WaitingLine
+from pause_ray.sweep.progress import TrialState
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+LIMIT_SECONDS = 0.5
+
+
+@pytest.fixture
+def board() -> Iterator[Any]:
+    import ray
+
+    from pause_ray.sweep.watch import start_board
+
+    started = start_board()
+    yield started
+    ray.kill(started)
+
+
+def failures_after(board: Any, states: dict[str, TrialState], until: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """What a watch with a limit takes to have failed, when trials say ``states`` and then nothing more."""
+    import ray
+
+    from pause_ray.sweep.watch import Watch
+
+    line = WaitingLine(start=lambda key: None)
+    line.expect(dict.fromkeys(states, "arm"))
+    watch = Watch(
+        board,
+        line,
+        timeout_minutes=LIMIT_SECONDS / 60,
+        after_step=lambda key, row: None,
+        finish=lambda: None,
+        label=lambda key: key,
+        say=lambda text: None,
+    )
+    for key, state in states.items():
+        ray.get(board.begin.remote(key, None))
+        ray.get(board.show.remote(key, state))
+    watch.look()
+    deadline = time.monotonic() + 30
+    while not until(watch.failures):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        watch.look()
+    return watch.failures
+
+
+def test_only_who_is_at_work_and_says_nothing_is_taken_to_hang(board: Any) -> None:
+    at_work = {stage: TrialState(stage, 1, 4) for stage in ("starting", "text", "training", "scoring", "rechecking")}
+    for_others = {stage: TrialState(stage, 1, 4) for stage in ("waiting", "queued")}
+    failed = failures_after(board, for_others | at_work, lambda failures: len(failures) >= len(at_work))
+    assert failed.keys() == at_work.keys()
+    assert all("said nothing for" in message and f"({stage}, 1 of 4 done)" in message for stage, (message, _) in failed.items())
