@@ -5,7 +5,7 @@ STORAGE ?= runs
 WORKERS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test test-fast exactness bench bench-train bench-sweep lint format constraints clean
+.PHONY: help install quickstart test test-fast exactness bench bench-train bench-sweep bench-cluster lint format constraints clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ bench-train: install  ## training side by side with Hugging Face Trainer + PEFT,
 
 bench-sweep: install  ## what a sweep of a thousand trials costs beyond its trainings and answers
 	$(BIN)/python bench/sweep.py
+
+bench-cluster: install  ## cells and rows per second on 1 to 8 nodes of one CPU, and what a thousand GPUs would take
+	$(BIN)/python bench/cluster.py --storage $(STORAGE)
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

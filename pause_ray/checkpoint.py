@@ -297,9 +297,11 @@ class RunningTraining:
 
     def _steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
-        if not self.folder.is_dir():
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:
             return []
-        named = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.iterdir() if is_complete(path))
+        named = (re.fullmatch(r"step-(\d+)", name) for name in names if is_complete(self.folder / name))
         return sorted(int(match[1]) for match in named if match)
 
     def _folder_of(self, step: int) -> Path:

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
+import re
+import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import placement_group_table
 
-from pause_ray.errors import SpecError
+from pause_ray.errors import ClusterError, SpecError
 
 LOCAL_LOGICAL_CPUS = 8
 """Ray's CPUs are a count of places, not of cores. A trial, its scoring actor, the progress board and shard tasks need
 places at the same time even on two cores; threads are capped where the computing is done."""
 LOCAL_OBJECT_STORE_BYTES = 512 * 1024**2
 """Prompts and rows pass by path, so little goes through the object store."""
+HOST_AND_PORT = re.compile(r"\[?(?P<host>[^/]+?)\]?:(?P<port>\d{1,5})")
+ANSWER_SECONDS = 20
+"""For a head to take a connection."""
+VERSION = re.compile(r"^\s+(Ray|Python): (\S+)$", re.MULTILINE)
+MARKET = "ray.io/market-type"
+STAYS: Mapping[str, str] = {MARKET: "on-demand"}
+"""Labels of nodes that nobody takes away."""
 logger = logging.getLogger("pause_ray")
 
 
@@ -27,13 +38,23 @@ def connection() -> Iterator[None]:
 
     Joins the cluster of ``RAY_ADDRESS`` (set inside ``ray job submit``); without one starts a cluster on this machine
     and stops it at the end. A connection that exists already is used and kept.
+
+    Raises:
+        ClusterError: there is no such cluster, it refuses, or it is of other versions.
     """
     if ray.is_initialized():
         yield
         return
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", **quiet)
+    if address := os.environ.get("RAY_ADDRESS"):
+        place, answers = HOST_AND_PORT.fullmatch(address), False
+        try:
+            if place:  # Ray would try for minutes
+                socket.create_connection((place["host"], int(place["port"])), timeout=ANSWER_SECONDS).close()
+                answers = True
+            ray.init(address="auto", **quiet)
+        except (OSError, OverflowError, RuntimeError, RayError) as error:
+            raise ClusterError(f"RAY_ADDRESS {address}: {_why_not_joined(str(error), answers=answers)}") from error
     else:
         ray.init(
             address="local",  # not one that happens to run on this machine
@@ -45,7 +66,47 @@ def connection() -> Iterator[None]:
     try:
         yield
     finally:
+        _shut_down()
+
+
+def _shut_down() -> None:
+    """Leave Ray, with nothing of it left for a garbage collection in another thread."""
+    # Tune leaves cycles that hold object references. If a thread (that imports MLflow, say) happens to collect one while Ray's client is
+    # being taken down, Ray ends the process: exit code 1, no traceback.
+    gc.collect()
+    gc.disable()
+    try:
         ray.shutdown()
+    finally:
+        gc.enable()
+
+
+def hold_shared_actor_here() -> None:
+    """Make the actor here that Ray Data and Ray Train share, which outlives both.
+
+    It is made where either is first used, and Ray does not take a node away that any actor is on: a training in a trial's process
+    would hold its node for as long as the cluster lives.
+    """
+    from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator  # Ray 2.60
+
+    get_or_create_autoscaling_coordinator()
+
+
+def _why_not_joined(told: str, *, answers: bool) -> str:
+    """In one line, with a remedy, what Ray tells in many; of a wrong token it tells nothing but that it has waited in vain."""
+    versions = VERSION.findall(told)
+    if "Version mismatch" in told and len(versions) == 4:
+        theirs, ours = " and ".join(" ".join(each) for each in versions[:2]), " and ".join(" ".join(each) for each in versions[2:])
+        return f"the cluster has {theirs}, and this machine {ours}; use one image, or constraints.txt, on both"
+    if answers or re.search(r"token|auth", told, re.IGNORECASE):
+        return (
+            "what answers there does not let this process in: the cluster's token is missing here or is another one, or it is no head; "
+            "put the token (on the head: ray get-auth-token) into RAY_AUTH_TOKEN or ~/.ray/auth_token, with RAY_AUTH_MODE=token"
+        )
+    return (
+        f"no Ray cluster answers there ({' '.join(told.split())}); run this on one of its nodes, or submit it to the head's "
+        "dashboard (pause-ray submit); without RAY_ADDRESS it runs on this machine alone"
+    )
 
 
 def check_room(needed: Mapping[str, float], *, remedy: str = "lower train_workers, or what each of them takes") -> None:
@@ -131,6 +192,16 @@ def _gives(node: Mapping[str, float], bundle: Mapping[str, float]) -> bool:
     return all(node.get(name, 0) >= number for name, number in bundle.items())
 
 
+def tells_markets() -> bool:
+    """Whether any node says whether it stays."""
+    return any(MARKET in node.get("Labels", {}) for node in ray.nodes() if node["Alive"])
+
+
+def staying_nodes() -> list[Mapping[str, float]]:
+    """What each node has that says of itself that it stays."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and STAYS.items() <= node.get("Labels", {}).items()]
+
+
 def total(resource: str) -> float:
     """``CPU`` or ``GPU`` of the cluster, those in use included; of an autoscaler that tells it, what there can be."""
     grown = ray._private.state.state.get_max_resources_from_cluster_config() or {}
@@ -140,6 +211,11 @@ def total(resource: str) -> float:
 def is_known_to_grow_no_further() -> bool:
     """Whether ``total`` is all that there can ever be."""
     return not os.environ.get("RAY_ADDRESS") or _autoscaler() is not None
+
+
+def free_gpus() -> float:
+    """GPUs of the cluster as it is now that nobody holds."""
+    return float(ray.available_resources().get("GPU", 0))
 
 
 def total_gpus() -> float:

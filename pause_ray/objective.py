@@ -20,6 +20,13 @@ _MEASURES: Final[Mapping[Metric, Callable[[Summary], float | None]]] = {
     "score_edges": lambda summary: summary.edge_mean,
     "exact_recall": lambda summary: summary.exact_recall,
 }
+MOST_UNSCORED_SHARE = 0.1
+"""A mean that leaves out more of the cells than this is one of other questions; what cannot be answered is seldom the easiest."""
+
+
+def is_of_enough_cells(summary: Summary) -> bool:
+    """Whether so few cells are unscored that means over the others compare with those of other trials."""
+    return summary.unscored_share <= MOST_UNSCORED_SHARE
 
 
 class ObjectiveSpec(Spec):
@@ -34,6 +41,10 @@ class ObjectiveSpec(Spec):
     def value(self, rows: Sequence[CellResult]) -> float | None:
         """Of one trial's rows, or of its replicates' together; 0 to 1, or None where nothing that counts was scored."""
         return _MEASURES[self.metric](summarize(rows)) if rows else None
+
+    def learned(self, rows: Sequence[CellResult]) -> float | None:
+        """As ``value``, and None where too few cells are scored for it to compare: what a search may learn from."""
+        return self.value(rows) if rows and is_of_enough_cells(summarize(rows)) else None
 
     def better(self, one: float, other: float) -> bool:
         """Whether ``one`` is better than ``other``."""

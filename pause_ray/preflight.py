@@ -7,6 +7,7 @@ starts nothing.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -29,10 +30,16 @@ PACKAGES = ("pause_ray", "ray", "torch", "transformers", "peft", "deepspeed", "t
 """Which must be the same everywhere: they decide results, or travel pickled."""
 FREE_BYTES = 20e9
 """Free space below which a storage root is too full for a sweep's checkpoints and ledgers to be safe."""
+FREE_SHARE = 0.05
+"""Of the disk of Ray's own files; with less Ray puts nothing there any more, neither objects that leave memory nor working directories."""
 LOOK_SECONDS = 120
 """For a node to start the actor and answer; a node that needs longer is not ready."""
 CONNECT_SECONDS = 5
 PROBE = ".preflight-"
+AGENT_KEY = "DASHBOARD_AGENT_ADDR_NODE_ID_PREFIX"
+"""Under which an agent tells Ray where it listens."""
+MIG_SLICE = re.compile(r"\s+MIG (?P<profile>\S*?(?P<gigabytes>\d+)gb\S*)")
+"""In ``nvidia-smi -L``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +47,12 @@ class Gpu:
     """One GPU of a node."""
 
     name: str
-    memory_bytes: int
+    """A slice's (MIG) with its profile."""
+    memory_bytes: int | None
+    """None where the driver does not tell; 0 of one that is to be sliced and is not."""
+
+
+NO_SLICE = Gpu(name="without slices", memory_bytes=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +68,10 @@ class Look:
     """``ok``, or what is wrong with the storage root."""
     missing: tuple[str, ...]
     """Of the paths asked for, those that are not there."""
+    free_share: float = 1.0
+    """Of the disk that Ray's own files are on: objects that leave memory, working directories, logs."""
+    memory_bytes: int = 0
+    """Of the machine; 0 where it is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +85,17 @@ class Node:
     look: Look | None
     failure: str = ""
     unreachable: tuple[str, ...] = ()
-    """Names of nodes whose freely chosen ports it cannot connect to."""
+    """What of other nodes it cannot connect to, such as ``the object store of NODE``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needed:
+    """Memory that a training takes where it takes most."""
+
+    gpu_bytes: int
+    """Of each GPU."""
+    host_bytes: int
+    """Of each machine with GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,21 +107,25 @@ class Problem:
     remedy: str
 
 
-def look(root: Path, *, probe: str, paths: Sequence[str]) -> Look:
+def look(root: Path, *, probe: str, paths: Sequence[str], session: Path | None = None) -> Look:
     """This machine, as a sweep will find it.
 
     Args:
         root: The storage root; it is not made here, since a folder of this node alone would hide that it is not shared.
         probe: Name of the file that the driver has put there; another of that name and this process's id is written beside it.
         paths: Local files and folders that the sweep's specs name.
+        session: Folder of Ray's own files on this node.
     """
     storage, free = _storage(root, probe=probe)
+    disk = shutil.disk_usage(session) if session is not None else None
     return Look(
         versions={"python": platform.python_version(), **{name: found for name in PACKAGES if (found := _version(name))}},
         gpus=_gpus(),
         free_bytes=free,
         storage=storage,
         missing=tuple(path for path in paths if not Path(path).exists()),
+        free_share=disk.free / disk.total if disk else 1.0,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     )
 
 
@@ -125,10 +155,35 @@ def _gpus() -> tuple[Gpu, ...]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ()
-    query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    told = subprocess.run(query, capture_output=True, text=True, check=False, timeout=30).stdout  # noqa: S603 (argument list, no shell)
-    rows = [line.rsplit(",", 1) for line in told.splitlines() if "," in line]
-    return tuple(Gpu(name=name.strip(), memory_bytes=int(memory) * 2**20) for name, memory in rows)
+
+    def ask(*arguments: str) -> str:
+        return subprocess.run([tool, *arguments], capture_output=True, text=True, check=False, timeout=30).stdout  # noqa: S603 (no shell)
+
+    return gpus_told(ask("--query-gpu=name,memory.total,mig.mode.current", "--format=csv,noheader,nounits"), listed=ask("-L"))
+
+
+def gpus_told(table: str, *, listed: str) -> tuple[Gpu, ...]:
+    """The GPUs that a process can have.
+
+    Args:
+        table: A line per GPU: name, MiB, and whether it is sliced (MIG); ``[N/A]`` where the driver does not tell.
+        listed: ``nvidia-smi -L``: a line per GPU, in the same order, with its slices under it.
+    """
+    slices: list[list[Gpu]] = []
+    for line in listed.splitlines():
+        if line.startswith("GPU "):
+            slices.append([])
+        elif (found := MIG_SLICE.match(line)) and slices:
+            slices[-1].append(Gpu(name=found["profile"], memory_bytes=int(found["gigabytes"]) * 10**9))
+    gpus: list[Gpu] = []
+    for number, line in enumerate(row for row in table.splitlines() if row.count(",") >= 2):
+        name, memory, mig = (word.strip() for word in line.rsplit(",", 2))
+        if mig != "Enabled":
+            gpus.append(Gpu(name=name, memory_bytes=int(memory) * 2**20 if memory.isdigit() else None))
+            continue
+        its = slices[number] if number < len(slices) else []
+        gpus += [Gpu(name=f"{name} MIG {each.name}", memory_bytes=each.memory_bytes) for each in its or [NO_SLICE]]
+    return tuple(gpus)
 
 
 class NodeActor:
@@ -144,10 +199,13 @@ class NodeActor:
 
     def look(self, root: Path, *, probe: str, paths: Sequence[str]) -> tuple[Look, int]:
         """``look``, and the port that others are to try."""
-        return look(root, probe=probe, paths=paths), int(self._server.getsockname()[1])
+        import ray
+
+        session = Path(ray._private.worker._global_node.get_session_dir_path())
+        return look(root, probe=probe, paths=paths, session=session), int(self._server.getsockname()[1])
 
     def unreachable(self, others: Mapping[str, tuple[str, int]]) -> tuple[str, ...]:
-        """Which of the others (name → host and port) do not answer."""
+        """Which of the others (what it is → host and port) do not answer."""
         found = []
         for name, place in others.items():
             try:
@@ -177,9 +235,11 @@ def look_at_nodes(root: Path, *, probe: str, paths: Sequence[str]) -> list[Node]
     }
     looks = {name: actor.look.remote(root, probe=probe, paths=list(paths)) for name, actor in actors.items()}
     found = {name: _answer(ref) for name, ref in looks.items()}
-    hosts = {_name(node): node["NodeManagerAddress"] for node in alive}
-    places = {name: (hosts[name], answer[1]) for name, (answer, _) in found.items() if answer}
-    tries = {name: actors[name].unreachable.remote({other: place for other, place in places.items() if other != name}) for name in places}
+    ports = {_name(node): _ports(node, free_port=answer[1]) for node in alive if (answer := found[_name(node)][0])}
+    tries = {
+        name: actors[name].unreachable.remote({what: place for other, places in ports.items() if other != name for what, place in places})
+        for name in ports
+    }
     nodes = []
     for node in alive:
         name = _name(node)
@@ -197,6 +257,20 @@ def look_at_nodes(root: Path, *, probe: str, paths: Sequence[str]) -> list[Node]
     for actor in actors.values():
         ray.kill(actor)
     return nodes
+
+
+def _ports(node: Mapping[str, Any], *, free_port: int) -> list[tuple[str, tuple[str, int]]]:
+    """What other nodes must be able to connect to: what it is → host and port."""
+    from ray.experimental import internal_kv
+
+    name, host = _name(node), node["NodeManagerAddress"]
+    ports = {"a free port": free_port, "the raylet": node["NodeManagerPort"], "the object store": node["ObjectManagerPort"]}
+    places = {f"{what} of {name}": (host, port) for what, port in ports.items()}
+    if told := internal_kv._internal_kv_get(f"{AGENT_KEY}:{node['NodeID']}", namespace="dashboard"):
+        agent_host, port, _ = json.loads(told)
+        if port > 0:  # else it takes no jobs and shows no logs, which nobody needs of it then
+            places[f"the agent of {name}"] = (agent_host, port)
+    return list(places.items())
 
 
 def _answer(ref: Any) -> tuple[Any, str]:
@@ -233,26 +307,34 @@ def named_paths(trials: Sequence[PreparedTrial]) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def needed_gpu_bytes(trials: Sequence[PreparedTrial]) -> int | None:
-    """Memory that every GPU must have for the largest training; None where nothing is trained, or the models do not tell their size."""
+def needed_memory(trials: Sequence[PreparedTrial], *, gpus_per_node: float) -> Needed | None:
+    """What the largest training takes; None where nothing is trained, or the models do not tell their size.
+
+    Args:
+        trials: Of a sweep.
+        gpus_per_node: Of the largest node.
+    """
     needed = []
     for trial in trials:
         train, corpus, shape = trial.spec.train, trial.spec.corpus, known_shape(trial.model_dir)
         if train and corpus and shape:
             number = max(1, trial.spec.resources.worker_bounds[0])
-            workers = Workers(number=number, per_node=number)
+            gpus = trial.spec.resources.train_gpus_per_worker or 1
+            workers = Workers(number=number, per_node=max(1, min(number, int(gpus_per_node // gpus))))
             stage = possible_stages(train)[-1]
             plan = plan_memory(train, shape=shape, workers=workers, stage=stage, longest_row_tokens=corpus.sequence_tokens)
-            needed.append(plan.worker_bytes)
-    return max(needed, default=None)
+            needed.append(Needed(gpu_bytes=plan.worker_bytes, host_bytes=plan.host_bytes))
+    if not needed:
+        return None
+    return Needed(gpu_bytes=max(its.gpu_bytes for its in needed), host_bytes=max(its.host_bytes for its in needed))
 
 
-def problems(nodes: Sequence[Node], *, needed_gpu_bytes: int | None) -> list[Problem]:
+def problems(nodes: Sequence[Node], *, needed: Needed | None) -> list[Problem]:
     """What of the looks would stop a sweep.
 
     Args:
         nodes: As ``look_at_nodes`` gives them.
-        needed_gpu_bytes: Memory that a GPU must have; None where none is used.
+        needed: What a GPU and its machine must have; None where none is used.
     """
     found: list[Problem] = []
     usual = _usual_versions(nodes)
@@ -262,9 +344,9 @@ def problems(nodes: Sequence[Node], *, needed_gpu_bytes: int | None) -> list[Pro
             remedy = "install pause_ray there (the Dockerfile in cluster/ does)" if missing else "look at the node's logs, or drain it"
             found.append(Problem(node=node.name, what=node.failure, remedy=remedy))
             continue
-        found += _of_look(node, node.look, usual, needed_gpu_bytes=needed_gpu_bytes)
+        found += _of_look(node, node.look, usual, needed=needed)
         for other in node.unreachable:
-            what = f"cannot connect to a free port of {other}"
+            what = f"cannot connect to {other}"
             found.append(Problem(node=node.name, what=what, remedy="let the nodes of the cluster reach each other on all ports"))
     return found
 
@@ -280,7 +362,7 @@ def _usual_versions(nodes: Sequence[Node]) -> dict[str, str]:
     return usual
 
 
-def _of_look(node: Node, its: Look, usual: Mapping[str, str], *, needed_gpu_bytes: int | None) -> list[Problem]:
+def _of_look(node: Node, its: Look, usual: Mapping[str, str], *, needed: Needed | None) -> list[Problem]:
     found = []
 
     def add(what: str, remedy: str) -> None:
@@ -293,15 +375,29 @@ def _of_look(node: Node, its: Look, usual: Mapping[str, str], *, needed_gpu_byte
         add(f"storage root: {its.storage}", "mount the same shared folder there on every node")
     elif its.free_bytes is not None and its.free_bytes < FREE_BYTES:
         add(f"storage root has {its.free_bytes / 1e9:.1f} GB free", f"make room for at least {FREE_BYTES / 1e9:.0f} GB")
+    if its.free_share < FREE_SHARE:
+        remedy = "make room there, or start the node with --temp-dir or --object-spilling-directory on another disk"
+        add(f"the disk of Ray's own files is {1 - its.free_share:.0%} full", remedy)
     for path in its.missing:
         add(f"{path} is not there", "put it on shared storage and name it by that path")
+    return found + _of_gpus(node, its, needed)
+
+
+def _of_gpus(node: Node, its: Look, needed: Needed | None) -> list[Problem]:
+    found = []
+
+    def add(what: str, remedy: str) -> None:
+        found.append(Problem(node=node.name, what=what, remedy=remedy))
+
     if node.gpus and not its.gpus:
         add(f"Ray counts {node.gpus:g} GPUs, the driver shows none", "install NVIDIA's driver, or give the container its GPUs")
-    if needed_gpu_bytes is not None:
-        for gpu in its.gpus:
-            if gpu.memory_bytes < needed_gpu_bytes:
-                add(
-                    f"{gpu.name} has {gpu.memory_bytes / 1e9:.0f} GB, the plan needs {needed_gpu_bytes / 1e9:.0f} GB",
-                    "use larger GPUs, more of them, or see pause-ray plan",
-                )
+    if needed is None or not its.gpus:
+        return found
+    for gpu in its.gpus:
+        if gpu.memory_bytes is not None and gpu.memory_bytes < needed.gpu_bytes:
+            told = f"{gpu.name} has {gpu.memory_bytes / 1e9:.0f} GB, the plan needs {needed.gpu_bytes / 1e9:.0f} GB"
+            add(told, "use larger GPUs, more of them, or see pause-ray plan")
+    if its.memory_bytes and its.memory_bytes < needed.host_bytes:
+        told = f"the machine has {its.memory_bytes / 1e9:.0f} GB of memory, the plan needs {needed.host_bytes / 1e9:.0f} GB"
+        add(told, "use a larger one, or offload less (train.zero)")
     return found

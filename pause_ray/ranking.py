@@ -12,15 +12,13 @@ from statistics import fmean
 from typing import Literal
 
 from pause_ray.compare import paired_difference
-from pause_ray.objective import ObjectiveSpec
+from pause_ray.objective import ObjectiveSpec, is_of_enough_cells
 from pause_ray.pareto import Priced, beaten_by, front
 from pause_ray.results import Condition, SweepResults, TrialResult
 from pause_ray.search_record import Rung, Stop
 from pause_ray.statistics import Estimate, Interval, kendall_tau
 
 Currency = Literal["overhead", "training"]
-MOST_UNSCORED_SHARE = 0.1
-"""A mean that leaves out more of the cells than this is one of other questions; what cannot be answered is seldom the easiest."""
 
 
 def objective_of(results: SweepResults) -> ObjectiveSpec:
@@ -53,7 +51,7 @@ class Best:
 def best(results: SweepResults, *, tuned: bool = False) -> Best | None:
     """The best condition; of equal ones the one that was planned first. None while there is none.
 
-    Conditions with missing replicates, or with more than ``MOST_UNSCORED_SHARE`` of their cells unscored, compete only among
+    Conditions with missing replicates, or with too many of their cells unscored (``is_of_enough_cells``), compete only among
     themselves, where there is no other.
 
     Args:
@@ -73,8 +71,8 @@ def best(results: SweepResults, *, tuned: bool = False) -> Best | None:
 
 
 def _is_whole(condition: Condition) -> bool:
-    scored = condition.summary is not None and condition.summary.unscored_share <= MOST_UNSCORED_SHARE
-    return scored and condition.num_missing == 0 and condition.num_stopped == 0
+    is_scored = condition.summary is not None and is_of_enough_cells(condition.summary)
+    return is_scored and condition.num_missing == 0 and condition.num_stopped == 0
 
 
 def _merit(objective: ObjectiveSpec, value: float) -> float:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pause_ray import __version__
 from pause_ray.errors import PauseRayError, StorageError
@@ -217,9 +217,7 @@ def exclusive(path: Path, *, waiting: Callable[[str], None] | None = None) -> It
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked(file):
             file.seek(0)
             holder = file.read().strip() or "another process"
             if waiting is None:
@@ -232,6 +230,28 @@ def exclusive(path: Path, *, waiting: Callable[[str], None] | None = None) -> It
             file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
             file.flush()
         yield
+
+
+def _locked(file: IO[str]) -> bool:
+    """Whether the file's lock is this process's now. Tried twice, since who looks for a holder has it for an instant."""
+    for pause_seconds in (0.05, 0.0):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(pause_seconds)
+        else:
+            return True
+    return False
+
+
+def holder_of(path: Path) -> str | None:
+    """Who holds the lock file ``path``, as ``exclusive`` names them; None if nobody does, or it cannot be told here."""
+    with contextlib.suppress(OSError), path.open(encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip() or "another process"
+    return None
 
 
 @contextlib.contextmanager

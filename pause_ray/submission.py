@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,11 @@ SECRET_NAME = re.compile(r"token|secret|passw|credential|api_?key|access_?key|pr
 SECRET_VALUE = re.compile(r"://[^/\s:@]+:[^/\s@]+@")
 """A URL with a password in it."""
 RUNNING = ("PENDING", "RUNNING")
+ANSWER_SECONDS = 30
+"""For a head to say anything at all."""
+STOP_SECONDS = 600
+"""Between asking a job to end and ending it by force; Ray's own 3 are too few for the running step and its checkpoint."""
+LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +94,7 @@ class Head:
         logging.getLogger("ray").setLevel(logging.WARNING)  # uploads and closed sockets are no news
         self._address = address
         try:
+            requests.get(f"{address}/api/version", timeout=ANSWER_SECONDS)  # the client below waits for ever
             self._client = JobSubmissionClient(address)
             there = str(self._client._do_request("GET", "/api/version").json()["ray_version"])
         except AuthenticationError as error:
@@ -95,6 +102,10 @@ class Head:
         except (ConnectionError, requests.exceptions.RequestException, ValueError, KeyError) as error:
             raise ClusterError(
                 f"{address}: no Ray head answers there; give --address http://HOST:8265, after a tunnel or a port-forward to the head"
+            ) from error
+        except RuntimeError as error:  # what answers is no head, or one before jobs were
+            raise ClusterError(
+                f"{address}: {' '.join(str(error).split())} Give --address the dashboard of a head, http://HOST:8265"
             ) from error
         if there != ray.__version__:
             raise ClusterError(
@@ -128,7 +139,7 @@ class Head:
                     runtime_env={
                         "working_dir": str(job.working_dir),
                         "excludes": [*NOT_SENT, *job.exclude],
-                        "env_vars": dict(job.env),
+                        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **job.env},
                     },
                     metadata={WORK: job.work},
                     entrypoint_num_cpus=job.num_cpus or None,
@@ -158,9 +169,24 @@ class Head:
                 "it goes on as long as the head does: look again with --follow"
             ) from error
 
-    def stop(self, submission_id: str) -> None:
-        """Ask the job to end; what it has finished stays on storage."""
-        self._client.stop_job(submission_id)
+    def stop(self, submission_id: str, *, wait: bool) -> None:
+        """Ask the job to end; what it has finished stays on storage.
+
+        Args:
+            submission_id: Of the job.
+            wait: Return when it has ended, so that the same work can be submitted again.
+
+        Raises:
+            ClusterError: the head is gone.
+        """
+        try:
+            self._client.stop_job(submission_id)
+            while wait and self._client.get_job_status(submission_id).value in RUNNING:
+                time.sleep(LOOK_SECONDS)
+        except (OSError, RuntimeError) as error:
+            raise ClusterError(
+                f"{self._address}: lost sight of {submission_id} ({' '.join(str(error).split())}); look again with --follow"
+            ) from error
 
 
 def _does(details: Any, job: Job) -> bool:

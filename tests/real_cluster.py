@@ -10,14 +10,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import requests
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 START_SECONDS = 240
+ENDS_AT_ONCE = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+"""A raylet that is asked to end waits half a minute for its workers otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,18 +31,22 @@ class RealCluster:
     gcs: str
     """Where further raylets join."""
     token: str
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Of Ray itself, such as ``RAY_health_check_period_ms``."""
 
     @property
     def environment(self) -> dict[str, str]:
         """For processes that may use it."""
-        return {**_bare_environment(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+        return {**_bare_environment(), **self.settings, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
 
 
 @contextlib.contextmanager
-def running_cluster(folder: Path, *, workers: int, cpus: int = 4) -> Iterator[RealCluster]:
+def running_cluster(folder: Path, *, workers: int, cpus: int = 4, settings: Mapping[str, str] | None = None) -> Iterator[RealCluster]:
     """A head without CPUs of its own and ``workers`` raylets of ``cpus`` logical CPUs; all end with the block."""
     port, dashboard = free_port(), free_port()
-    cluster = RealCluster(address=f"http://127.0.0.1:{dashboard}", gcs=f"127.0.0.1:{port}", token=secrets.token_hex(32))
+    cluster = RealCluster(
+        address=f"http://127.0.0.1:{dashboard}", gcs=f"127.0.0.1:{port}", token=secrets.token_hex(32), settings=settings or {}
+    )
     head = ["--head", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--include-dashboard=true"]
     with contextlib.ExitStack() as processes:
 
@@ -63,7 +69,7 @@ def raylet(cluster: RealCluster, arguments: list[str], *, log: Path) -> Iterator
     # Several raylets share this machine, and Ray's defaults for these two are fixed ports.
     ports = [f"--dashboard-agent-listen-port={free_port()}", f"--dashboard-agent-grpc-port={free_port()}"]
     memory = ["--object-store-memory=100000000", "--disable-usage-stats", "--block", *ports]
-    environment = {**cluster.environment, "OMP_NUM_THREADS": "1"}
+    environment = {**ENDS_AT_ONCE, **cluster.environment, "OMP_NUM_THREADS": "1"}
     with log.open("wb") as file:
         process = subprocess.Popen([*RAY, "start", *arguments, *memory], env=environment, stdout=file, stderr=file)
     try:

@@ -83,3 +83,16 @@ def test_groups_without_room_are_those_that_ask_for_what_is_held_and_a_node_coul
     finally:
         for group in groups.values():
             remove_placement_group(group)
+
+
+def test_why_a_cluster_cannot_be_joined_is_told_in_one_line() -> None:
+    versions = (
+        "Version mismatch: The cluster was started with:\n    Ray: 2.9.0\n    Python: 3.10.1\nThis process on 10.0.0.1 was started with:\n"
+    )
+    told = cluster._why_not_joined(f"{versions}    Ray: 2.60.0\n    Python: 3.11.7\n", answers=True)
+    assert told.startswith("the cluster has Ray 2.9.0 and Python 3.10.1, and this machine Ray 2.60.0 and Python 3.11.7; ")
+    assert "RAY_AUTH_TOKEN" in cluster._why_not_joined("Timed out while waiting for GCS to become available.", answers=True)
+    assert "RAY_AUTH_TOKEN" in cluster._why_not_joined("Token authentication is enabled but no token was found", answers=False)
+    assert cluster._why_not_joined("[Errno 111]\nConnection refused", answers=False).startswith(
+        "no Ray cluster answers there ([Errno 111] "
+    )

@@ -38,6 +38,15 @@ def test_nothing_scored_has_no_value() -> None:
     assert ObjectiveSpec(metric="score_middle").value(ROWS[:1]) is None
 
 
+def test_a_search_learns_nothing_from_a_mean_that_leaves_much_out() -> None:
+    told = [row(number, STOCK.needle) for number in range(18)]
+    unscored = [row(number, None) for number in range(18, 22)]
+    objective = ObjectiveSpec()
+    assert objective.learned(told + unscored[:2]) == objective.value(told + unscored[:2]) == 1.0
+    assert objective.learned(told + unscored) is None
+    assert objective.learned([]) is None
+
+
 def test_better_is_more_or_less() -> None:
     assert ObjectiveSpec().better(0.6, 0.5)
     assert ObjectiveSpec(mode="min").better(0.5, 0.6)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pause_ray.preflight import FREE_BYTES, PACKAGES, Gpu, Look, Node, look, problems
+from pause_ray.preflight import FREE_BYTES, FREE_SHARE, PACKAGES, Gpu, Look, Needed, Node, gpus_told, look, problems
 from tests.real_cluster import running_cluster
 from tests.sweep.tiny_sweep import ROOT, write_model, write_sweep
 
@@ -22,19 +22,20 @@ GOOD = Look(
     storage="ok",
     missing=(),
 )
+NEEDED = Needed(gpu_bytes=60 * 10**9, host_bytes=200 * 10**9)
 HEAD = Node(name="10.0.0.1 (head)", gpus=0, look=replace(GOOD, gpus=()))
 WORKER = Node(name="10.0.0.2", gpus=1, look=GOOD)
 
 
 def told(worker: Node) -> str:
-    [problem] = problems([HEAD, worker], needed_gpu_bytes=60 * 10**9)
+    [problem] = problems([HEAD, worker], needed=NEEDED)
     assert problem.node == worker.name
     assert problem.remedy
     return problem.what
 
 
 def test_nodes_that_agree_and_see_the_storage_have_no_problems() -> None:
-    assert problems([HEAD, WORKER, WORKER], needed_gpu_bytes=60 * 10**9) == []
+    assert problems([HEAD, WORKER, WORKER], needed=NEEDED) == []
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,8 @@ def test_nodes_that_agree_and_see_the_storage_have_no_problems() -> None:
         ({"missing": ("/data/essays",)}, "/data/essays is not there"),
         ({"gpus": ()}, "Ray counts 1 GPUs, the driver shows none"),
         ({"gpus": (Gpu(name="T4", memory_bytes=16 * 10**9),)}, "T4 has 16 GB, the plan needs 60 GB"),
+        ({"memory_bytes": 100 * 10**9}, "the machine has 100 GB of memory, the plan needs 200 GB"),
+        ({"free_share": FREE_SHARE / 2}, "the disk of Ray's own files is 98% full"),
     ],
 )
 def test_what_differs_is_told_of_the_node_that_differs(change: dict[str, object], what: str) -> None:
@@ -54,14 +57,49 @@ def test_what_differs_is_told_of_the_node_that_differs(change: dict[str, object]
 
 
 def test_a_worker_without_the_package_is_told_so() -> None:
-    [problem] = problems(
-        [HEAD, Node(name="w", gpus=0, look=None, failure="ModuleNotFoundError: No module named 'pause_ray'")], needed_gpu_bytes=None
-    )
+    [problem] = problems([HEAD, Node(name="w", gpus=0, look=None, failure="ModuleNotFoundError: No module named 'pause_ray'")], needed=None)
     assert problem.remedy.startswith("install pause_ray there")
 
 
 def test_nodes_that_cannot_reach_each_other_are_named() -> None:
-    assert told(replace(WORKER, unreachable=(HEAD.name,))) == "cannot connect to a free port of 10.0.0.1 (head)"
+    assert told(replace(WORKER, unreachable=("the object store of head",))) == "cannot connect to the object store of head"
+
+
+def test_memory_that_the_driver_does_not_tell_is_not_taken_for_none() -> None:
+    unknown = replace(GOOD, gpus=(Gpu(name="Orin", memory_bytes=None),), memory_bytes=0)
+    assert problems([HEAD, replace(WORKER, look=unknown)], needed=NEEDED) == []
+
+
+LISTED = """GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-1)
+  MIG 3g.40gb     Device  0: (UUID: MIG-1)
+  MIG 1g.10gb+me  Device  1: (UUID: MIG-2)
+GPU 1: NVIDIA A100-SXM4-80GB (UUID: GPU-2)
+GPU 2: NVIDIA A100-SXM4-80GB (UUID: GPU-3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("table", "listed", "gpus"),
+    [
+        ("", "", []),
+        ("NVIDIA H100 80GB HBM3, 81559, Disabled\n", "", [("NVIDIA H100 80GB HBM3", 81559 * 2**20)]),
+        ("NVIDIA GeForce RTX 4090, 24564, [N/A]\n", "", [("NVIDIA GeForce RTX 4090", 24564 * 2**20)]),
+        ("Orin (nvgpu), [N/A], [N/A]\n", "", [("Orin (nvgpu)", None)]),
+        (
+            "A100, 81920, Enabled\nA100, 81920, Disabled\nA100, 81920, Enabled\n",
+            LISTED,
+            [
+                ("A100 MIG 3g.40gb", 40 * 10**9),
+                ("A100 MIG 1g.10gb+me", 10 * 10**9),
+                ("A100", 81920 * 2**20),
+                ("A100 MIG without slices", 0),
+            ],
+        ),
+        ("Failed to initialize NVML: Driver/library version mismatch\n", "", []),
+    ],
+)
+def test_gpus_are_those_that_a_process_can_have(table: str, listed: str, gpus: list[tuple[str, int | None]]) -> None:
+    assert [(gpu.name, gpu.memory_bytes) for gpu in gpus_told(table, listed=listed)] == gpus
 
 
 def test_a_storage_root_of_this_node_alone_is_not_taken_for_the_shared_one(tmp_path: Path) -> None:
@@ -72,6 +110,16 @@ def test_a_storage_root_of_this_node_alone_is_not_taken_for_the_shared_one(tmp_p
     found = look(tmp_path, probe="x", paths=[str(tmp_path), str(tmp_path / "gone")])
     assert (found.storage, found.missing) == ("ok", (str(tmp_path / "gone"),))
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def why_not_joined(environment: dict[str, str]) -> str:
+    """The one line of whoever would join that cluster."""
+    code = "import sys\nfrom pause_ray.cli.main import main\nfrom pause_ray import cluster\n"
+    code += "from pause_ray.cli.terminal import app\n@app.command()\ndef join():\n    with cluster.connection(): pass\nmain()"
+    done = subprocess.run([sys.executable, "-c", code, "join"], env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    return " ".join(done.stderr.split())
 
 
 @pytest.mark.ray
@@ -106,4 +154,9 @@ def test_every_node_of_a_real_cluster_is_looked_at(tmp_path: Path) -> None:
         assert code == 2
         assert [problem["node"] for problem in found["problems"]] == ["driver"]
         assert "MLflow at http://127.0.0.1:9" in str(found["problems"][0]["what"])
+        for change, told in (
+            ({"RAY_AUTH_TOKEN": None, "HOME": str(tmp_path / "nobody")}, "the cluster's token is missing here or is another one"),
+            ({"RAY_ADDRESS": "127.0.0.1:9"}, "no Ray cluster answers there"),
+        ):
+            assert told in why_not_joined({name: its for name, its in {**env, **change}.items() if its is not None})
     assert not list((tmp_path / "runs").glob(".preflight-*")), "nothing is left behind"

@@ -13,6 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from pause_ray.cli.planning import GPU_TABLE
 from pause_ray.cli.terminal import AsJson, Sets, SpecFile, app, err, out, print_json
 from pause_ray.errors import ClusterError, SpecError, TrackingError
 from pause_ray.spec import parse_assignments
@@ -39,8 +40,10 @@ def submit(
     label: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="The driver runs on a node with this label.")] = None,
     cpus: Annotated[float, typer.Option(min=0, help="Logical CPUs of the driver; 0, without labels, puts it on the head.")] = 0,
     follow: Annotated[bool, typer.Option("--follow", help="Start nothing: show what the running job of this sweep says.")] = False,
-    stop: Annotated[bool, typer.Option("--stop", help="Start nothing: end the running job of this sweep.")] = False,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as the job is submitted.")] = False,
+    stop: Annotated[
+        bool, typer.Option("--stop", help="Start nothing: end the running job of this sweep, and wait until it has ended.")
+    ] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as the job is submitted, or asked to end.")] = False,
     set_: Sets = None,
     as_json: AsJson = False,
 ) -> None:
@@ -64,7 +67,8 @@ def submit(
             raise ClusterError(f"{address}: no running job does this: {job.command}")
         submission_id = running
     if stop:
-        head.stop(submission_id)
+        with err.status(f"{submission_id} ends: the running training writes a checkpoint, running cells are answered"):
+            head.stop(submission_id, wait=not no_wait)
     if stop or no_wait:
         print_json({"job": submission_id}) if as_json else out.print(submission_id, highlight=False)
         return
@@ -156,8 +160,8 @@ def look_at_cluster(planned: Sequence[PlannedTrial], *, storage: str, name: str,
             nodes = preflight.look_at_nodes(root.root, probe=probe.name, paths=preflight.named_paths(trials))
     finally:
         probe.unlink()
-    gpus = sum(node.gpus for node in nodes)
-    found = preflight.problems(nodes, needed_gpu_bytes=preflight.needed_gpu_bytes(trials) if gpus else None)
+    gpus = max((node.gpus for node in nodes), default=0)
+    found = preflight.problems(nodes, needed=preflight.needed_memory(trials, gpus_per_node=gpus) if gpus else None)
     found += _mlflow_problems(root, experiment=name)
     if as_json:
         print_json({"nodes": [asdict(node) for node in nodes], "problems": [asdict(problem) for problem in found]})
@@ -165,6 +169,42 @@ def look_at_cluster(planned: Sequence[PlannedTrial], *, storage: str, name: str,
         _show_nodes(nodes, found)
     if found:
         raise typer.Exit(2)
+
+
+def hold_to_file(planned: Sequence[PlannedTrial], file: Path, *, storage: str) -> list[str]:
+    """What of a cluster file does not do for the trials; of each arm its first and last are looked at.
+
+    Raises:
+        UserError: a file that cannot be read, or a trial that cannot be planned.
+    """
+    from pause_ray.offers import misfits, pieces_of, read_offers
+    from pause_ray.plan import Site, read_gpus
+    from pause_ray.sweep.plans import Plans
+
+    if not Path(GPU_TABLE).is_file():
+        raise SpecError(f"--cluster-file {file}: no {GPU_TABLE} from {Path.cwd()}; run where the project's cluster folder is")
+    offers, table = read_offers(file), {gpu.name: gpu for gpu in read_gpus(Path(GPU_TABLE)).gpus}
+    memory_gb = {name: gpu.memory_gb for name, gpu in table.items()}
+    plans = Plans(Storage(Path(storage).expanduser().absolute()))
+    ends = {trial.arm: trial for trial in reversed(planned)} | {f"{trial.arm} ": trial for trial in planned}
+    found: dict[str, None] = {}
+    with err.status("planning trials on the nodes of the file"):
+        for trial in ends.values():
+            workers = max(1, trial.spec.resources.worker_bounds[0]) if "worker" in pieces_of(trial.spec) else 1
+            sites = {
+                offer.name: Site(
+                    gpu=table[offer.gpu],
+                    gpus=workers,
+                    gpus_per_node=max(1, int(offer.gpus)),
+                    utilization=1.0,
+                    network_gb_per_second=1.0,  # times do not matter here
+                )
+                for offer in offers
+                if offer.gpu in table
+            }
+            on_each = {name: plans.plan(trial, site=site) for name, site in sites.items()}
+            found |= dict.fromkeys(misfits(trial.spec, on_each, offers=offers, memory_gb=memory_gb, origin=file))
+    return list(found)
 
 
 def _mlflow_problems(storage: Storage, *, experiment: str) -> list[Problem]:
@@ -186,8 +226,8 @@ def _show_nodes(nodes: Sequence[Node], found: Sequence[Problem]) -> None:
         table.add_column(heading)
     for node in nodes:
         its = node.look
-        gpus = ", ".join(f"{gpu.name} {gpu.memory_bytes / 1e9:.0f} GB" for gpu in its.gpus) if its and its.gpus else f"{node.gpus:g}"
-        free = f"{its.free_bytes / 1e9:,.0f} GB" if its and its.free_bytes is not None else "–"
+        gpus = ", ".join(f"{gpu.name} {_gigabytes(gpu.memory_bytes)}" for gpu in its.gpus) if its and its.gpus else f"{node.gpus:g}"
+        free = _gigabytes(its.free_bytes if its else None)
         packages = ", ".join(f"{name} {its.versions.get(name, '–')}" for name in ("ray", "torch", "pause_ray")) if its else "–"
         table.add_row(node.name, gpus, free, packages)
     out.print(table)
@@ -195,3 +235,9 @@ def _show_nodes(nodes: Sequence[Node], found: Sequence[Problem]) -> None:
         out.print(f"[red]{escape(problem.node)}[/]: {escape(problem.what)}; {escape(problem.remedy)}", highlight=False, soft_wrap=True)
     if not found:
         out.print("nothing is wrong with them", highlight=False)
+    if len(nodes) == 1:
+        out.print("nodes that an autoscaler starts later are not among them; look again when they are there", highlight=False)
+
+
+def _gigabytes(size: int | None) -> str:
+    return "–" if size is None else f"{size / 1e9:,.0f} GB"

@@ -14,11 +14,11 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from pause_ray import __version__
-from pause_ray.cli import clusters, making, planning, reading, sweeping
+from pause_ray.cli import clusters, making, planning, reading, sweeping, watching
 from pause_ray.cli.terminal import app, err
 from pause_ray.errors import UserError
 
-__all__ = ["app", "clusters", "main", "making", "planning", "reading", "sweeping"]
+__all__ = ["app", "clusters", "main", "making", "planning", "reading", "sweeping", "watching"]
 
 
 def _version(wanted: bool) -> None:

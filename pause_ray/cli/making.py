@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pause_ray.cli.clusters import look_at_cluster
+from pause_ray.cli.clusters import hold_to_file, look_at_cluster
 from pause_ray.cli.files import expect, kind_of
 from pause_ray.cli.sweeping import run_and_report
 from pause_ray.cli.terminal import DEFAULT_STORAGE, AsJson, Sets, SpecFile, StageProgress, StorageRoot, app, err, out, print_json, program
@@ -33,16 +33,20 @@ def check(
     as_json: AsJson = False,
     resolve: Annotated[bool, typer.Option("--resolve", help="Also fetch the models and texts, and check lengths and markers.")] = False,
     cluster: Annotated[bool, typer.Option("--cluster", help="Also look at every node of the cluster that this runs on.")] = False,
+    cluster_file: Annotated[
+        Path | None, typer.Option(help="Also say which nodes of this file (of `ray up`, or KubeRay's) are too few or too small.")
+    ] = None,
     storage: StorageRoot = DEFAULT_STORAGE,
 ) -> None:
     """Check the file of a sweep or a trial and list its trials, or that of a suite and list its cells, without starting anything.
 
     Examples: `pause-ray check sweeps/quickstart.yaml --set search.pauses.every.grid='[1, 2]'`;
-    `pause-ray check eval/suites/lattice.yaml`
+    `pause-ray check eval/suites/lattice.yaml`; `pause-ray check sweeps/scale_70b.yaml --cluster-file cluster/aws.yaml`
     """
     if kind_of(spec) == "suite":
-        if cluster:
-            raise SpecError(f"{spec}: a suite needs no cluster; check the file of a sweep or a trial with --cluster")
+        if cluster or cluster_file:
+            option = "--cluster" if cluster else "--cluster-file"
+            raise SpecError(f"{spec}: a suite needs no cluster; check the file of a sweep or a trial with {option}")
         if resolve:
             raise SpecError(
                 f"{spec}: a suite names no model, so --resolve has nothing to fetch; see pause-ray eval {spec} --model M --dry-run"
@@ -50,6 +54,9 @@ def check(
         _check_suite(read_suite(spec, parse_assignments(set_ or [])), spec, as_json=as_json)
         return
     planned, points_to_come = _plan(spec, set_)
+    misfits = hold_to_file(planned, cluster_file, storage=storage) if cluster_file else []
+    if misfits:
+        raise SpecError("\n".join(misfits))
     if cluster:
         look_at_cluster(planned, storage=storage, name=str(read_yaml(spec).get("name", spec.stem)), as_json=as_json)
         return

@@ -135,6 +135,7 @@ def run_and_report(spec: SweepSpec, *, storage: str, as_json: bool, budget: Budg
             after_trial=tracker.trial_ended,
             budget=budget,
         )
+        tracker.interrupted = outcome.interrupted
         results = read_results(outcome.folder, root)
         export_best(results, root)
         path = write_report(results, root)
@@ -169,7 +170,9 @@ def _say_what_next(folder: Path, path: Path, storage: Storage, logged: LoggedSwe
     from pause_ray.tracking.store import tracking_uri, without_secrets
 
     pause_ray = program("pause-ray")
-    where = "" if storage.root == Path(DEFAULT_STORAGE).absolute() else f" --storage {shlex.quote(str(storage.root))}"
+    # By looking: a job's copied working directory, and with it an absolute path to it, may be gone by now.
+    is_default = Path(DEFAULT_STORAGE).exists() and Path(DEFAULT_STORAGE).samefile(storage.root)
+    where = "" if is_default else f" --storage {shlex.quote(str(storage.root))}"
     lines = [f"\nreport      {path}"]
     if logged is None:
         lines.append(f"to MLflow   {pause_ray} report {folder.name} --log{where}   (what it could not take is on storage)")

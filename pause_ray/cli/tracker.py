@@ -50,6 +50,8 @@ class Tracker:
         """Held while anything is sent: the store's own lock is for other processes."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._send_regularly, name="mlflow", daemon=True)
+        self.interrupted = False
+        """Whether the user stopped what runs, and it came to an end that is no error."""
         self.logged: LoggedSweep | None = None
         """Where the sweep is, or None if the last attempt to log it failed."""
 
@@ -62,7 +64,8 @@ class Tracker:
         self._ended.set()
         self._thread.join()
         self._send_waiting()
-        live, status = self._live, "KILLED" if isinstance(error, KeyboardInterrupt | StoppedError) else "FAILED"
+        stopped = self.interrupted or isinstance(error, KeyboardInterrupt | StoppedError)
+        live, status = self._live, "KILLED" if stopped else "FAILED"
         if live is not None and not self._is_away:
             self._tried(lambda: live.end(status=status))
 

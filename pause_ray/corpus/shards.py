@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -402,6 +403,10 @@ def _through(batch: pa.Table, step: Step) -> Iterator[pa.Table]:
                 yield _table([result])
         except UserError as error:
             yield _table([{"failure": str(error), "class": type(error).__name__}])
+        except FileNotFoundError as error:
+            where = f"{error.filename or error}: no such file or folder on {socket.gethostname()}"
+            told = f"{where}; name texts and --storage by paths that are the same on every node"
+            yield _table([{"failure": told, "class": StorageError.__name__}])
 
 
 def _or_raise(item: JsonObject) -> JsonObject:
@@ -415,8 +420,8 @@ def _table(items: Sequence[JsonObject]) -> pa.Table:
 
 
 def _tasks_at_once() -> int | None:
-    """On one machine, as many as it has cores, since its logical CPUs may be more; on a cluster, what Ray has places for."""
-    return (os.cpu_count() or 1) if len(ray.nodes()) == 1 else None
+    """On this machine, as many as it has cores, since its logical CPUs may be more; on a cluster, what Ray has or gets places for."""
+    return None if os.environ.get("RAY_ADDRESS") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

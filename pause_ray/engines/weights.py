@@ -54,8 +54,7 @@ def load_base(
             **_placement(device, dtype=dtype, quantize=quantize),
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"model folder {model_dir}: transformers cannot load it ({reason})") from error
+        raise ModelError(f"model folder {model_dir}: transformers cannot load it ({_reason(error)})") from error
     if device != SPREAD and quantize is None:
         model = model.to(device)
     hold_positions(model)
@@ -63,6 +62,12 @@ def load_base(
     if marker is not None:
         add_marker_row(model, marker)
     return model.eval()
+
+
+def _reason(error: Exception) -> str:
+    """In one line; where transformers proposes to run the model's own code, that this is not done."""
+    told = " ".join(str(error).split())
+    return "it has no code for this kind of model, and a model's own is never run here" if "trust_remote_code" in told else told
 
 
 def _placement(device: str, *, dtype: str, quantize: str | None) -> dict[str, Any]:
@@ -110,7 +115,7 @@ def empty_base(model_dir: Path, *, dtype: str, marker: MarkerToken | None, quant
                 config, dtype=getattr(torch, dtype), trust_remote_code=False
             )
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model folder {model_dir}: transformers cannot build it ({' '.join(str(error).split())})") from error
+        raise ModelError(f"model folder {model_dir}: transformers cannot build it ({_reason(error)})") from error
     hold_positions(model)
     model.name_or_path = str(model_dir)  # an adapter's configuration says what it was made for
     model.tie_weights()

@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pause_ray.engines.engine import Engine, EngineSpec, HfEngineSpec, LoadedAs
+from pause_ray.logs import about, write_lines
 from pause_ray.needle.answer import Condition, OtherwiseEngine, Reader, answer_cells, answer_otherwise, planned
 from pause_ray.needle.haystack import Haystack, load_haystack, prompt_builder
 from pause_ray.needle.ledger import CellResult
+from pause_ray.needle.tally import Asked
 from pause_ray.needle.task import Cell, SuiteSpec
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.tokens import ModelTokenizer, resolve_marker
+
+log = logging.getLogger("pause_ray")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,10 @@ class ScoringJob:
     loaded: LoadedAs
     condition: Condition
     cache: Path
+    trial: str = ""
+    """How log lines name the trial."""
+    asked: Asked = "grid"
+    """Why; for those who count."""
 
     @property
     def base(self) -> tuple[object, ...]:
@@ -56,6 +64,7 @@ class ScoringActor:
         self._haystack: tuple[object, Haystack] | None = None
         self._reader: tuple[object, Reader] | None = None
         self._stopped_run: int | None = None
+        write_lines()
 
     def ready(self) -> int:
         """The actor's process, as soon as it is up."""
@@ -67,28 +76,36 @@ class ScoringActor:
 
     def answer(self, run: int, job: ScoringJob, cells: list[Cell]) -> Iterator[list[Cell] | CellResult]:
         """First the cells in the order of their walk, then their results one by one, until ``stop``."""
-        engine, reader = self._engine_of(job.engine), self._reader_of(job)
-        engine.use(job.loaded)
-        local = job.engine if isinstance(job.engine, HfEngineSpec) else HfEngineSpec()
-        asked = planned(cells, reader=reader, grain_tokens=engine.grain_tokens, reuse=local.reuse, drafts=local.drafts)
-        yield [cell for cell, _ in asked]
-        for result in answer_cells(asked, engine=engine, reader=reader, condition=job.condition):
-            yield result
-            if self._stopped_run == run:
-                return
+        with about(job.trial):
+            log.info("answering %d cells (%s)", len(cells), job.asked)
+            engine, reader = self._engine_of(job.engine), self._reader_of(job)
+            engine.use(job.loaded)
+            local = job.engine if isinstance(job.engine, HfEngineSpec) else HfEngineSpec()
+            asked = planned(cells, reader=reader, grain_tokens=engine.grain_tokens, reuse=local.reuse, drafts=local.drafts)
+            named = {cell.id: cell for cell in cells}
+            yield [cell for cell, _ in asked]
+            for result in answer_cells(asked, engine=engine, reader=reader, condition=job.condition):
+                if result.unscored_reason is not None:
+                    log.warning("%s: not scored: %s", named[result.cell_id].words, result.unscored_reason)
+                yield result
+                if self._stopped_run == run:
+                    return
 
     def answer_otherwise(self, run: int, job: ScoringJob, cells: list[Cell]) -> Iterator[CellResult]:
         """Results of the cells computed in other shapes, one by one, until ``stop``."""
-        engine = self._engine_of(job.engine)
-        engine.use(job.loaded)
-        if not isinstance(engine, OtherwiseEngine):
-            raise TypeError(f"engine {engine.name} cannot compute an answer in other shapes")
-        reader = self._reader_of(job)
-        for cell in cells:
-            [result] = answer_otherwise([cell], engine=engine, reader=reader, condition=job.condition)
-            yield result
-            if self._stopped_run == run:
-                return
+        with about(job.trial):
+            log.info("answering %d cells again in other shapes", len(cells))
+            engine = self._engine_of(job.engine)
+            engine.use(job.loaded)
+            if not isinstance(engine, OtherwiseEngine):
+                raise TypeError(f"engine {engine.name} cannot compute an answer in other shapes")
+            reader = self._reader_of(job)
+            for cell in cells:
+                with about(cell.words):
+                    [result] = answer_otherwise([cell], engine=engine, reader=reader, condition=job.condition)
+                yield result
+                if self._stopped_run == run:
+                    return
 
     def _engine_of(self, spec: EngineSpec) -> Engine:
         """The engine of a spec; the last one is kept, since the trials of a sweep mostly share it."""

@@ -20,8 +20,10 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTa
 
 from pause_ray import cluster
 from pause_ray.errors import FleetError, StoppedError
+from pause_ray.logs import about, write_lines
 from pause_ray.needle.actor import ScoringActor, ScoringJob
 from pause_ray.needle.ledger import CellResult
+from pause_ray.needle.tally import FleetState, Tally
 from pause_ray.needle.task import Cell
 from pause_ray.needle.turns import Run, Turns, wanted_actors
 
@@ -41,20 +43,6 @@ ROOM_PATIENCE_SECONDS = 30.0
 """Somebody who waits longer for what actors hold gets an actor that is at work, and after as long again the next."""
 ABANDONED_SECONDS = 300.0
 """An actor that is still at a cell that nobody has waited for since then is taken to hang, and ended."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FleetState:
-    """A moment of the fleet."""
-
-    pids: tuple[int, ...]
-    """Processes of the actors that are up."""
-    coming: int
-    """Actors that are starting, or for which there is no room."""
-    orders: int
-    """Calls that wait for answers."""
-    waiting_cells: int
-    """Cells that no actor has yet."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -138,6 +126,8 @@ class Broker:
         )
         self._engine = engine
         self._turns = Turns()
+        self._tally = Tally()
+        write_lines()
         self._callers: dict[str, _Caller] = {}
         self._actors: list[_Actor] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -214,7 +204,12 @@ class Broker:
         """How things are."""
         up = [actor.pid for actor in self._actors if actor.pid is not None]
         return FleetState(
-            pids=tuple(up), coming=len(self._actors) - len(up), orders=len(self._callers), waiting_cells=self._turns.waiting_cells
+            pids=tuple(up),
+            busy=sum(actor.run is not None for actor in self._actors),
+            coming=len(self._actors) - len(up),
+            orders=len(self._callers),
+            waiting_cells=self._turns.waiting_cells,
+            answered=self._tally.answered,
         )
 
     async def close(self) -> None:
@@ -305,7 +300,8 @@ class Broker:
             self._tell_to_end(run)
         for actor in list(self._actors):
             if actor.run and actor.run.order.key not in self._callers and now - actor.run.answered > ABANDONED_SECONDS:
-                log.warning("a scoring actor has been at a cell that nobody waits for since %g s; it is ended", ABANDONED_SECONDS)
+                words = next((cell.words for cell in actor.run.owed.values()), "cells")
+                log.warning("a scoring actor has been at %s, that nobody waits for, since %g s; it is ended", words, ABANDONED_SECONDS)
                 self._retire(actor)
 
     def _tell_to_end(self, run: Run) -> None:
@@ -386,6 +382,7 @@ class Broker:
                     self._turns.begun(run, result)
                     continue
                 self._turns.answered(run, result.cell_id, now=time.monotonic())
+                self._tally.add(result, asked="recheck" if caller.otherwise else caller.job.asked)
                 caller.results.append(result)
                 caller.news.set()
         except RayTaskError as error:
@@ -418,13 +415,14 @@ class Broker:
             return
         cell = next(iter(run.owed.values()))
         caller.losses[cell.id] += 1
-        place = f"cell of {cell.context_tokens} tokens at depth {cell.depth_percent:g} %"
         reason = " ".join(str(error).split())
         if caller.losses[cell.id] >= MOST_LOSSES_PER_CELL:
-            told = f"{caller.losses[cell.id]} scoring actors were lost at or soon after the {place}; the last one: {reason}"
+            told = f"{caller.losses[cell.id]} scoring actors were lost at or soon after the {cell.words}; the last one: {reason}"
             self._fail(run.order.key, FleetError(told))
             return
-        log.warning("a scoring actor was lost at or soon after the %s; its %d cells are asked again (%s)", place, len(run.owed), reason)
+        with about(caller.job.trial):
+            told = "a scoring actor was lost at or soon after the %s; its %d cells are asked again (%s)"
+            log.warning(told, cell.words, len(run.owed), reason)
 
     async def _until_gone(self, key: str, caller: Any) -> None:
         """End the order when its caller's process has died: a call that waits behind the caller's own fails at once then."""
@@ -432,7 +430,7 @@ class Broker:
             try:
                 await caller.__ray_ready__.remote()
             except ActorUnavailableError:
-                log.info("a trial's process cannot be reached for the moment")
+                log.info("%s: its process cannot be reached for the moment", self._callers[key].job.trial)
             except RayActorError:
                 await self.leave(key)
                 return

@@ -19,8 +19,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pause_ray.engines.engine import Engine
 from pause_ray.errors import FleetError, PauseRayError
 from pause_ray.needle.actor import ScoringJob
-from pause_ray.needle.broker import Broker, FleetState, Taken
+from pause_ray.needle.broker import Broker, Taken
 from pause_ray.needle.ledger import CellResult
+from pause_ray.needle.tally import FleetState
 from pause_ray.needle.task import Cell
 
 MOST_CALLERS = 10_000
@@ -114,9 +115,13 @@ class Fleet:
         """Let running cells be answered, then end every call of ``score``, now and later, with ``StoppedError``."""
         ray.get(self.broker.finish.remote())
 
-    def state(self) -> FleetState:
-        """How many actors there are, and what waits for them."""
-        state: FleetState = ray.get(self.broker.state.remote())
+    def state(self, *, timeout_seconds: float | None = None) -> FleetState:
+        """How many actors there are, what waits for them, and what they have answered.
+
+        Raises:
+            RayError: the broker does not answer in this time; None waits for ever.
+        """
+        state: FleetState = ray.get(self.broker.state.remote(), timeout=timeout_seconds)
         return state
 
     def stop(self) -> None:

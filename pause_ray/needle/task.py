@@ -163,6 +163,11 @@ class Cell:
         return digest(asked)
 
     @property
+    def words(self) -> str:
+        """For a line of a log: ``cell of 4096 tokens at depth 50 % (1c3e52d7)``."""
+        return f"cell of {self.context_tokens} tokens at depth {self.depth_percent:g} % ({self.id[:8]})"
+
+    @property
     def references(self) -> tuple[str, ...]:
         """Of all facts."""
         return tuple(reference for fact in self.facts for reference in fact.references)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,16 +29,21 @@ from pause_ray.spec import JsonObject
 from pause_ray.storage import Storage
 from pause_ray.sweep.board import Failure
 from pause_ray.sweep.governed import run_governed
+from pause_ray.sweep.heartbeat import Heartbeat
 from pause_ray.sweep.line import WaitingLine
 from pause_ray.sweep.log import SearchLog
 from pause_ray.sweep.places import Places
 from pause_ray.sweep.progress import SweepProgress
 from pause_ray.sweep.rounds import Rounds, SweepTrial
 from pause_ray.sweep.rungs import governed
+from pause_ray.sweep.shortage import ShortageWatch
 from pause_ray.sweep.spec import SweepSpec
 from pause_ray.sweep.tuning import NOT_YET, Shared, lost_trials, run_trials
 from pause_ray.sweep.watch import Watch, start_board
 from pause_ray.trial.companions import companions, leaders_first
+
+MOST_LOSSES = 3
+"""A trial whose process was lost so often (with its node, or for want of memory) has failed."""
 
 
 class PostedTrials(Mapping[str, SweepTrial]):
@@ -83,12 +90,16 @@ class Execution:
     board: Any
     watch: Watch
     progress: SweepProgress
+    heartbeat: Heartbeat
+    shortage: ShortageWatch
     line: WaitingLine
     posted: PostedTrials
     log: SearchLog
     after_trial: Callable[[], None]
     running: set[str] = field(default_factory=set)
     """Trials that have begun and not ended."""
+    losses: Counter[str] = field(default_factory=Counter)
+    """How often a trial's process was lost."""
     errors: list[UserError] = field(default_factory=list)
     """What kept the next round from being prepared; Tune would wrap it in its own."""
 
@@ -124,6 +135,7 @@ class Execution:
                     )
                 )
             left_out = self.rounds.left_out()
+            self.heartbeat.leave_out(left_out)
             self._let_wait(key for key in waiting if key not in judged and key not in left_out)
             if self.line.ended_by is None:
                 self._hear_of_losses(
@@ -131,8 +143,8 @@ class Execution:
                         self.sweep,
                         shared,
                         places=self.places,
-                        next_trial=self._next_trial,
-                        ended=self._ended,
+                        next_trial=functools.partial(self._next_trial, may_return=True),
+                        ended=functools.partial(self._ended, may_return=True),
                         after_trial=self.after_trial,
                     )
                 )
@@ -146,8 +158,11 @@ class Execution:
             for key, (message, trace) in self.watch.failures.items()
         )
 
-    def _next_trial(self) -> str | None:
-        """As for ``Asking``: who is next in line, when it is empty and all have ended of the next round."""
+    def _next_trial(self, *, may_return: bool = False) -> str | None:
+        """As for ``Asking``: who is next in line, when it is empty and all have ended of the next round.
+
+        While trials run that ``may_return`` to the line when they are lost, it is not known whether there is another.
+        """
         self.watch.look()
         key = self.line.next()
         while key is None and self.line.ended_by is None and not self.rounds.are_known:
@@ -166,12 +181,20 @@ class Execution:
             key = self.line.next()
         if key is not None:
             self.running.add(key)
+        elif may_return and self.running and self.line.ended_by is None:
+            return NOT_YET
         return key
 
-    def _ended(self, key: str, lost: str | None) -> None:
+    def _ended(self, key: str, lost: str | None, *, may_return: bool = False) -> None:
         self.running.discard(key)
         self.watch.look()
-        if lost is not None:
+        if lost is None:
+            return
+        self.losses[key] += 1
+        if may_return and self.losses[key] < MOST_LOSSES and self.watch.forgive(key):
+            self.progress.say(f"{self.rounds.trials[key].planned.label}: {lost}; it begins again where it was")
+            self.line.add([key])
+        else:
             self.watch.note_lost(key)
 
     def _hear_of_losses(self, results: Any) -> None:
@@ -182,6 +205,7 @@ class Execution:
     def _admit(self, trials: Mapping[str, SweepTrial]) -> list[str]:
         """Count trials as work; those whose training rows are on storage now, in their order. For the others the board says why."""
         self.progress.add({key: (trial.planned.label, trial.planned.spec) for key, trial in trials.items()})
+        self.heartbeat.expect(trials)
         self.line.expect({key: trial.planned.arm for key, trial in trials.items()})
         failed = self._make_rows(trials)
         runnable = {
@@ -215,7 +239,8 @@ class Execution:
         for keys in sharing.values():
             job, label = jobs[keys[0]], trials[keys[0]].planned.label
             try:
-                rows = build_shards(job, storage=self.storage, progress=self.progress.showing(f"text for {label}"))
+                show = self.shortage.noticing(self.progress.showing(f"text for {label}"))
+                rows = build_shards(job, storage=self.storage, progress=show)
             except UserError as error:
                 failed |= dict.fromkeys(keys, str(error))
                 continue
@@ -252,7 +277,13 @@ def executing(
     Raises:
         SpecError: the cluster has no room for them.
     """
+
+    def note_step(key: str, row: JsonObject) -> None:
+        heartbeat.note_step(key, row)
+        after_step(rounds.folder, key, row)
+
     with cluster.connection():
+        cluster.hold_shared_actor_here()
         places = Places.of(sweep, [trial.planned.spec for trial in trials.values()])
         board = start_board()
         with _fleet(places) as fleet:
@@ -260,12 +291,25 @@ def executing(
                 board,
                 line,
                 timeout_minutes=sweep.trial_timeout_minutes,
-                after_step=lambda key, row: after_step(rounds.folder, key, row),
+                after_step=note_step,
                 finish=fleet.finish,
                 label=lambda key: rounds.trials[key].planned.label,
                 say=lambda text: progress.say(text),
             )
-            with SweepProgress(console, watch.states) as progress, watch:
+            with (
+                ShortageWatch(lambda text: progress.say(text)) as shortage,
+                SweepProgress(console, lambda: shortage.hears(watch.states())) as progress,
+                Heartbeat(
+                    rounds,
+                    storage=storage,
+                    places=places,
+                    fleet=fleet,
+                    progress=progress,
+                    failures=lambda: dict(watch.failures),
+                    ended_by=lambda: line.ended_by,
+                ) as heartbeat,
+                watch,
+            ):
                 yield Execution(
                     sweep=sweep,
                     rounds=rounds,
@@ -275,6 +319,8 @@ def executing(
                     board=board,
                     watch=watch,
                     progress=progress,
+                    heartbeat=heartbeat,
+                    shortage=shortage,
                     line=line,
                     posted=PostedTrials(board),
                     log=log,

@@ -28,7 +28,7 @@ from pause_ray.sweep.progress import TrialState
 from pause_ray.sweep.rounds import SweepTrial
 from pause_ray.sweep.rungs import Schedule
 from pause_ray.sweep.spec import SweepSpec
-from pause_ray.sweep.tuning import INTERRUPTED, Asking, Shared, tuned
+from pause_ray.sweep.tuning import INTERRUPTED, Asking, Shared, one_trial, tuned
 from pause_ray.trial.proxy import proxy_lengths
 
 HEAD = "node:__internal_head__"
@@ -198,20 +198,23 @@ def run_governed(
     keys = _in_order(trials, schedule.settled, next_trial)
     waits = isinstance(judge, HyperBandScheduler)
     trainable = tune.with_parameters(GovernedTrial, shared=shared, schedule=schedule, verdicts=verdicts)
-    with _all_pending(len(trials)) if waits else contextlib.nullcontext():
-        return tuned(
-            tune.with_resources(trainable, _side_by_side(places) if waits else places.of_one_trial()),
-            tune.TuneConfig(
-                scheduler=judge,
-                search_alg=Asking(lambda: next(keys, None), ended=ended),
-                num_samples=-1,
-                reuse_actors=True,
-                max_concurrent_trials=None if waits else places.concurrent_trials,
-            ),
-            name=sweep.name,
-            storage=shared.storage,
-            callbacks=[_Ends(minutes, after_trial)],
-        )
+    try:
+        with _all_pending(len(trials)) if waits else contextlib.nullcontext():
+            return tuned(
+                tune.with_resources(trainable, _side_by_side(places) if waits else one_trial(places)),
+                tune.TuneConfig(
+                    scheduler=judge,
+                    search_alg=Asking(lambda: next(keys, None), ended=ended),
+                    num_samples=-1,
+                    reuse_actors=True,
+                    max_concurrent_trials=None if waits else places.concurrent_trials,
+                ),
+                name=sweep.name,
+                storage=shared.storage,
+                callbacks=[_Ends(minutes, after_trial)],
+            )
+    finally:
+        ray.kill(verdicts)
 
 
 def _in_order(trials: Mapping[str, SweepTrial], settled: frozenset[str], next_trial: Callable[[], str | None]) -> Iterator[str | None]:
@@ -246,11 +249,8 @@ def _side_by_side(places: Places) -> tune.PlacementGroupFactory:
 
     Tune's own limit counts paused trials too, and keeps back those that a paused one waits for.
     """
-    one = places.of_one_trial()
-    trial = {"CPU": one["cpu"], "GPU": one.get("gpu", 0)}
     # Rounded to what Ray counts in; the rest of the head is for Ray Train, which takes a thousandth for each training.
-    share = math.floor(10_000 / (places.concurrent_trials + 0.5)) / 10_000
-    return tune.PlacementGroupFactory([{name: amount for name, amount in trial.items() if amount}, {HEAD: share}])
+    return one_trial(places, beside={HEAD: math.floor(10_000 / (places.concurrent_trials + 0.5)) / 10_000})
 
 
 @contextlib.contextmanager

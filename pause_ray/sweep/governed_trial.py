@@ -77,7 +77,8 @@ class GovernedTrial(TuneTrial):
         if is_settled:
             return self._end({})
         reports = self._reports()
-        result = guarded(reports, lambda: self._next_rung(reports) or self._finish_training(reports))
+        with self._named():
+            result = guarded(reports, lambda: self._next_rung(reports) or self._finish_training(reports))
         if not result.get(tune.result.DONE):
             return result
         self._end_training()

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from pause_ray import cluster
+from pause_ray import cluster, demand
 from pause_ray.engines.engine import HfEngineSpec
 from pause_ray.sweep.spec import SweepSpec
 from pause_ray.trial.prepare import PreparedTrial
 from pause_ray.trial.spec import Resources, TrialSpec
 
 log = logging.getLogger("pause_ray")
+
+GPU_FIELDS = ("train_gpus_per_worker", "scoring_gpus_per_actor")
+"""Of ``Resources``: what is decided by the cluster as it is now where the spec leaves it open."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,8 @@ class Places:
     trains: bool
     """Whether any trial does."""
     concurrent_trials: int = 1
+    trial_labels: Mapping[str, str] = field(default_factory=dict)
+    """Of the nodes that trials' own processes run on; none where they may run anywhere."""
 
     @classmethod
     def of(cls, sweep: SweepSpec, trials: Sequence[TrialSpec]) -> Places:
@@ -36,17 +42,22 @@ class Places:
         Raises:
             SpecError: they can never have them.
         """
-        resources, gpus = trials[0].resources, cluster.total_gpus()  # the same for all trials of a sweep
+        resources, gpus = trials[0].resources, cluster.total("GPU")  # the same for all trials of a sweep
         here = any(isinstance(trial.engine, HfEngineSpec) for trial in trials)
         share = min(1.0, gpus / 2 if here else gpus)
         train = share if resources.train_gpus_per_worker is None else resources.train_gpus_per_worker
         scoring = share * here if resources.scoring_gpus_per_actor is None else resources.scoring_gpus_per_actor
+        open_fields = [name for name in GPU_FIELDS if getattr(resources, name) is None]
+        if here and not gpus and open_fields and not cluster.is_known_to_grow_no_further():
+            named = " and ".join(f"resources.{name}" for name in open_fields)
+            log.warning("the cluster has no GPU now, so none is asked for; if it can start machines with GPUs, say how many with %s", named)
         if train and not resources.train_workers and resources.scoring_bounds[0] < resources.scoring_bounds[1]:
             # Tune holds what a trial's own process has until the trial is scored, which may need that very GPU.
             resources = resources.model_copy(update={"train_workers": 1})
         places = cls(resources=resources, train_gpus=train, scoring_gpus=scoring, trains=any(trial.train for trial in trials))
         places.check()
-        return dataclasses.replace(places, concurrent_trials=places.trials_at_a_time(sweep.max_concurrent_trials, gpus=gpus))
+        places = dataclasses.replace(places, concurrent_trials=places.trials_at_a_time(sweep.max_concurrent_trials, gpus=gpus))
+        return dataclasses.replace(places, trial_labels=places.labels_for_trials(min(places.concurrent_trials, len(trials))))
 
     def placed(self, trial: PreparedTrial) -> PreparedTrial:
         """The trial with the resources that were decided here; its results and its identity are the same."""
@@ -100,6 +111,24 @@ class Places:
             fitting,
         )
         return wanted
+
+    def labels_for_trials(self, number: int) -> Mapping[str, str]:
+        """``cluster.STAYS`` where nodes that stay have room for so many trials, now or as soon as they have come; else none.
+
+        Actors that stay may sit there too. A trial that is lost with its node begins again, so nothing has to wait for such nodes.
+        """
+        if not cluster.tells_markets():
+            return {}
+        trial, actor = self._trial(), self._actor()
+        nodes = cluster.staying_nodes()
+        taken_by_actor = max((math.ceil(actor[name] / trial[name]) for name in trial if trial[name]), default=0)
+        wanted = number + self.resources.scoring_bounds[0] * taken_by_actor
+        there = sum(min(int(node.get(name, 0) // trial[name]) for name in trial if trial[name]) for node in nodes)
+        bundle = {name: amount for name, amount in trial.items() if amount}
+        if there >= wanted or (not cluster.is_known_to_grow_no_further() and demand.can_come(bundle, number=wanted, labels=cluster.STAYS)):
+            return cluster.STAYS
+        log.warning("nodes that stay have no room for %d trials beside scoring; a trial that is lost with its node begins again", number)
+        return {}
 
     def _trial(self) -> dict[str, float]:
         bundle = self.of_one_trial()

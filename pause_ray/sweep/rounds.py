@@ -142,6 +142,8 @@ class Rounds:
                     "point": trial.planned.point,
                     "replicate": trial.planned.spec.replicate,
                     "seed": trial.planned.spec.seed,
+                    "cells": sum(trial.planned.spec.eval.num_positions.values()),
+                    "steps": trial.planned.spec.train.steps if trial.planned.spec.train else 0,
                 }
                 for key, trial in self.trials.items()
             ],
@@ -178,8 +180,8 @@ class Rounds:
         return [spec, places, prepare(example, cache=self._storage.cache).digest if example else None]
 
     def _value(self, point: JsonObject) -> float | None:
-        """The objective of the unchanged trial's arm at a point, over its replicates; None if one of them is not finished."""
+        """The objective of the unchanged trial's arm at a point, over its replicates; None if one is not finished, or too little scored."""
         digests = [key for key, trial in self.trials.items() if trial.planned.arm == self._sweep.arm and trial.planned.point == point]
         if not digests or not all(is_complete(self._storage.trials / key) for key in digests):
             return None
-        return self._sweep.objective.value([row for key in digests for row in Ledger(self._storage.trials / key / "cells.jsonl").rows()])
+        return self._sweep.objective.learned([row for key in digests for row in Ledger(self._storage.trials / key / "cells.jsonl").rows()])

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.search import Searcher
 
 from pause_ray.errors import StoppedError, StorageError, UserError
+from pause_ray.logs import about, trial_words, write_lines
 from pause_ray.needle.fleet import Fleet
 from pause_ray.storage import Storage
 from pause_ray.sweep.board import Reports
@@ -23,8 +27,11 @@ from pause_ray.sweep.rounds import SweepTrial
 from pause_ray.sweep.spec import SweepSpec
 from pause_ray.trial.run import Companion, run_trial
 
+log = logging.getLogger("pause_ray")
+
 SCORE, INTERRUPTED = "mean_score", "was_interrupted"
 """Of a trial's last result: the mean of its cells; whether it was asked to end before it was done."""
+MISTAKE = re.compile(r"pause_ray\.errors\.(StorageError|SpecError): (?P<message>.*)")
 NOT_YET = ""
 """Instead of a trial: what runs now decides whether there is another."""
 
@@ -56,6 +63,7 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
                 f"{shared.folder}: not seen by {socket.gethostname()}; give --storage a path that is the same shared folder on every node"
             )
         self._shared = shared
+        write_lines()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial in this process."""
@@ -64,7 +72,14 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
     def step(self) -> dict[str, Any]:
         """Run the trial to its end; what went wrong goes to the board, and the sweep goes on with the next."""
         reports = Reports(self._shared.board, self.config["trial"])
-        return guarded(reports, lambda: self._finish(reports))
+        with self._named():
+            log.info("begins")
+            return guarded(reports, lambda: self._finish(reports))
+
+    def _named(self) -> AbstractContextManager[None]:
+        """Whatever this process logs within is about the trial."""
+        key = str(self.config["trial"])
+        return about(trial_words(self._shared.trials[key].planned.label, key))
 
     def _finish(self, reports: Reports) -> dict[str, Any]:
         shared, trial = self._shared, self._shared.trials[self.config["trial"]]
@@ -78,6 +93,7 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
             stop=reports.ending,
             companions=[Companion(trial=its, progress=reports.beside(its.digest)) for its in trial.companions],
         )
+        log.info("done")
         reports.finish("done")
         return {SCORE: score, tune.result.DONE: True}
 
@@ -91,11 +107,14 @@ def guarded(reports: Reports, work: Callable[[], dict[str, Any]]) -> dict[str, A
     try:
         return work()
     except StoppedError:
+        log.info("stopped; it can go on")
         reports.finish("stopped")
         return done | {INTERRUPTED: True}
     except UserError as error:
+        log.error("failed: %s", error)  # noqa: TRY400 (a mistake of the user has no traceback)
         reports.fail(str(error), None)
-    except Exception as error:  # noqa: BLE001 (the border of a trial's process)
+    except Exception as error:  # the border of a trial's process
+        log.exception("failed")
         reports.fail(f"{type(error).__name__}: {error}", traceback.format_exc())
     return done
 
@@ -178,7 +197,7 @@ def run_trials(
         after_trial: Called when a trial has ended.
     """
     return tuned(
-        tune.with_resources(tune.with_parameters(TuneTrial, shared=shared), places.of_one_trial()),
+        tune.with_resources(tune.with_parameters(TuneTrial, shared=shared), one_trial(places)),
         tune.TuneConfig(
             search_alg=Asking(next_trial, ended=ended),
             num_samples=-1,
@@ -191,12 +210,25 @@ def run_trials(
     )
 
 
+def one_trial(places: Places, *, beside: Mapping[str, float] | None = None) -> tune.PlacementGroupFactory:
+    """What Tune holds for a trial, on the nodes where trials run; ``beside`` is held with it, anywhere."""
+    its = places.of_one_trial()
+    bundles: list[dict[str, float]] = [{"CPU": its["cpu"], "GPU": its.get("gpu", 0)}]
+    labels = [dict(places.trial_labels)]
+    if beside is not None:
+        bundles.append(dict(beside))
+        labels.append({})
+    return tune.PlacementGroupFactory(bundles, **({"bundle_label_selector": labels} if places.trial_labels else {}))
+
+
 def tuned(trainable: Any, config: tune.TuneConfig, *, name: str, storage: Storage, callbacks: list[tune.Callback]) -> tune.ResultGrid:
     """Let Tune run trials: silently, and with nothing of its own to take part in what they leave."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the ledger and MLflow hold the results
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own banner; progress is shown by SweepProgress
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths in specs mean the same in every process
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Watch.interruptible answers Ctrl-C
+    # Tune would put Amazon's keys into every trial's runtime environment, which Ray logs; trials have what their nodes have.
+    class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is kept on the board and shown once
     run_config = tune.RunConfig(
         name=name,
@@ -209,6 +241,14 @@ def tuned(trainable: Any, config: tune.TuneConfig, *, name: str, storage: Storag
 
 
 def lost_trials(results: tune.ResultGrid) -> dict[str, tuple[str, str | None]]:
-    """Trials whose process died or could not begin: key → message and Ray's account of it."""
-    lost = [(result.config["trial"], str(result.error).strip()) for result in results if result.error is not None and result.config]
-    return {key: (account.splitlines()[-1], account) for key, account in lost}
+    """Trials whose process died or could not begin: key → message and Ray's account of it, or None where it is a user's mistake."""
+    trials = results._experiment_analysis.trials  # a result of one that could not begin does not say which it is
+    errors = ((trial.config["trial"], result.error) for trial, result in zip(trials, results, strict=True))
+    return {key: why_lost(str(error).strip()) for key, error in errors if error is not None}
+
+
+def why_lost(account: str) -> tuple[str, str | None]:
+    """The last line of what Ray tells of an ended process, and all of it unless that is a mistake of the user."""
+    last = account.splitlines()[-1]
+    mistake = MISTAKE.fullmatch(last)
+    return (mistake["message"], None) if mistake else (last, account)

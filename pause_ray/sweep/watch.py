@@ -112,6 +112,12 @@ class Watch:
             self._mind_the_silent()
             self._end_if_told_to()
 
+    def forgive(self, key: str) -> bool:
+        """Whether a trial whose process was lost may begin again: it has not failed and was not ended. Its silence is no more minded."""
+        with self._looking:
+            self._running.pop(key, None)
+            return key not in self.failures and key not in self._let_go
+
     def note_lost(self, key: str) -> None:
         """A trial's process was lost; what it said itself before counts more."""
         with self._looking:

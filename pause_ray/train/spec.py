@@ -63,7 +63,7 @@ class ZeroSpec(Spec):
     offload_parameters: Offload = "none"
     """Where base weights wait; stage 3 only."""
     nvme_path: str | None = None
-    """Folder on each node's local disk, for ``nvme``."""
+    """Absolute path of a folder on each node's local disk, for ``nvme``: the one place that a spec names to be written to."""
     bucket_elements: int = Field(default=50_000_000, ge=1_000)
     """Numbers that are sent at a time; smaller takes less memory and more messages."""
 
@@ -76,6 +76,8 @@ class ZeroSpec(Spec):
         uses_nvme = "nvme" in (self.offload_optimizer, self.offload_parameters)
         if uses_nvme != (self.nvme_path is not None):
             raise ValueError("nvme_path goes with an offload to nvme: give both or neither")
+        if self.nvme_path is not None and (not self.nvme_path.startswith("/") or ".." in self.nvme_path.split("/")):
+            raise ValueError(f"nvme_path {self.nvme_path}: must be an absolute path without .., such as /mnt/scratch/offload")
         return self
 
 

@@ -20,6 +20,7 @@ from pause_ray.checkpoint import Checkpoint
 from pause_ray.corpus.shards import build_shards
 from pause_ray.engines.engine import HfEngineSpec, LoadedAs, depends_on_shapes
 from pause_ray.errors import PauseRayError, UserError
+from pause_ray.logs import trial_words
 from pause_ray.needle.actor import ScoringJob
 from pause_ray.needle.answer import Condition
 from pause_ray.needle.fleet import Fleet
@@ -232,6 +233,7 @@ def scoring_job(trial: PreparedTrial, *, arm: str, checkpoint: Checkpoint | None
             adapter_dir=checkpoint.folder if checkpoint else None,
         ),
         cache=storage.cache,
+        trial=trial_words(arm, trial.digest),
     )
 
 

@@ -67,7 +67,7 @@ def score_proxy(
         UserError: as for ``Fleet.score``.
     """
     started = time.monotonic()
-    job = dataclasses.replace(scoring_job(trial, arm=arm, checkpoint=adapter, storage=storage), suite=suite)
+    job = dataclasses.replace(scoring_job(trial, arm=arm, checkpoint=adapter, storage=storage), suite=suite, asked="proxy")
     asked = cells(suite, identity=f"{trial.digest} {adapter.num_steps}", replicate=trial.spec.replicate, seed=trial.spec.data_seed)
     rows: list[CellResult] = []
 

@@ -1,4 +1,4 @@
-"""cluster/local.yaml, tried for real: a head with token authentication, a node that comes when work waits and goes when it is done."""
+"""cluster/local.yaml, tried for real: a head with token authentication, nodes that come when work waits and go when it is done."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,22 @@ import yaml
 
 from tests.cluster_files.autoscaler import CLUSTER, MARKET, ON_DEMAND, SPOT, decide, read
 from tests.cluster_files.ports import free_ports
+from tests.sweep.stubs import ROOT, write_stub_sweep
 
 pytestmark = pytest.mark.ray
 
+IDLE_SECONDS = 3.0
+"""Instead of the file's minute."""
+SLACK_SECONDS = 8.0
+"""For the autoscaler to look, drain a node and end it, on a busy machine."""
+RESOURCES = {
+    "train_workers": 1,
+    "train_cpus_per_worker": 4.0,
+    "scoring_actors": {"min": 0, "max": 2},
+    "scoring_cpus_per_actor": 4.0,
+    "scoring_idle_seconds": 1.0,
+}
+"""A worker and an actor fill a node each."""
 WORK = """
 import json, sys, time, ray
 ray.init(address=sys.argv[1], log_to_driver=False)
@@ -53,15 +68,25 @@ def documented() -> list[str]:
     return [line.removeprefix("#").strip() for line in head.splitlines() if line.startswith("#     ")]
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """The documented commands, at ports and in a folder of their own and with a shorter patience; their address and environment."""
+@dataclass(frozen=True)
+class LocalCluster:
+    """One that the documented commands have started, at ports and in a folder of its own and with a shorter patience."""
+
+    address: str
+    dashboard: str
+    environment: dict[str, str]
+    config: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     from ray._private.services import get_node_ip_address
 
+    tmp_path = tmp_path_factory.mktemp("cluster")
     port, dashboard, client = free_ports(3)
     address = f"{get_node_ip_address()}:{port}"
     config = read("local.yaml")
-    config["idle_timeout_minutes"] = 0.05
+    config["idle_timeout_minutes"] = IDLE_SECONDS / 60
     config["provider"]["gcs_address"] = address
     file = tmp_path / "local.yaml"
     file.write_text(yaml.safe_dump(config))
@@ -77,11 +102,11 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     session = tempfile.mkdtemp(prefix="ray-")  # short: sockets lie below it
     own = f"--port={port} --dashboard-port={dashboard} --ray-client-server-port={client} --dashboard-agent-listen-port=0"
     command = [*shlex.split(start.replace("cluster/local.yaml", str(file))), *own.split()]
-    command += [f"--temp-dir={session}", "--include-dashboard=false", "--disable-usage-stats"]
+    command += [f"--temp-dir={session}", "--disable-usage-stats"]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr
-        yield address, environment
+        yield LocalCluster(address=address, dashboard=f"http://127.0.0.1:{dashboard}", environment=environment, config=config)
     finally:
         end(session, address)
 
@@ -98,9 +123,9 @@ def end(session: str, address: str) -> None:
     shutil.rmtree(session, ignore_errors=True)
 
 
-def test_a_node_comes_for_work_and_goes_without(cluster: tuple[str, dict[str, str]]) -> None:
-    address, environment = cluster
-    command = [sys.executable, "-c", WORK, address]
+def test_a_node_comes_for_work_and_goes_without(cluster: LocalCluster) -> None:
+    environment = cluster.environment
+    command = [sys.executable, "-c", WORK, cluster.address]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=150)
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads(done.stdout.splitlines()[-1])
@@ -109,6 +134,67 @@ def test_a_node_comes_for_work_and_goes_without(cluster: tuple[str, dict[str, st
     refused = subprocess.run(command, env=stranger, capture_output=True, text=True, check=False, timeout=100)
     assert refused.returncode != 0
     assert "auth" in refused.stderr.lower()
+
+
+@pytest.fixture(scope="module")
+def diary(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
+    """Of the cluster while a sweep of four trials is submitted to it, two of which train, until nothing is left of it."""
+    folder = tmp_path_factory.mktemp("sweep")
+    sweep = write_stub_sweep(folder, max_concurrent_trials=2, **{f"trial.resources.{name}": value for name, value in RESOURCES.items()})
+    file = folder / "diary.jsonl"
+    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+    (submit,) = [command for command in documented() if command.startswith("ray job submit")]
+    options = ["--address", cluster.dashboard, "--runtime-env-json", json.dumps({"env_vars": variables}), "--"]
+    assert submit.startswith("ray job submit --address http://127.0.0.1:8265")
+    job = ["python", "-m", "tests.cluster_files.held_sweep", folder / "held.jsonl", sweep, "--storage", folder / "runs"]
+    environment = {**cluster.environment, "PYTHONPATH": str(ROOT)}
+    written = subprocess.Popen([sys.executable, "-m", "tests.cluster_files.cluster_diary", cluster.address, str(file)], env=environment)
+
+    def looks() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")] if file.exists() else []
+
+    try:
+        done = subprocess.run(
+            [*shlex.split(submit)[:3], *options, *map(str, job)], env=environment, capture_output=True, text=True, check=False, timeout=200
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        ledgers = list((folder / "runs" / "trials").glob("*/cells.jsonl"))
+        assert [ledger.read_bytes().count(b"\n") for ledger in ledgers] == [12] * 4
+        assert len((folder / "held.jsonl").read_text().splitlines()) == 2
+        until = time.monotonic() + 60
+        while looks()[-1]["workers"]:
+            assert time.monotonic() < until, looks()[-1]
+            time.sleep(0.5)
+        yield looks()
+    finally:
+        written.kill()
+        written.wait()
+
+
+def test_a_sweep_takes_the_cluster_from_nothing_to_what_it_plans_and_back(cluster: LocalCluster, diary: list[dict[str, Any]]) -> None:
+    """Trials on nodes that stay; workers and actors, each of which takes a node, as many as trials run at a time."""
+    assert diary[0]["workers"] == []
+    most: dict[tuple[float, tuple[str, ...]], int] = {}
+    for look in diary:
+        for resources, labels, is_hopeless, number in look["wishes"]:
+            assert not is_hopeless, look
+            kind = (resources.pop("CPU"), tuple(labels))
+            assert not resources, "something was asked for that no part of a sweep takes"
+            most[kind] = max(most.get(kind, 0), number)
+    whole = cluster.config["available_node_types"]["goes"]["resources"]["CPU"]
+    for tasks in ((1.0, ()), (0.5, ())):  # that write rows, where the trials' places do not do
+        most.pop(tasks, None)
+    assert most.keys() == {(1.0, (f"{MARKET}=on-demand",)), (float(whole), ())}
+    assert most[1.0, (f"{MARKET}=on-demand",)] == 2, "trials at a time"
+    assert 1 <= most[float(whole), ()] <= 4, "a worker and an actor for each of two trials"
+    assert {worker["kind"] for look in diary for worker in look["workers"]} == {"stays", "goes"}
+    assert 3 <= max(len(look["workers"]) for look in diary) <= cluster.config["max_workers"]
+    assert not any(bundle.keys() - {"CPU"} or bundle["CPU"] > 1 for look in diary for bundle, _ in look["wanted"]), "a node for no work"
+
+
+def test_no_node_idles_longer_than_the_file_says(cluster: LocalCluster, diary: list[dict[str, Any]]) -> None:
+    idle = max(worker["idle_seconds"] for look in diary for worker in look["workers"])
+    assert IDLE_SECONDS <= idle <= IDLE_SECONDS + SLACK_SECONDS
 
 
 def test_the_file_is_whole_as_it_stands() -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from pause_ray.errors import ModelError, SourceError, SpecError
+from pause_ray.packages import parse_package_source
+from pause_ray.sweep.spec import expand, read_sweep
 from tests.cluster_files.autoscaler import CLUSTER, ROOT
+from tests.needle.tiny import make_tokenizer_folder
 
 TEXT = (ROOT / "docs" / "security.md").read_text()
 PACKAGE = sorted((ROOT / "pause_ray").rglob("*.py"))
@@ -43,6 +48,61 @@ def test_no_model_brings_code() -> None:
         if re.search(r"Auto(Model|Config)\w*\.from_pretrained$", loader):
             words = {keyword.arg for keyword in call.keywords}
             assert words & {"trust_remote_code", "gguf_file"}, f"{name}: {ast.unparse(call)}"
+
+
+def test_a_model_that_brings_code_is_told_of_and_its_code_is_not_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from pause_ray.engines.model_source import check_model_folder
+
+    folder = make_tokenizer_folder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}))
+    for _ in range(2):
+        check_model_folder(folder, weights=False)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder} brings code of its own (AutoModelForCausalLM), which is never run here"
+    ]
+
+
+@pytest.mark.torch
+def test_a_model_whose_kind_only_its_own_code_knows_is_refused(tmp_path: Path) -> None:
+    from pause_ray.engines.weights import empty_base, load_base
+
+    ran = tmp_path / "ran"
+    (tmp_path / "modeling_own.py").write_text(f"open({str(ran)!r}, 'w')")
+    own = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.Own"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "of_its_own", "auto_map": own}))
+    for load in (functools.partial(load_base, device="cpu"), empty_base):
+        with pytest.raises(ModelError, match="a model's own is never run here"):
+            load(tmp_path, dtype="float32", marker=None)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "../../elsewhere"},
+        {"name": "a/b"},
+        {"arm": "../arm"},
+        {"trial.eval.name": "../suite"},
+        {"trial.model.revision": "../../main"},
+        {"trial.model.revision": "/etc"},
+        {"trial.train.zero": {"stage": 2, "offload_optimizer": "nvme", "nvme_path": "../disk"}},
+        {"trial.train.zero": {"stage": 2, "offload_optimizer": "nvme", "nvme_path": "/mnt/../etc"}},
+        {"trial.model.trust_remote_code": True},
+    ],
+    ids=str,
+)
+def test_no_name_in_a_spec_leads_out_of_the_storage_root(change: dict[str, object]) -> None:
+    quickstart = ROOT / "sweeps" / "quickstart.yaml"
+    expand(read_sweep(quickstart, {}))
+    with pytest.raises(SpecError, match=next(iter(change)).rpartition(".")[2]):
+        expand(read_sweep(quickstart, change))
+
+
+@pytest.mark.parametrize("source", ["pypi:../x==1#a.txt", "pypi:x==../1#a.txt", "pypi:x==1#../a.txt", "pypi:x==1#/etc/passwd"])
+def test_no_package_leads_out_of_its_folder(source: str) -> None:
+    with pytest.raises(SourceError):
+        parse_package_source(source)
 
 
 def test_only_weights_and_texts_are_fetched_from_a_hub() -> None:

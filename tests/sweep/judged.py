@@ -212,7 +212,8 @@ class Judged:
     folder: Path
     ranks: Mapping[str, int]
     """Trial → LoRA rank."""
-    board: Any
+    failures: Mapping[int, str]
+    """Rank → why it failed."""
 
     @property
     def record(self) -> SearchRecord:
@@ -237,11 +238,6 @@ class Judged:
         """Rows in a trial's ledger."""
         [key] = [key for key, its in self.ranks.items() if its == rank]
         return len(Ledger(self.root / "trials" / key / "cells.jsonl").rows())
-
-    def failures(self) -> dict[int, str]:
-        """Rank → why it failed."""
-        found: dict[str, tuple[str, str | None]] = ray.get(self.board.failures.remote())
-        return {self.ranks[key]: message for key, (message, _) in found.items()}
 
 
 def questions_of(suite: SuiteSpec) -> dict[str, str]:
@@ -299,10 +295,12 @@ def judge(
             ended=lambda key, lost: None,
             after_trial=lambda: None,
         )
+        failed: dict[str, tuple[str, str | None]] = ray.get(board.failures.remote())
     finally:
         fleet.stop()
+        ray.kill(board)
     ranks = {key: trial.planned.point["train.lora.rank"] for key, trial in trials.items()}
-    return Judged(root, folder, ranks, board)
+    return Judged(root, folder, ranks, {ranks[key]: message for key, (message, _) in failed.items()})
 
 
 def end_later(board: Any, root: Path, scored: int) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +26,8 @@ from pause_ray.errors import SpecError
 from tests.needle.tiny import STOCK, WORDS, make_haystack_folder, make_text, make_tokenizer_folder
 
 ROOT = Path(__file__).resolve().parents[2]
-FAILING_RANK, HANGING_RANK = 13, 17
-"""Adapters of these ranks cannot be trained, or never come to their end."""
+FAILING_RANK, HANGING_RANK, KILLING_RANK = 13, 17, 19
+"""Adapters of these ranks cannot be trained, never come to their end, or take their process with them."""
 
 
 @dataclass(kw_only=True)
@@ -56,6 +58,8 @@ def write_adapter(train: Callable[[dict[str, Any]], None], config: dict[str, Any
         raise SpecError(f"train.lora.rank {lora.rank}: this stub has no such rank (seed {assignment.seed}); choose another")
     while lora.rank == HANGING_RANK:
         time.sleep(1)
+    if lora.rank == KILLING_RANK:
+        os.kill(os.getpid(), signal.SIGKILL)
     with (assignment.folder / TRAINING_LOG).open("w") as log:
         for step in range(1, assignment.train.steps + 1):
             if (assignment.folder / STOP).exists():

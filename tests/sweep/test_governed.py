@@ -50,7 +50,7 @@ def test_asha_gives_up_who_is_behind_and_the_others_get_their_whole_grid(asha: J
         "who reached the end of the scheduler's clock was cut off"
     )
     assert steps_of(asha.root, 2) == steps_of(asha.root, 4) == [1, 2, 3]
-    assert not asha.failures()
+    assert not asha.failures
     scores = {asha.ranks[rung.trial]: rung.proxy_score or 0.0 for rung in asha.record.rungs}
     assert scores[14] > scores[12] > max(scores[2], scores[4])
 
@@ -100,7 +100,7 @@ def test_a_rung_that_was_scored_before_the_driver_died_is_not_scored_again(folde
 def test_hyperband_pauses_a_bracket_until_all_are_there_and_goes_on_with_its_best(hyperband: Judged) -> None:
     assert hyperband.stopped == {12: 0}, "the first bracket lets both train to the end, the second keeps one of two"
     assert hyperband.finished == {2, 4, 14}
-    assert not hyperband.failures()
+    assert not hyperband.failures
     root = hyperband.root
     assert [event["rank"] for event in happened(root, "stops")] == [14, 12], "a pause is a checkpoint of the training"
     assert steps_of(root, 14) == list(range(1, 9)), "the training went on after the pause where it was"
@@ -123,7 +123,7 @@ def test_an_interrupted_search_gives_nobody_up_for_that_and_goes_on(folder: Path
 
 def test_the_median_rule_compares_with_three_others_and_one_that_fails_is_none_of_them(folder: Path, tmp_path: Path) -> None:
     judged = judge(sweep_of(folder, [6, FAILING_RANK, 8, 7, 2, 10], scheduler={**HYPERBAND, "kind": "median"}), tmp_path)
-    assert list(judged.failures()) == [FAILING_RANK]
+    assert list(judged.failures) == [FAILING_RANK]
     assert judged.stopped == {2: 0}
     assert judged.finished == {6, 8, 7, 10}
 
@@ -148,7 +148,7 @@ def test_workers_of_a_training_that_is_given_up_hold_nothing_any_more(folder: Pa
     before = num_groups()
     workers = {"trial.resources.train_workers": 1}
     judged = judge(sweep_of(folder, [12, 2], scheduler={**ASHA, "rungs": 1}, **workers), tmp_path, held={2: 5})
-    assert not judged.failures()
+    assert not judged.failures
     assert (judged.stopped, judged.finished) == ({2: 0}, {12})
     assert [event["groups"] - before for event in happened(tmp_path, "begins")] == [2, 2], "a trial and its own workers, nobody else's"
     wait_until(lambda: num_groups() == before)

@@ -213,6 +213,19 @@ def test_two_sweeps_at_once_share_their_trials_and_a_third_makes_only_what_is_ne
     }
 
 
+def test_a_second_run_of_the_same_sweep_is_told_who_runs_it(texts: Path, undisturbed: tuple[Path, float], tmp_path: Path) -> None:
+    sweep = texts / "stubbed.yaml"
+    with started(sweep, tmp_path, cell_seconds=0.5) as first:
+        wait_until(lambda: bool(list(tmp_path.glob("sweeps/*/sweep.json"))), first)
+        with started(sweep, tmp_path) as second:
+            output, _ = second.communicate(timeout=100)
+        assert second.returncode == 2, output
+        assert f"in use by process {first.pid}" in " ".join(output.split())
+        output, _ = first.communicate(timeout=200)
+    assert first.returncode == 0, output
+    assert answers(tmp_path) == answers(undisturbed[0])
+
+
 def test_a_search_that_learns_goes_on_after_a_kill_with_the_points_that_it_would_have_chosen(texts: Path, tmp_path: Path) -> None:
     tpe: dict[str, Any] = {
         "search": {"train.lora.rank": {"int": [1, 12]}, "train.learning_rate": {"loguniform": [1e-5, 1e-3]}},

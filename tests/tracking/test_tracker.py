@@ -72,6 +72,16 @@ def test_a_command_that_fails_sends_its_last_steps_and_says_how_it_ended(
     assert (run.info.status, run.data.metrics["training_loss"]) == (status, 0.5)
 
 
+@pytest.mark.parametrize(("interrupted", "status"), [(True, "KILLED"), (False, "FAILED")])
+def test_a_training_that_a_command_leaves_unfinished_failed_unless_the_user_stopped_it(
+    storage: Storage, interrupted: bool, status: str
+) -> None:
+    with Tracker(storage) as tracker:
+        tracker.step(TRAINING, row(1))
+        tracker.interrupted = interrupted
+    assert [run.info.status for run in runs(storage)] == [status]
+
+
 def test_a_server_that_is_away_is_said_once_and_holds_nothing_up(
     storage: Storage, absent_server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

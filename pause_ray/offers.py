@@ -1,0 +1,182 @@
+"""Which nodes a cluster file offers, and whether a sweep's trials fit on those that Ray could give them. Pure: starts nothing.
+
+Ray gives a worker any node with enough GPUs, whatever their memory; so every node type that could get one must be large enough.
+Reads Ray's own cluster files and KubeRay's RayCluster and RayJob.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pause_ray.engines.engine import HfEngineSpec
+from pause_ray.errors import SpecError
+from pause_ray.plan import Plan
+from pause_ray.spec import JsonObject
+from pause_ray.trial.spec import TrialSpec
+
+ACCELERATOR = "ray.io/accelerator-type"
+KUBERNETES_GPU = "nvidia.com/gpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """One kind of node that can come."""
+
+    name: str
+    cpus: float
+    gpus: float
+    gpu: str | None
+    """As its label ``ray.io/accelerator-type`` says."""
+    most: int
+    """How many there can be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What a part of a trial takes on one node."""
+
+    name: str
+    cpus: float
+    gpus: float
+
+    def fits(self, offer: Offer) -> bool:
+        """Whether such a node has it."""
+        return self.cpus <= offer.cpus and self.gpus <= offer.gpus
+
+
+def read_offers(path: Path) -> tuple[Offer, ...]:
+    """The node types of a cluster file of which there can be any.
+
+    Raises:
+        SpecError: no such file, none of a kind that is known, or a node type without numbers.
+    """
+    content = _first_cluster(path)
+    spec = content.get("spec", {})
+    groups = spec.get("rayClusterSpec", spec).get("workerGroupSpecs")
+    if "available_node_types" in content:
+        offers = [_of_ray(name, kind) for name, kind in content["available_node_types"].items()]
+    elif groups is not None:
+        offers = [_of_kuberay(group, origin=path) for group in groups]
+    else:
+        raise SpecError(f"{path}: has neither available_node_types (ray up) nor workerGroupSpecs (KubeRay); give the file of a cluster")
+    return tuple(offer for offer in offers if offer.most)
+
+
+def _first_cluster(path: Path) -> JsonObject:
+    """The document that describes a cluster; merge keys, which specs of this project do not know, are usual in such files."""
+    try:
+        documents = list(yaml.safe_load_all(path.read_text()))
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}; give the file of a cluster") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    kinds = [its for its in documents if isinstance(its, dict)]
+    found: JsonObject = next((its for its in kinds if "available_node_types" in its or "spec" in its), {})
+    return found
+
+
+def _of_ray(name: str, kind: JsonObject) -> Offer:
+    has = kind.get("resources", {})
+    gpu = kind.get("labels", {}).get(ACCELERATOR)
+    return Offer(name=name, cpus=has.get("CPU", 0), gpus=has.get("GPU", 0), gpu=gpu, most=kind.get("max_workers", 0))
+
+
+def _of_kuberay(group: JsonObject, *, origin: Path) -> Offer:
+    name = group.get("groupName", "?")
+    try:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        return Offer(
+            name=name,
+            cpus=_quantity(limits["cpu"]),
+            gpus=_quantity(limits.get(KUBERNETES_GPU, 0)),
+            gpu=group.get("labels", {}).get(ACCELERATOR),
+            most=int(group["maxReplicas"]),
+        )
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise SpecError(f"{origin}: worker group {name}: {error} is missing or no number; give maxReplicas and limits for cpu") from error
+
+
+def _quantity(told: Any) -> float:
+    """``"15"``, or ``500m`` for half of one."""
+    text = str(told)
+    return float(text.removesuffix("m")) / (1000 if text.endswith("m") else 1)
+
+
+def pieces_of(trial: TrialSpec) -> dict[str, Piece]:
+    """``worker``, ``actor`` and the trial's own process (``trial``), as far as it needs them; a GPU each where the spec leaves it open."""
+    resources, here = trial.resources, isinstance(trial.engine, HfEngineSpec)
+    worker = Piece(
+        name="a training worker",
+        cpus=resources.train_cpus_per_worker,
+        gpus=1.0 if resources.train_gpus_per_worker is None else resources.train_gpus_per_worker,
+    )
+    actor = Piece(
+        name="a scoring actor",
+        cpus=resources.scoring_cpus_per_actor,
+        gpus=float(here) if resources.scoring_gpus_per_actor is None else resources.scoring_gpus_per_actor,
+    )
+    found = {"actor": actor}
+    if trial.train is not None:
+        found["worker"] = worker
+    if trial.train is None or resources.train_workers:
+        found["trial"] = Piece(name="a trial", cpus=1, gpus=0)
+    return found
+
+
+def misfits(
+    trial: TrialSpec, plans: Mapping[str, Plan], *, offers: Sequence[Offer], memory_gb: Mapping[str, float], origin: Path
+) -> list[str]:
+    """What of a cluster file does not do for a trial, each with a remedy.
+
+    Args:
+        trial: What is to be run.
+        plans: Node type → the trial planned on such nodes, with as many workers as it has; none where its GPU is not known.
+        offers: Of the file.
+        memory_gb: GPU → memory, of all that are known.
+        origin: The file.
+    """
+    found = []
+    pieces = pieces_of(trial)
+    for piece in pieces.values():
+        if not any(piece.fits(offer) for offer in offers):
+            takes = f"{piece.cpus:g} CPUs and {piece.gpus:g} GPUs on one node"
+            found.append(f"{origin}: {piece.name} takes {takes}, which no node type has; add one, or ask for less (resources)")
+    for offer in offers:
+        if not offer.gpus or not any(piece.gpus and piece.fits(offer) for piece in pieces.values()):
+            continue
+        if offer.name not in plans or offer.gpu is None:
+            named = f"its GPU {offer.gpu} is in no table of GPUs" if offer.gpu else f"it has no label {ACCELERATOR}"
+            known = ", ".join(memory_gb)
+            found.append(f"{origin}: {offer.name}: {named}, so nobody knows their memory; name one of {known}, or add it to the table")
+            continue
+        found += _too_small(pieces, plans[offer.name], offer=offer, memory_gb=memory_gb[offer.gpu], origin=origin)
+    return [*found, *_too_few(trial, pieces, offers=offers, origin=origin)]
+
+
+def _too_small(pieces: Mapping[str, Piece], plan: Plan, *, offer: Offer, memory_gb: float, origin: Path) -> list[str]:
+    found = []
+    where, leave = f"{origin}: {offer.name}: its {offer.gpu}s have {memory_gb:g} GB", "or take the node type out"
+    if "worker" in pieces and pieces["worker"].gpus and pieces["worker"].fits(offer) and plan.remedy:
+        found.append(f"{where}, and the training does not fit; {plan.remedy}, {leave}")
+    actor = pieces["actor"]
+    if actor.gpus and actor.fits(offer) and plan.gpus_per_model > max(1.0, actor.gpus):
+        needs = f"scoring needs {plan.gpus_per_model} of them for one copy of the model"
+        found.append(f"{where}, and {needs}; set resources.scoring_gpus_per_actor to {plan.gpus_per_model}, {leave}")
+    return found
+
+
+def _too_few(trial: TrialSpec, pieces: Mapping[str, Piece], *, offers: Sequence[Offer], origin: Path) -> list[str]:
+    """Whether all that a trial holds at a time can be there at a time."""
+    resources = trial.resources
+    workers = max(1, resources.worker_bounds[0]) * pieces["worker"].gpus if "worker" in pieces else 0.0
+    stay = resources.scoring_bounds[0] * pieces["actor"].gpus
+    needed = max(workers + stay, pieces["actor"].gpus)
+    there = sum(offer.most * offer.gpus for offer in offers)
+    if needed <= there:
+        return []
+    return [f"{origin}: a trial holds {needed:g} GPUs at a time, and all nodes together have {there:g}; raise max_workers, or ask for less"]

@@ -1,0 +1,157 @@
+"""What a heartbeat counts: trials by state, cells that are left, steps that were trained, how fast it goes, GPUs that nobody uses. Pure."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from pause_ray.live_status import FleetSize, Speed, Trained
+from pause_ray.needle.tally import Answered
+from pause_ray.spec import JsonObject
+from pause_ray.sweep.progress import ENDED, PAUSED, QUEUED, TrialState
+
+SPEED_SECONDS = 60.0
+"""Of the past, that speeds are means of: an answer may take a few seconds."""
+TO_COME = "to_come"
+States = Mapping[str, TrialState]
+"""Trial → what it said last; only those that have begun."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Of a trial."""
+
+    number: int
+    answered: int
+    """Before it began."""
+
+
+class Work:
+    """The trials of a sweep, and what is left of their cells. One thread adds, another one looks."""
+
+    def __init__(self, *, settled: Mapping[str, int]) -> None:
+        """``settled``: state → trials that had ended before."""
+        self._settled = Counter(settled)
+        self._cells: Mapping[str, Cells] = {}
+        self._left_out: frozenset[str] = frozenset()
+
+    def expect(self, trials: Mapping[str, Cells]) -> None:
+        """These are to be run."""
+        self._cells = {**self._cells, **trials}
+
+    def leave_out(self, trials: Iterable[str]) -> None:
+        """Nothing more comes of these."""
+        self._left_out = self._left_out.union(trials)
+
+    def by_state(self, states: States, *, failed: Collection[str]) -> Counter[str]:
+        """State → trials; a failure is known before the trial's process says so, where it was lost."""
+        begun = Counter("failed" if key in failed else state.stage for key, state in states.items())
+        others = Counter("stopped" if key in self._left_out else TO_COME for key in self._cells.keys() - states.keys())
+        return self._settled + begun + others
+
+    def cells_left(self, states: States, *, failed: Collection[str]) -> int:
+        """Of trials that are to come or running, those without an answer."""
+        cells = self._cells
+        return sum(_left(cells[key], states.get(key)) for key in cells if key not in failed and key not in self._left_out)
+
+
+def _left(cells: Cells, state: TrialState | None) -> int:
+    if state is not None and state.stage in (*ENDED, "rechecking"):
+        return 0
+    if state is not None and state.stage in (QUEUED, "scoring"):
+        return state.total - state.done
+    return cells.number - cells.answered
+
+
+class StepCounts:
+    """Training steps, each step of a trial once: a training that goes on tells again what its checkpoint has. Threads may share it."""
+
+    def __init__(self, before: Mapping[str, Trained]) -> None:
+        """``before``: how far trials were when the driver before this one ended."""
+        self._trained = dict(before)
+        self._steps, self._tokens = 0, 0
+        self._counting = threading.Lock()
+
+    def note(self, trial: str, row: JsonObject) -> None:
+        """A row of a trial's training log."""
+        with self._counting:
+            known = self._trained.get(trial, Trained(steps=0, tokens=0))
+            if row["step"] > known.steps:
+                self._trained[trial] = Trained(steps=row["step"], tokens=known.tokens + row["tokens"])
+                self._steps += 1
+                self._tokens += row["tokens"]
+
+    def of_trials(self) -> dict[str, Trained]:
+        """How far each is that has not been forgotten."""
+        with self._counting:
+            return dict(self._trained)
+
+    def forget(self, trials: Iterable[str]) -> None:
+        """Storage tells it of these."""
+        with self._counting:
+            for key in trials:
+                self._trained.pop(key, None)
+
+    @property
+    def new(self) -> Trained:
+        """All that was counted since the beginning, of all trials together."""
+        with self._counting:
+            return Trained(steps=self._steps, tokens=self._tokens)
+
+
+class Speedometer:
+    """Speeds from totals that rise."""
+
+    def __init__(self) -> None:
+        self._past: deque[tuple[float, Speed]] = deque()
+        """When, and the totals then."""
+
+    def speed(self, answers: Collection[Answered], *, trained_tokens: int, now: float) -> Speed:
+        """Of the last minute, or as long as it runs; totals that fall were begun anew, and so is this.
+
+        Args:
+            answers: What was answered so far.
+            trained_tokens: So far.
+            now: Seconds of any clock.
+        """
+        totals = Speed(
+            cells=sum(its.cells for its in answers),
+            scored_tokens=sum(its.prefilled_tokens + its.decoded_tokens for its in answers),
+            trained_tokens=trained_tokens,
+        )
+        if self._past and totals.cells < self._past[-1][1].cells:
+            self._past.clear()
+        self._past.append((now, totals))
+        while now - self._past[0][0] > SPEED_SECONDS:
+            self._past.popleft()
+        since, before = self._past[0]
+        seconds = now - since
+        if not seconds:
+            return Speed()
+        return Speed(
+            cells=round((totals.cells - before.cells) / seconds, 3),
+            scored_tokens=round((totals.scored_tokens - before.scored_tokens) / seconds, 1),
+            trained_tokens=round((totals.trained_tokens - before.trained_tokens) / seconds, 1),
+        )
+
+
+def idle_share(
+    running: Collection[TrialState], fleet: FleetSize | None, *, gpus: float, free_gpus: float, per_actor: float, per_trial: float
+) -> float | None:
+    """Share of the GPUs, 0 to 1, that are free, an idle actor's, or a trial's own while it does not train; None without GPUs.
+
+    Args:
+        running: Trials that have begun and not ended.
+        fleet: Scoring actors, where they are known.
+        gpus: Of the cluster.
+        free_gpus: Of them, those that nobody holds.
+        per_actor: GPUs of each scoring actor.
+        per_trial: GPUs that a trial holds in its own process from its beginning to its end.
+    """
+    if not gpus:
+        return None
+    waiting = sum(state.stage not in ("training", PAUSED) for state in running)
+    idle = free_gpus + per_trial * waiting + (per_actor * fleet.idle if fleet else 0.0)
+    return round(min(1.0, idle / gpus), 4)

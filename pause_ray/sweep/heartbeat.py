@@ -1,0 +1,211 @@
+"""Every few seconds, what runs: to ``status.json`` for people on any machine, and to Ray's metrics for Prometheus.
+
+A thread of the driver puts together what the display, the watch and the fleet know anyway, so trials and actors say nothing twice. What
+cannot be written or asked for a moment is left out; a sweep never waits for it. Knows Ray and no trial's steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Self
+
+from ray.exceptions import RayError
+
+from pause_ray import cluster
+from pause_ray.errors import StorageError, UserError
+from pause_ray.live_status import FleetSize, LiveStatus, RunningTrial, Trained
+from pause_ray.needle.fleet import Fleet
+from pause_ray.needle.ledger import Ledger
+from pause_ray.needle.tally import FleetState
+from pause_ray.spec import JsonObject
+from pause_ray.storage import Storage, is_complete
+from pause_ray.sweep import metrics
+from pause_ray.sweep.board import Reason
+from pause_ray.sweep.counts import Cells, Speedometer, States, StepCounts, Work, idle_share
+from pause_ray.sweep.places import Places
+from pause_ray.sweep.progress import ENDED, SweepProgress, TrialState
+from pause_ray.sweep.rounds import Rounds, SweepTrial
+
+log = logging.getLogger("pause_ray")
+
+BEAT_SECONDS = 3.0
+ASK_SECONDS = 10.0
+"""The fleet's broker is on the driver's node; one that does not answer for so long is lost, or comes again."""
+MOST_WORDS = 500
+"""Characters of a failure's reason; the whole of it is shown when the sweep ends."""
+
+
+class Heartbeat:
+    """Tells from when it is entered until it is left; then once more, that the driver has ended and why."""
+
+    def __init__(
+        self,
+        rounds: Rounds,
+        *,
+        storage: Storage,
+        places: Places,
+        fleet: Fleet,
+        progress: SweepProgress,
+        failures: Callable[[], Mapping[str, Reason]],
+        ended_by: Callable[[], str | None],
+    ) -> None:
+        """Prepare; Ray must be initialised.
+
+        Args:
+            rounds: The sweep and its trials.
+            storage: Where ledgers are.
+            places: What trials and actors hold.
+            fleet: Asked how many actors there are and what they have answered.
+            progress: Asked what trials have said.
+            failures: Trial → why it failed.
+            ended_by: Why the sweep ends before its end, if it does.
+        """
+        self._rounds, self._storage, self._places = rounds, storage, places
+        self._fleet, self._progress = fleet, progress
+        self._failures, self._ended_by = failures, ended_by
+        self._exported = metrics.Exported(rounds.folder.name)
+        self._work = Work(settled={"stopped": len(rounds.left_out()), "done": rounds.num_finished()})
+        self._steps = StepCounts(_trained_before(rounds))
+        self._speedometer = Speedometer()
+        self._stages: dict[str, tuple[str, float]] = {}
+        """Trial → its stage and since when, by the monotonic clock."""
+        self._began = time.time()
+        self._could_write = True
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._beat_regularly, name="sweep-heartbeat", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._left.set()
+        self._thread.join()
+        reason = self._ended_by()
+        if error is not None:
+            reason = str(error) if isinstance(error, UserError) else type(error).__name__
+        self._beat(ended=time.time(), ended_by=reason)
+
+    def expect(self, trials: Mapping[str, SweepTrial]) -> None:
+        """Count these trials as work to be done."""
+        self._work.expect({key: self._cells(key, trial) for key, trial in trials.items()})
+
+    def leave_out(self, trials: Iterable[str]) -> None:
+        """The scheduler has seen to it that nothing more comes of these."""
+        self._work.leave_out(trials)
+
+    def note_step(self, trial: str, row: JsonObject) -> None:
+        """A row of a trial's training log."""
+        self._steps.note(trial, row)
+
+    def _cells(self, key: str, trial: SweepTrial) -> Cells:
+        answered = len(Ledger(self._storage.trials / key / "cells.jsonl").done_ids())
+        return Cells(sum(trial.planned.spec.eval.num_positions.values()), answered)
+
+    def _beat_regularly(self) -> None:
+        while True:
+            self._beat()
+            if self._left.wait(BEAT_SECONDS):
+                return
+
+    def _beat(self, *, ended: float | None = None, ended_by: str | None = None) -> None:
+        fleet: FleetState | None = None
+        gpus = free_gpus = 0.0
+        try:
+            fleet = self._fleet.state(timeout_seconds=ASK_SECONDS)
+            gpus, free_gpus = cluster.total_gpus(), cluster.free_gpus()
+        except RayError as error:
+            log.debug("a part of the cluster does not answer: %s", error)
+        states = self._progress.look()
+        status = self._status(states, fleet, gpus=gpus, free_gpus=free_gpus, ended=ended, ended_by=ended_by)
+        self._export(states, status, fleet)
+        try:
+            status.write(self._rounds.folder)
+        except (StorageError, OSError) as error:
+            if self._could_write:
+                log.warning("pause-ray status will show old figures: %s", error)
+            self._could_write = False
+        else:
+            self._could_write = True
+
+    def _status(
+        self, states: States, fleet: FleetState | None, *, gpus: float, free_gpus: float, ended: float | None, ended_by: str | None
+    ) -> LiveStatus:
+        failures = self._failures()
+        running = {key: state for key, state in states.items() if state.stage not in ENDED and key not in failures}
+        size = FleetSize(busy=fleet.busy, idle=len(fleet.pids) - fleet.busy, coming=fleet.coming) if fleet else None
+        idle = idle_share(
+            running.values(),
+            size,
+            gpus=gpus,
+            free_gpus=free_gpus,
+            per_actor=self._places.scoring_gpus,
+            per_trial=0.0 if self._places.resources.train_workers else self._places.train_gpus,
+        )
+        self._steps.forget([key for key in self._steps.of_trials() if is_complete(self._storage.trials / key)])
+        answers = fleet.answered.values() if fleet else ()
+        return LiveStatus(
+            written=time.time(),
+            every_seconds=BEAT_SECONDS,
+            began=self._began,
+            ended=ended,
+            ended_by=ended_by,
+            driver=f"process {os.getpid()} on {socket.gethostname()}",
+            seconds_left=self._progress.seconds_left,
+            speed=self._speedometer.speed(answers, trained_tokens=self._steps.new.tokens, now=time.monotonic()),
+            fleet=size,
+            gpus=gpus,
+            gpu_idle_share=idle,
+            running=tuple(self._running(key, state) for key, state in running.items()) if ended is None else (),
+            failures={key: message[:MOST_WORDS] for key, (message, _) in failures.items()},
+            trained=self._steps.of_trials(),
+        )
+
+    def _running(self, key: str, state: TrialState) -> RunningTrial:
+        now = time.monotonic()
+        if self._stages.get(key, ("", now))[0] != state.stage:
+            self._stages[key] = (state.stage, now)
+        return RunningTrial(
+            digest=key,
+            label=self._rounds.trials[key].planned.label,
+            stage=state.stage,
+            done=state.done,
+            total=state.total,
+            seconds=round(now - self._stages[key][1], 1),
+        )
+
+    def _export(self, states: States, status: LiveStatus, fleet: FleetState | None) -> None:
+        exported, failed = self._exported, status.failures
+        by_state = self._work.by_state(states, failed=failed)
+        for name in metrics.STATES:
+            exported.show(metrics.TRIALS, by_state[name], state=name)
+        exported.show(metrics.CELLS_LEFT, self._work.cells_left(states, failed=failed))
+        exported.show(metrics.GPUS, status.gpus)
+        if status.gpu_idle_share is not None:
+            exported.show(metrics.GPU_IDLE_SHARE, status.gpu_idle_share)
+        if status.fleet is not None:
+            for name in ("busy", "idle", "coming"):
+                exported.show(metrics.SCORING_ACTORS, getattr(status.fleet, name), state=name)
+        for asked, its in (fleet.answered if fleet else {}).items():
+            exported.count(metrics.CELLS, its.cells, asked=asked)
+            exported.count(metrics.UNSCORED_CELLS, its.unscored_cells, asked=asked)
+            exported.count(metrics.PREFILLED_TOKENS, its.prefilled_tokens, asked=asked)
+            exported.count(metrics.DECODED_TOKENS, its.decoded_tokens, asked=asked)
+        exported.count(metrics.TRAINED_STEPS, self._steps.new.steps)
+        exported.count(metrics.TRAINED_TOKENS, self._steps.new.tokens)
+
+
+def _trained_before(rounds: Rounds) -> dict[str, Trained]:
+    """How far trials were by the last word of the driver before this one; a file that cannot be read costs a count and no sweep."""
+    try:
+        before = LiveStatus.read(rounds.folder)
+    except StorageError as error:
+        log.warning("%s", error)
+        return {}
+    return {key: its for key, its in before.trained.items() if key in rounds.trials} if before else {}

@@ -1,0 +1,62 @@
+"""Writes down what a cluster has and is asked for, a line of JSON for each look, until it is ended.
+
+    python -m tests.cluster_files.cluster_diary ADDRESS FILE
+
+ADDRESS is the head's, as for ``ray start``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SECONDS = 0.25
+
+
+def look(client: Any) -> dict[str, Any]:
+    """Workers by type and how long they have been idle; what waits for room; nodes that somebody wants to be there."""
+    from ray.core.generated import autoscaler_pb2
+
+    from pause_ray.demand import demand_of
+
+    status = autoscaler_pb2.GetClusterStatusReply()
+    status.ParseFromString(client.get_cluster_status(timeout_s=10))
+    state = status.cluster_resource_state
+    alive = [node for node in state.node_states if node.status != autoscaler_pb2.NodeStatus.DEAD]
+    wishes = demand_of(status).wishes
+    return {
+        "time": time.monotonic(),
+        "workers": [
+            {
+                "name": node.instance_id,
+                "kind": node.ray_node_type_name,
+                "idle_seconds": node.idle_duration_ms / 1000 if node.status == autoscaler_pb2.NodeStatus.IDLE else 0.0,
+            }
+            for node in alive
+            if "node:__internal_head__" not in node.total_resources
+        ],
+        "wishes": [[dict(wish.resources), list(wish.labels), wish.is_hopeless, number] for wish, number in wishes.items()],
+        "wanted": [
+            [dict(request.request.resources_bundle), request.count]
+            for constraint in state.cluster_resource_constraints
+            for request in constraint.resource_requests
+        ],
+    }
+
+
+def main(address: str, file: Path) -> None:
+    from ray._raylet import GcsClient
+
+    client = GcsClient(address)
+    with file.open("w") as lines:
+        while True:
+            lines.write(json.dumps(look(client)) + "\n")
+            lines.flush()
+            time.sleep(SECONDS)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

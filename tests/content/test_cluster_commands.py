@@ -1,0 +1,109 @@
+"""Every command of docs/cluster.md can be typed: shells, files, verbs and flags exist, also where no test can run it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from typing import Any
+
+import pytest
+import typer
+
+from pause_ray.cli.main import app
+from tests.cluster_files.autoscaler import ROOT
+from tests.cluster_files.document import ELSEWHERE, RUN_HERE, TEXT, Block, blocks
+
+BLOCKS = blocks()
+VERBS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+NOT_OF_THE_INTERFACE = {("ecr", "get-login-password")}
+"""Commands of ``aws`` that Amazon's interface does not have."""
+
+
+def words_of(block: Block, program: str) -> list[list[str]]:
+    """Arguments of every call of a program, also of those that are handed to ``ray``."""
+    found = []
+    for words in block.commands():
+        if words[0] == program:
+            found.append(words[1:])
+        if program == "pause-ray" and words[0] == "ray":
+            if "--" in words:
+                python, module, package, *arguments = words[words.index("--") + 1 :]
+                assert (python, module, package) == ("python", "-m", "pause_ray")
+                found.append(arguments)
+            elif words[1] == "exec" and words[-1].startswith("pause-ray"):
+                found.append(shlex.split(words[-1])[1:])
+    return found
+
+
+def test_every_block_says_where_it_can_run() -> None:
+    assert {block.mark for block in BLOCKS} == {RUN_HERE, *ELSEWHERE}
+    assert TEXT.count("```") == 2 * len(BLOCKS)
+    assert {block.section for block in BLOCKS if block.mark == RUN_HERE} == {"One machine", "What it will take"}
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.text.splitlines()[0][:40])
+def test_a_shell_can_read_it(block: Block) -> None:
+    subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
+
+
+def test_every_file_that_is_named_is_there() -> None:
+    named = set(re.findall(r"\b(?:sweeps|cluster|eval|docs)/[\w./-]*\w", TEXT)) | set(re.findall(r"\]\((\w+\.md)", TEXT))
+    assert len(named) > 5
+    assert [name for name in sorted(named) if not (ROOT / name).exists() and not (ROOT / "docs" / name).exists()] == []
+
+
+def test_verbs_and_their_options_exist() -> None:
+    asked = [arguments for block in BLOCKS for arguments in words_of(block, "pause-ray")]
+    assert {arguments[0] for arguments in asked} >= {"check", "plan", "sweep", "submit", "status", "report"}
+    for verb, *arguments in asked:
+        VERBS[verb].make_context(verb, list(arguments))
+
+
+def test_options_that_the_text_names_exist() -> None:
+    for span in re.findall(r"`pause-ray ([^`]*)`", TEXT):
+        verb, *words = shlex.split(span)
+        known = {option for parameter in VERBS[verb].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known, span
+
+
+def test_what_is_said_to_be_printed_is_printed() -> None:
+    """The first column of the last table, but for what the commands fill in."""
+    source = "".join(path.read_text() for path in (ROOT / "pause_ray").rglob("*.py"))
+    told = re.findall(r"^\| `([^`]*)`", TEXT[TEXT.index("## When something is wrong") :], flags=re.MULTILINE)
+    assert len(told) > 4
+    pieces = [piece.strip() for message in told for piece in message.split("…") if piece.strip()]
+    assert [piece for piece in pieces if piece not in source] == []
+
+
+@pytest.mark.ray
+def test_rays_commands_and_their_options_exist() -> None:
+    import click
+    from ray.scripts.scripts import cli
+
+    asked = [arguments for block in BLOCKS for arguments in words_of(block, "ray")]
+    assert {arguments[0] for arguments in asked} >= {"start", "job", "up", "dashboard", "down", "exec", "get-auth-token"}
+    for arguments in asked:
+        command: click.Command = cli
+        while isinstance(command, click.Group):
+            command, arguments = command.commands[arguments[0]], arguments[1:]
+        command.make_context(str(command.name), list(arguments))
+
+
+def test_amazons_interface_has_what_is_asked_of_it() -> None:
+    session = pytest.importorskip("botocore.session").get_session()
+    from botocore import xform_name
+
+    asked = [arguments for block in BLOCKS for arguments in words_of(block, "aws")]
+    checked = 0
+    for service, operation, *arguments in asked:
+        if (service, operation) in NOT_OF_THE_INTERFACE:
+            continue
+        model = session.get_service_model(service)
+        name = next(name for name in model.operation_names if xform_name(name, "-") == operation)
+        members = {f"--{xform_name(member, '-')}": member for member in model.operation_model(name).input_shape.members}
+        given = [word for word in arguments if word.startswith("--")]
+        assert set(given) <= set(members), (service, operation)
+        assert {members[word] for word in given} >= set(model.operation_model(name).input_shape.required_members) - {"CreationToken"}
+        checked += 1
+    assert checked > 5

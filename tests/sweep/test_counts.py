@@ -1,0 +1,110 @@
+"""What a heartbeat counts of a sweep, from what trials and the fleet say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from pause_ray.live_status import FleetSize, Speed, Trained
+from pause_ray.needle.tally import Answered
+from pause_ray.sweep.counts import Cells, Speedometer, StepCounts, Work, idle_share
+from pause_ray.sweep.metrics import STATES
+from pause_ray.sweep.progress import ENDED, PAUSED, QUEUED, WAITING, TrialState
+
+NUMBER, ANSWERED = 10, 4
+
+
+def work(*trials: str) -> Work:
+    found = Work(settled={"done": 2, "stopped": 1})
+    found.expect(dict.fromkeys(trials[:1], Cells(NUMBER, ANSWERED)))
+    found.expect(dict.fromkeys(trials[1:], Cells(NUMBER, 0)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("state", "left"),
+    [
+        (None, NUMBER - ANSWERED),
+        (TrialState("training", 3, 60), NUMBER - ANSWERED),
+        (TrialState("proxy", 1, 16), NUMBER - ANSWERED),
+        (TrialState("queued", 5, NUMBER), NUMBER - 5),
+        (TrialState("scoring", 7, NUMBER), NUMBER - 7),
+        (TrialState("rechecking", 0, 12), 0),
+        *((TrialState(stage, 0, 0), 0) for stage in ENDED),
+    ],
+)
+def test_cells_that_are_left_of_a_trial(state: TrialState | None, left: int) -> None:
+    states = {"a": state} if state else {}
+    assert work("a").cells_left(states, failed=()) == left
+    assert work("a").cells_left(states, failed=["a"]) == 0
+
+
+def test_every_trial_is_in_one_state_and_what_is_left_out_has_none_left() -> None:
+    counted = work("a", "b", "c", "d", "e")
+    states = {"a": TrialState("training", 1, 2), "b": TrialState("scoring", 9, NUMBER), "c": TrialState("stopped", 1, 1)}
+    counted.leave_out(["c", "d"])
+    assert counted.by_state(states, failed=["b"]) == {"done": 2, "stopped": 1 + 2, "training": 1, "failed": 1, "to_come": 1}
+    assert counted.cells_left(states, failed=["b"]) == (NUMBER - ANSWERED) + NUMBER
+
+
+def test_every_stage_that_a_trial_tells_is_a_state_of_the_metric() -> None:
+    told = {"starting", WAITING, "text", "training", "proxy", PAUSED, QUEUED, "scoring", "rechecking", *ENDED}
+    assert told | {"to_come"} == set(STATES)
+
+
+def rows(*steps: int) -> list[dict[str, Any]]:
+    return [{"step": step, "tokens": 100} for step in steps]
+
+
+def counted(before: Mapping[str, Trained], *told: tuple[str, dict[str, Any]]) -> StepCounts:
+    counts = StepCounts(before)
+    for trial, row in told:
+        counts.note(trial, row)
+    return counts
+
+
+def test_a_step_counts_once_also_when_it_is_told_again_or_taken_again() -> None:
+    told = [("a", row) for row in rows(1, 2, 3, 2, 3, 4)] + [("b", row) for row in rows(1)]
+    counts = counted({}, *told)
+    assert counts.new == Trained(steps=5, tokens=500)
+    assert counts.of_trials() == {"a": Trained(steps=4, tokens=400), "b": Trained(steps=1, tokens=100)}
+
+
+def test_what_the_driver_before_has_counted_is_not_new() -> None:
+    counts = counted({"a": Trained(steps=3, tokens=299)}, *(("a", row) for row in rows(1, 2, 3, 4)))
+    assert counts.new == Trained(steps=1, tokens=100)
+    assert counts.of_trials()["a"] == Trained(steps=4, tokens=399)
+    counts.forget(["a", "unknown"])
+    assert (counts.of_trials(), counts.new.steps) == ({}, 1)
+
+
+def answered(cells: int) -> list[Answered]:
+    return [Answered(cells=cells, prefilled_tokens=10 * cells), Answered(cells=cells, decoded_tokens=10 * cells)]
+
+
+def test_speeds_are_those_of_the_last_minute() -> None:
+    meter = Speedometer()
+    assert meter.speed(answered(0), trained_tokens=0, now=1000.0) == Speed()
+    assert meter.speed(answered(10), trained_tokens=50, now=1010.0) == Speed(cells=2.0, scored_tokens=20.0, trained_tokens=5.0)
+    for seconds in range(20, 200, 10):
+        fast = meter.speed(answered(10 + 2 * (seconds - 10)), trained_tokens=50, now=1000.0 + seconds)
+    assert fast == Speed(cells=4.0, scored_tokens=40.0, trained_tokens=0.0)
+
+
+def test_a_fleet_that_counts_from_zero_again_is_not_taken_to_go_backwards() -> None:
+    meter = Speedometer()
+    meter.speed(answered(100), trained_tokens=0, now=0.0)
+    assert meter.speed(answered(1), trained_tokens=0, now=5.0) == Speed()
+    assert meter.speed(answered(6), trained_tokens=0, now=10.0).cells == 2.0
+
+
+def test_a_gpu_is_idle_that_is_free_or_whose_holder_waits() -> None:
+    running = [TrialState("training", 1, 2), TrialState("scoring", 1, 2), TrialState(PAUSED, 0, 1)]
+    fleet = FleetSize(busy=1, idle=2, coming=1)
+    share = idle_share(running, fleet, gpus=8.0, free_gpus=1.0, per_actor=0.5, per_trial=1.0)
+    assert share == pytest.approx((1.0 + 2 * 0.5 + 1.0) / 8)
+    assert idle_share(running, None, gpus=8.0, free_gpus=1.0, per_actor=0.5, per_trial=0.0) == pytest.approx(1 / 8)
+    assert idle_share(running, fleet, gpus=1.0, free_gpus=1.0, per_actor=0.5, per_trial=1.0) == 1.0
+    assert idle_share(running, fleet, gpus=0.0, free_gpus=0.0, per_actor=0.0, per_trial=0.0) is None
