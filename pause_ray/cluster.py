@@ -26,6 +26,9 @@ HOST_AND_PORT = re.compile(r"\[?(?P<host>[^/]+?)\]?:(?P<port>\d{1,5})")
 ANSWER_SECONDS = 20
 """For a head to take a connection."""
 VERSION = re.compile(r"^\s+(Ray|Python): (\S+)$", re.MULTILINE)
+TRACEBACK = "Traceback (most recent call last):"
+TOKEN_WORDS = re.compile(r"\btoken\b|auth(entic|oriz)", re.IGNORECASE)
+WAITED_IN_VAIN = re.compile(r"(timed out|(failed|unable) to connect|deadline).*\bGCS\b", re.IGNORECASE)
 MARKET = "ray.io/market-type"
 STAYS: Mapping[str, str] = {MARKET: "on-demand"}
 """Labels of nodes that nobody takes away."""
@@ -54,7 +57,7 @@ def connection() -> Iterator[None]:
                 answers = True
             ray.init(address="auto", **quiet)
         except (OSError, OverflowError, RuntimeError, RayError) as error:
-            raise ClusterError(f"RAY_ADDRESS {address}: {_why_not_joined(str(error), answers=answers)}") from error
+            raise ClusterError(f"RAY_ADDRESS {address}: {_why_not_joined(_told(error), answers=answers)}") from error
     else:
         ray.init(
             address="local",  # not one that happens to run on this machine
@@ -92,20 +95,32 @@ def hold_shared_actor_here() -> None:
     get_or_create_autoscaling_coordinator()
 
 
+def _told(error: BaseException | None) -> str:
+    """What an error and those that it came of say, in lines; of a traceback in one of them its last."""
+    lines = []
+    while error is not None:
+        before, _, traceback = str(error).partition(TRACEBACK)
+        lines += [before, *traceback.strip().splitlines()[-1:]]
+        error = error.__cause__
+    return "\n".join(lines)
+
+
 def _why_not_joined(told: str, *, answers: bool) -> str:
     """In one line, with a remedy, what Ray tells in many; of a wrong token it tells nothing but that it has waited in vain."""
     versions = VERSION.findall(told)
     if "Version mismatch" in told and len(versions) == 4:
         theirs, ours = " and ".join(" ".join(each) for each in versions[:2]), " and ".join(" ".join(each) for each in versions[2:])
         return f"the cluster has {theirs}, and this machine {ours}; use one image, or constraints.txt, on both"
-    if answers or re.search(r"token|auth", told, re.IGNORECASE):
+    words = " ".join(told.split())
+    if TOKEN_WORDS.search(words) or (answers and WAITED_IN_VAIN.search(words)):
         return (
             "what answers there does not let this process in: the cluster's token is missing here or is another one, or it is no head; "
-            "put the token (on the head: ray get-auth-token) into RAY_AUTH_TOKEN or ~/.ray/auth_token, with RAY_AUTH_MODE=token"
+            "put the token (on the head: ray get-auth-token) into RAY_AUTH_TOKEN or ~/.ray/auth_token, with RAY_AUTH_MODE=token "
+            f"({words})"
         )
     return (
-        f"no Ray cluster answers there ({' '.join(told.split())}); run this on one of its nodes, or submit it to the head's "
-        "dashboard (pause-ray submit); without RAY_ADDRESS it runs on this machine alone"
+        f"{'this process cannot join the cluster there' if answers else 'no Ray cluster answers there'} ({words}); run this on one of its "
+        "nodes, or submit it to the head's dashboard (pause-ray submit); without RAY_ADDRESS it runs on this machine alone"
     )
 
 

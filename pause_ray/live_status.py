@@ -15,7 +15,7 @@ from pause_ray.spec import JsonObject
 from pause_ray.storage import read_json, write_json
 
 STATUS_FILE = "status.json"
-FORMAT = 1
+FORMAT = 2
 BEATS_UNTIL_OLD = 5
 """A file that was due so often and has not come is old: its driver hangs, was killed, or cannot write."""
 
@@ -82,13 +82,15 @@ class LiveStatus:
     speed: Speed
     fleet: FleetSize | None
     """None while nothing is known of it."""
-    gpus: float
-    """Of the cluster, as Ray counts them."""
+    gpus: float | None
+    """Of the cluster, as Ray counts them; None while it does not answer."""
     gpu_idle_share: float | None
-    """Of them, 0 to 1, those that nobody holds or whose holder waits; None without GPUs."""
+    """Of them, 0 to 1, those that nobody holds or whose holder waits; None if none are known."""
     running: tuple[RunningTrial, ...] = ()
     failures: Mapping[str, str] = field(default_factory=dict)
     """Trial → why it did not finish in this run."""
+    given_up: Mapping[str, str] = field(default_factory=dict)
+    """Arm → why its other trials were not begun in this run."""
     trained: Mapping[str, Trained] = field(default_factory=dict)
     """Trial → how far it is, of those that are not finished; also as drivers before this one left it."""
 

@@ -21,6 +21,8 @@ from pause_ray.trial.spec import TrialSpec
 
 ACCELERATOR = "ray.io/accelerator-type"
 KUBERNETES_GPU = "nvidia.com/gpu"
+RAYS_MOST = 2
+"""Workers of all types, where a cluster file of ``ray up`` does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,8 @@ class Offer:
     """As its label ``ray.io/accelerator-type`` says."""
     most: int
     """How many there can be."""
+    of_all: int | None = None
+    """How many nodes of all kinds there can be; None where only ``most`` ends it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,7 @@ def read_offers(path: Path) -> tuple[Offer, ...]:
     spec = content.get("spec", {})
     groups = spec.get("rayClusterSpec", spec).get("workerGroupSpecs")
     if "available_node_types" in content:
-        offers = [_of_ray(name, kind) for name, kind in content["available_node_types"].items()]
+        offers = _of_ray(content, origin=path)
     elif groups is not None:
         offers = [_of_kuberay(group, origin=path) for group in groups]
     else:
@@ -80,10 +84,20 @@ def _first_cluster(path: Path) -> JsonObject:
     return found
 
 
-def _of_ray(name: str, kind: JsonObject) -> Offer:
-    has = kind.get("resources", {})
-    gpu = kind.get("labels", {}).get(ACCELERATOR)
-    return Offer(name=name, cpus=has.get("CPU", 0), gpus=has.get("GPU", 0), gpu=gpu, most=kind.get("max_workers", 0))
+def _of_ray(content: JsonObject, *, origin: Path) -> list[Offer]:
+    """The types that workers can have; one without a limit of its own has that of all, and the head's type none."""
+    of_all = content.get("max_workers", RAYS_MOST)
+    offers = []
+    for name, kind in content["available_node_types"].items():
+        most = min(of_all, kind.get("max_workers", 0 if name == content.get("head_node_type") else of_all))
+        has = kind.get("resources") or {}
+        numbers = [has.get("CPU"), has.get("GPU", 0)]
+        if most and not all(isinstance(number, int | float) for number in numbers):
+            where = f"{origin}: node type {name}: resources has no number for CPU, or none for GPU"
+            raise SpecError(f"{where}, and what its machine has is not known here; write resources: {{CPU: …, GPU: …}}")
+        gpu = (kind.get("labels") or {}).get(ACCELERATOR)
+        offers.append(Offer(name=name, cpus=numbers[0] or 0, gpus=numbers[1], gpu=gpu, most=most, of_all=of_all))
+    return offers
 
 
 def _of_kuberay(group: JsonObject, *, origin: Path) -> Offer:
@@ -176,7 +190,17 @@ def _too_few(trial: TrialSpec, pieces: Mapping[str, Piece], *, offers: Sequence[
     workers = max(1, resources.worker_bounds[0]) * pieces["worker"].gpus if "worker" in pieces else 0.0
     stay = resources.scoring_bounds[0] * pieces["actor"].gpus
     needed = max(workers + stay, pieces["actor"].gpus)
-    there = sum(offer.most * offer.gpus for offer in offers)
+    there = _most_gpus(offers)
     if needed <= there:
         return []
     return [f"{origin}: a trial holds {needed:g} GPUs at a time, and all nodes together have {there:g}; raise max_workers, or ask for less"]
+
+
+def _most_gpus(offers: Sequence[Offer]) -> float:
+    """Of all nodes that can be there at a time, if they are those with the most GPUs."""
+    left = min((offer.of_all for offer in offers if offer.of_all is not None), default=sum(offer.most for offer in offers))
+    found = 0.0
+    for offer in sorted(offers, key=lambda its: its.gpus, reverse=True):
+        number = min(offer.most, left)
+        found, left = found + number * offer.gpus, left - number
+    return found

@@ -17,6 +17,7 @@ import subprocess
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,10 @@ FREE_SHARE = 0.05
 LOOK_SECONDS = 120
 """For a node to start the actor and answer; a node that needs longer is not ready."""
 CONNECT_SECONDS = 5
+CONNECT_AT_ONCE = 256
+"""Places that a node tries; those of a thousand nodes, if none answers, still take less than ``LOOK_SECONDS``."""
+MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where a container finds how much it may use (cgroup v2, v1): ``max``, or a number larger than any memory, where nothing limits it."""
 PROBE = ".preflight-"
 AGENT_KEY = "DASHBOARD_AGENT_ADDR_NODE_ID_PREFIX"
 """Under which an agent tells Ray where it listens."""
@@ -71,7 +76,7 @@ class Look:
     free_share: float = 1.0
     """Of the disk that Ray's own files are on: objects that leave memory, working directories, logs."""
     memory_bytes: int = 0
-    """Of the machine; 0 where it is not known."""
+    """Of the machine, or what its container may use of it; 0 where it is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +89,7 @@ class Node:
     """As Ray counts them."""
     look: Look | None
     failure: str = ""
+    """Why something of it is not known, the look or what it cannot reach."""
     unreachable: tuple[str, ...] = ()
     """What of other nodes it cannot connect to, such as ``the object store of NODE``."""
 
@@ -125,8 +131,14 @@ def look(root: Path, *, probe: str, paths: Sequence[str], session: Path | None =
         storage=storage,
         missing=tuple(path for path in paths if not Path(path).exists()),
         free_share=disk.free / disk.total if disk else 1.0,
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory_bytes=usable_memory(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), limits=MEMORY_LIMITS),
     )
+
+
+def usable_memory(machine_bytes: int, *, limits: Sequence[Path]) -> int:
+    """What a process may use of the machine's memory; of files that are not there or hold no number nothing is known."""
+    told = [path.read_text().strip() for path in limits if path.is_file()]
+    return min([machine_bytes, *(int(limit) for limit in told if limit.isdigit())])
 
 
 def _storage(root: Path, *, probe: str) -> tuple[str, int | None]:
@@ -206,13 +218,17 @@ class NodeActor:
 
     def unreachable(self, others: Mapping[str, tuple[str, int]]) -> tuple[str, ...]:
         """Which of the others (what it is → host and port) do not answer."""
-        found = []
-        for name, place in others.items():
-            try:
-                socket.create_connection(place, timeout=CONNECT_SECONDS).close()
-            except OSError:
-                found.append(name)
-        return tuple(found)
+        with ThreadPoolExecutor(CONNECT_AT_ONCE) as pool:  # one that is dropped takes its whole time
+            answers = list(pool.map(_takes_connections, others.values()))
+        return tuple(name for name, answered in zip(others, answers, strict=True) if not answered)
+
+
+def _takes_connections(place: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(place, timeout=CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def look_at_nodes(root: Path, *, probe: str, paths: Sequence[str]) -> list[Node]:
@@ -244,7 +260,9 @@ def look_at_nodes(root: Path, *, probe: str, paths: Sequence[str]) -> list[Node]
     for node in alive:
         name = _name(node)
         answer, failure = found[name]
-        unreachable, _ = _answer(tries[name]) if name in tries else ((), "")
+        unreachable, lost = _answer(tries[name]) if name in tries else ((), "")
+        if lost:
+            failure = f"whether it can connect to the other nodes is not known: {lost}"
         nodes.append(
             Node(
                 name=name,
@@ -339,10 +357,11 @@ def problems(nodes: Sequence[Node], *, needed: Needed | None) -> list[Problem]:
     found: list[Problem] = []
     usual = _usual_versions(nodes)
     for node in nodes:
-        if node.look is None:
+        if node.failure:
             missing = "No module named 'pause_ray'" in node.failure
             remedy = "install pause_ray there (the Dockerfile in cluster/ does)" if missing else "look at the node's logs, or drain it"
             found.append(Problem(node=node.name, what=node.failure, remedy=remedy))
+        if node.look is None:
             continue
         found += _of_look(node, node.look, usual, needed=needed)
         for other in node.unreachable:

@@ -23,7 +23,8 @@ from pause_ray.storage import MANIFEST, Storage, holder_of, is_complete, read_js
 LOCK = ".lock"
 """Held by a sweep's driver."""
 STATES = ("finished", "running", "begun", "to come", "failed", "stopped")
-"""Of a trial: ``begun`` has results and does not run, ``failed`` did so in the last run, ``stopped`` was given up by a scheduler."""
+"""Of a trial: ``begun`` has results and does not run, ``failed`` did so in the last run, ``stopped`` was given up by a scheduler,
+or with its arm in the last run."""
 _AFTER_TRAINING = ("proxy", "queued", "scoring", "rechecking")
 
 
@@ -113,7 +114,12 @@ class SweepStatus:
     @property
     def is_live(self) -> bool:
         """Whether ``live`` is how things are."""
-        return self.live is not None and self.live.is_current(self.now)
+        return self.is_of_driver and self.live is not None and self.live.is_current(self.now)
+
+    @property
+    def is_of_driver(self) -> bool:
+        """Whether ``live`` is a word of ``driver`` while it runs trials, and not of one before it."""
+        return _is_of(self.live, self.driver)
 
     def age(self, moment: float | None) -> float | None:
         """Seconds since then; clocks of machines may differ a little."""
@@ -192,7 +198,7 @@ def sweep_status(folder: Path, storage: Storage) -> SweepStatus:
     sweep, live, now = read_json(folder / "sweep.json"), LiveStatus.read(folder), time.time()
     driver = _driver(folder, live, now=now)
     labels = condition_labels(sweep["trials"])
-    running = {trial.digest: trial for trial in live.running} if live and driver else {}
+    running = {trial.digest: trial for trial in live.running} if live and _is_of(live, driver) else {}
     left_out = _left_out(folder, sweep)
     known = {entry["digest"]: f"{labels[entry['digest']]} #{entry['replicate']}" for entry in sweep["trials"]}
     trials = tuple(
@@ -216,6 +222,11 @@ def _driver(folder: Path, live: LiveStatus | None, *, now: float) -> str | None:
     return holder_of(folder / LOCK) or (live.driver if live and live.is_current(now) else None)
 
 
+def _is_of(live: LiveStatus | None, driver: str | None) -> bool:
+    """Whether the one who said ``live`` is ``driver``, which a lock names with more words, and has not ended its trials."""
+    return live is not None and driver is not None and live.ended is None and driver.split(",")[0] == live.driver
+
+
 def _left_out(folder: Path, sweep: JsonObject) -> set[str]:
     return SearchRecord.read(folder).left_out(sweep["trials"], governed_arm=sweep["spec"].get("arm", ""))
 
@@ -236,6 +247,8 @@ def _trial(
         state = "stopped"
     elif live and key in live.failures:
         state = "failed"
+    elif live and entry["arm"] in live.given_up:
+        state = "stopped"
     else:
         state = "begun" if rows or trained.steps else "to come"
     return TrialStatus(

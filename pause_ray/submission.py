@@ -31,6 +31,9 @@ ANSWER_SECONDS = 30
 """For a head to say anything at all."""
 STOP_SECONDS = 600
 """Between asking a job to end and ending it by force; Ray's own 3 are too few for the running step and its checkpoint."""
+BEGIN_SECONDS = 60
+"""For a job that is asked to end to begin first, which it must: its copy of the working directory may be on its way. One for which there is
+no node would be waited for until Ray gives it up, a quarter of an hour after it was submitted."""
 LOOK_SECONDS = 0.5
 
 
@@ -177,16 +180,30 @@ class Head:
             wait: Return when it has ended, so that the same work can be submitted again.
 
         Raises:
-            ClusterError: the head is gone.
+            ClusterError: the head is gone, or ``wait`` was in vain: the job has not begun.
         """
         try:
             self._client.stop_job(submission_id)
-            while wait and self._client.get_job_status(submission_id).value in RUNNING:
-                time.sleep(LOOK_SECONDS)
+            ended = not wait or has_ended(lambda: str(self._client.get_job_status(submission_id).value), begin_seconds=BEGIN_SECONDS)
         except (OSError, RuntimeError) as error:
             raise ClusterError(
                 f"{self._address}: lost sight of {submission_id} ({' '.join(str(error).split())}); look again with --follow"
             ) from error
+        if not ended:
+            raise ClusterError(
+                f"{self._address}: {submission_id} was asked to end, but has not begun, and ends when it does or when Ray gives it up "
+                "(15 minutes after it was submitted); usually no node has what --cpus and --label ask for: see ray status on the head"
+            )
+
+
+def has_ended(status: Callable[[], str], *, begin_seconds: float) -> bool:
+    """Wait until a job that runs has ended; False if it has not even begun within ``begin_seconds``."""
+    until = time.monotonic() + begin_seconds
+    while (now := status()) in RUNNING:
+        if now == "PENDING" and time.monotonic() >= until:
+            return False
+        time.sleep(LOOK_SECONDS)
+    return True
 
 
 def _does(details: Any, job: Job) -> bool:

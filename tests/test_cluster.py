@@ -91,8 +91,40 @@ def test_why_a_cluster_cannot_be_joined_is_told_in_one_line() -> None:
     )
     told = cluster._why_not_joined(f"{versions}    Ray: 2.60.0\n    Python: 3.11.7\n", answers=True)
     assert told.startswith("the cluster has Ray 2.9.0 and Python 3.10.1, and this machine Ray 2.60.0 and Python 3.11.7; ")
-    assert "RAY_AUTH_TOKEN" in cluster._why_not_joined("Timed out while waiting for GCS to become available.", answers=True)
-    assert "RAY_AUTH_TOKEN" in cluster._why_not_joined("Token authentication is enabled but no token was found", answers=False)
     assert cluster._why_not_joined("[Errno 111]\nConnection refused", answers=False).startswith(
         "no Ray cluster answers there ([Errno 111] "
     )
+
+
+@pytest.mark.parametrize(
+    ("told", "is_token"),
+    [
+        ("Timed out while waiting for GCS to become available.", True),
+        ("Token authentication is enabled but no token was found", True),
+        ("RpcError: Unauthenticated", True),
+        ("No node info found matching attributes: '' when trying to resolve node to connect to.", False),
+        ("[Errno 28] No space left on device: '/tmp/ray/session'", False),
+    ],
+)
+def test_a_token_is_blamed_only_where_it_can_be_one(told: str, is_token: bool) -> None:
+    words = cluster._why_not_joined(f"Failed to connect to Ray cluster at 10.0.0.1:6379\n{told}", answers=True)
+    assert ("RAY_AUTH_TOKEN" in words, "run this on one of its nodes" in words) == (is_token, not is_token)
+    assert told in words
+
+
+def test_what_ray_told_is_looked_for_in_what_its_error_came_of() -> None:
+    """It says where it could not connect, and only the error before says why."""
+    trace = 'Last connection error: Traceback (most recent call last):\n  File "token.py", line 1\nRpcError: Deadline Exceeded\n'
+    try:
+        try:
+            raise RuntimeError(f"Failed to connect to GCS. {trace}")
+        except RuntimeError as error:
+            raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379") from error
+    except ConnectionError as error:
+        told = cluster._told(error)
+    assert "token.py" not in told
+    words = cluster._why_not_joined(told, answers=True)
+    assert words.endswith(
+        "(Failed to connect to Ray cluster at 10.0.0.1:6379 Failed to connect to GCS. Last connection error: RpcError: Deadline Exceeded)"
+    )
+    assert "RAY_AUTH_TOKEN" in words

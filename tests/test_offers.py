@@ -104,6 +104,36 @@ def test_a_gpu_whose_memory_nobody_knows_is_not_taken_for_large_enough(gpu: str 
     assert why in found
 
 
+def offers_of(folder: Path, types: JsonObject, **content: Any) -> tuple[Offer, ...]:
+    file = folder / "ray.yaml"
+    file.write_text(yaml.safe_dump({"head_node_type": "head", "available_node_types": types, **content}, sort_keys=False))
+    return read_offers(file)
+
+
+def test_limits_are_those_that_ray_takes_where_the_file_has_none(tmp_path: Path) -> None:
+    """Ray gives a type without ``max_workers`` that of the file, the head's 0, and the file 2."""
+    types = {"head": {"resources": {}}, "free": {"resources": {"CPU": 4}}, "few": {"resources": {"CPU": 4}, "max_workers": 3}}
+    assert [(its.name, its.most) for its in offers_of(tmp_path, types, max_workers=7)] == [("free", 7), ("few", 3)]
+    assert [(its.name, its.most) for its in offers_of(tmp_path, types)] == [("free", 2), ("few", 2)]
+
+
+def test_node_types_together_give_no_more_than_the_file_allows(tmp_path: Path) -> None:
+    types = {
+        name: {"resources": {"CPU": 64, "GPU": gpus}, "labels": {"ray.io/accelerator-type": "H100"}, "max_workers": 2}
+        for name, gpus in (("four", 4), ("eight", 8))
+    }
+    assert told(trial(), *offers_of(tmp_path, types, max_workers=2)) == []
+    [together] = told(trial(**{"resources.train_workers": 24, "train.accumulation": 24}), *offers_of(tmp_path, types, max_workers=3))
+    assert "a trial holds 24 GPUs at a time, and all nodes together have 20" in together
+
+
+@pytest.mark.parametrize("resources", [{}, None, {"GPU": 8}, {"CPU": "many"}])
+def test_a_type_without_numbers_is_not_taken_for_one_without_cpus(tmp_path: Path, resources: JsonObject | None) -> None:
+    """Ray fills them in from the kind of machine."""
+    with pytest.raises(SpecError, match="node type big: resources has no number for CPU"):
+        offers_of(tmp_path, {"big": {"resources": resources, "node_config": {"InstanceType": "p5.48xlarge"}}})
+
+
 def test_answers_of_a_server_need_no_gpu() -> None:
     asked = {"kind": "endpoint", "url": "http://127.0.0.1:1/v1", "model": "m", "api": "chat"}
     spec = TrialSpec.parse(with_overrides(SWEEP["trial"], {"train": None, "pauses": None, "engine": asked}), origin="test")

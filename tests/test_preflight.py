@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pause_ray.preflight import FREE_BYTES, FREE_SHARE, PACKAGES, Gpu, Look, Needed, Node, gpus_told, look, problems
+from pause_ray import preflight
+from pause_ray.preflight import (
+    FREE_BYTES,
+    FREE_SHARE,
+    PACKAGES,
+    Gpu,
+    Look,
+    Needed,
+    Node,
+    NodeActor,
+    gpus_told,
+    look,
+    problems,
+    usable_memory,
+)
 from tests.real_cluster import running_cluster
 from tests.sweep.tiny_sweep import ROOT, write_model, write_sweep
 
@@ -63,6 +79,32 @@ def test_a_worker_without_the_package_is_told_so() -> None:
 
 def test_nodes_that_cannot_reach_each_other_are_named() -> None:
     assert told(replace(WORKER, unreachable=("the object store of head",))) == "cannot connect to the object store of head"
+
+
+def test_a_node_that_did_not_say_what_it_can_reach_is_a_problem() -> None:
+    assert told(replace(WORKER, failure="no answer within 120 seconds")) == "no answer within 120 seconds"
+
+
+def test_places_that_drop_what_they_are_sent_are_tried_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "CONNECT_SECONDS", 1)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as deaf, socket.create_server(("127.0.0.1", 0)) as listens:
+        waiting = [socket.socket() for _ in range(3)]
+        for each in waiting:  # nobody accepts them: once its queue is full, the kernel drops whoever else asks
+            each.setblocking(False)
+            each.connect_ex(deaf.getsockname())
+        others = {f"place {number}": deaf.getsockname() for number in range(20)} | {"good": listens.getsockname()}
+        begun = time.monotonic()
+        assert NodeActor().unreachable(others) == tuple(name for name in others if name != "good")
+        assert 1 <= time.monotonic() - begun < 10, "one after another they take twenty seconds"
+        for each in waiting:
+            each.close()
+
+
+@pytest.mark.parametrize(("told", "bytes_"), [("max\n", 1000), ("600\n", 600), ("9223372036854771712\n", 1000), (None, 1000)])
+def test_memory_is_what_the_container_may_use(tmp_path: Path, told: str | None, bytes_: int) -> None:
+    if told is not None:
+        (tmp_path / "limit").write_text(told)
+    assert usable_memory(1000, limits=[tmp_path / "gone", tmp_path / "limit"]) == bytes_
 
 
 def test_memory_that_the_driver_does_not_tell_is_not_taken_for_none() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ TRIALS = [
     ("tuned8", "pause_tuned", {"train.lora.rank": 8}, 0),
     ("tuned16", "pause_tuned", {"train.lora.rank": 16}, 0),
 ]
+ME = f"process {os.getpid()} on {socket.gethostname()}"
 STEPS = 3
 TRAINING = [{"step": step, "loss": 1.0, "learning_rate": 1e-4, "tokens": 500, "seconds": 1.0} for step in range(1, STEPS + 1)]
 
@@ -84,7 +86,7 @@ def live(**changes: Any) -> LiveStatus:
 def driven(folder: Path) -> Iterator[Path]:
     """The sweep while a driver runs it."""
     with exclusive(folder / ".lock"):
-        live().write(folder)
+        live(driver=ME).write(folder)
         yield folder
 
 
@@ -136,10 +138,32 @@ def test_what_a_killed_driver_said_is_not_taken_for_what_is_so(storage: Storage,
 
 
 def test_a_driver_that_holds_the_sweep_and_says_nothing_is_said_to_hang(storage: Storage, folder: Path) -> None:
-    live(written=time.time() - 200).write(folder)
+    live(driver=ME, written=time.time() - 200).write(folder)
     with exclusive(folder / ".lock"):
         shown = show(storage, "demo")
     assert "as it said 3 min ago; it is old" in shown
+
+
+@pytest.mark.parametrize("before", [{}, {"written": time.time() - 3600}, {"driver": ME, "ended": time.time()}])
+def test_what_the_driver_before_said_is_not_the_word_of_one_that_starts(storage: Storage, folder: Path, before: dict[str, Any]) -> None:
+    live(**before).write(folder)
+    with exclusive(folder / ".lock"):
+        found, shown = sweep_status(folder, storage), show(storage, "demo")
+    assert found.driver is not None
+    assert found.driver.startswith(ME)
+    assert (found.is_live, found.as_json()["live"]["is_current"]) == (False, False)
+    assert found.by_state == {"finished": 2, "begun": 1, "to come": 1, "failed": 1, "stopped": 1}
+    assert f"runs: {ME}" in shown
+    assert "it is starting and has said nothing yet" in shown
+    assert not [words for words in ("as it said", "it is old", "scoring 1/4") if words in shown]
+
+
+def test_trials_of_an_arm_that_was_given_up_are_not_to_come_and_it_is_said_why(storage: Storage, folder: Path) -> None:
+    live(ended=time.time() - 180, running=(), given_up={"pause_tuned": "3 of 5 trials have failed"}).write(folder)
+    assert sweep_status(folder, storage).by_state == {"finished": 2, "failed": 1, "stopped": 3}
+    shown = show(storage, "demo")
+    assert "the last one ended 3 min ago" in shown
+    assert "arm pause_tuned given up: 3 of 5 trials have failed" in shown
 
 
 def test_where_locks_are_not_seen_the_drivers_word_counts_while_it_is_fresh(storage: Storage, folder: Path) -> None:
@@ -224,7 +248,8 @@ def test_what_is_not_there_is_told_and_nothing_is_written(storage: Storage, tmp_
 
 
 def test_a_live_status_is_read_as_it_was_written(tmp_path: Path) -> None:
-    for status in (live(), live(fleet=None, gpus=0.0, gpu_idle_share=None, running=(), failures={}, trained={}, seconds_left=None)):
+    nothing = live(fleet=None, gpus=None, gpu_idle_share=None, running=(), failures={}, trained={}, seconds_left=None)
+    for status in (live(given_up={"pause_tuned": "they failed"}), nothing):
         status.write(tmp_path)
         assert LiveStatus.read(tmp_path) == status
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from pause_ray import submission
 from pause_ray.cli.main import app
 from pause_ray.errors import SpecError
-from pause_ray.submission import Job, check_no_secrets
+from pause_ray.submission import Job, check_no_secrets, has_ended
 from tests.real_cluster import RealCluster, free_port, running_cluster
 from tests.sweep.tiny_sweep import ROOT, answers, run_sweep_to_its_end, write_model, write_sweep
 
@@ -53,6 +54,16 @@ def test_plain_settings_pass_and_the_same_work_is_known_again() -> None:
     check_no_secrets(plain)
     assert plain.work == job(env=plain.env).work
     assert plain.work != job(env={}).work
+
+
+@pytest.mark.parametrize(
+    ("told", "ended"),
+    [(["PENDING", "RUNNING", "RUNNING", "STOPPED"], True), (["FAILED"], True), (["PENDING", "PENDING"], False)],
+)
+def test_a_job_that_never_begins_is_not_waited_for(told: list[str], ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs as long as it likes; the second ``PENDING`` is one too many."""
+    monkeypatch.setattr(submission, "LOOK_SECONDS", 0.05)
+    assert has_ended(iter(told).__next__, begin_seconds=0.01) is ended
 
 
 def test_a_mistake_in_a_search_that_learns_is_found_before_a_head_is_asked() -> None:

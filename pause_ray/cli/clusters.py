@@ -67,7 +67,7 @@ def submit(
             raise ClusterError(f"{address}: no running job does this: {job.command}")
         submission_id = running
     if stop:
-        with err.status(f"{submission_id} ends: the running training writes a checkpoint, running cells are answered"):
+        with err.status(f"{submission_id} ends: a training that runs writes a checkpoint, running cells are answered"):
             head.stop(submission_id, wait=not no_wait)
     if stop or no_wait:
         print_json({"job": submission_id}) if as_json else out.print(submission_id, highlight=False)

@@ -101,17 +101,19 @@ def _show(found: SweepStatus) -> None:
     }
     out.print(found.name, style="bold", highlight=False)
     _lines({name: words for name, words in rows.items() if words})
-    if found.live is not None and found.driver is not None:
+    if found.live is not None and found.is_of_driver:
         _show_live(found.live, age=found.live.age_seconds(found.now), is_current=found.is_live)
     for label, reason in list(found.failures.items())[:MOST_SHOWN]:
         out.print(f"[red]{escape(label)} failed:[/] {escape(reason)}", highlight=False, soft_wrap=True)
     _say_rest(len(found.failures), "failed")
+    for arm, reason in (found.live.given_up if found.live else {}).items():
+        out.print(f"[red]arm {escape(arm)} given up:[/] {escape(reason)}", highlight=False, soft_wrap=True)
 
 
 def _driver_words(found: SweepStatus) -> str:
     live = found.live
     if found.driver is not None:
-        return f"runs: {found.driver}"
+        return f"runs: {found.driver}" + ("" if found.is_of_driver else "; it is starting and has said nothing yet, or cannot write here")
     if live is None:
         return "none runs"
     if live.ended is None:

@@ -36,6 +36,7 @@ class Work:
         self._settled = Counter(settled)
         self._cells: Mapping[str, Cells] = {}
         self._left_out: frozenset[str] = frozenset()
+        self._not_begun: frozenset[str] = frozenset()
 
     def expect(self, trials: Mapping[str, Cells]) -> None:
         """These are to be run."""
@@ -45,16 +46,21 @@ class Work:
         """Nothing more comes of these."""
         self._left_out = self._left_out.union(trials)
 
+    def begin_no_more(self, trials: Iterable[str]) -> None:
+        """Nothing comes of these unless they have begun; they replace those that were given before."""
+        self._not_begun = frozenset(trials)
+
     def by_state(self, states: States, *, failed: Collection[str]) -> Counter[str]:
         """State → trials; a failure is known before the trial's process says so, where it was lost."""
         begun = Counter("failed" if key in failed else state.stage for key, state in states.items())
-        others = Counter("stopped" if key in self._left_out else TO_COME for key in self._cells.keys() - states.keys())
+        out = self._left_out | self._not_begun
+        others = Counter("stopped" if key in out else TO_COME for key in self._cells.keys() - states.keys())
         return self._settled + begun + others
 
     def cells_left(self, states: States, *, failed: Collection[str]) -> int:
         """Of trials that are to come or running, those without an answer."""
-        cells = self._cells
-        return sum(_left(cells[key], states.get(key)) for key in cells if key not in failed and key not in self._left_out)
+        cells, out = self._cells, self._left_out | (self._not_begun - states.keys())
+        return sum(_left(cells[key], states.get(key)) for key in cells if key not in failed and key not in out)
 
 
 def _left(cells: Cells, state: TrialState | None) -> int:
@@ -108,14 +114,29 @@ class Speedometer:
         self._past: deque[tuple[float, Speed]] = deque()
         """When, and the totals then."""
 
-    def speed(self, answers: Collection[Answered], *, trained_tokens: int, now: float) -> Speed:
+    def speed(self, answers: Collection[Answered] | None, *, trained_tokens: int, now: float) -> Speed:
         """Of the last minute, or as long as it runs; totals that fall were begun anew, and so is this.
 
         Args:
-            answers: What was answered so far.
+            answers: What was answered so far; None when nobody could be asked, which says nothing of speeds.
             trained_tokens: So far.
             now: Seconds of any clock.
         """
+        if answers is not None:
+            self._note(answers, trained_tokens=trained_tokens, now=now)
+        while self._past and now - self._past[0][0] > SPEED_SECONDS:
+            self._past.popleft()
+        if len(self._past) < 2:
+            return Speed()
+        (since, before), (until, totals) = self._past[0], self._past[-1]
+        seconds = until - since
+        return Speed(
+            cells=round((totals.cells - before.cells) / seconds, 3),
+            scored_tokens=round((totals.scored_tokens - before.scored_tokens) / seconds, 1),
+            trained_tokens=round((totals.trained_tokens - before.trained_tokens) / seconds, 1),
+        )
+
+    def _note(self, answers: Collection[Answered], *, trained_tokens: int, now: float) -> None:
         totals = Speed(
             cells=sum(its.cells for its in answers),
             scored_tokens=sum(its.prefilled_tokens + its.decoded_tokens for its in answers),
@@ -124,28 +145,17 @@ class Speedometer:
         if self._past and totals.cells < self._past[-1][1].cells:
             self._past.clear()
         self._past.append((now, totals))
-        while now - self._past[0][0] > SPEED_SECONDS:
-            self._past.popleft()
-        since, before = self._past[0]
-        seconds = now - since
-        if not seconds:
-            return Speed()
-        return Speed(
-            cells=round((totals.cells - before.cells) / seconds, 3),
-            scored_tokens=round((totals.scored_tokens - before.scored_tokens) / seconds, 1),
-            trained_tokens=round((totals.trained_tokens - before.trained_tokens) / seconds, 1),
-        )
 
 
 def idle_share(
-    running: Collection[TrialState], fleet: FleetSize | None, *, gpus: float, free_gpus: float, per_actor: float, per_trial: float
+    running: Collection[TrialState], fleet: FleetSize | None, *, gpus: float | None, free_gpus: float, per_actor: float, per_trial: float
 ) -> float | None:
-    """Share of the GPUs, 0 to 1, that are free, an idle actor's, or a trial's own while it does not train; None without GPUs.
+    """Share of the GPUs, 0 to 1, that are free, an idle actor's, or a trial's own while it does not train; None if none are known.
 
     Args:
         running: Trials that have begun and not ended.
         fleet: Scoring actors, where they are known.
-        gpus: Of the cluster.
+        gpus: Of the cluster; None while it cannot be asked.
         free_gpus: Of them, those that nobody holds.
         per_actor: GPUs of each scoring actor.
         per_trial: GPUs that a trial holds in its own process from its beginning to its end.

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import pickle
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,12 +37,22 @@ from pause_ray.sweep.rounds import Rounds, SweepTrial
 from pause_ray.sweep.rungs import governed
 from pause_ray.sweep.shortage import ShortageWatch
 from pause_ray.sweep.spec import SweepSpec
-from pause_ray.sweep.tuning import NOT_YET, Shared, lost_trials, run_trials
+from pause_ray.sweep.tuning import NOT_YET, Shared, run_trials, why_lost
 from pause_ray.sweep.watch import Watch, start_board
 from pause_ray.trial.companions import companions, leaders_first
 
 MOST_LOSSES = 3
-"""A trial whose process was lost so often (with its node, or for want of memory) has failed."""
+"""A trial whose process was lost so often (with its node, or for want of memory) without having got further has failed."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Of a trial's process."""
+
+    times: int
+    """In a row without anything new done between them, this one included."""
+    work: int
+    """Steps and cells that were done."""
 
 
 class PostedTrials(Mapping[str, SweepTrial]):
@@ -98,8 +107,10 @@ class Execution:
     after_trial: Callable[[], None]
     running: set[str] = field(default_factory=set)
     """Trials that have begun and not ended."""
-    losses: Counter[str] = field(default_factory=Counter)
-    """How often a trial's process was lost."""
+    losses: dict[str, Loss] = field(default_factory=dict)
+    """Trial → the last one."""
+    set_aside: list[str] = field(default_factory=list)
+    """Judged trials whose processes were lost; they begin again together, since a scheduler has heard of their ends."""
     errors: list[UserError] = field(default_factory=list)
     """What kept the next round from being prepared; Tune would wrap it in its own."""
 
@@ -121,32 +132,31 @@ class Execution:
         )
         with self.watch.interruptible():
             self.line.add(key for key in waiting if key in judged)
-            if judged:
-                self._hear_of_losses(
-                    run_governed(
-                        self.sweep,
-                        shared,
-                        trials={key: self.rounds.trials[key] for key in judged},
-                        places=self.places,
-                        log=self.log,
-                        next_trial=self._next_trial,
-                        ended=self._ended,
-                        after_trial=self.after_trial,
-                    )
+            goes_on = bool(judged)
+            while goes_on:
+                run_governed(
+                    self.sweep,
+                    shared,
+                    trials={key: self.rounds.trials[key] for key in judged},
+                    places=self.places,
+                    log=self.log,
+                    next_trial=self._next_trial,
+                    ended=functools.partial(self._ended, begin_again=self._set_aside),
+                    after_trial=self.after_trial,
                 )
+                goes_on = bool([key for key in self.set_aside if self.line.take_back(key)])
+                self.set_aside.clear()
             left_out = self.rounds.left_out()
             self.heartbeat.leave_out(left_out)
             self._let_wait(key for key in waiting if key not in judged and key not in left_out)
             if self.line.ended_by is None:
-                self._hear_of_losses(
-                    run_trials(
-                        self.sweep,
-                        shared,
-                        places=self.places,
-                        next_trial=functools.partial(self._next_trial, may_return=True),
-                        ended=functools.partial(self._ended, may_return=True),
-                        after_trial=self.after_trial,
-                    )
+                run_trials(
+                    self.sweep,
+                    shared,
+                    places=self.places,
+                    next_trial=functools.partial(self._next_trial, may_return=True),
+                    ended=functools.partial(self._ended, begin_again=self.line.take_back),
+                    after_trial=self.after_trial,
                 )
         if self.errors:
             raise self.errors[0]
@@ -181,26 +191,30 @@ class Execution:
             key = self.line.next()
         if key is not None:
             self.running.add(key)
-        elif may_return and self.running and self.line.ended_by is None:
+        elif may_return and self.running and self.line.may_take_back:
             return NOT_YET
         return key
 
-    def _ended(self, key: str, lost: str | None, *, may_return: bool = False) -> None:
+    def _ended(self, key: str, account: str | None, *, begin_again: Callable[[str], bool]) -> None:
+        """As for ``Asking`` and ``AfterTrial``; a lost trial may ``begin_again``, unless it is a mistake that would be made again."""
         self.running.discard(key)
         self.watch.look()
-        if lost is None:
+        if account is None:
             return
-        self.losses[key] += 1
-        if may_return and self.losses[key] < MOST_LOSSES and self.watch.forgive(key):
-            self.progress.say(f"{self.rounds.trials[key].planned.label}: {lost}; it begins again where it was")
-            self.line.add([key])
+        message, trace = why_lost(account)
+        before, work = self.losses.get(key), self.watch.work_of(key)
+        self.losses[key] = Loss(before.times + 1 if before is not None and before.work == work else 1, work)
+        may = trace is not None and self.losses[key].times < MOST_LOSSES and self.watch.forgive(key)
+        if may and begin_again(key):
+            label = self.rounds.trials[key].planned.label
+            self.progress.say(f"{label}: the trial's process was lost ({message}); it begins again where it was")
         else:
-            self.watch.note_lost(key)
+            self.watch.note_lost(key, message, trace)
 
-    def _hear_of_losses(self, results: Any) -> None:
-        self.watch.look()
-        for key, (message, trace) in (lost_trials(results) if results else {}).items():
-            self.watch.explain_loss(key, message, trace)
+    def _set_aside(self, key: str) -> bool:
+        if self.line.may_take_back:
+            self.set_aside.append(key)
+        return self.line.may_take_back
 
     def _admit(self, trials: Mapping[str, SweepTrial]) -> list[str]:
         """Count trials as work; those whose training rows are on storage now, in their order. For the others the board says why."""
@@ -306,6 +320,7 @@ def executing(
                     fleet=fleet,
                     progress=progress,
                     failures=lambda: dict(watch.failures),
+                    given_up=lambda: dict(line.given_up),
                     ended_by=lambda: line.ended_by,
                 ) as heartbeat,
                 watch,

@@ -28,7 +28,7 @@ from pause_ray.sweep.progress import TrialState
 from pause_ray.sweep.rounds import SweepTrial
 from pause_ray.sweep.rungs import Schedule
 from pause_ray.sweep.spec import SweepSpec
-from pause_ray.sweep.tuning import INTERRUPTED, Asking, Shared, one_trial, tuned
+from pause_ray.sweep.tuning import INTERRUPTED, AfterTrial, Asking, Shared, one_trial, tuned
 from pause_ray.trial.proxy import proxy_lengths
 
 HEAD = "node:__internal_head__"
@@ -124,15 +124,12 @@ class _Median(_Heeding, MedianStoppingRule):  # type: ignore[misc]
     pass
 
 
-class _Ends(tune.Callback):  # type: ignore[misc]
+class _Ends(AfterTrial):
     """Hears of trials that end. One that a scheduler gives up while it is paused has no process that could say so."""
 
-    def __init__(self, minutes: _Minutes, after_trial: Callable[[], None]) -> None:
+    def __init__(self, minutes: _Minutes, after_trial: Callable[[], None], *, ended: Callable[[str, str | None], None]) -> None:
+        super().__init__(after_trial, ended=ended)
         self._minutes = minutes
-        self._after_trial = after_trial
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         """Notice that trials end because they were asked to; Tune tells this before it tells its scheduler that the trial has ended."""
@@ -144,7 +141,7 @@ class _Ends(tune.Callback):  # type: ignore[misc]
         if RUNG in trial.last_result and not trial.last_result.get(ENDED):
             self._minutes.note_stop(key, rung=trial.last_result[RUNG], is_running=False)
         if key not in self._minutes.settled:
-            self._after_trial()
+            super().on_trial_complete(iteration, trials, trial, **info)
 
 
 def run_governed(
@@ -157,7 +154,7 @@ def run_governed(
     next_trial: Callable[[], str | None],
     ended: Callable[[str, str | None], None],
     after_trial: Callable[[], None],
-) -> tune.ResultGrid | None:
+) -> None:
     """Run the trials that the sweep's scheduler judges; who was given up is in the log (``SearchRecord.stops``).
 
     Args:
@@ -170,19 +167,16 @@ def run_governed(
         ended: As for ``Asking``.
         after_trial: Called when a trial has ended that was not settled.
 
-    Returns:
-        As ``run_trials``; None if there was nothing to do.
-
     Raises:
         SpecError, ModelError, TextError: the proxy cannot be asked of one of them.
     """
     scheduler = sweep.scheduler
     if scheduler is None or not trials:
-        return None
+        return
     record = SearchRecord.read(shared.folder)
     finished = [key for key in trials if is_complete(shared.storage.trials / key)]
     if all(key in finished or key in record.stops for key in trials):
-        return None
+        return
     lengths = proxy_lengths(
         [trial.prepared for trial in trials.values()],
         facts=scheduler.proxy.facts,
@@ -200,7 +194,7 @@ def run_governed(
     trainable = tune.with_parameters(GovernedTrial, shared=shared, schedule=schedule, verdicts=verdicts)
     try:
         with _all_pending(len(trials)) if waits else contextlib.nullcontext():
-            return tuned(
+            tuned(
                 tune.with_resources(trainable, _side_by_side(places) if waits else one_trial(places)),
                 tune.TuneConfig(
                     scheduler=judge,
@@ -211,7 +205,7 @@ def run_governed(
                 ),
                 name=sweep.name,
                 storage=shared.storage,
-                callbacks=[_Ends(minutes, after_trial)],
+                callbacks=[_Ends(minutes, after_trial, ended=ended)],
             )
     finally:
         ray.kill(verdicts)

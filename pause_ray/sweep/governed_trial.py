@@ -7,6 +7,7 @@ the same way. What was scored before is repeated to the scheduler and not scored
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -40,6 +41,9 @@ class GovernedTrial(TuneTrial):
         self._verdicts = verdicts
         self._training: TrainingInBackground | None = None
         self._last: dict[str, Any] = {}
+        self._subject = contextlib.ExitStack()
+        """Names the trial in all lines from its first step until its training has ended, which goes on between steps."""
+        self._is_named = False
         self._forget()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -77,8 +81,10 @@ class GovernedTrial(TuneTrial):
         if is_settled:
             return self._end({})
         reports = self._reports()
-        with self._named():
-            result = guarded(reports, lambda: self._next_rung(reports) or self._finish_training(reports))
+        if not self._is_named:
+            self._subject.enter_context(self._named())
+            self._is_named = True
+        result = guarded(reports, lambda: self._next_rung(reports) or self._finish_training(reports))
         if not result.get(tune.result.DONE):
             return result
         self._end_training()
@@ -103,6 +109,8 @@ class GovernedTrial(TuneTrial):
             self._training.end()
             self._training.forget(self._looked_at[: self._rungs])
         self._training = None
+        self._subject.close()
+        self._is_named = False
 
     def _repeated(self) -> dict[str, Any] | None:
         """The next rung, if it was scored before."""

@@ -1,7 +1,7 @@
 """Every few seconds, what runs: to ``status.json`` for people on any machine, and to Ray's metrics for Prometheus.
 
 A thread of the driver puts together what the display, the watch and the fleet know anyway, so trials and actors say nothing twice. What
-cannot be written or asked for a moment is left out; a sweep never waits for it. Knows Ray and no trial's steps.
+cannot be written or asked for a moment is left out; a sweep never waits for it, nor ends because of it. Knows Ray and no trial's steps.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Heartbeat:
         fleet: Fleet,
         progress: SweepProgress,
         failures: Callable[[], Mapping[str, Reason]],
+        given_up: Callable[[], Mapping[str, str]],
         ended_by: Callable[[], str | None],
     ) -> None:
         """Prepare; Ray must be initialised.
@@ -64,19 +65,22 @@ class Heartbeat:
             fleet: Asked how many actors there are and what they have answered.
             progress: Asked what trials have said.
             failures: Trial → why it failed.
+            given_up: Arm → why its other trials are not begun.
             ended_by: Why the sweep ends before its end, if it does.
         """
         self._rounds, self._storage, self._places = rounds, storage, places
         self._fleet, self._progress = fleet, progress
-        self._failures, self._ended_by = failures, ended_by
+        self._failures, self._given_up, self._ended_by = failures, given_up, ended_by
         self._exported = metrics.Exported(rounds.folder.name)
         self._work = Work(settled={"stopped": len(rounds.left_out()), "done": rounds.num_finished()})
+        self._arms: Mapping[str, str] = {}
+        """Trial → its arm, of those that are expected."""
         self._steps = StepCounts(_trained_before(rounds))
         self._speedometer = Speedometer()
         self._stages: dict[str, tuple[str, float]] = {}
         """Trial → its stage and since when, by the monotonic clock."""
         self._began = time.time()
-        self._could_write = True
+        self._could_tell = True
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._beat_regularly, name="sweep-heartbeat", daemon=True)
 
@@ -95,6 +99,7 @@ class Heartbeat:
     def expect(self, trials: Mapping[str, SweepTrial]) -> None:
         """Count these trials as work to be done."""
         self._work.expect({key: self._cells(key, trial) for key, trial in trials.items()})
+        self._arms = {**self._arms, **{key: trial.planned.arm for key, trial in trials.items()}}
 
     def leave_out(self, trials: Iterable[str]) -> None:
         """The scheduler has seen to it that nothing more comes of these."""
@@ -115,27 +120,33 @@ class Heartbeat:
                 return
 
     def _beat(self, *, ended: float | None = None, ended_by: str | None = None) -> None:
+        """Tell; what storage or the cluster refuses is said once, and may be possible at the next beat. The border of this thread."""
+        try:
+            self._tell(ended=ended, ended_by=ended_by)
+        except (OSError, RayError, StorageError) as error:
+            if self._could_tell:
+                log.warning("pause-ray status will show old figures: %s", error)
+            self._could_tell = False
+        else:
+            self._could_tell = True
+
+    def _tell(self, *, ended: float | None, ended_by: str | None) -> None:
         fleet: FleetState | None = None
-        gpus = free_gpus = 0.0
+        gpus: float | None = None
+        free_gpus = 0.0
         try:
             fleet = self._fleet.state(timeout_seconds=ASK_SECONDS)
-            gpus, free_gpus = cluster.total_gpus(), cluster.free_gpus()
+            free_gpus, gpus = cluster.free_gpus(), cluster.total_gpus()
         except RayError as error:
             log.debug("a part of the cluster does not answer: %s", error)
         states = self._progress.look()
         status = self._status(states, fleet, gpus=gpus, free_gpus=free_gpus, ended=ended, ended_by=ended_by)
+        self._work.begin_no_more(key for key, arm in self._arms.items() if arm in status.given_up)
         self._export(states, status, fleet)
-        try:
-            status.write(self._rounds.folder)
-        except (StorageError, OSError) as error:
-            if self._could_write:
-                log.warning("pause-ray status will show old figures: %s", error)
-            self._could_write = False
-        else:
-            self._could_write = True
+        status.write(self._rounds.folder)
 
     def _status(
-        self, states: States, fleet: FleetState | None, *, gpus: float, free_gpus: float, ended: float | None, ended_by: str | None
+        self, states: States, fleet: FleetState | None, *, gpus: float | None, free_gpus: float, ended: float | None, ended_by: str | None
     ) -> LiveStatus:
         failures = self._failures()
         running = {key: state for key, state in states.items() if state.stage not in ENDED and key not in failures}
@@ -149,7 +160,7 @@ class Heartbeat:
             per_trial=0.0 if self._places.resources.train_workers else self._places.train_gpus,
         )
         self._steps.forget([key for key in self._steps.of_trials() if is_complete(self._storage.trials / key)])
-        answers = fleet.answered.values() if fleet else ()
+        answers = fleet.answered.values() if fleet else None
         return LiveStatus(
             written=time.time(),
             every_seconds=BEAT_SECONDS,
@@ -164,6 +175,7 @@ class Heartbeat:
             gpu_idle_share=idle,
             running=tuple(self._running(key, state) for key, state in running.items()) if ended is None else (),
             failures={key: message[:MOST_WORDS] for key, (message, _) in failures.items()},
+            given_up={arm: reason[:MOST_WORDS] for arm, reason in self._given_up().items()},
             trained=self._steps.of_trials(),
         )
 
@@ -186,7 +198,8 @@ class Heartbeat:
         for name in metrics.STATES:
             exported.show(metrics.TRIALS, by_state[name], state=name)
         exported.show(metrics.CELLS_LEFT, self._work.cells_left(states, failed=failed))
-        exported.show(metrics.GPUS, status.gpus)
+        if status.gpus is not None:
+            exported.show(metrics.GPUS, status.gpus)
         if status.gpu_idle_share is not None:
             exported.show(metrics.GPU_IDLE_SHARE, status.gpu_idle_share)
         if status.fleet is not None:
@@ -205,7 +218,7 @@ def _trained_before(rounds: Rounds) -> dict[str, Trained]:
     """How far trials were by the last word of the driver before this one; a file that cannot be read costs a count and no sweep."""
     try:
         before = LiveStatus.read(rounds.folder)
-    except StorageError as error:
+    except (OSError, StorageError) as error:
         log.warning("%s", error)
         return {}
     return {key: its for key, its in before.trained.items() if key in rounds.trials} if before else {}

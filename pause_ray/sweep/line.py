@@ -27,6 +27,8 @@ class WaitingLine:
         self._waiting: deque[str] = deque()
         self._finished: Counter[str] = Counter()
         self._failures: dict[str, list[str]] = {}
+        self._taken_back: deque[str] = deque()
+        self._is_over = False
         self.ended_by: str | None = None
         """Why no trial begins any more, for people; None while trials begin."""
         self.is_out_of_budget = False
@@ -42,8 +44,25 @@ class WaitingLine:
         """Let expected trials queue up behind those that wait."""
         self._waiting.extend(keys)
 
+    def take_back(self, key: str) -> bool:
+        """Let a trial that had begun go on before all others; False if it is not to, as no other of its arm or of the sweep is.
+
+        A budget that is used up does not keep it: it was started within it.
+        """
+        may = not self._is_over and self._arms[key] not in self.given_up
+        if may:
+            self._taken_back.append(key)
+        return may
+
+    @property
+    def may_take_back(self) -> bool:
+        """Whether a trial that runs may come back."""
+        return not self._is_over
+
     def next(self) -> str | None:
         """The trial whose turn it is, or None when none waits or none is to begin any more."""
+        if self._taken_back and not self._is_over:
+            return self._taken_back.popleft()
         while self._waiting and self.ended_by is None:
             key = self._waiting[0]
             if self._arms[key] not in self.given_up:
@@ -58,6 +77,7 @@ class WaitingLine:
     def end(self, reason: str) -> None:
         """Let no trial begin any more; of several reasons the first one counts."""
         self.ended_by = self.ended_by or reason
+        self._is_over = True
 
     def note_finished(self, keys: Iterable[str]) -> None:
         """These trials came to their end."""

@@ -1,7 +1,7 @@
-"""Says what a sweep waits for when a cluster does not give it: what was asked, what is there, what to look at.
+"""Says what a cluster is asked for and does not give while a sweep does not get on: what was asked, what is there, what to look at.
 
-Only where nothing gets on: that more is asked for than there is means nothing while trials run. Knows Ray through ``demand``; asks
-for nothing itself.
+Only where nothing gets on: that more is asked for than there is means nothing while trials run. Who asks is not told by Ray, so what
+others on the cluster ask for is named too. Knows Ray through ``demand``; asks for nothing itself.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
 
-from ray.exceptions import RpcError
+from ray.exceptions import RayError
 
 from pause_ray.demand import NODE_RESOURCES, Demand, Wish, demand
 from pause_ray.sweep.progress import QUEUED, WAITING, TrialState
@@ -66,7 +66,11 @@ def _in_words(wishes: Mapping[Wish, int], seen: Demand, seconds: float) -> str:
     asked = ", ".join(f"{number} × {_piece(wish)}" for wish, number in wishes.items())
     there = ", ".join(f"{seen.total[name]:g} {name}s ({seen.free[name]:g} free)" for name in NODE_RESOURCES)
     nodes = f"{seen.nodes} node{'s' if seen.nodes != 1 else ''}"
-    parts = [f"nothing has got on for {duration(seconds)}: waiting for {asked}", f"the cluster has {nodes} with {there}"]
+    parts = [
+        f"nothing has got on for {duration(seconds)}",
+        f"the cluster is asked, by this sweep or by others, for {asked}",
+        f"it has {nodes} with {there}",
+    ]
     if seen.starting:
         parts.append("starting: " + ", ".join(f"{number} {kind}" for kind, number in seen.starting.items()))
     if hopeless := [wish for wish in wishes if wish.is_hopeless]:
@@ -120,7 +124,7 @@ class ShortageWatch:
         while not self._left.wait(LOOK_SECONDS):
             try:
                 told = shortage.look(demand(), now=time.monotonic(), quiet_since=self._quiet_since)
-            except RpcError:  # the head is busy or gone, which others tell better
+            except RayError:  # the head is busy or gone, which others tell better
                 continue
             if told is not None:
                 self._say(told)

@@ -127,7 +127,8 @@ class Asking(Searcher):  # type: ignore[misc]
 
         Args:
             next_trial: The key of the trial to begin, ``NOT_YET``, or None when there are no more.
-            ended: Is given the key of every trial that has ended, and how its process was lost, or None.
+            ended: Is given the key of every trial whose process has come to the trial's end, and None. Of those that were lost
+                callbacks know more (``AfterTrial``).
         """
         super().__init__()
         self._next_trial = next_trial
@@ -152,8 +153,8 @@ class Asking(Searcher):  # type: ignore[misc]
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: FBT001, FBT002 (Tune's)
         """Pass on that a trial has ended."""
         key = self._keys.pop(trial_id, None)
-        if key is not None:
-            self._ended(key, "the trial's process was lost" if error else None)
+        if key is not None and not error:
+            self._ended(key, None)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing, as for ``__getstate__``."""
@@ -163,10 +164,17 @@ class Asking(Searcher):  # type: ignore[misc]
 
 
 class AfterTrial(tune.Callback):  # type: ignore[misc]
-    """Tells the driver that a trial has ended while the next one runs."""
+    """Tells the driver that a trial has ended while the next one runs, and what Ray says of a process that was lost."""
 
-    def __init__(self, tell: Callable[[], None]) -> None:
+    def __init__(self, tell: Callable[[], None], *, ended: Callable[[str, str | None], None]) -> None:
+        """Begin.
+
+        Args:
+            tell: Called when a trial has ended.
+            ended: Is given the key of every trial whose process was lost or could not begin, and Ray's account of it.
+        """
         self._tell = tell
+        self._ended = ended
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles its callbacks to restore an experiment, which storage makes unnecessary here."""
@@ -175,6 +183,11 @@ class AfterTrial(tune.Callback):  # type: ignore[misc]
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Pass it on."""
         self._tell()
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Pass it on; Tune begins every account in its file with a line of its own."""
+        _, _, account = Path(trial.error_file).read_text(encoding="utf-8").partition("\n")
+        self._ended(trial.config["trial"], account.strip())
 
 
 def run_trials(
@@ -185,18 +198,18 @@ def run_trials(
     next_trial: Callable[[], str | None],
     ended: Callable[[str, str | None], None],
     after_trial: Callable[[], None],
-) -> tune.ResultGrid:
-    """Run trials of ``shared`` to their ends; what went wrong in one is on the board, what Tune itself lost in the results.
+) -> None:
+    """Run trials of ``shared`` to their ends; what went wrong in one is on the board, or told to ``ended`` if its process was lost.
 
     Args:
         sweep: What they belong to.
         shared: What their processes know.
         places: What of the cluster they get.
         next_trial: As for ``Asking``.
-        ended: As for ``Asking``.
+        ended: As for ``Asking`` and ``AfterTrial``.
         after_trial: Called when a trial has ended.
     """
-    return tuned(
+    tuned(
         tune.with_resources(tune.with_parameters(TuneTrial, shared=shared), one_trial(places)),
         tune.TuneConfig(
             search_alg=Asking(next_trial, ended=ended),
@@ -206,7 +219,7 @@ def run_trials(
         ),
         name=sweep.name,
         storage=shared.storage,
-        callbacks=[AfterTrial(after_trial)],
+        callbacks=[AfterTrial(after_trial, ended=ended)],
     )
 
 
@@ -221,7 +234,7 @@ def one_trial(places: Places, *, beside: Mapping[str, float] | None = None) -> t
     return tune.PlacementGroupFactory(bundles, **({"bundle_label_selector": labels} if places.trial_labels else {}))
 
 
-def tuned(trainable: Any, config: tune.TuneConfig, *, name: str, storage: Storage, callbacks: list[tune.Callback]) -> tune.ResultGrid:
+def tuned(trainable: Any, config: tune.TuneConfig, *, name: str, storage: Storage, callbacks: list[tune.Callback]) -> None:
     """Let Tune run trials: silently, and with nothing of its own to take part in what they leave."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the ledger and MLflow hold the results
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own banner; progress is shown by SweepProgress
@@ -237,14 +250,7 @@ def tuned(trainable: Any, config: tune.TuneConfig, *, name: str, storage: Storag
         callbacks=callbacks,
         checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
     )
-    return tune.Tuner(trainable, tune_config=config, run_config=run_config).fit()
-
-
-def lost_trials(results: tune.ResultGrid) -> dict[str, tuple[str, str | None]]:
-    """Trials whose process died or could not begin: key → message and Ray's account of it, or None where it is a user's mistake."""
-    trials = results._experiment_analysis.trials  # a result of one that could not begin does not say which it is
-    errors = ((trial.config["trial"], result.error) for trial, result in zip(trials, results, strict=True))
-    return {key: why_lost(str(error).strip()) for key, error in errors if error is not None}
+    tune.Tuner(trainable, tune_config=config, run_config=run_config).fit()
 
 
 def why_lost(account: str) -> tuple[str, str | None]:

@@ -23,9 +23,10 @@ from pause_ray.sweep.line import WaitingLine
 from pause_ray.sweep.progress import ENDED, PAUSED, QUEUED, WAITING, TrialState
 
 LOOK_SECONDS = 0.5
+COUNTED = ("training", "scoring")
+"""Stages whose steps and cells are kept when a trial begins again."""
 SILENT_MINUTES = 30
 """After which people are told, where no limit is set: loading a large model or waiting for machines may take as long."""
-LOST = "the trial's process was lost"
 
 
 def start_board() -> Any:
@@ -79,6 +80,7 @@ class Watch:
         self._ended = False
         self.interrupted = False
         """A signal asked for an end; set by its handler, which must not talk to Ray itself."""
+        self._furthest: dict[tuple[str, str], int] = {}
         self.failures: dict[str, Reason] = {}
         """Trial → message and traceback."""
 
@@ -118,17 +120,16 @@ class Watch:
             self._running.pop(key, None)
             return key not in self.failures and key not in self._let_go
 
-    def note_lost(self, key: str) -> None:
-        """A trial's process was lost; what it said itself before counts more."""
+    def note_lost(self, key: str, message: str, trace: str | None) -> None:
+        """A trial's process was lost, and why; what it said itself before counts more."""
         with self._looking:
             if key not in self.failures and key not in self._let_go:
-                self._note_failure(key, LOST, None)
+                self._note_failure(key, message, trace)
 
-    def explain_loss(self, key: str, message: str, trace: str | None) -> None:
-        """Why a process was lost, where nothing else is known of it."""
+    def work_of(self, key: str) -> int:
+        """Steps and cells that a trial has told of so far, each once however often it began."""
         with self._looking:
-            if self.failures.get(key) == (LOST, None):
-                self.failures[key] = (message, trace)
+            return sum(self._furthest.get((key, stage), 0) for stage in COUNTED)
 
     def _hear(self, states: Mapping[str, TrialState]) -> None:
         now = time.monotonic()
@@ -138,6 +139,8 @@ class Watch:
                 self._running.pop(key, None)
             else:
                 self._running[key] = (state, now)
+            if state.stage in COUNTED:
+                self._furthest[key, state.stage] = max(state.done, self._furthest.get((key, state.stage), 0))
         self._line.note_finished(key for key, state in states.items() if state.stage == "done")
 
     def _note_failure(self, key: str, message: str, trace: str | None) -> None:

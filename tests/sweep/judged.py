@@ -7,6 +7,7 @@ into one trace, so that tests can say what happened while what else went on.
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -114,10 +115,18 @@ def train_by_rule(assignment: Any, *, root: Path, held: Mapping[int, int]) -> No
             wait_until(stop.exists)
         if stop.exists() and step < assignment.train.steps:
             assignment.running.save(step, write_tensors=lambda path: path.write_bytes(b""), log_rows=rows, facts={}, keep_last=1)
-            trace(root, what="stops", rank=rank, step=step)
+            trace(root, what="stops", rank=rank, step=step, line=logged("stops"))
             raise StoppedError(f"stopped after step {step}")
     write_files(assignment.folder, rank=rank)
     trace(root, what="ends", rank=rank)
+
+
+def logged(words: str) -> str:
+    """The line that this process writes of them."""
+    log = logging.getLogger("pause_ray")
+    record = log.makeRecord(log.name, logging.INFO, __file__, 0, words, (), None)
+    log.filter(record)
+    return record.getMessage()
 
 
 def num_groups() -> int:

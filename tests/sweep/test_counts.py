@@ -49,6 +49,16 @@ def test_every_trial_is_in_one_state_and_what_is_left_out_has_none_left() -> Non
     assert counted.cells_left(states, failed=["b"]) == (NUMBER - ANSWERED) + NUMBER
 
 
+def test_what_is_to_begin_no_more_is_left_out_unless_it_has_begun() -> None:
+    counted = work("a", "b", "c")
+    states = {"b": TrialState("scoring", 9, NUMBER)}
+    counted.begin_no_more(["a", "b"])
+    assert counted.by_state(states, failed=[]) == {"done": 2, "stopped": 1 + 1, "scoring": 1, "to_come": 1}
+    assert counted.cells_left(states, failed=[]) == 1 + NUMBER
+    counted.begin_no_more([])
+    assert counted.cells_left({}, failed=[]) == (NUMBER - ANSWERED) + 2 * NUMBER
+
+
 def test_every_stage_that_a_trial_tells_is_a_state_of_the_metric() -> None:
     told = {"starting", WAITING, "text", "training", "proxy", PAUSED, QUEUED, "scoring", "rechecking", *ENDED}
     assert told | {"to_come"} == set(STATES)
@@ -100,6 +110,17 @@ def test_a_fleet_that_counts_from_zero_again_is_not_taken_to_go_backwards() -> N
     assert meter.speed(answered(6), trained_tokens=0, now=10.0).cells == 2.0
 
 
+def test_who_cannot_be_asked_is_not_taken_to_begin_anew() -> None:
+    meter = Speedometer()
+    assert meter.speed(None, trained_tokens=0, now=0.0) == Speed()
+    meter.speed(answered(50_000), trained_tokens=0, now=0.0)
+    before = meter.speed(answered(50_006), trained_tokens=0, now=6.0)
+    assert before.cells == 2.0
+    assert meter.speed(None, trained_tokens=0, now=9.0) == before
+    assert meter.speed(answered(50_012), trained_tokens=0, now=12.0).cells == 2.0
+    assert meter.speed(None, trained_tokens=0, now=200.0) == Speed(), "of the last minute nothing is known"
+
+
 def test_a_gpu_is_idle_that_is_free_or_whose_holder_waits() -> None:
     running = [TrialState("training", 1, 2), TrialState("scoring", 1, 2), TrialState(PAUSED, 0, 1)]
     fleet = FleetSize(busy=1, idle=2, coming=1)
@@ -108,3 +129,4 @@ def test_a_gpu_is_idle_that_is_free_or_whose_holder_waits() -> None:
     assert idle_share(running, None, gpus=8.0, free_gpus=1.0, per_actor=0.5, per_trial=0.0) == pytest.approx(1 / 8)
     assert idle_share(running, fleet, gpus=1.0, free_gpus=1.0, per_actor=0.5, per_trial=1.0) == 1.0
     assert idle_share(running, fleet, gpus=0.0, free_gpus=0.0, per_actor=0.0, per_trial=0.0) is None
+    assert idle_share(running, fleet, gpus=None, free_gpus=0.0, per_actor=0.0, per_trial=0.0) is None

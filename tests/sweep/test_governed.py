@@ -72,6 +72,15 @@ def test_who_is_given_up_holds_nothing_when_the_next_begins(asha: Judged) -> Non
     assert stops[2] < begins[14]
 
 
+def test_lines_of_a_training_name_its_trial_also_after_its_rung(asha: Judged) -> None:
+    digests = {rank: key for key, rank in asha.ranks.items()}
+    lines = {event["rank"]: event["line"] for event in happened(asha.root, "stops")}
+    assert lines.keys() == {2, 4}
+    for rank, line in lines.items():
+        assert line.startswith("trial "), line
+        assert line.endswith(f"({digests[rank][:8]}): stops"), line
+
+
 def test_a_search_goes_on_where_it_was_left(folder: Path, tmp_path: Path, asha: Judged) -> None:
     sweep = sweep_of(folder, RANKS, scheduler=ASHA)
     begun = judge(sweep, tmp_path, at_most=2)

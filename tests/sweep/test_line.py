@@ -87,3 +87,29 @@ def test_the_first_reason_to_end_counts() -> None:
     line.end("the budget is spent")
     assert line.next() is None
     assert line.ended_by == "it was interrupted"
+
+
+def test_one_that_had_begun_goes_on_before_those_that_wait_even_beyond_the_budget() -> None:
+    line = line_of(lambda key: "no more" if key == "a-2" else None, a=4)
+    assert [line.next(), line.next()] == ["a-0", "a-1"]
+    assert line.take_back("a-1")
+    assert rest(line) == ["a-1"]
+    assert line.ended_by == "no more"
+    assert line.take_back("a-0"), "it was started within the budget"
+    assert rest(line) == ["a-0"]
+    line.end("it was interrupted")
+    assert not line.may_take_back
+    assert not line.take_back("a-1")
+
+
+def test_one_that_had_begun_does_not_go_on_where_its_arm_was_given_up_or_the_sweep_is_over() -> None:
+    line = line_of(broken=40, sound=5)
+    begun = [line.next() for _ in range(5)]
+    for key in begun[:4]:
+        assert key is not None
+        line.note_failed(key, "it cannot be trained")
+    assert line.given_up.keys() == {"broken"}
+    assert not line.take_back(str(begun[4]))
+    assert line.take_back("sound-0")
+    line.end("it was interrupted")
+    assert rest(line) == []

@@ -60,8 +60,8 @@ def test_the_line_says_what_was_asked_what_is_there_and_what_to_look_at() -> Non
     told = shortage.look(asked, now=120, quiet_since=0)
     assert told is not None
     assert told.startswith(
-        "nothing has got on for 2 min: waiting for 4 × (1 CPU + 1 GPU), 2 × (1 CPU on ray.io/market-type=on-demand); "
-        "the cluster has 1 node with 0 CPUs (0 free), 0 GPUs (0 free); starting: 2 h100x1; "
+        "nothing has got on for 2 min; the cluster is asked, by this sweep or by others, for 4 × (1 CPU + 1 GPU), "
+        "2 × (1 CPU on ray.io/market-type=on-demand); it has 1 node with 0 CPUs (0 free), 0 GPUs (0 free); starting: 2 h100x1; "
         "its autoscaler can start nothing that gives (1 CPU on ray.io/market-type=on-demand); could not be started: h100x8 (no capacity); "
     )
     assert "`ray status`" in told
