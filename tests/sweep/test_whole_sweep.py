@@ -115,6 +115,35 @@ def test_a_sweep_killed_in_training_and_again_in_scoring_ends_with_the_same_ledg
     assert logged_steps(tmp_path) == LOSS_CURVES
 
 
+def test_an_interrupted_sweep_says_how_to_go_on_and_goes_on(sweep_file: Path, undisturbed: Path, tmp_path: Path) -> None:
+    process = start_sweep(sweep_file, tmp_path)
+    deadline = time.monotonic() + 300
+    while not any(lines(ledger) for ledger in (tmp_path / "trials").glob("*/cells.jsonl")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode not in (0, 1)
+    assert "run the same command again" in output
+    assert "Traceback" not in output
+    before = complete_lines(tmp_path)
+    run_sweep_to_its_end(sweep_file, tmp_path)
+    assert before <= complete_lines(tmp_path)
+    assert answers(tmp_path) == answers(undisturbed)
+
+
+def test_a_mistake_in_one_arm_costs_only_that_arm(sweep_file: Path, undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    broken = ["--set", "arms.broken={train.lora.targets: [no_such_layer]}", "--set", "search.pauses.every.grid=[1]"]
+    process = start_sweep(sweep_file, tmp_path, *broken)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "broken" in output
+    assert "no_such_layer" in output
+    assert "2 of 3 trials are finished" in output
+
+
 def test_a_corpus_a_training_and_a_scoring_find_what_a_sweep_made(sweep_file: Path, undisturbed: Path, tmp_path: Path) -> None:
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     first_point = ["--set", "pauses.every=1"]

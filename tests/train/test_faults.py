@@ -72,9 +72,9 @@ def wait_for(happened: Callable[[], bool], process: subprocess.Popen[bytes], sec
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_the_same_command_goes_on_after_its_driver_was_killed(llama: Path, shards: Path, tmp_path: Path, number: signal.Signals) -> None:
-    """SIGKILL leaves the last regular checkpoint, SIGTERM makes one; what comes out is the adapter of a training that ran through."""
+    """SIGKILL leaves the last regular checkpoint, the others make one; what comes out is the adapter of a training that ran through."""
     settings = {"steps": 300, "checkpoint_every": 20 if number == signal.SIGKILL else None}
     job = job_of(llama, shards, **settings)
     code = (
