@@ -29,6 +29,7 @@ VERSION = re.compile(r"^\s+(Ray|Python): (\S+)$", re.MULTILINE)
 TRACEBACK = "Traceback (most recent call last):"
 TOKEN_WORDS = re.compile(r"\btoken\b|auth(entic|oriz)", re.IGNORECASE)
 WAITED_IN_VAIN = re.compile(r"(timed out|(failed|unable) to connect|deadline).*\bGCS\b", re.IGNORECASE)
+MISSING = re.compile(r"No module named '(?P<package>\w+)[\w.]*'")
 MARKET = "ray.io/market-type"
 STAYS: Mapping[str, str] = {MARKET: "on-demand"}
 """Labels of nodes that nobody takes away."""
@@ -121,6 +122,17 @@ def _why_not_joined(told: str, *, answers: bool) -> str:
     return (
         f"{'this process cannot join the cluster there' if answers else 'no Ray cluster answers there'} ({words}); run this on one of its "
         "nodes, or submit it to the head's dashboard (pause-ray submit); without RAY_ADDRESS it runs on this machine alone"
+    )
+
+
+def missing_package(told: str) -> str | None:
+    """In one line, with a remedy, that a process could not begin for want of a package; None if Ray told something else."""
+    found = MISSING.search(told)
+    if found is None:
+        return None
+    return (
+        f"a node of the cluster has no {found['package']}: use one image on all nodes (cluster/Dockerfile makes it); "
+        "pause-ray check --cluster says of every node what it lacks"
     )
 
 

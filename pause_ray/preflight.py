@@ -250,17 +250,18 @@ def look_at_nodes(root: Path, *, probe: str, paths: Sequence[str]) -> list[Node]
         for node in alive
     }
     looks = {name: actor.look.remote(root, probe=probe, paths=list(paths)) for name, actor in actors.items()}
-    found = {name: _answer(ref) for name, ref in looks.items()}
+    found = _answers(looks)
     ports = {_name(node): _ports(node, free_port=answer[1]) for node in alive if (answer := found[_name(node)][0])}
     tries = {
         name: actors[name].unreachable.remote({what: place for other, places in ports.items() if other != name for what, place in places})
         for name in ports
     }
+    tried = _answers(tries)
     nodes = []
     for node in alive:
         name = _name(node)
         answer, failure = found[name]
-        unreachable, lost = _answer(tries[name]) if name in tries else ((), "")
+        unreachable, lost = tried.get(name, ((), ""))
         if lost:
             failure = f"whether it can connect to the other nodes is not known: {lost}"
         nodes.append(
@@ -291,17 +292,23 @@ def _ports(node: Mapping[str, Any], *, free_port: int) -> list[tuple[str, tuple[
     return list(places.items())
 
 
-def _answer(ref: Any) -> tuple[Any, str]:
-    """What an actor answered, or why it did not."""
+def _answers(asked: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """What each actor answered, or why it did not; those that are silent are waited for at the same time."""
     import ray
-    from ray.exceptions import GetTimeoutError, RayError
+    from ray.exceptions import RayError
 
-    try:
-        return ray.get(ref, timeout=LOOK_SECONDS), ""
-    except GetTimeoutError:
-        return None, f"no answer within {LOOK_SECONDS} seconds"
-    except RayError as error:
-        return None, str(error).strip().splitlines()[-1]
+    refs = list(asked.values())
+    answered = set(ray.wait(refs, num_returns=len(refs), timeout=LOOK_SECONDS)[0]) if refs else set()
+    found: dict[str, tuple[Any, str]] = {}
+    for name, ref in asked.items():
+        if ref not in answered:
+            found[name] = None, f"no answer within {LOOK_SECONDS} seconds"
+            continue
+        try:
+            found[name] = ray.get(ref), ""
+        except RayError as error:
+            found[name] = None, str(error).strip().splitlines()[-1]
+    return found
 
 
 def _name(node: Mapping[str, Any]) -> str:

@@ -18,6 +18,24 @@ ROOT = Path(__file__).resolve().parents[1]
 settings.register_profile("same_everywhere", derandomize=True, deadline=None)
 settings.load_profile("same_everywhere")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+BEGUN_FIRST = (
+    "sweep/test_whole_sweep.py",
+    "sweep/test_robust_sweep.py",
+    "train/test_faults.py",
+    "sweep/test_lost_nodes.py",
+    "cluster_files/test_cluster_document.py",
+    "test_submission.py",
+    "sweep/test_governed.py",
+    "real/test_exactness.py",
+    "real/test_memory.py",
+)
+"""Files that take minutes; what begins last decides when processes that share the tests are through."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put ``BEGUN_FIRST`` first."""
+    ranks = {ROOT / "tests" / name: rank for rank, name in enumerate(BEGUN_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 @pytest.fixture(scope="session")

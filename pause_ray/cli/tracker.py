@@ -62,6 +62,8 @@ class Tracker:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Send what waits, and close the runs of trainings that did not come to their end."""
         self._ended.set()
+        if isinstance(error, KeyboardInterrupt) and self._live is None:
+            return  # who wants it to end at once does not wait until MLflow is loaded; it is sent with the next command
         self._thread.join()
         self._send_waiting()
         stopped = self.interrupted or isinstance(error, KeyboardInterrupt | StoppedError)

@@ -10,24 +10,14 @@ sees file names and counts only. Ray is the caller's.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import os
 import shutil
-import socket
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
-import pyarrow as pa
-import ray
-import ray.data
-
-from pause_ray import errors
 from pause_ray.corpus.facts import shared_with_evaluation
 from pause_ray.corpus.packing import CHARS_PER_TOKEN as WINDOW_CHARS_PER_TOKEN
 from pause_ray.corpus.packing import SPARE_TOKENS
@@ -46,7 +36,8 @@ from pause_ray.corpus.steps import (
     reading_item,
     stage,
 )
-from pause_ray.errors import SourceError, SpecError, StorageError, UserError
+from pause_ray.corpus.streaming import Step, stream
+from pause_ray.errors import SourceError, SpecError, StorageError
 from pause_ray.rows import DOCUMENTS, ShardSet, seal
 from pause_ray.spec import JsonObject, digest
 from pause_ray.storage import Storage, building, exclusive, is_complete, lock_of, read_json, write_json
@@ -62,14 +53,9 @@ ROWS_PER_UNIT = 32
 """``needle_sft`` rows that one task makes: about a second of work at 1,024 tokens, so that progress moves."""
 CHARS_PER_TOKEN = 4
 """To guess how many pieces hold the rows that are wanted; a wrong guess costs another round, never a row."""
-BLOCK_BYTES = 4 * 1024**2
-"""Of text between reading and segmenting: a few pieces, so that a corpus of any size flows."""
-MAX_BLOCKS = 1024
-"""Ray Data keeps a record of each block in the driver."""
 
 Progress = Callable[[int, int], None]
 """Rows made and rows wanted."""
-Step = Callable[[JsonObject], Iterator[JsonObject]]
 Units = tuple[list[JsonObject], list[JsonObject]]
 """What packed files hold: of the training rows, and of the validation rows."""
 
@@ -204,7 +190,7 @@ def _build(job: ShardJob, recipe: Recipe, scratch: Path, *, cache: Path, identit
     pack = _pack_needle_rows if job.spec.objective == "needle_sft" else _pack_language_rows
     rows, held_out = pack(recipe, staged=staged, packed=packed, pieces=pieces, progress=progress)
     plans = _plan(job.spec, [unit["rows"] for unit in rows], [unit["rows"] for unit in held_out])
-    for _ in _run([item for plan in plans for item in plan], [partial(cut_shard, packed=packed, folder=scratch)]):
+    for _ in stream([item for plan in plans for item in plan], [partial(cut_shard, packed=packed, folder=scratch)]):
         pass
     shutil.rmtree(staged)
     shutil.rmtree(packed)
@@ -233,7 +219,7 @@ def _stage_documents(job: ShardJob, staged: Path, *, cache: Path) -> list[Piece]
     """Every document of the sources, segmented and staged; pieces in corpus order."""
     readings = plan_readings(job.spec.sources, cache=cache)
     pieces, passed_over = list[Piece](), dict[int, JsonObject]()
-    for done in _run([reading_item(reading) for reading in readings], [read_pieces, partial(stage, folder=staged, policy=job.policy)]):
+    for done in stream([reading_item(reading) for reading in readings], [read_pieces, partial(stage, folder=staged, policy=job.policy)]):
         if "passed_over" in done:
             passed_over[done["reading"]] = done["passed_over"]
         else:
@@ -277,7 +263,7 @@ def _pack_needle_rows(recipe: Recipe, *, staged: Path, packed: Path, pieces: Seq
             place = {"unit": len(items), "first": first, "last": min(first + ROWS_PER_UNIT, rows)}
             items.append({**place, "held_out": held_out, "begin": begin, "end": end})
     units, made = list[JsonObject](), 0
-    for unit in _run(items, [partial(make_needle_rows, recipe=recipe, staged=staged, pieces=pieces, packed=packed)]):
+    for unit in stream(items, [partial(make_needle_rows, recipe=recipe, staged=staged, pieces=pieces, packed=packed)]):
         units.append(unit)
         made += unit["rows"]
         progress(min(made, spec.rows), spec.rows)
@@ -316,7 +302,7 @@ def _pack_between(
             part = waiting.pop(0)
             items.append({"unit": first_unit + len(units) + len(items), **part})
             chars -= part["end"] - part["begin"]
-        for unit in _run(items, [step]):
+        for unit in stream(items, [step]):
             units.append(unit)
             made += unit["rows"]
             progress(min(made, rows), rows)
@@ -344,7 +330,7 @@ def _overlap(job: ShardJob, recipe: Recipe, shards: ShardSet) -> JsonObject:
     rows: list[int] = []
     if job.evaluation.needles:
         search = partial(find_needles, recipe=recipe, folder=shards.folder, needles=job.evaluation.needles)
-        for found in _run([{"file": path.name} for path in shards.paths], [search]):
+        for found in stream([{"file": path.name} for path in shards.paths], [search]):
             rows += found["rows"]
     documents = overlapping_documents(shards.folder / DOCUMENTS, job.evaluation.document_digests)
     overlap: JsonObject = {"documents": documents, "rows": sorted(rows)}
@@ -364,81 +350,3 @@ def _refuse_shared_documents(job: ShardJob, documents: Sequence[str]) -> None:
 def _refuse_unless_allowed(job: ShardJob, what: str) -> None:
     if not job.spec.allow_evaluation_overlap:
         raise SpecError(f"corpus: {what}, or set corpus.allow_evaluation_overlap: true, which every report will say")
-
-
-# ---- Ray Data
-
-
-def _run(items: Sequence[JsonObject], steps: Sequence[Step]) -> Iterator[JsonObject]:
-    """Stream ``items`` through ``steps`` in Ray tasks; results come as they are ready, in no order.
-
-    Raises:
-        UserError: what a step raised, in this process.
-    """
-    if not items:
-        return
-    with _quiet_ray_data():
-        dataset = ray.data.from_items(_table(items).to_pylist(), override_num_blocks=min(len(items), MAX_BLOCKS))
-        for number, step in enumerate(steps):
-            dataset = dataset.map_batches(
-                _through,
-                fn_kwargs={"step": step},
-                batch_size=1,
-                batch_format="pyarrow",
-                # Steps that ask for different shares of a CPU are not fused, so that one long file is segmented by many tasks.
-                num_cpus=1 if number == len(steps) - 1 else 0.5,
-                compute=ray.data.TaskPoolStrategy(size=_tasks_at_once()),
-            )
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for text in batch["item"].to_pylist():
-                yield _or_raise(json.loads(text))
-
-
-def _through(batch: pa.Table, step: Step) -> Iterator[pa.Table]:
-    """Apply a step inside a task; a user's mistake becomes an item, because Ray would bury its one line in a traceback."""
-    for text in batch["item"].to_pylist():
-        item = json.loads(text)
-        try:
-            for result in [item] if "failure" in item else step(item):
-                yield _table([result])
-        except UserError as error:
-            yield _table([{"failure": str(error), "class": type(error).__name__}])
-        except FileNotFoundError as error:
-            where = f"{error.filename or error}: no such file or folder on {socket.gethostname()}"
-            told = f"{where}; name texts and --storage by paths that are the same on every node"
-            yield _table([{"failure": told, "class": StorageError.__name__}])
-
-
-def _or_raise(item: JsonObject) -> JsonObject:
-    if "failure" in item:
-        raise getattr(errors, item["class"])(item["failure"])
-    return item
-
-
-def _table(items: Sequence[JsonObject]) -> pa.Table:
-    return pa.table({"item": pa.array([json.dumps(item) for item in items], pa.large_string())})
-
-
-def _tasks_at_once() -> int | None:
-    """On this machine, as many as it has cores, since its logical CPUs may be more; on a cluster, what Ray has or gets places for."""
-    return None if os.environ.get("RAY_ADDRESS") else os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def _quiet_ray_data() -> Iterator[None]:
-    """No bars and no plans on the terminal while inside: the caller shows one bar. The log file in Ray's session is kept."""
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.target_max_block_size = BLOCK_BYTES
-    consoles = [handler for handler in logging.getLogger("ray.data").handlers if handler.get_name() == "console"]
-    levels = [handler.level for handler in consoles]
-    for handler in consoles:
-        handler.setLevel(logging.ERROR)
-    try:
-        with ray.data.DataContext.current(context), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks")  # fewer items than cores
-            yield
-    finally:
-        for handler, level in zip(consoles, levels, strict=True):
-            handler.setLevel(level)

@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from pause_ray import cluster
-from pause_ray.errors import FleetError, StoppedError
+from pause_ray.errors import ClusterError, FleetError, StoppedError
 from pause_ray.logs import about, write_lines
 from pause_ray.needle.actor import ScoringActor, ScoringJob
 from pause_ray.needle.ledger import CellResult
@@ -406,8 +406,9 @@ class Broker:
         if self._failed_starts < MOST_FAILED_STARTS or any(other.pid is not None for other in self._actors):
             log.warning("a scoring actor did not come up (%s)", reason)
             return
+        missing = cluster.missing_package(reason)
         for key in self._callers:
-            self._fail(key, FleetError(f"no scoring actor comes up: {reason}"))
+            self._fail(key, ClusterError(missing) if missing else FleetError(f"no scoring actor comes up: {reason}"))
 
     def _note_loss(self, caller: _Caller, run: Run, error: RayError) -> None:
         """Count the loss against the first cell that was owed: the actor was there, or a few cells further."""

@@ -17,6 +17,7 @@ from ray import tune
 from ray.tune.execution import class_cache
 from ray.tune.search import Searcher
 
+from pause_ray.cluster import missing_package
 from pause_ray.errors import StoppedError, StorageError, UserError
 from pause_ray.logs import about, trial_words, write_lines
 from pause_ray.needle.fleet import Fleet
@@ -257,4 +258,5 @@ def why_lost(account: str) -> tuple[str, str | None]:
     """The last line of what Ray tells of an ended process, and all of it unless that is a mistake of the user."""
     last = account.splitlines()[-1]
     mistake = MISTAKE.fullmatch(last)
-    return (mistake["message"], None) if mistake else (last, account)
+    told = mistake["message"] if mistake else missing_package(last)
+    return (told, None) if told else (last, account)

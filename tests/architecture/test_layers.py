@@ -47,7 +47,7 @@ HEAVY = {
         "cluster",
         "demand",
         "local_nodes",
-        "corpus.shards",
+        "corpus.streaming",
         "train.worker",
         "train.recovery",
         "train.launch",

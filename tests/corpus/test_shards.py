@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import re
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +12,8 @@ import pytest
 
 from pause_ray.corpus.spec import CorpusSpec
 from pause_ray.documents import SourceSpec, read_documents
-from pause_ray.errors import SourceError, SpecError, StorageError, TextError
+from pause_ray.errors import SourceError, SpecError, TextError
 from pause_ray.rows import NO_LOSS, PackedRow, ShardSet
-from pause_ray.spec import JsonObject
 from pause_ray.storage import MANIFEST, Storage
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.prompts import PromptSpec
@@ -251,27 +247,3 @@ def test_identity_is_what_changes_rows_and_nothing_else(tales: Path, byte_model:
     (tales / "00.txt").write_text("Another tale.")
     changed.append(identity())
     assert len({same[0], *changed}) == 1 + len(changed)
-
-
-def test_a_path_that_one_machine_does_not_see_is_a_mistake_that_names_machine_and_path(tmp_path: Path) -> None:
-    import pyarrow as pa
-
-    from pause_ray.corpus import shards
-
-    def read(item: JsonObject) -> Iterator[JsonObject]:
-        yield {"text": Path(item["path"]).read_text()}
-
-    batch = pa.table({"item": [json.dumps({"path": str(tmp_path / "unseen")})]})
-    [failed] = [text for table in shards._through(batch, read) for text in table["item"].to_pylist()]
-    with pytest.raises(StorageError, match=rf"unseen: no such file or folder on {socket.gethostname()}; name texts and --storage by paths"):
-        shards._or_raise(json.loads(failed))
-
-
-def test_a_cluster_makes_as_many_rows_at_once_as_it_has_places_for_and_one_machine_as_it_has_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also a cluster that has only its head yet."""
-    from pause_ray.corpus import shards
-
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert shards._tasks_at_once() == os.cpu_count()
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert shards._tasks_at_once() is None

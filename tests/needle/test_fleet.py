@@ -19,7 +19,7 @@ import pytest
 
 from pause_ray.engines.engine import Completion, EngineError, HfEngineSpec, Step
 from pause_ray.engines.scripted import ScriptedEngine
-from pause_ray.errors import FleetError, ModelError, StoppedError, StorageError
+from pause_ray.errors import ClusterError, FleetError, ModelError, StoppedError, StorageError
 from pause_ray.needle.answer import Condition
 from pause_ray.needle.ledger import CellResult, Ledger
 from pause_ray.needle.task import Cell, cells
@@ -48,11 +48,14 @@ class MortalEngine(ScriptedEngine):
             yield place, outcome
 
 
+@dataclass(kw_only=True)
 class BrokenEngine(ScriptedEngine):
-    """Cannot be made in another process, like an engine whose library is missing there."""
+    """Cannot be made in another process."""
 
-    def __setstate__(self, state: object) -> None:
-        raise RuntimeError("this engine cannot be made here")
+    because: Exception
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        raise state["because"]
 
 
 @dataclass(kw_only=True)
@@ -170,9 +173,18 @@ def test_a_cell_that_kills_every_actor_stops_the_scoring_with_its_name(tokenizer
             started.score(job, asked, on_result=lambda _: None)
 
 
-def test_actors_that_cannot_start_stop_the_scoring_with_the_reason(tokenizer_dir: Path, essays_dir: Path) -> None:
+@pytest.mark.parametrize(
+    ("because", "raised", "told"),
+    [
+        (RuntimeError("this engine cannot be made here"), FleetError, "no scoring actor comes up: .*this engine cannot be made here"),
+        (ModuleNotFoundError("No module named 'torch.nn'"), ClusterError, "^a node of the cluster has no torch: use one image"),
+    ],
+)
+def test_actors_that_cannot_start_stop_the_scoring_with_the_reason(
+    tokenizer_dir: Path, essays_dir: Path, because: Exception, raised: type[Exception], told: str
+) -> None:
     job, asked = job_of(tokenizer_dir, essays_dir)
-    with running(BrokenEngine(facts=FACTS)) as started, pytest.raises(FleetError, match="this engine cannot be made here"):
+    with running(BrokenEngine(facts=FACTS, because=because)) as started, pytest.raises(raised, match=told):
         started.score(job, asked, on_result=lambda _: None)
 
 

@@ -59,7 +59,7 @@ def test_steps_arrive_while_the_command_runs(storage: Storage) -> None:
         assert [run.info.status for run in runs(storage)] == ["RUNNING"]
 
 
-@pytest.mark.parametrize(("raised", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (StoppedError, "KILLED")])
+@pytest.mark.parametrize(("raised", "status"), [(ValueError, "FAILED"), (StoppedError, "KILLED")])
 def test_a_command_that_fails_sends_its_last_steps_and_says_how_it_ended(
     storage: Storage, raised: type[BaseException], status: str
 ) -> None:
@@ -70,6 +70,20 @@ def test_a_command_that_fails_sends_its_last_steps_and_says_how_it_ended(
             raise raised
     [run] = runs(storage)
     assert (run.info.status, run.data.metrics["training_loss"]) == (status, 0.5)
+
+
+def test_a_command_that_is_to_end_at_once_sends_nothing_unless_it_has_begun_to(storage: Storage) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        with Tracker(storage) as tracker:
+            tracker.step(TRAINING, row(1))
+            raise KeyboardInterrupt
+    assert not runs(storage), "MLflow, which takes long to load, was not asked"
+    with pytest.raises(KeyboardInterrupt):
+        with Tracker(storage, send_seconds=0.01) as tracker:
+            tracker.step(TRAINING, row(1))
+            until(lambda: last_step(storage) == 1.0)
+            raise KeyboardInterrupt
+    assert [run.info.status for run in runs(storage)] == ["KILLED"]
 
 
 @pytest.mark.parametrize(("interrupted", "status"), [(True, "KILLED"), (False, "FAILED")])
