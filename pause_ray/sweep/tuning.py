@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import socket
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -15,6 +16,7 @@ from typing import Any
 
 from ray import tune
 from ray.tune.execution import class_cache
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from pause_ray.cluster import missing_package
@@ -33,6 +35,8 @@ log = logging.getLogger("pause_ray")
 SCORE, INTERRUPTED = "mean_score", "was_interrupted"
 """Of a trial's last result: the mean of its cells; whether it was asked to end before it was done."""
 MISTAKE = re.compile(r"pause_ray\.errors\.(StorageError|SpecError): (?P<message>.*)")
+IDLE_SECONDS = 60.0
+"""Without a trial, after which a trial's process gives back what it holds; the start of another costs up to 25 s of CPU."""
 NOT_YET = ""
 """Instead of a trial: what runs now decides whether there is another."""
 
@@ -164,6 +168,32 @@ class Asking(Searcher):  # type: ignore[misc]
         """Nothing, as for ``__getstate__``."""
 
 
+class EndsIdle(FIFOScheduler):  # type: ignore[misc]
+    """Begins trials as they come, and ends a process that has had none for long.
+
+    Tune keeps one, and what it holds of the cluster, until the searcher says that there are no more trials; which trials will be lost
+    and begin again is not known before the last has ended.
+    """
+
+    def __init__(self, patience_seconds: float) -> None:
+        """End it after so long."""
+        super().__init__()
+        self._patience = patience_seconds
+        self._idle_since: float | None = None
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """The next trial, if one waits."""
+        trial = super().choose_trial_to_run(tune_controller)
+        controller = tune_controller._tune_controller  # Ray 2.60
+        if trial is not None or not controller._actor_cache.num_cached_objects:
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since = time.monotonic()
+        elif time.monotonic() - self._idle_since >= self._patience:
+            controller._cleanup_cached_actors(force_all=True)
+        return trial
+
+
 class AfterTrial(tune.Callback):  # type: ignore[misc]
     """Tells the driver that a trial has ended while the next one runs, and what Ray says of a process that was lost."""
 
@@ -214,6 +244,7 @@ def run_trials(
         tune.with_resources(tune.with_parameters(TuneTrial, shared=shared), one_trial(places)),
         tune.TuneConfig(
             search_alg=Asking(next_trial, ended=ended),
+            scheduler=EndsIdle(IDLE_SECONDS),
             num_samples=-1,
             reuse_actors=True,
             max_concurrent_trials=places.concurrent_trials,
