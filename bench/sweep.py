@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_SIZES = ("100x1", "100x120", "1000x120")
 LENGTHS = (160, 192, 224, 256, 288, 320)
 MEMORY_SAMPLES = 10
+WIDTH = 150
+"""Of a table that goes into a file."""
 
 
 @dataclass(kw_only=True)
@@ -193,7 +195,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "close s": lambda row: f"{row.close_seconds:.1f}",
     "report s": lambda row: f"{row.report_seconds:.1f}",
     "MLflow s": lambda row: f"{row.mlflow_seconds:.1f}",
-    "driver MiB": lambda row: " ".join(map(str, row.driver_mib)),
+    "driver MiB, first tenth … last": lambda row: f"{row.driver_mib[0]} … {row.driver_mib[-1]}",
 }
 TITLE = "sweeps of stubs"
 
@@ -228,7 +230,7 @@ def main() -> None:
         trials, cells = map(int, arguments.one.split("x"))
         print(json.dumps(asdict(run_one(trials=trials, cells=cells, folder=arguments.folder, with_mlflow=not arguments.without_mlflow))))
         return
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     rows = []
     for size in arguments.sizes:
         rows.append(in_its_own_process(size, with_mlflow=not arguments.without_mlflow))
