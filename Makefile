@@ -5,7 +5,7 @@ STORAGE ?= runs
 WORKERS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test test-fast exactness bench bench-train bench-sweep bench-cluster lint format constraints clean
+.PHONY: help install quickstart test test-fast test-kills exactness bench bench-train bench-together bench-sweep bench-cluster lint format constraints clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ test: install lint test-fast  ## lint, types and every test that needs no GPU
 test-fast: install  ## tests without Ray, torch or a model
 	$(BIN)/python -m pytest -m "not gpu and not torch and not mlflow and not ray and not real"
 
+test-kills: install  ## a sweep whose driver is killed at twenty random moments (ten minutes on 2 cores)
+	PAUSE_RAY_KILLS=20 $(BIN)/python -m pytest tests/sweep/test_robust_sweep.py -k killed_again
+
 exactness: install  ## answers with and without sharing, over 300 cells of the real model (half an hour on 2 cores)
 	PAUSE_RAY_EXACTNESS=full $(BIN)/python -m pytest tests/real/test_exactness.py
 
@@ -37,6 +40,9 @@ bench: install  ## planned grids against generate per cell on the real model (20
 bench-train: install  ## training side by side with Hugging Face Trainer + PEFT, and the time to the first step
 	$(BIN)/python bench/train.py --storage $(STORAGE)
 	$(BIN)/python bench/train.py --storage $(STORAGE) --start
+
+bench-together: install  ## several adapters trained together on one base, against one after another
+	$(BIN)/python bench/together.py --storage $(STORAGE)
 
 bench-sweep: install  ## what a sweep of a thousand trials costs beyond its trainings and answers
 	$(BIN)/python bench/sweep.py

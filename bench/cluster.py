@@ -279,7 +279,7 @@ def measure(bench: Bench, arguments: argparse.Namespace, *, model_dir: Path | No
         if "scripted" in arguments.kinds:
             job, asked = scoring_job(bench.folder, model_dir=tiny, num_cells=arguments.cells)
             made.append(score(bench, job, asked, engine=scripted, kind="scripted"))
-        if model_dir is not None and nodes <= arguments.model_nodes:
+        if model_dir is not None and nodes <= (arguments.model_nodes or max(arguments.nodes)):
             job, asked = scoring_job(bench.folder, model_dir=model_dir, num_cells=arguments.model_cells)
             made.append(score(bench, job, asked, engine=None, kind="model"))
         if "shards" in arguments.kinds:
@@ -365,9 +365,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cells", type=int, default=300, help="of the scripted engine, at every size")
     parser.add_argument("--cell-seconds", type=float, default=0.2, help="that the scripted engine waits for an answer")
     parser.add_argument("--model", type=Path, help="folder of a model; default: the quickstart's")
-    parser.add_argument("--model-nodes", type=int, default=os.cpu_count() or 1, help="largest cluster for the model; default: the cores")
+    parser.add_argument("--model-nodes", type=int, help="largest cluster for the model; default: the largest")
     parser.add_argument("--model-cells", type=int, default=24)
-    parser.add_argument("--rows", type=int, default=1024, help="of the shards")
+    parser.add_argument("--rows", type=int, default=8192, help="of the shards")
     parser.add_argument("--json", type=Path, help="also write rows and arithmetic there")
     parser.add_argument("--storage", default="runs", help="where the quickstart's model is kept")
     return parser.parse_args()

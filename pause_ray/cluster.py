@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import logging
 import os
 import re
@@ -12,7 +13,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray.autoscaler._private.util import format_readonly_node_type
 from ray.exceptions import RayError
+from ray.experimental import internal_kv
 from ray.util.placement_group import placement_group_table
 
 from pause_ray.errors import ClusterError, SpecError
@@ -181,8 +185,8 @@ def check_nodes(takers: Mapping[str, Mapping[str, float]]) -> None:
 
 def _tell(problem: str, remedy: str) -> None:
     if is_known_to_grow_no_further():
-        raise SpecError(f"{problem}; {remedy}")
-    logger.warning("%s; waiting until it has grown", problem)
+        raise SpecError(f"{problem}; {remedy}{', or start nodes that have it' if os.environ.get('RAY_ADDRESS') else ''}")
+    logger.warning("%s; waiting until it has grown; if it cannot, %s", problem, remedy)
 
 
 def _autoscaler() -> Any | None:
@@ -194,7 +198,7 @@ def _autoscaler() -> Any | None:
 def _possible_nodes() -> dict[str, Mapping[str, float]]:
     """Every node that there is, and a node of each kind that the autoscaler can start: name → all that it has."""
     nodes: dict[str, Mapping[str, float]] = {
-        f"node {node['NodeManagerAddress']}": node["Resources"] for node in ray.nodes() if node["Alive"]
+        f"node {node['NodeManagerAddress']} {node['NodeID'][:6]}": node["Resources"] for node in ray.nodes() if node["Alive"]
     }
     kinds = getattr(_autoscaler(), "node_group_configs", ())
     return nodes | {f"node type {kind.name}": dict(kind.resources) for kind in kinds if kind.max_count}
@@ -237,7 +241,24 @@ def total(resource: str) -> float:
 
 def is_known_to_grow_no_further() -> bool:
     """Whether ``total`` is all that there can ever be."""
-    return not os.environ.get("RAY_ADDRESS") or _autoscaler() is not None
+    return _autoscaler() is not None or has_all_its_nodes()
+
+
+def has_all_its_nodes() -> bool:
+    """Whether nothing starts more: it is this machine's own, or its head was given no file of nodes that it may start.
+
+    Such a head reports each node as a kind of its own.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        return True
+    kinds = _reported_kinds()
+    return bool(kinds) and kinds <= {format_readonly_node_type(node["NodeID"]) for node in ray.nodes()}
+
+
+def _reported_kinds() -> set[str]:
+    """Of the nodes that there are, as the head's monitor names them; none before it has looked for the first time."""
+    told = internal_kv._internal_kv_get(DEBUG_AUTOSCALING_STATUS)
+    return set(json.loads(told).get("autoscaler_report", {}).get("active_nodes", {})) if told else set()
 
 
 def free_gpus() -> float:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def first_signal_asks(ask: Callable[[], None]) -> Iterator[None]:
-    """Call ``ask`` at a first SIGINT or SIGTERM within the block; from then on both do what they did before.
+def first_signal_asks(ask: Callable[[], None], *, insist: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Call ``ask`` at a first SIGINT or SIGTERM within the block; a second calls ``insist`` and does what it did before.
 
     Outside a process's main thread, which alone can take signals, nothing changes.
     """
@@ -24,8 +24,14 @@ def first_signal_asks(ask: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, its)
 
     def answer(number: int, frame: object) -> None:
-        restore()
+        for each in before:
+            signal.signal(each, answer_again)
         ask()
+
+    def answer_again(number: int, frame: object) -> None:
+        restore()
+        insist()
+        signal.raise_signal(number)
 
     for number in before:
         signal.signal(number, answer)

@@ -52,6 +52,11 @@ class Piece:
         """Whether such a node has it."""
         return self.cpus <= offer.cpus and self.gpus <= offer.gpus
 
+    @property
+    def words(self) -> str:
+        """What it takes."""
+        return f"{self.name} takes {self.cpus:g} CPUs and {self.gpus:g} GPUs on one node"
+
 
 def read_offers(path: Path) -> tuple[Offer, ...]:
     """The node types of a cluster file of which there can be any.
@@ -121,18 +126,23 @@ def _quantity(told: Any) -> float:
     return float(text.removesuffix("m")) / (1000 if text.endswith("m") else 1)
 
 
-def pieces_of(trial: TrialSpec) -> dict[str, Piece]:
-    """``worker``, ``actor`` and the trial's own process (``trial``), as far as it needs them; a GPU each where the spec leaves it open."""
+def open_share(gpus: float, *, scored_here: bool) -> float:
+    """GPUs of a training worker and of a scoring actor where the spec leaves it open, on a cluster of so many."""
+    return min(1.0, gpus / 2 if scored_here else gpus)
+
+
+def pieces_of(trial: TrialSpec, *, open_gpus: float = 1.0) -> dict[str, Piece]:
+    """``worker``, ``actor`` and the trial's own process (``trial``), as far as it needs them; ``open_gpus`` where the spec does not say."""
     resources, here = trial.resources, isinstance(trial.engine, HfEngineSpec)
     worker = Piece(
         name="a training worker",
         cpus=resources.train_cpus_per_worker,
-        gpus=1.0 if resources.train_gpus_per_worker is None else resources.train_gpus_per_worker,
+        gpus=open_gpus if resources.train_gpus_per_worker is None else resources.train_gpus_per_worker,
     )
     actor = Piece(
         name="a scoring actor",
         cpus=resources.scoring_cpus_per_actor,
-        gpus=float(here) if resources.scoring_gpus_per_actor is None else resources.scoring_gpus_per_actor,
+        gpus=open_gpus * here if resources.scoring_gpus_per_actor is None else resources.scoring_gpus_per_actor,
     )
     found = {"actor": actor}
     if trial.train is not None:
@@ -156,10 +166,8 @@ def misfits(
     """
     found = []
     pieces = pieces_of(trial)
-    for piece in pieces.values():
-        if not any(piece.fits(offer) for offer in offers):
-            takes = f"{piece.cpus:g} CPUs and {piece.gpus:g} GPUs on one node"
-            found.append(f"{origin}: {piece.name} takes {takes}, which no node type has; add one, or ask for less (resources)")
+    for piece in unfit(pieces, offers):
+        found.append(f"{origin}: {piece.words}, which no node type has; add one, or ask for less (resources)")
     for offer in offers:
         if not offer.gpus or not any(piece.gpus and piece.fits(offer) for piece in pieces.values()):
             continue
@@ -186,17 +194,25 @@ def _too_small(pieces: Mapping[str, Piece], plan: Plan, *, offer: Offer, memory_
 
 def _too_few(trial: TrialSpec, pieces: Mapping[str, Piece], *, offers: Sequence[Offer], origin: Path) -> list[str]:
     """Whether all that a trial holds at a time can be there at a time."""
-    resources = trial.resources
-    workers = max(1, resources.worker_bounds[0]) * pieces["worker"].gpus if "worker" in pieces else 0.0
-    stay = resources.scoring_bounds[0] * pieces["actor"].gpus
-    needed = max(workers + stay, pieces["actor"].gpus)
-    there = _most_gpus(offers)
+    needed, there = held_at_a_time(trial, pieces), most_gpus(offers)
     if needed <= there:
         return []
     return [f"{origin}: a trial holds {needed:g} GPUs at a time, and all nodes together have {there:g}; raise max_workers, or ask for less"]
 
 
-def _most_gpus(offers: Sequence[Offer]) -> float:
+def unfit(pieces: Mapping[str, Piece], offers: Sequence[Offer]) -> list[Piece]:
+    """Those that no node has."""
+    return [piece for piece in pieces.values() if not any(piece.fits(offer) for offer in offers)]
+
+
+def held_at_a_time(trial: TrialSpec, pieces: Mapping[str, Piece]) -> float:
+    """GPUs of a trial's fewest workers and of the actors that stay, or of the one that it cannot do without."""
+    resources = trial.resources
+    workers = max(1, resources.worker_bounds[0]) * pieces["worker"].gpus if "worker" in pieces else 0.0
+    return max(workers + resources.scoring_bounds[0] * pieces["actor"].gpus, pieces["actor"].gpus)
+
+
+def most_gpus(offers: Sequence[Offer]) -> float:
     """Of all nodes that can be there at a time, if they are those with the most GPUs."""
     left = min((offer.of_all for offer in offers if offer.of_all is not None), default=sum(offer.most for offer in offers))
     found = 0.0

@@ -6,14 +6,10 @@ starts nothing.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import platform
+import math
 import re
-import shutil
 import socket
-import subprocess
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,13 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pause_ray.engines.engine import HfEngineSpec
 from pause_ray.errors import ClusterError
-from pause_ray.train.memory import Workers, plan_memory, possible_stages
+from pause_ray.node_look import Look, look
+from pause_ray.offers import Offer, held_at_a_time, most_gpus, open_share, pieces_of, unfit
+from pause_ray.train.memory import ROOM, Workers, plan_memory, possible_stages
 from pause_ray.train.telemetry import known_shape
 from pause_ray.trial.prepare import PreparedTrial
+from pause_ray.trial.spec import TrialSpec
 
-PACKAGES = ("pause_ray", "ray", "torch", "transformers", "peft", "deepspeed", "tokenizers", "bitsandbytes")
-"""Which must be the same everywhere: they decide results, or travel pickled."""
 FREE_BYTES = 20e9
 """Free space below which a storage root is too full for a sweep's checkpoints and ledgers to be safe."""
 FREE_SHARE = 0.05
@@ -38,45 +36,9 @@ LOOK_SECONDS = 120
 CONNECT_SECONDS = 5
 CONNECT_AT_ONCE = 256
 """Places that a node tries; those of a thousand nodes, if none answers, still take less than ``LOOK_SECONDS``."""
-MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""Where a container finds how much it may use (cgroup v2, v1): ``max``, or a number larger than any memory, where nothing limits it."""
 PROBE = ".preflight-"
 AGENT_KEY = "DASHBOARD_AGENT_ADDR_NODE_ID_PREFIX"
 """Under which an agent tells Ray where it listens."""
-MIG_SLICE = re.compile(r"\s+MIG (?P<profile>\S*?(?P<gigabytes>\d+)gb\S*)")
-"""In ``nvidia-smi -L``."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """One GPU of a node."""
-
-    name: str
-    """A slice's (MIG) with its profile."""
-    memory_bytes: int | None
-    """None where the driver does not tell; 0 of one that is to be sliced and is not."""
-
-
-NO_SLICE = Gpu(name="without slices", memory_bytes=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Look:
-    """What a node found on itself."""
-
-    versions: Mapping[str, str]
-    """Of ``python`` and ``PACKAGES``; a package that is not installed has none."""
-    gpus: tuple[Gpu, ...]
-    free_bytes: int | None
-    """Under the storage root; None where it is not seen."""
-    storage: str
-    """``ok``, or what is wrong with the storage root."""
-    missing: tuple[str, ...]
-    """Of the paths asked for, those that are not there."""
-    free_share: float = 1.0
-    """Of the disk that Ray's own files are on: objects that leave memory, working directories, logs."""
-    memory_bytes: int = 0
-    """Of the machine, or what its container may use of it; 0 where it is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +48,9 @@ class Node:
     name: str
     """Its address, and that it is the head."""
     gpus: float
-    """As Ray counts them."""
+    """As Ray counts them, and ``cpus``."""
     look: Look | None
+    cpus: float = 0.0
     failure: str = ""
     """Why something of it is not known, the look or what it cannot reach."""
     unreachable: tuple[str, ...] = ()
@@ -105,97 +68,21 @@ class Needed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Copy:
+    """A model as a scoring actor holds it, with the keys and values of the longest prompt."""
+
+    bytes_: int
+    gpus: float
+    """Of the actor."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Problem:
     """Something that would stop a sweep."""
 
     node: str
     what: str
     remedy: str
-
-
-def look(root: Path, *, probe: str, paths: Sequence[str], session: Path | None = None) -> Look:
-    """This machine, as a sweep will find it.
-
-    Args:
-        root: The storage root; it is not made here, since a folder of this node alone would hide that it is not shared.
-        probe: Name of the file that the driver has put there; another of that name and this process's id is written beside it.
-        paths: Local files and folders that the sweep's specs name.
-        session: Folder of Ray's own files on this node.
-    """
-    storage, free = _storage(root, probe=probe)
-    disk = shutil.disk_usage(session) if session is not None else None
-    return Look(
-        versions={"python": platform.python_version(), **{name: found for name in PACKAGES if (found := _version(name))}},
-        gpus=_gpus(),
-        free_bytes=free,
-        storage=storage,
-        missing=tuple(path for path in paths if not Path(path).exists()),
-        free_share=disk.free / disk.total if disk else 1.0,
-        memory_bytes=usable_memory(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), limits=MEMORY_LIMITS),
-    )
-
-
-def usable_memory(machine_bytes: int, *, limits: Sequence[Path]) -> int:
-    """What a process may use of the machine's memory; of files that are not there or hold no number nothing is known."""
-    told = [path.read_text().strip() for path in limits if path.is_file()]
-    return min([machine_bytes, *(int(limit) for limit in told if limit.isdigit())])
-
-
-def _storage(root: Path, *, probe: str) -> tuple[str, int | None]:
-    if not root.is_dir():
-        return "not there", None
-    if not (root / probe).is_file():
-        return "another folder than the driver's: its file does not show up", None
-    own = root / f"{probe}-{socket.gethostname()}-{os.getpid()}"
-    try:
-        own.write_text("")
-        own.unlink()
-    except OSError as error:
-        return f"cannot be written ({error.strerror})", None
-    return "ok", shutil.disk_usage(root).free
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name).partition("+")[0]
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _gpus() -> tuple[Gpu, ...]:
-    """As NVIDIA's own tool lists them, which needs no torch; none where it is not installed."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return ()
-
-    def ask(*arguments: str) -> str:
-        return subprocess.run([tool, *arguments], capture_output=True, text=True, check=False, timeout=30).stdout  # noqa: S603 (no shell)
-
-    return gpus_told(ask("--query-gpu=name,memory.total,mig.mode.current", "--format=csv,noheader,nounits"), listed=ask("-L"))
-
-
-def gpus_told(table: str, *, listed: str) -> tuple[Gpu, ...]:
-    """The GPUs that a process can have.
-
-    Args:
-        table: A line per GPU: name, MiB, and whether it is sliced (MIG); ``[N/A]`` where the driver does not tell.
-        listed: ``nvidia-smi -L``: a line per GPU, in the same order, with its slices under it.
-    """
-    slices: list[list[Gpu]] = []
-    for line in listed.splitlines():
-        if line.startswith("GPU "):
-            slices.append([])
-        elif (found := MIG_SLICE.match(line)) and slices:
-            slices[-1].append(Gpu(name=found["profile"], memory_bytes=int(found["gigabytes"]) * 10**9))
-    gpus: list[Gpu] = []
-    for number, line in enumerate(row for row in table.splitlines() if row.count(",") >= 2):
-        name, memory, mig = (word.strip() for word in line.rsplit(",", 2))
-        if mig != "Enabled":
-            gpus.append(Gpu(name=name, memory_bytes=int(memory) * 2**20 if memory.isdigit() else None))
-            continue
-        its = slices[number] if number < len(slices) else []
-        gpus += [Gpu(name=f"{name} MIG {each.name}", memory_bytes=each.memory_bytes) for each in its or [NO_SLICE]]
-    return tuple(gpus)
 
 
 class NodeActor:
@@ -268,6 +155,7 @@ def look_at_nodes(root: Path, *, probe: str, paths: Sequence[str]) -> list[Node]
             Node(
                 name=name,
                 gpus=float(node["Resources"].get("GPU", 0)),
+                cpus=float(node["Resources"].get("CPU", 0)),
                 look=answer[0] if answer else None,
                 failure=failure,
                 unreachable=unreachable or (),
@@ -354,12 +242,26 @@ def needed_memory(trials: Sequence[PreparedTrial], *, gpus_per_node: float) -> N
     return Needed(gpu_bytes=max(its.gpu_bytes for its in needed), host_bytes=max(its.host_bytes for its in needed))
 
 
-def problems(nodes: Sequence[Node], *, needed: Needed | None) -> list[Problem]:
+def too_little(nodes: Sequence[Node], trial: TrialSpec) -> list[Problem]:
+    """What a trial takes on one node that none has, and what it takes at a time that all have not; of all nodes that there are."""
+    offers = [Offer(name=node.name, cpus=node.cpus, gpus=node.gpus, gpu=None, most=1) for node in nodes]
+    there = most_gpus(offers)
+    pieces = pieces_of(trial, open_gpus=open_share(there, scored_here=isinstance(trial.engine, HfEngineSpec)))
+    remedy = "start nodes that have it, or ask for less (resources)"
+    found = [Problem(node="the cluster", what=f"{piece.words}, which none has", remedy=remedy) for piece in unfit(pieces, offers)]
+    if (needed := held_at_a_time(trial, pieces)) > there:
+        what = f"a trial holds {needed:g} GPUs at a time, and all nodes together have {there:g}"
+        found.append(Problem(node="the cluster", what=what, remedy=remedy))
+    return found
+
+
+def problems(nodes: Sequence[Node], *, needed: Needed | None, copy: Copy | None = None) -> list[Problem]:
     """What of the looks would stop a sweep.
 
     Args:
         nodes: As ``look_at_nodes`` gives them.
         needed: What a GPU and its machine must have; None where none is used.
+        copy: The largest of a scoring actor; None where none is on GPUs.
     """
     found: list[Problem] = []
     usual = _usual_versions(nodes)
@@ -371,6 +273,8 @@ def problems(nodes: Sequence[Node], *, needed: Needed | None) -> list[Problem]:
         if node.look is None:
             continue
         found += _of_look(node, node.look, usual, needed=needed)
+        if copy is not None and copy.gpus <= node.gpus:
+            found += _of_copy(node, node.look, copy)
         for other in node.unreachable:
             what = f"cannot connect to {other}"
             found.append(Problem(node=node.name, what=what, remedy="let the nodes of the cluster reach each other on all ports"))
@@ -407,6 +311,19 @@ def _of_look(node: Node, its: Look, usual: Mapping[str, str], *, needed: Needed 
     for path in its.missing:
         add(f"{path} is not there", "put it on shared storage and name it by that path")
     return found + _of_gpus(node, its, needed)
+
+
+def _of_copy(node: Node, its: Look, copy: Copy) -> list[Problem]:
+    """Whether an actor's GPUs hold its model, if it gets the smallest of the node."""
+    known = [(gpu.memory_bytes, gpu.name) for gpu in its.gpus if gpu.memory_bytes]
+    if not known:
+        return []
+    memory_bytes, name = min(known)
+    number = math.ceil(copy.bytes_ / (ROOM * memory_bytes))
+    if number <= max(1.0, copy.gpus):
+        return []
+    what = f"{name} has {memory_bytes / 1e9:.0f} GB, and scoring needs {number} of them for one copy of the model"
+    return [Problem(node=node.name, what=what, remedy=f"set resources.scoring_gpus_per_actor to {number}, or use larger GPUs")]
 
 
 def _of_gpus(node: Node, its: Look, needed: Needed | None) -> list[Problem]:

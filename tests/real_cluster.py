@@ -59,7 +59,7 @@ def running_cluster(folder: Path, *, workers: int, cpus: int = 4, settings: Mapp
         _wait_for_head(cluster, folder / "head.log")
         for number in range(workers):
             join([f"--address={cluster.gcs}", f"--num-cpus={cpus}", "--num-gpus=0"], log=f"worker-{number}.log")
-            _wait_for_nodes(cluster, 2 + number)
+            wait_for_nodes(cluster, 2 + number)
         yield cluster
 
 
@@ -77,6 +77,19 @@ def raylet(cluster: RealCluster, arguments: list[str], *, log: Path) -> Iterator
     finally:
         process.terminate()
         process.wait(timeout=60)
+
+
+def wait_for_nodes(cluster: RealCluster, number: int) -> None:
+    """Until so many have joined, the head included."""
+    until = time.monotonic() + START_SECONDS
+    url = f"{cluster.address}/api/v0/nodes"
+    while True:
+        told = requests.get(url, timeout=30, headers={"Authorization": f"Bearer {cluster.token}"}).json()
+        alive = [node for node in told["data"]["result"]["result"] if node["state"] == "ALIVE"]
+        if len(alive) == number:
+            return
+        assert time.monotonic() < until, told
+        time.sleep(0.2)
 
 
 def free_port() -> int:
@@ -102,15 +115,3 @@ def _wait_for_head(cluster: RealCluster, log: Path) -> None:
             time.sleep(0.5)
         else:
             return
-
-
-def _wait_for_nodes(cluster: RealCluster, number: int) -> None:
-    until = time.monotonic() + START_SECONDS
-    url = f"{cluster.address}/api/v0/nodes"
-    while True:
-        told = requests.get(url, timeout=30, headers={"Authorization": f"Bearer {cluster.token}"}).json()
-        alive = [node for node in told["data"]["result"]["result"] if node["state"] == "ALIVE"]
-        if len(alive) == number:
-            return
-        assert time.monotonic() < until, told
-        time.sleep(0.2)

@@ -14,8 +14,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 @pytest.fixture
 def joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests' cluster as if it were one that others have started."""
+    """The tests' cluster as if it were one that ``ray up`` has started."""
     monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(cluster, "_reported_kinds", lambda: {"gpu-worker"})
 
 
 @pytest.fixture
@@ -45,15 +46,24 @@ def test_a_cluster_that_was_joined_may_grow(joined: None, caplog: pytest.LogCapt
     cluster.check_nodes({"a trial": {"CPU": 8, "GPU": 0}})
     assert not caplog.messages
     cluster.check_room({"CPU": 64, "GPU": 0})
-    assert "64 CPUs" in caplog.text
+    assert "64 CPUs at a time, and the cluster has 8; waiting until it has grown; if it cannot, lower train_workers" in caplog.text
     cluster.check_nodes({"a scoring actor": {"CPU": 1, "GPU": 2}})
     assert "a scoring actor takes 2 GPUs" in caplog.text
+
+
+def test_a_cluster_that_was_started_by_hand_does_not_grow(joined: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    [node] = ray.nodes()
+    monkeypatch.setattr(cluster, "_reported_kinds", lambda: {f"node_{node['NodeID']}"})
+    with pytest.raises(SpecError, match=r"hold 64 CPUs at a time, and the cluster has 8; .*, or start nodes that have it"):
+        cluster.check_room({"CPU": 64, "GPU": 0})
 
 
 def test_what_no_node_can_give_is_said_with_the_largest_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     cluster.check_nodes({"a trial": {"CPU": 8, "GPU": 0}})
-    with pytest.raises(SpecError, match=r"a training worker takes 2 GPUs on one node, and the largest, node [\d.]+, has 0; lower it"):
+    with pytest.raises(SpecError, match=r"a training worker takes 2 GPUs on one node, and the largest, node [\d.]+ \w{6}, has 0; lower it"):
         cluster.check_nodes({"a trial": {"CPU": 1}, "a training worker": {"CPU": 1, "GPU": 2}})
 
 

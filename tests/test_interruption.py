@@ -16,15 +16,15 @@ BOTH = (signal.SIGINT, signal.SIGTERM)
 @pytest.mark.parametrize("second", BOTH)
 @pytest.mark.parametrize("first", BOTH)
 def test_a_first_signal_asks_and_a_second_of_either_kind_does_what_it_did(first: signal.Signals, second: signal.Signals) -> None:
-    asked: list[bool] = []
+    asked: list[str] = []
     before: list[int] = []
     handlers = {number: signal.signal(number, lambda its, frame: before.append(its)) for number in BOTH}
     try:
-        with first_signal_asks(lambda: asked.append(True)):
+        with first_signal_asks(lambda: asked.append("first"), insist=lambda: asked.append("second")):
             os.kill(os.getpid(), first)
-            assert (asked, before) == ([True], [])
+            assert (asked, before) == (["first"], [])
             os.kill(os.getpid(), second)
-            assert (asked, before) == ([True], [second])
+            assert (asked, before) == (["first", "second"], [second])
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -15,21 +15,12 @@ from pathlib import Path
 import pytest
 
 from pause_ray import preflight
-from pause_ray.preflight import (
-    FREE_BYTES,
-    FREE_SHARE,
-    PACKAGES,
-    Gpu,
-    Look,
-    Needed,
-    Node,
-    NodeActor,
-    gpus_told,
-    look,
-    problems,
-    usable_memory,
-)
+from pause_ray.node_look import PACKAGES, Gpu, Look, gpus_told, look, usable_memory
+from pause_ray.preflight import FREE_BYTES, FREE_SHARE, Copy, Needed, Node, NodeActor, problems, too_little
+from pause_ray.spec import with_overrides
+from pause_ray.trial.spec import TrialSpec
 from tests.real_cluster import running_cluster
+from tests.sweep.test_spec import SWEEP
 from tests.sweep.tiny_sweep import ROOT, write_model, write_sweep
 
 GOOD = Look(
@@ -71,6 +62,43 @@ def test_nodes_that_agree_and_see_the_storage_have_no_problems() -> None:
 )
 def test_what_differs_is_told_of_the_node_that_differs(change: dict[str, object], what: str) -> None:
     assert told(replace(WORKER, look=replace(GOOD, **change))) == what
+
+
+@pytest.mark.parametrize(
+    ("copy_bytes", "gpus", "told_of_it"),
+    [
+        (60 * 10**9, 1, []),
+        (140 * 10**9, 1, ["H100 has 80 GB, and scoring needs 2 of them for one copy of the model"]),
+        (140 * 10**9, 2, []),
+        (140 * 10**9, 8, []),  # which no actor gets on this node
+    ],
+)
+def test_a_model_that_an_actors_gpus_do_not_hold_is_told(copy_bytes: int, gpus: float, told_of_it: list[str]) -> None:
+    worker = replace(WORKER, gpus=2)
+    found = problems([HEAD, worker], needed=NEEDED, copy=Copy(bytes_=copy_bytes, gpus=gpus))
+    assert [problem.what for problem in found] == told_of_it
+
+
+@pytest.mark.parametrize(
+    ("resources", "gpus_of_nodes", "told_of_it"),
+    [
+        ({}, [], []),  # without GPUs none is asked for
+        ({}, [1], []),
+        ({"train_workers": 2}, [1], ["a trial holds 1.5 GPUs at a time, and all nodes together have 1"]),  # half of one each
+        ({"train_workers": 2, "train_gpus_per_worker": 1}, [2], ["a trial holds 3 GPUs at a time, and all nodes together have 2"]),
+        ({"train_workers": 2, "train_gpus_per_worker": 1}, [2, 1], []),
+        ({"train_workers": 8, "scoring_actors": {"min": 0, "max": 2}}, [4, 4], []),
+        (
+            {"scoring_gpus_per_actor": 4, "scoring_actors": {"min": 0, "max": 2}},
+            [2, 2],
+            ["a scoring actor takes 1 CPUs and 4 GPUs on one node, which none has"],
+        ),
+    ],
+)
+def test_what_all_nodes_together_have_not_is_told(resources: dict[str, object], gpus_of_nodes: list[int], told_of_it: list[str]) -> None:
+    nodes = [replace(HEAD, cpus=8), *(replace(WORKER, name=f"w{number}", cpus=8, gpus=gpus) for number, gpus in enumerate(gpus_of_nodes))]
+    spec = TrialSpec.parse(with_overrides(SWEEP["trial"], {f"resources.{name}": its for name, its in resources.items()}), origin="test")
+    assert [problem.what for problem in too_little(nodes, spec)] == told_of_it
 
 
 def test_a_worker_without_the_package_is_told_so() -> None:
@@ -192,6 +220,23 @@ def test_every_node_of_a_real_cluster_is_looked_at(tmp_path: Path) -> None:
         code, found = check()
         assert (code, found["problems"]) == (0, [])
         assert [" (head)" in str(node["name"]) for node in found["nodes"]] == [True, False]
+        code, found = check("--set", "trial.resources.scoring_cpus_per_actor=99")
+        large = "a scoring actor takes 99 CPUs and 0 GPUs on one node, which none has"
+        assert (code, [problem["what"] for problem in found["problems"]], found["notes"]) == (2, [large], [])
+        command = [
+            sys.executable,
+            "-m",
+            "pause_ray",
+            "sweep",
+            sweep.name,
+            "--storage",
+            "runs",
+            "--set",
+            "trial.resources.scoring_cpus_per_actor=99",
+        ]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=100)
+        assert done.returncode == 2, done.stderr
+        assert "has 4; lower it, or start nodes that have it" in " ".join(done.stderr.split())
         env["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:9"
         code, found = check()
         assert code == 2

@@ -21,7 +21,7 @@ from pause_ray.storage import Storage
 from pause_ray.sweep.spec import PlannedTrial, expand, read_sweep
 
 if TYPE_CHECKING:
-    from pause_ray.preflight import Node, Problem
+    from pause_ray.preflight import Copy, Node, Problem
     from pause_ray.submission import Head, Job
 
 
@@ -158,17 +158,46 @@ def look_at_cluster(planned: Sequence[PlannedTrial], *, storage: str, name: str,
     try:
         with cluster.connection(), err.status("looking at every node"):
             nodes = preflight.look_at_nodes(root.root, probe=probe.name, paths=preflight.named_paths(trials))
+            is_all = cluster.has_all_its_nodes()
     finally:
         probe.unlink()
     gpus = max((node.gpus for node in nodes), default=0)
-    found = preflight.problems(nodes, needed=preflight.needed_memory(trials, gpus_per_node=gpus) if gpus else None)
+    needed = preflight.needed_memory(trials, gpus_per_node=gpus) if gpus else None
+    found = preflight.problems(nodes, needed=needed, copy=_largest_copy(planned, root) if gpus else None)
     found += _mlflow_problems(root, experiment=name)
+    lacking = list(dict.fromkeys(lack for trial in _ends(planned) for lack in preflight.too_little(nodes, trial.spec)))
+    if is_all:
+        found += lacking
+    notes = [] if is_all else [f"as the cluster is now: {lack.what}; {lack.remedy}" for lack in lacking]
     if as_json:
-        print_json({"nodes": [asdict(node) for node in nodes], "problems": [asdict(problem) for problem in found]})
+        print_json({"nodes": [asdict(node) for node in nodes], "problems": [asdict(problem) for problem in found], "notes": notes})
     else:
         _show_nodes(nodes, found)
+        for note in notes:
+            out.print(note, highlight=False, markup=False, soft_wrap=True)
     if found:
         raise typer.Exit(2)
+
+
+def _ends(planned: Sequence[PlannedTrial]) -> list[PlannedTrial]:
+    """The first and the last trial of each arm."""
+    first, last = {trial.arm: trial for trial in reversed(planned)}, {trial.arm: trial for trial in planned}
+    return [*first.values(), *last.values()]
+
+
+def _largest_copy(planned: Sequence[PlannedTrial], root: Storage) -> Copy | None:
+    """The model that takes most of a scoring actor's GPUs, with the keys and values of its longest prompt."""
+    from pause_ray.offers import pieces_of
+    from pause_ray.preflight import Copy
+    from pause_ray.sweep.plans import Plans
+
+    plans, copies = Plans(root), []
+    for trial in _ends(planned):
+        actor = pieces_of(trial.spec)["actor"]
+        if actor.gpus:
+            prompts = plans.work(trial.spec).grid.prompts
+            copies.append(Copy(bytes_=prompts.weight_bytes + prompts.kv_bytes, gpus=actor.gpus))
+    return max(copies, key=lambda copy: copy.bytes_, default=None)
 
 
 def hold_to_file(planned: Sequence[PlannedTrial], file: Path, *, storage: str) -> list[str]:
@@ -186,10 +215,9 @@ def hold_to_file(planned: Sequence[PlannedTrial], file: Path, *, storage: str) -
     offers, table = read_offers(file), {gpu.name: gpu for gpu in read_gpus(Path(GPU_TABLE)).gpus}
     memory_gb = {name: gpu.memory_gb for name, gpu in table.items()}
     plans = Plans(Storage(Path(storage).expanduser().absolute()))
-    ends = {trial.arm: trial for trial in reversed(planned)} | {f"{trial.arm} ": trial for trial in planned}
     found: dict[str, None] = {}
     with err.status("planning trials on the nodes of the file"):
-        for trial in ends.values():
+        for trial in _ends(planned):
             workers = max(1, trial.spec.resources.worker_bounds[0]) if "worker" in pieces_of(trial.spec) else 1
             sites = {
                 offer.name: Site(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from pause_ray import cluster, demand
 from pause_ray.engines.engine import HfEngineSpec
+from pause_ray.offers import open_share
 from pause_ray.sweep.spec import SweepSpec
 from pause_ray.trial.prepare import PreparedTrial
 from pause_ray.trial.spec import Resources, TrialSpec
@@ -44,7 +45,7 @@ class Places:
         """
         resources, gpus = trials[0].resources, cluster.total("GPU")  # the same for all trials of a sweep
         here = any(isinstance(trial.engine, HfEngineSpec) for trial in trials)
-        share = min(1.0, gpus / 2 if here else gpus)
+        share = open_share(gpus, scored_here=here)
         train = share if resources.train_gpus_per_worker is None else resources.train_gpus_per_worker
         scoring = share * here if resources.scoring_gpus_per_actor is None else resources.scoring_gpus_per_actor
         open_fields = [name for name in GPU_FIELDS if getattr(resources, name) is None]

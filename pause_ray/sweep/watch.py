@@ -80,6 +80,8 @@ class Watch:
         self._ended = False
         self.interrupted = False
         """A signal asked for an end; set by its handler, which must not talk to Ray itself."""
+        self.insisted = False
+        """A second signal did."""
         self._furthest: dict[tuple[str, str], int] = {}
         self.failures: dict[str, Reason] = {}
         """Trial → message and traceback."""
@@ -180,6 +182,9 @@ class Watch:
     def _end_if_told_to(self) -> None:
         if self.interrupted:
             self._line.end("it was interrupted")
+        if self.insisted:
+            for key in list(self._running):
+                self._end_process(key, None)  # Tune would give each of them ten seconds
         if not self.interrupted or self._ended:
             return
         self._ended = True
@@ -190,9 +195,15 @@ class Watch:
         self._say("finishing what is being answered or trained just now, then stopping; Ctrl-C once more stops at once")
 
     def interruptible(self) -> AbstractContextManager[None]:
-        """Let a first SIGINT or SIGTERM bring the sweep to an end; a second does what it did before. Only a main thread can."""
+        """Let a first SIGINT or SIGTERM bring the sweep to an end; a second ends its trials too, and does what it did before.
+
+        Only a main thread can.
+        """
 
         def ask() -> None:
             self.interrupted = True
 
-        return first_signal_asks(ask)
+        def insist() -> None:
+            self.insisted = True
+
+        return first_signal_asks(ask, insist=insist)

@@ -25,7 +25,7 @@ LAYERS = [
     {"trial", "compare", "plan"},
     {"effects"},
     {"corpus", "train", "needle"},
-    {"engines", "cluster", "demand", "local_nodes"},
+    {"engines", "cluster", "demand", "local_nodes", "node_look"},
     {"checkpoint"},
     {"rows", "documents", "text"},
     {"packages", "source_files"},

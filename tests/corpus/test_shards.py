@@ -103,12 +103,12 @@ def test_rows_are_made_once_and_found_again(make: Make, tales: Path, byte_model:
 
 @pytest.mark.parametrize("objective", ["needle_sft", "language_modeling"])
 def test_the_same_rows_whatever_the_number_of_tasks(make: Make, monkeypatch: pytest.MonkeyPatch, objective: str) -> None:
-    from pause_ray.corpus import shards, sources
+    from pause_ray.corpus import shards, sources, streaming
 
     many = make(objective=objective, rows_per_shard=6)
     monkeypatch.setattr(shards, "ROWS_PER_UNIT", 4)
-    monkeypatch.setattr(shards, "MAX_BLOCKS", 3)
-    monkeypatch.setattr(shards, "_tasks_at_once", lambda: 1)
+    monkeypatch.setattr(streaming, "MAX_BLOCKS", 3)
+    monkeypatch.setattr(streaming, "_tasks_at_once", lambda: 1)
     if objective == "needle_sft":
         monkeypatch.setattr(sources, "FILES_PER_READING", 5)
     few = make(objective=objective, rows_per_shard=6, root="other")

@@ -17,13 +17,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from pause_ray.rows import ShardSet
 from pause_ray.spec import JsonObject
-from tests.real_cluster import RAY, RealCluster, raylet, running_cluster
+from tests.real_cluster import RAY, RealCluster, raylet, running_cluster, wait_for_nodes
 from tests.sweep.stubs import KILLING_RANK, ROOT, write_stub_sweep
 from tests.sweep.tiny_sweep import answers
 
@@ -40,8 +41,8 @@ SOON_LOST = {
 }
 """Six seconds until a node counts as lost; with two, a busy machine loses nodes that are there."""
 BEGINS_AGAIN = re.compile(r"(\S+ #\d): the trial's process was lost \(.*?\); it begins again where it was")
-TRIAL = "ray::ResourceTrainable.train"
-"""What Ray calls the process of a trial that is at work."""
+MAKING_ROWS, TRIAL, ANSWERING = "ray::MapBatches", "ray::ResourceTrainable.train", "ray::ScoringActor.answer"
+"""What Ray calls processes that are at work: on training rows, at a trial, at cells."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,25 +76,27 @@ class Machines:
         started = self.stack.enter_context(raylet(self.cluster, arguments, log=self.folder / f"{len(os.listdir(self.folder))}.log"))
         self.raylets.append(psutil.Process(started.pid))
 
-    def lose(self, machine: psutil.Process) -> None:
-        """As if its power went: the raylet and all that it has started."""
+    def lose_one(self, at_work: str, job: Job) -> None:
+        """A machine on which such a process runs, as soon as there is one, as if its power went: the raylet and all that it has started."""
+        machine = wait_until(lambda: next((its for its in self.raylets if holds_still(its, at_work)), None), job)
         self.raylets.remove(machine)
         end_at_once(machine)
 
-    def where(self, name: str, job: Job) -> psutil.Process:
-        """A machine on which such a process runs, as soon as there is one."""
-        found: list[psutil.Process] = []
 
-        def look() -> bool:
-            for machine in self.raylets:
-                for process in machine.children(recursive=True):
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        if " ".join(process.cmdline()).startswith(name):
-                            found.append(machine)
-            return bool(found)
+def holds_still(machine: psutil.Process, at_work: str) -> bool:
+    """Whether such a process runs on the machine; it stays at what it is at."""
 
-        wait_until(look, job)
-        return found[0]
+    def is_at_work(process: psutil.Process) -> bool:
+        return " ".join(process.cmdline()).startswith(at_work)
+
+    for process in machine.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if is_at_work(process):
+                process.suspend()
+                if is_at_work(process):
+                    return True
+                process.resume()
+    return False
 
 
 def end_at_once(machine: psutil.Process) -> None:
@@ -112,6 +115,7 @@ def machines(folder: Path) -> Iterator[Machines]:
         found = Machines(cluster, head, folder, stack)
         found.add()
         found.add()
+        wait_for_nodes(cluster, 3)
         yield found
 
 
@@ -124,16 +128,24 @@ def submitted(cluster: RealCluster, sweep: Path, storage: Path, *, log: Path) ->
         return Job(subprocess.Popen(command, env=cluster.environment, stdout=file, stderr=file), log)
 
 
-def wait_until(happened: Callable[[], bool], job: Job, *, seconds: float = 120) -> None:
+def wait_until(happened: Callable[[], Any], job: Job, *, seconds: float = 120) -> Any:
+    """What it returns, as soon as that is anything."""
     until = time.monotonic() + seconds
-    while not happened():
+    while not (found := happened()):
         assert job.follower.poll() is None, job.said()
         assert time.monotonic() < until, job.said()
         time.sleep(0.02)
+    return found
 
 
 def whole_lines(storage: Path) -> set[bytes]:
     return {line for path in (storage / "trials").glob("*/cells.jsonl") for line in path.read_bytes().split(b"\n")[:-1]}
+
+
+def trials(storage: Path, *, finished: bool) -> list[Path]:
+    """Folders of those that have begun to be answered."""
+    begun = [path.parent for path in (storage / "trials").glob("*/cells.jsonl")]
+    return [folder for folder in begun if (folder / "manifest.json").exists() is finished]
 
 
 def finished(storage: Path) -> dict[Path, int]:
@@ -164,22 +176,28 @@ def rows_of(storage: Path) -> list[str]:
 
 
 def test_what_is_lost_costs_what_it_was_at_and_nothing_else(sweep: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """A machine while it writes training rows, one while a trial trains in a process there; then all of them and the head, while answers
-    are written: the same job is submitted to another cluster."""
+    """A machine on which training rows are made, one on which a trial trains, one on which cells are answered; then all of them and the
+    head, while answers are written: the same job is submitted to another cluster."""
     storage = tmp_path / "runs"
     with machines(tmp_path / "first") as there:
         job = submitted(there.cluster, sweep, storage, log=tmp_path / "first.log")
-        wait_until(lambda: bool(list(storage.glob("shards/.*/packed/*"))), job)
-        there.lose(there.raylets[0])
+        wait_until(lambda: list(storage.glob("shards/.*/packed/*")), job)
+        there.lose_one(MAKING_ROWS, job)
         assert not list(storage.glob("shards/*/manifest.json")), "the rows were there before the machine was lost"
         there.add()
 
-        wait_until(lambda: bool(list(storage.glob("checkpoints/.*/training.jsonl"))), job)
-        there.lose(there.where(TRIAL, job))
+        wait_until(lambda: list(storage.glob("checkpoints/.*/training.jsonl")), job)
+        there.lose_one(TRIAL, job)
         there.add()
-        wait_until(lambda: bool(BEGINS_AGAIN.search(job.said())), job)
+        wait_until(lambda: BEGINS_AGAIN.search(job.said()), job)
 
         wait_until(lambda: len(whole_lines(storage)) >= 3, job)
+        there.lose_one(ANSWERING, job)
+        answered, through = whole_lines(storage), trials(storage, finished=True)
+        there.add()
+        wait_until(lambda: len(trials(storage, finished=True)) > len(through), job)
+
+        wait_until(lambda: whole_lines(storage) > answered and trials(storage, finished=False), job)
         before, sealed = whole_lines(storage), finished(storage)
         for machine in [there.head, *there.raylets]:
             end_at_once(machine)

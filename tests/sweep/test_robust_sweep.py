@@ -1,6 +1,6 @@
 """Sweeps of stubs in processes of their own that are killed, interrupted, hang, fail or share a storage root.
 
-``PAUSE_RAY_KILLS`` says how often the driver is killed at a random moment (3 unless told; 20 before a release).
+``PAUSE_RAY_KILLS`` says how often the driver is killed at a random moment (3 unless told; 20 with ``make test-kills``).
 """
 
 from __future__ import annotations

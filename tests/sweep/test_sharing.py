@@ -28,7 +28,9 @@ def places_of(monkeypatch: pytest.MonkeyPatch, *, cpus: float, gpus: float, node
     node = {"CPU": cpus / nodes, "GPU": gpus / nodes}
     monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": cpus, "GPU": gpus})
     monkeypatch.setattr(
-        cluster.ray, "nodes", lambda: [{"Alive": True, "NodeManagerAddress": str(n), "Resources": node} for n in range(nodes)]
+        cluster.ray,
+        "nodes",
+        lambda: [{"Alive": True, "NodeID": str(n), "NodeManagerAddress": str(n), "Resources": node} for n in range(nodes)],
     )
     monkeypatch.setattr(cluster.ray._private.state.state, "get_cluster_config", lambda: None)
     overrides = {name if name == "max_concurrent_trials" else f"trial.resources.{name}": value for name, value in changes.items()}
@@ -58,9 +60,9 @@ def test_one_gpu_is_not_enough_for_both_at_once_and_what_helps_is_said(monkeypat
 
 
 def test_a_piece_that_no_node_can_give_is_refused_though_all_nodes_together_could(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SpecError, match=r"a scoring actor takes 2 GPUs on one node, and the largest, node 0, has 1"):
+    with pytest.raises(SpecError, match=r"a scoring actor takes 2 GPUs on one node, and the largest, node 0 0, has 1"):
         places_of(monkeypatch, cpus=16, gpus=4, nodes=4, scoring_gpus_per_actor=2.0)
-    with pytest.raises(SpecError, match=r"a training worker takes 5 CPUs on one node, and the largest, node 0, has 4"):
+    with pytest.raises(SpecError, match=r"a training worker takes 5 CPUs on one node, and the largest, node 0 0, has 4"):
         places_of(monkeypatch, cpus=16, gpus=0, nodes=4, train_workers=1, train_cpus_per_worker=5.0)
 
 

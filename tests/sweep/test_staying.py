@@ -25,7 +25,7 @@ def labels_on(monkeypatch: pytest.MonkeyPatch, *nodes: Node, can_come: bool = Fa
     """Of the nodes that trials of the small sweep run on, on a joined cluster; ``changes`` are of ``resources`` or the sweep."""
     asked: list[int] = []
     there = [
-        {"Alive": True, "NodeManagerAddress": str(number), "Labels": labels, "Resources": {"CPU": cpus, "GPU": gpus}}
+        {"Alive": True, "NodeID": str(number), "NodeManagerAddress": str(number), "Labels": labels, "Resources": {"CPU": cpus, "GPU": gpus}}
         for number, (labels, cpus) in enumerate(nodes)
     ]
     total = {"CPU": sum(cpus for _, cpus in nodes), "GPU": gpus * len(nodes)}
@@ -33,6 +33,7 @@ def labels_on(monkeypatch: pytest.MonkeyPatch, *nodes: Node, can_come: bool = Fa
     monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: total)
     monkeypatch.setattr(cluster.ray, "nodes", lambda: there)
     monkeypatch.setattr(cluster.ray._private.state.state, "get_cluster_config", lambda: None)
+    monkeypatch.setattr(cluster, "has_all_its_nodes", lambda: False)
     monkeypatch.setattr(demand, "can_come", lambda bundle, *, number, labels: asked.append(number) or can_come)
     overrides = {name if name == "max_concurrent_trials" else f"trial.resources.{name}": value for name, value in changes.items()}
     sweep = SweepSpec.parse(with_overrides(SWEEP, overrides), origin="test")

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,19 +16,19 @@ import pytest
 from typer.testing import CliRunner
 
 from pause_ray.best import export_best
-from pause_ray.cli import tracker as tracker_module
 from pause_ray.cli.main import app
-from pause_ray.cli.tracker import Tracker
 from pause_ray.errors import TrackingError
 from pause_ray.report import write_report
-from pause_ray.storage import Storage, read_json, write_json
+from pause_ray.storage import Storage, is_complete, read_json, write_json
 from pause_ray.tracking.sweeps import log_sweep
 from tests.stored_sweep import rows, rung_event, stop_event, store_search, store_sweep, store_trial
+from tests.sweep.stubs import ROOT, write_stub_sweep
 from tests.tracking.mlflow_server import PASSWORD, USER, MlflowServer, postgres, what_auth_lacks, what_postgres_lacks
-from tests.tracking.test_tracker import row, until
 from tests.trained import store_checkpoint
 
 pytestmark = pytest.mark.mlflow
+FEW_STEPS, MANY_STEPS, STEP_SECONDS = 2, 40, 0.4
+"""The longer training takes three times as long as the driver waits between two batches that it sends."""
 GRID = {(1024, 10.0): 1.0, (1024, 50.0): 0.5, (2048, 10.0): 0.0, (2048, 50.0): None}
 
 
@@ -68,26 +73,30 @@ def check_whole(uri: str, *, num_trials: int) -> None:
     assert {run.data.tags["mlflow.parentRunId"] for run in found.values()} == {parent.info.run_id}
     assert found.pop(f"p{num_trials}").info.status == "KILLED"
     for run in found.values():
-        assert run.info.status == "FINISHED"
-        assert {item.path for item in client.list_artifacts(run.info.run_id)} == {
-            "spec.json",
-            "manifest.json",
-            "cells.parquet",
-            "heatmap.png",
-        }
-    points = client.get_metric_history(found["p0"].info.run_id, "training_loss")
-    assert [point.step for point in points] == [1, 2, 3]
-    for name in ("score", "proxy_score", "cells"):
-        assert len(client.get_metric_history(found["p0"].info.run_id, name)) == 1
+        check_finished(client, run)
+    assert steps(client, found["p0"]) == [1, 2, 3]
+    assert len(client.get_metric_history(found["p0"].info.run_id, "proxy_score")) == 1
     assert "figures/differences.png" in {item.path for item in client.list_artifacts(parent.info.run_id, "figures")}
     [version] = client.search_model_versions("name = 'pause_ray-demo'")
     assert version.run_id == found["p0"].info.run_id
 
 
+def check_finished(client: Any, run: Any) -> None:
+    """A trial's run that has all, once."""
+    assert run.info.status == "FINISHED"
+    files = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert files == {"spec.json", "manifest.json", "cells.parquet", "heatmap.png"}
+    for name in ("score", "cells"):
+        assert len(client.get_metric_history(run.info.run_id, name)) == 1
+
+
+def steps(client: Any, run: Any) -> list[int]:
+    """Points of its curve."""
+    return [point.step for point in client.get_metric_history(run.info.run_id, "training_loss")]
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[MlflowServer]:
-    import mlflow  # noqa: F401 (two threads that import it at once, the tracker's and this one, would wait for each other)
-
     folder = tmp_path / "server"
     folder.mkdir()
     server = MlflowServer(folder, backend=f"sqlite:///{folder / 'mlflow.db'}")
@@ -96,35 +105,67 @@ def server(tmp_path: Path) -> Iterator[MlflowServer]:
     server.kill()
 
 
+def start_sweep(folder: Path, storage: Storage, *, mlflow: str) -> subprocess.Popen[str]:
+    """Of stubs: a short training, one that takes its time, a baseline."""
+    changes = {"search": {"train.steps": {"grid": [FEW_STEPS, MANY_STEPS]}}, "arms": {"baseline": {"pauses": None, "train": None}}}
+    sweep = write_stub_sweep(folder, name="demo", **changes)
+    command = [sys.executable, "-m", "tests.sweep.stubs", f"--step-seconds={STEP_SECONDS}", "--"]
+    command += ["sweep", str(sweep), "--storage", str(storage.root)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": mlflow}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def one_whole_and_one_growing(uri: str, sweep: subprocess.Popen[str]) -> Any:
+    """The run of the second training, as soon as it has some steps and the first one's is whole."""
+    until = time.monotonic() + 120
+    while True:
+        assert sweep.poll() is None, sweep.communicate()[0]
+        assert time.monotonic() < until, "it never happened"
+        found = {run.data.params.get("train.steps"): run for run in runs(uri).values()}
+        first, second = found.get(str(FEW_STEPS)), found.get(str(MANY_STEPS))
+        if first and first.info.status == "FINISHED" and second and "training_loss" in second.data.metrics:
+            return second
+        time.sleep(0.2)
+
+
+@pytest.mark.ray
 def test_a_server_that_dies_in_mid_sweep_stops_nothing_and_gets_what_it_lacks(
-    tmp_path: Path, server: MlflowServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-    monkeypatch.setattr(tracker_module, "RETRY_SECONDS", 0.0)
+    from mlflow.tracking import MlflowClient
+
     storage = Storage.open(tmp_path / "runs")
-    folder = planned(storage, num_trials=4)
-    with Tracker(storage, send_seconds=0.05) as tracker:
-        for number in (1, 2):
-            tracker.step_of_trial(folder, "p0", row(number))
-        finish(storage, "p1")
-        tracker.trial_ended(folder)
-        until(lambda: runs(server.uri).get("p1") is not None and "training_loss" in runs(server.uri)["p0"].data.metrics)
+    sweep = start_sweep(tmp_path, storage, mlflow=server.uri)
+    try:
+        growing = one_whole_and_one_growing(server.uri, sweep)
         server.kill()
-        tracker.step_of_trial(folder, "p0", row(3))
-        for trial in ("p0", "p2", "p3"):
-            finish(storage, trial)
-            tracker.trial_ended(folder)
-        export_best(folder, storage)
-        write_report(folder, storage)
-        tracker.log(folder)
-        assert tracker.logged is None
-    assert capsys.readouterr().err.count("MLflow at http://127.0.0.1") == 1
+        assert not is_complete(storage.trials / growing.data.tags["pause_ray.digest"]), "the sweep was through before the server was gone"
+        output, _ = sweep.communicate(timeout=240)
+    finally:
+        sweep.kill()
+    told = " ".join(output.split())
+    assert sweep.returncode == 0, output
+    assert told.count("MLflow at http://127.0.0.1") == 1
+    [name] = re.findall(r"to MLflow .*? report (\S+) --log", told)
+    [its] = (read_json(path) for path in storage.root.glob("sweeps/*/sweep.json"))
     server.start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     for _ in range(2):
-        done = CliRunner().invoke(app, ["report", "demo", "--log", "--json", "--storage", str(storage.root)])
+        done = CliRunner().invoke(app, ["report", name, "--log", "--json", "--storage", str(storage.root)])
         assert done.exit_code == 0, done.output
         assert json.loads(done.stdout)["model"] == "models:/pause_ray-demo/1"
-        check_whole(server.uri, num_trials=4)
+        client, found = MlflowClient(tracking_uri=server.uri), runs(server.uri)
+        parent = found.pop(its["digest"])
+        assert parent.info.status == "FINISHED"
+        assert set(found) == {trial["digest"] for trial in its["trials"]}
+        curves = []
+        for run in found.values():
+            assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+            check_finished(client, run)
+            curves.append(steps(client, run))
+        assert sorted(curves) == [[], list(range(1, FEW_STEPS + 1)), list(range(1, MANY_STEPS + 1))]
 
 
 @pytest.mark.skipif(what_auth_lacks() is not None, reason=str(what_auth_lacks()))

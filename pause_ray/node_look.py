@@ -1,0 +1,138 @@
+"""One machine as a sweep will find it: packages, GPUs, memory, disks, paths. Knows no cluster."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGES = ("pause_ray", "ray", "torch", "transformers", "peft", "deepspeed", "tokenizers", "bitsandbytes")
+"""Which must be the same everywhere: they decide results, or travel pickled."""
+MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where a container finds how much it may use (cgroup v2, v1): ``max``, or a number larger than any memory, where nothing limits it."""
+MIG_SLICE = re.compile(r"\s+MIG (?P<profile>\S*?(?P<gigabytes>\d+)gb\S*)")
+"""In ``nvidia-smi -L``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One GPU of a node."""
+
+    name: str
+    """A slice's (MIG) with its profile."""
+    memory_bytes: int | None
+    """None where the driver does not tell; 0 of one that is to be sliced and is not."""
+
+
+NO_SLICE = Gpu(name="without slices", memory_bytes=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What a node found on itself."""
+
+    versions: Mapping[str, str]
+    """Of ``python`` and ``PACKAGES``; a package that is not installed has none."""
+    gpus: tuple[Gpu, ...]
+    free_bytes: int | None
+    """Under the storage root; None where it is not seen."""
+    storage: str
+    """``ok``, or what is wrong with the storage root."""
+    missing: tuple[str, ...]
+    """Of the paths asked for, those that are not there."""
+    free_share: float = 1.0
+    """Of the disk that Ray's own files are on: objects that leave memory, working directories, logs."""
+    memory_bytes: int = 0
+    """Of the machine, or what its container may use of it; 0 where it is not known."""
+
+
+def look(root: Path, *, probe: str, paths: Sequence[str], session: Path | None = None) -> Look:
+    """This machine, as a sweep will find it.
+
+    Args:
+        root: The storage root; it is not made here, since a folder of this node alone would hide that it is not shared.
+        probe: Name of the file that the driver has put there; another of that name and this process's id is written beside it.
+        paths: Local files and folders that the sweep's specs name.
+        session: Folder of Ray's own files on this node.
+    """
+    storage, free = _storage(root, probe=probe)
+    disk = shutil.disk_usage(session) if session is not None else None
+    return Look(
+        versions={"python": platform.python_version(), **{name: found for name in PACKAGES if (found := _version(name))}},
+        gpus=_gpus(),
+        free_bytes=free,
+        storage=storage,
+        missing=tuple(path for path in paths if not Path(path).exists()),
+        free_share=disk.free / disk.total if disk else 1.0,
+        memory_bytes=usable_memory(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), limits=MEMORY_LIMITS),
+    )
+
+
+def usable_memory(machine_bytes: int, *, limits: Sequence[Path]) -> int:
+    """What a process may use of the machine's memory; of files that are not there or hold no number nothing is known."""
+    told = [path.read_text().strip() for path in limits if path.is_file()]
+    return min([machine_bytes, *(int(limit) for limit in told if limit.isdigit())])
+
+
+def _storage(root: Path, *, probe: str) -> tuple[str, int | None]:
+    if not root.is_dir():
+        return "not there", None
+    if not (root / probe).is_file():
+        return "another folder than the driver's: its file does not show up", None
+    own = root / f"{probe}-{socket.gethostname()}-{os.getpid()}"
+    try:
+        own.write_text("")
+        own.unlink()
+    except OSError as error:
+        return f"cannot be written ({error.strerror})", None
+    return "ok", shutil.disk_usage(root).free
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    """As NVIDIA's own tool lists them, which needs no torch; none where it is not installed."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ()
+
+    def ask(*arguments: str) -> str:
+        return subprocess.run([tool, *arguments], capture_output=True, text=True, check=False, timeout=30).stdout  # noqa: S603 (no shell)
+
+    return gpus_told(ask("--query-gpu=name,memory.total,mig.mode.current", "--format=csv,noheader,nounits"), listed=ask("-L"))
+
+
+def gpus_told(table: str, *, listed: str) -> tuple[Gpu, ...]:
+    """The GPUs that a process can have.
+
+    Args:
+        table: A line per GPU: name, MiB, and whether it is sliced (MIG); ``[N/A]`` where the driver does not tell.
+        listed: ``nvidia-smi -L``: a line per GPU, in the same order, with its slices under it.
+    """
+    slices: list[list[Gpu]] = []
+    for line in listed.splitlines():
+        if line.startswith("GPU "):
+            slices.append([])
+        elif (found := MIG_SLICE.match(line)) and slices:
+            slices[-1].append(Gpu(name=found["profile"], memory_bytes=int(found["gigabytes"]) * 10**9))
+    gpus: list[Gpu] = []
+    for number, line in enumerate(row for row in table.splitlines() if row.count(",") >= 2):
+        name, memory, mig = (word.strip() for word in line.rsplit(",", 2))
+        if mig != "Enabled":
+            gpus.append(Gpu(name=name, memory_bytes=int(memory) * 2**20 if memory.isdigit() else None))
+            continue
+        its = slices[number] if number < len(slices) else []
+        gpus += [Gpu(name=f"{name} MIG {each.name}", memory_bytes=each.memory_bytes) for each in its or [NO_SLICE]]
+    return tuple(gpus)
