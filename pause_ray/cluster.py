@@ -20,6 +20,7 @@ from ray.experimental import internal_kv
 from ray.util.placement_group import placement_group_table
 
 from pause_ray.errors import ClusterError, SpecError
+from pause_ray.node_look import missing_package
 
 LOCAL_LOGICAL_CPUS = 8
 """Ray's CPUs are a count of places, not of cores. A trial, its scoring actor, the progress board and shard tasks need
@@ -33,7 +34,6 @@ VERSION = re.compile(r"^\s+(Ray|Python): (\S+)$", re.MULTILINE)
 TRACEBACK = "Traceback (most recent call last):"
 TOKEN_WORDS = re.compile(r"\btoken\b|auth(entic|oriz)", re.IGNORECASE)
 WAITED_IN_VAIN = re.compile(r"(timed out|(failed|unable) to connect|deadline).*\bGCS\b", re.IGNORECASE)
-MISSING = re.compile(r"No module named '(?P<package>\w+)[\w.]*'")
 MARKET = "ray.io/market-type"
 STAYS: Mapping[str, str] = {MARKET: "on-demand"}
 """Labels of nodes that nobody takes away."""
@@ -129,13 +129,13 @@ def _why_not_joined(told: str, *, answers: bool) -> str:
     )
 
 
-def missing_package(told: str) -> str | None:
+def without_package(told: str) -> str | None:
     """In one line, with a remedy, that a process could not begin for want of a package; None if Ray told something else."""
-    found = MISSING.search(told)
-    if found is None:
+    package = missing_package(told)
+    if package is None:
         return None
     return (
-        f"a node of the cluster has no {found['package']}: use one image on all nodes (cluster/Dockerfile makes it); "
+        f"a node of the cluster has no {package}: use one image on all nodes (cluster/Dockerfile makes it); "
         "pause-ray check --cluster says of every node what it lacks"
     )
 

@@ -17,6 +17,7 @@ PACKAGES = ("pause_ray", "ray", "torch", "transformers", "peft", "deepspeed", "t
 """Which must be the same everywhere: they decide results, or travel pickled."""
 MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """Where a container finds how much it may use (cgroup v2, v1): ``max``, or a number larger than any memory, where nothing limits it."""
+MISSING = re.compile(r"No module named '(?P<package>\w+)[\w.]*'")
 MIG_SLICE = re.compile(r"\s+MIG (?P<profile>\S*?(?P<gigabytes>\d+)gb\S*)")
 """In ``nvidia-smi -L``."""
 
@@ -73,6 +74,12 @@ def look(root: Path, *, probe: str, paths: Sequence[str], session: Path | None =
         free_share=disk.free / disk.total if disk else 1.0,
         memory_bytes=usable_memory(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), limits=MEMORY_LIMITS),
     )
+
+
+def missing_package(told: str) -> str | None:
+    """The package for want of which a process could not begin, by what Ray tells of its end; None if that was something else."""
+    found = MISSING.search(told)
+    return found["package"] if found else None
 
 
 def usable_memory(machine_bytes: int, *, limits: Sequence[Path]) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 
 from pause_ray.engines.engine import HfEngineSpec
 from pause_ray.errors import ClusterError
-from pause_ray.node_look import Look, look
+from pause_ray.node_look import Look, look, missing_package
 from pause_ray.offers import Offer, held_at_a_time, most_gpus, open_share, pieces_of, unfit
 from pause_ray.train.memory import ROOM, Workers, plan_memory, possible_stages
 from pause_ray.train.telemetry import known_shape
@@ -267,8 +267,8 @@ def problems(nodes: Sequence[Node], *, needed: Needed | None, copy: Copy | None 
     usual = _usual_versions(nodes)
     for node in nodes:
         if node.failure:
-            missing = "No module named 'pause_ray'" in node.failure
-            remedy = "install pause_ray there (the Dockerfile in cluster/ does)" if missing else "look at the node's logs, or drain it"
+            missing = missing_package(node.failure)
+            remedy = f"install {missing} there (the Dockerfile in cluster/ does)" if missing else "look at the node's logs, or drain it"
             found.append(Problem(node=node.name, what=node.failure, remedy=remedy))
         if node.look is None:
             continue

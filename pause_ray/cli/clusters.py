@@ -182,7 +182,7 @@ def look_at_cluster(planned: Sequence[PlannedTrial], *, storage: str, name: str,
 def _ends(planned: Sequence[PlannedTrial]) -> list[PlannedTrial]:
     """The first and the last trial of each arm."""
     first, last = {trial.arm: trial for trial in reversed(planned)}, {trial.arm: trial for trial in planned}
-    return [*first.values(), *last.values()]
+    return [*first.values(), *(trial for arm, trial in last.items() if trial is not first[arm])]
 
 
 def _largest_copy(planned: Sequence[PlannedTrial], root: Storage) -> Copy | None:

@@ -16,7 +16,7 @@ import ray.data
 from ray.exceptions import RayError
 
 from pause_ray import errors
-from pause_ray.cluster import missing_package
+from pause_ray.cluster import without_package
 from pause_ray.errors import ClusterError, StorageError, UserError
 from pause_ray.spec import JsonObject
 
@@ -55,7 +55,7 @@ def stream(items: Sequence[JsonObject], steps: Sequence[Step]) -> Iterator[JsonO
                 for text in batch["item"].to_pylist():
                     yield _or_raise(json.loads(text))
         except RayError as error:
-            if told := missing_package(str(error)):
+            if told := without_package(str(error)):
                 raise ClusterError(told) from error
             raise
 

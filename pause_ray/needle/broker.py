@@ -406,7 +406,7 @@ class Broker:
         if self._failed_starts < MOST_FAILED_STARTS or any(other.pid is not None for other in self._actors):
             log.warning("a scoring actor did not come up (%s)", reason)
             return
-        missing = cluster.missing_package(reason)
+        missing = cluster.without_package(reason)
         for key in self._callers:
             self._fail(key, ClusterError(missing) if missing else FleetError(f"no scoring actor comes up: {reason}"))
 

@@ -19,7 +19,7 @@ from ray.tune.execution import class_cache
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from pause_ray.cluster import missing_package
+from pause_ray.cluster import without_package
 from pause_ray.errors import StoppedError, StorageError, UserError
 from pause_ray.logs import about, trial_words, write_lines
 from pause_ray.needle.fleet import Fleet
@@ -289,5 +289,5 @@ def why_lost(account: str) -> tuple[str, str | None]:
     """The last line of what Ray tells of an ended process, and all of it unless that is a mistake of the user."""
     last = account.splitlines()[-1]
     mistake = MISTAKE.fullmatch(last)
-    told = mistake["message"] if mistake else missing_package(last)
+    told = mistake["message"] if mistake else without_package(last)
     return (told, None) if told else (last, account)

@@ -25,12 +25,12 @@ LAYERS = [
     {"trial", "compare", "plan"},
     {"effects"},
     {"corpus", "train", "needle"},
-    {"engines", "cluster", "demand", "local_nodes", "node_look"},
+    {"engines", "cluster", "demand", "local_nodes"},
     {"checkpoint"},
     {"rows", "documents", "text"},
     {"packages", "source_files"},
     {"storage", "spec"},
-    {"errors", "statistics", "words", "pareto", "interruption", "logs"},
+    {"errors", "statistics", "words", "pareto", "interruption", "logs", "node_look"},
 ]
 """From top to bottom; a module imports only from lines below its own (and from its own package)."""
 

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +194,11 @@ def test_a_sweep_takes_the_cluster_from_nothing_to_what_it_plans_and_back(cluste
 
 
 def test_no_node_idles_longer_than_the_file_says(cluster: LocalCluster, diary: list[dict[str, Any]]) -> None:
-    idle = max(worker["idle_seconds"] for look in diary for worker in look["workers"])
-    assert IDLE_SECONDS - 1 <= idle <= IDLE_SECONDS + SLACK_SECONDS  # a node's last look is a little before its end
+    idle = [(worker["idle_seconds"], look["time"], later["time"]) for look, later in pairwise(diary) for worker in look["workers"]]
+    assert max(seconds for seconds, _, _ in idle) <= IDLE_SECONDS + SLACK_SECONDS
+    assert max(seconds + later - now for seconds, now, later in idle) >= IDLE_SECONDS, (
+        "gone before its time, at the latest by the next look"
+    )
 
 
 def test_the_file_is_whole_as_it_stands() -> None:

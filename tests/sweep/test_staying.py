@@ -99,13 +99,13 @@ def test_tune_holds_a_trials_place_on_those_nodes_and_nothing_else(monkeypatch: 
 
 
 def test_of_a_lost_process_a_users_mistake_is_told_and_anything_else_with_its_trace() -> None:
-    from pause_ray.cluster import missing_package
+    from pause_ray.cluster import without_package
     from pause_ray.sweep.tuning import why_lost
 
     account = "The actor died because of an error raised in its creation task\n  File x\n"
     unseen = "/mnt/runs: not seen by b; give --storage another path"
     assert why_lost(f"{account}pause_ray.errors.StorageError: {unseen}") == (unseen, None)
     without = "ModuleNotFoundError: No module named 'peft'"
-    assert why_lost(account + without) == (missing_package(without), None)
+    assert why_lost(account + without) == (without_package(without), None)
     out_of_memory = "Task was killed due to the node running low on memory."
     assert why_lost(account + out_of_memory) == (out_of_memory, account + out_of_memory)

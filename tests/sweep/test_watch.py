@@ -56,6 +56,41 @@ def failures_after(board: Any, states: dict[str, TrialState], until: Callable[[d
     return watch.failures
 
 
+def test_who_insists_on_an_end_is_not_kept_waiting_by_trials(board: Any) -> None:
+    import ray
+    from ray.exceptions import RayActorError
+
+    from pause_ray.sweep.watch import Watch
+
+    line = WaitingLine(start=lambda key: None)
+    line.expect({"trained": "arm"})
+    watch = Watch(
+        board,
+        line,
+        timeout_minutes=None,
+        after_step=lambda key, row: None,
+        finish=lambda: None,
+        label=lambda key: key,
+        say=lambda text: None,
+    )
+
+    class Trial:
+        def answers(self) -> bool:
+            return True
+
+    process = ray.remote(num_cpus=0)(Trial).remote()
+    ray.get(board.begin.remote("trained", process))
+    ray.get(board.show.remote("trained", TrialState("training", 1, 4)))
+    watch.interrupted = True
+    watch.look()
+    assert ray.get(process.answers.remote()), "a first signal lets it come to an end of its own"
+    watch.insisted = True
+    watch.look()
+    with pytest.raises(RayActorError):
+        ray.get(process.answers.remote(), timeout=30)
+    assert not watch.failures, "it did nothing wrong"
+
+
 def test_only_who_is_at_work_and_says_nothing_is_taken_to_hang(board: Any) -> None:
     at_work = {stage: TrialState(stage, 1, 4) for stage in ("starting", "text", "training", "scoring", "rechecking")}
     for_others = {stage: TrialState(stage, 1, 4) for stage in ("waiting", "queued")}
