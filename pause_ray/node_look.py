@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pause_ray.errors import SourceError
+from pause_ray.source_files import is_seen
+
 PACKAGES = ("pause_ray", "ray", "torch", "transformers", "peft", "deepspeed", "tokenizers", "bitsandbytes")
 """Which must be the same everywhere: they decide results, or travel pickled."""
 MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -46,8 +49,8 @@ class Look:
     """Under the storage root; None where it is not seen."""
     storage: str
     """``ok``, or what is wrong with the storage root."""
-    missing: tuple[str, ...]
-    """Of the paths asked for, those that are not there."""
+    unseen: Mapping[str, str]
+    """Of the paths asked for, those that this machine does not see: what is wrong with each."""
     free_share: float = 1.0
     """Of the disk that Ray's own files are on: objects that leave memory, working directories, logs."""
     memory_bytes: int = 0
@@ -60,7 +63,7 @@ def look(root: Path, *, probe: str, paths: Sequence[str], session: Path | None =
     Args:
         root: The storage root; it is not made here, since a folder of this node alone would hide that it is not shared.
         probe: Name of the file that the driver has put there; another of that name and this process's id is written beside it.
-        paths: Local files and folders that the sweep's specs name.
+        paths: Files, folders and globs that the sweep's specs name, local or in buckets.
         session: Folder of Ray's own files on this node.
     """
     storage, free = _storage(root, probe=probe)
@@ -70,7 +73,7 @@ def look(root: Path, *, probe: str, paths: Sequence[str], session: Path | None =
         gpus=_gpus(),
         free_bytes=free,
         storage=storage,
-        missing=tuple(path for path in paths if not Path(path).exists()),
+        unseen={path: wrong for path in paths if (wrong := _unseen(path))},
         free_share=disk.free / disk.total if disk else 1.0,
         memory_bytes=usable_memory(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), limits=MEMORY_LIMITS),
     )
@@ -100,6 +103,13 @@ def _storage(root: Path, *, probe: str) -> tuple[str, int | None]:
     except OSError as error:
         return f"cannot be written ({error.strerror})", None
     return "ok", shutil.disk_usage(root).free
+
+
+def _unseen(path: str) -> str:
+    try:
+        return "" if is_seen(path) else f"{path} is not there"
+    except SourceError as error:
+        return str(error)
 
 
 def _version(name: str) -> str | None:

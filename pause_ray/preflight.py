@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import socket
 import threading
 from collections import Counter
@@ -29,6 +28,7 @@ from pause_ray.trial.spec import TrialSpec
 
 FREE_BYTES = 20e9
 """Free space below which a storage root is too full for a sweep's checkpoints and ledgers to be safe."""
+IN_BUCKETS = "give every node the way there and the right to read it, as the driver has them"
 FREE_SHARE = 0.05
 """Of the disk of Ray's own files; with less Ray puts nothing there any more, neither objects that leave memory nor working directories."""
 LOOK_SECONDS = 120
@@ -208,15 +208,15 @@ def _is_head(node: Mapping[str, Any]) -> bool:
 
 
 def named_paths(trials: Sequence[PreparedTrial]) -> tuple[str, ...]:
-    """Local files and folders that the trials read; of a pattern the folder it begins with."""
+    """Files, folders and globs that the trials read, wherever they are, but for those of packages."""
     found = set()
     for trial in trials:
         spec = trial.spec
         found.add(str(trial.model_dir))
         sources = [*spec.eval.haystack, *(spec.corpus.sources if spec.corpus and spec.train else ())]
-        for path in [source.path for source in sources] + ([spec.adapter] if spec.adapter else []):
-            if "://" not in path and not path.startswith("pypi:"):
-                found.add(re.split(r"[^/]*[*?\[]", path, maxsplit=1)[0] or ".")
+        found |= {source.path for source in sources if not source.path.startswith("pypi:")}
+        if spec.adapter:
+            found.add(spec.adapter)
     return tuple(sorted(found))
 
 
@@ -308,8 +308,8 @@ def _of_look(node: Node, its: Look, usual: Mapping[str, str], *, needed: Needed 
     if its.free_share < FREE_SHARE:
         remedy = "make room there, or start the node with --temp-dir or --object-spilling-directory on another disk"
         add(f"the disk of Ray's own files is {1 - its.free_share:.0%} full", remedy)
-    for path in its.missing:
-        add(f"{path} is not there", "put it on shared storage and name it by that path")
+    for path, wrong in its.unseen.items():
+        add(wrong, IN_BUCKETS if "://" in path else "put it on shared storage and name it by that path")
     return found + _of_gpus(node, its, needed)
 
 

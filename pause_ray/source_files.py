@@ -66,6 +66,22 @@ def find_files(pattern: str, *, endings: Set[str]) -> tuple[SourceFile, ...]:
     return tuple(sorted((file for file in files if not whole_folder or file.ending in endings), key=lambda file: file.name))
 
 
+def is_seen(pattern: str) -> bool:
+    """Whether a file or folder, or the folder that a glob begins with, can be seen from this machine.
+
+    Args:
+        pattern: As of ``find_files``.
+
+    Raises:
+        SourceError: unknown kind of address, or a place out of reach.
+    """
+    from pyarrow.fs import FileType
+
+    with one_line_errors(pattern):
+        file_system, _, path = _connect(pattern)
+        return any(file_system.get_file_info(place).type != FileType.NotFound for place in {path, _split_glob(path)[0]})
+
+
 def check_sha256(file: SourceFile, expected: str) -> None:
     """Refuse a file whose bytes, as they are stored, have another digest.
 
@@ -176,12 +192,17 @@ def _matches(file_system: FileSystem, path: str) -> tuple[str, list[str]]:
         return path.rpartition("/")[0], [path]
     if kind == FileType.Directory:
         return path, list(_walk(file_system, path, ["**", "*"]))
-    parts = path.split("/")
-    first = next((index for index, part in enumerate(parts) if any(character in part for character in "*?[")), None)
-    if first is None:
+    folder, segments = _split_glob(path)
+    if not segments:
         return path.rpartition("/")[0], []
-    folder = "/".join(parts[:first])
-    return folder, list(_walk(file_system, folder, parts[first:]))
+    return folder, list(_walk(file_system, folder, segments))
+
+
+def _split_glob(path: str) -> tuple[str, list[str]]:
+    """The folder that a glob begins with, and its segments; of a path without wildcards the path, and none."""
+    parts = path.split("/")
+    first = next((index for index, part in enumerate(parts) if any(character in part for character in "*?[")), len(parts))
+    return "/".join(parts[:first]), parts[first:]
 
 
 def _walk(file_system: FileSystem, folder: str, segments: list[str]) -> Iterator[str]:

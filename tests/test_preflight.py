@@ -28,7 +28,7 @@ GOOD = Look(
     gpus=(Gpu(name="H100", memory_bytes=80 * 10**9),),
     free_bytes=10**12,
     storage="ok",
-    missing=(),
+    unseen={},
 )
 NEEDED = Needed(gpu_bytes=60 * 10**9, host_bytes=200 * 10**9)
 HEAD = Node(name="10.0.0.1 (head)", gpus=0, look=replace(GOOD, gpus=()))
@@ -53,7 +53,7 @@ def test_nodes_that_agree_and_see_the_storage_have_no_problems() -> None:
         ({"versions": {name: its for name, its in GOOD.versions.items() if name != "deepspeed"}}, "deepspeed is missing, elsewhere 1.0"),
         ({"storage": "not there", "free_bytes": None}, "storage root: not there"),
         ({"free_bytes": int(FREE_BYTES) - 1}, "storage root has 20.0 GB free"),
-        ({"missing": ("/data/essays",)}, "/data/essays is not there"),
+        ({"unseen": {"/data/essays": "/data/essays is not there"}}, "/data/essays is not there"),
         ({"gpus": ()}, "Ray counts 1 GPUs, the driver shows none"),
         ({"gpus": (Gpu(name="T4", memory_bytes=16 * 10**9),)}, "T4 has 16 GB, the plan needs 60 GB"),
         ({"memory_bytes": 100 * 10**9}, "the machine has 100 GB of memory, the plan needs 200 GB"),
@@ -178,9 +178,19 @@ def test_a_storage_root_of_this_node_alone_is_not_taken_for_the_shared_one(tmp_p
     assert not (tmp_path / "runs").exists(), "a look makes nothing"
     assert look(tmp_path, probe="x", paths=[]).storage.startswith("another folder than the driver's")
     (tmp_path / "x").touch()
-    found = look(tmp_path, probe="x", paths=[str(tmp_path), str(tmp_path / "gone")])
-    assert (found.storage, found.missing) == ("ok", (str(tmp_path / "gone"),))
+    assert look(tmp_path, probe="x", paths=[]).storage == "ok"
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_paths_that_a_machine_does_not_see_are_told_wherever_they_are(tmp_path: Path) -> None:
+    (tmp_path / "essays").mkdir()
+    (tmp_path / "odd[1].txt").touch()
+    seen = [f"{tmp_path}/essays", f"{tmp_path}/essays/**/*.txt", f"{tmp_path}/odd[1].txt", f"file://{tmp_path}/essays/*"]
+    gone = [f"{tmp_path}/gone", f"{tmp_path}/gone/*.txt", f"file://{tmp_path}/gone"]
+    found = look(tmp_path, probe="x", paths=[*seen, *gone, "ftp://host/essays"]).unseen
+    assert {path: found[path] for path in gone} == {path: f"{path} is not there" for path in gone}
+    assert found.keys() - gone == {"ftp://host/essays"}
+    assert found["ftp://host/essays"].startswith("ftp://host/essays: cannot be read (")
 
 
 def why_not_joined(environment: dict[str, str]) -> str:

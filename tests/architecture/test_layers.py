@@ -27,10 +27,10 @@ LAYERS = [
     {"corpus", "train", "needle"},
     {"engines", "cluster", "demand", "local_nodes"},
     {"checkpoint"},
-    {"rows", "documents", "text"},
+    {"rows", "documents", "text", "node_look"},
     {"packages", "source_files"},
     {"storage", "spec"},
-    {"errors", "statistics", "words", "pareto", "interruption", "logs", "node_look"},
+    {"errors", "statistics", "words", "pareto", "interruption", "logs"},
 ]
 """From top to bottom; a module imports only from lines below its own (and from its own package)."""
 
