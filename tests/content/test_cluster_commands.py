@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from pause_ray.cli.main import app
+from pause_ray.engines.published import PUBLISHED
 from tests.cluster_files.autoscaler import ROOT
 from tests.cluster_files.document import ELSEWHERE, RUN_HERE, TEXT, Block, blocks
+from tests.content.stand_in import write_stand_in
 
 BLOCKS = blocks()
 VERBS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -74,6 +79,47 @@ def test_what_is_said_to_be_printed_is_printed() -> None:
     assert len(told) > 4
     pieces = [piece.strip() for message in told for piece in message.split("…") if piece.strip()]
     assert [piece for piece in pieces if piece not in source] == []
+
+
+@pytest.fixture
+def at_hand(model_dir: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Options with which a command about the gated model can run here."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PAUSE_RAY_CACHE", str(cache))
+    folder = write_stand_in(tmp_path / "model", PUBLISHED["meta-llama/Llama-3.1-70B"], model_dir=model_dir)
+    return ["--set", f"trial.model.source={folder}", "--storage", str(tmp_path / "runs")]
+
+
+def documented(*options: str) -> list[str]:
+    """The one command with these options."""
+    [found] = [words for block in BLOCKS for words in words_of(block, "pause-ray") if set(options) <= set(words)]
+    return found
+
+
+@pytest.mark.real
+def test_what_the_sweep_will_take_is_what_its_dry_run_says(at_hand: list[str]) -> None:
+    [title, *rows] = [line.strip("| ").split(" | ") for line in TEXT.splitlines() if re.match(r"\| (36 trials|hours,|USD,)", line)]
+    hours, cost = ([float(figure) for figure in figures] for _, *figures in rows)
+    command = documented("--dry-run", "--gpu", "--gpus")
+    for number, column in enumerate(title[1:]):
+        gpus, gpu = column.split(" × ")
+        command[command.index("--gpus") + 1], command[command.index("--gpu") + 1] = gpus, gpu
+        done = CliRunner().invoke(app, [*command, *at_hand, "--json"])
+        assert done.exit_code == 0, done.output
+        found = json.loads(done.stdout)
+        assert round(found["left"]["seconds"] / 3600, 1) == hours[number]
+        assert round(found["left"]["cost"]) == cost[number]
+        steps = [{step["name"]: step["total"] for step in trial["steps"]} for trial in found["trials"]]
+        [cells] = {its["scoring"] for its in steps}
+        trained = sum("training" in its for its in steps)
+        assert title[0] == f"{len(steps)} trials, {trained} of them trained, {cells} cells each"
+
+
+@pytest.mark.real
+def test_the_sweep_fits_the_nodes_of_the_file_that_it_is_to_run_on(at_hand: list[str]) -> None:
+    done = CliRunner().invoke(app, [*documented("check", "--cluster-file"), *at_hand])
+    assert done.exit_code == 0, done.output
+    assert "36 trials, 1584 cells, no mistakes found" in done.output
 
 
 @pytest.mark.ray

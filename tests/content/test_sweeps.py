@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from pause_ray.engines.published import PUBLISHED
 from pause_ray.spec import JsonObject, parse_assignments, read_yaml
 from pause_ray.sweep.spec import PlannedTrial, SweepSpec, expand, read_sweep
 from pause_ray.trial.spec import TrialSpec
+from tests.content.stand_in import write_stand_in
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
@@ -33,7 +33,6 @@ QWEN = {  # as in the config.json on the hub
     "rope_theta": 1_000_000.0,
 }
 CONFIGS = {**PUBLISHED, "Qwen/Qwen2.5-3B": QWEN}
-RESERVED = "<|reserved_special_token_0|>"
 
 
 def sweep(name: str, overrides: JsonObject | None = None) -> SweepSpec:
@@ -191,20 +190,8 @@ def test_seventy_billion_parameters_are_trained_and_scored_in_turns_on_two_machi
 
 @pytest.fixture(scope="module")
 def folders(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Published sizes with the small model's tokenizer, which has one entry more: what a gated model's folder has but for its weights."""
-    made = {}
-    for name, config in CONFIGS.items():
-        folder = made[name] = tmp_path_factory.mktemp("models") / name.rpartition("/")[2]
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(dict(config)))
-        for file in ("tokenizer_config.json", "chat_template.jinja"):
-            if (model_dir / file).is_file():
-                shutil.copy(model_dir / file, folder / file)
-        tokenizer = json.loads((model_dir / "tokenizer.json").read_text())
-        entry = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        tokenizer["added_tokens"].append(entry | {"id": max(tokenizer["model"]["vocab"].values()) + 1, "content": RESERVED})
-        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    return made
+    models = tmp_path_factory.mktemp("models")
+    return {name: write_stand_in(models / name.rpartition("/")[2], config, model_dir=model_dir) for name, config in CONFIGS.items()}
 
 
 def sources(name: str) -> list[str]:
