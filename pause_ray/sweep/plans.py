@@ -13,7 +13,7 @@ from pause_ray.plan import Grid, Plan, Rows, Site, grid_of_prompts, make_plan, s
 from pause_ray.spec import digest
 from pause_ray.storage import Storage
 from pause_ray.sweep.spec import PlannedTrial
-from pause_ray.text.tokens import ModelTokenizer, resolve_marker
+from pause_ray.text.tokens import ModelTokenizer
 from pause_ray.train.loop import check_corpus
 from pause_ray.trial.forecast import forecast_trial
 from pause_ray.trial.spec import TrialSpec
@@ -39,6 +39,7 @@ class Plans:
         """Find models and texts through the caches of ``root``."""
         self._root = root
         self._folders: dict[str, Path] = {}
+        self._tokenizers: dict[Path, ModelTokenizer] = {}
         self._grids: dict[str, tuple[Grid, float]] = {}
 
     def plan(self, planned: PlannedTrial, *, site: Site) -> Plan:
@@ -87,16 +88,21 @@ class Plans:
             self._folders[key] = resolve_model(trial.model, cache=self._root.cache, weights=False)
         return self._folders[key]
 
+    def _tokenizer(self, trial: TrialSpec) -> ModelTokenizer:
+        folder = self.folder(trial)
+        if folder not in self._tokenizers:
+            self._tokenizers[folder] = ModelTokenizer.load(folder)
+        return self._tokenizers[folder]
+
     def _grid(self, trial: TrialSpec) -> tuple[Grid, float]:
         """The scoring, and how much longer pauses make a text."""
         asked = trial.resolved()
         key = digest([asked[part] for part in ("model", "pauses", "eval", "engine", "adapter", "seed", "replicate", "resources")])
         if key not in self._grids:
-            found = forecast_trial(trial, cache=self._root.cache)
+            found = forecast_trial(trial, cache=self._root.cache, tokenizer=self._tokenizer(trial))
             prompts = found.by_reuse[found.reuse]
-            group = resolve_marker(ModelTokenizer.load(self.folder(trial)), trial.pauses).group_ids if trial.pauses else ()
             on_top = trial.pauses is not None and trial.pauses.budget == "content"
-            content = prompts.asked_tokens - found.num_pauses * len(group)
+            content = prompts.asked_tokens - found.pause_tokens
             shape = self.shape(trial)
             grid = grid_of_prompts(prompts, shape=shape, answer_tokens=trial.eval.max_new_tokens, dtype=trial.model.dtype)
             self._grids[key] = grid, prompts.asked_tokens / content if on_top else 1.0

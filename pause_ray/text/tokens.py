@@ -89,11 +89,12 @@ class ModelTokenizer:
                 f"{folder}: has no tokenizer.json; make one with transformers: "
                 f"AutoTokenizer.from_pretrained(MODEL).save_pretrained({str(folder)!r})"
             )
-        if "model" not in _read_settings(file):
+        content = _read_settings(file)
+        if "model" not in content:
             raise ModelError(f"{file}: holds no tokenizer model; fetch the model again")
         settings = _read_settings(folder / "tokenizer_config.json")
-        source = file.read_text(encoding="utf-8")
-        return cls(source, ChatTemplate.find(folder, settings), _end_ids(folder, settings, source))
+        ends = _end_ids(folder, settings, entries=content.get("added_tokens", []))
+        return cls(file.read_text(encoding="utf-8"), ChatTemplate.find(folder, settings), ends)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -378,7 +379,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _end_ids(folder: Path, settings: dict[str, Any], source: str) -> tuple[int, ...]:
+def _end_ids(folder: Path, settings: dict[str, Any], *, entries: list[dict[str, Any]]) -> tuple[int, ...]:
     """End-of-sequence ids, from the first file that names one; the generation settings know best."""
     for name in ("generation_config.json", "config.json"):
         value = _read_settings(folder / name).get("eos_token_id")
@@ -386,7 +387,7 @@ def _end_ids(folder: Path, settings: dict[str, Any], source: str) -> tuple[int, 
             return tuple(int(token_id) for token_id in (value if isinstance(value, list) else [value]))
     token = settings.get("eos_token")
     text = token["content"] if isinstance(token, dict) else token
-    return tuple(entry["id"] for entry in json.loads(source).get("added_tokens", []) if entry["content"] == text)
+    return tuple(entry["id"] for entry in entries if entry["content"] == text)
 
 
 def _shortened(text: str) -> str:

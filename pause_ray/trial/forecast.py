@@ -31,6 +31,8 @@ class TrialForecast:
     """Prompt tokens per forward pass that were assumed."""
     num_pauses: int
     """Marker groups in all prompts."""
+    pause_tokens: int
+    """Tokens of them."""
     num_actors: int
     """Among which the prompts are divided; weights, keys and values are in each."""
 
@@ -39,8 +41,13 @@ class TrialForecast:
         return {**asdict(self), "by_reuse": {reuse: asdict(found) for reuse, found in self.by_reuse.items()}}
 
 
-def forecast_trial(spec: TrialSpec, *, cache: Path) -> TrialForecast:
+def forecast_trial(spec: TrialSpec, *, cache: Path, tokenizer: ModelTokenizer | None = None) -> TrialForecast:
     """Build the trial's prompts and plan their walk, or the walks of several actors.
+
+    Args:
+        spec: Any trial.
+        cache: Of models and texts.
+        tokenizer: The model's, where the caller has it already.
 
     Raises:
         ModelError: unknown model, a config that does not tell its shape, or a prompt that is too long for the model.
@@ -53,7 +60,7 @@ def forecast_trial(spec: TrialSpec, *, cache: Path) -> TrialForecast:
     check_lengths(spec.eval, limit_tokens=limit_tokens, origin=spec.model.source)
     if spec.adapter is not None:
         Checkpoint.open(Path(spec.adapter))
-    tokenizer = ModelTokenizer.load(model_dir)
+    tokenizer = tokenizer or ModelTokenizer.load(model_dir)
     marker = resolve_marker(tokenizer, spec.pauses)
     haystack = load_haystack(spec.eval, cache=cache, seed=spec.seed, replicate=spec.replicate, data_seed=spec.data_seed)
     builder = prompt_builder(haystack, suite=spec.eval, tokenizer=tokenizer, policy=spec.pauses, marker=marker, seed=spec.data_seed)
@@ -89,12 +96,14 @@ def forecast_trial(spec: TrialSpec, *, cache: Path) -> TrialForecast:
         )
 
     modes: tuple[Reuse, ...] = ("none", "depth", "full")
+    num_pauses = sum(prompt.num_pauses for prompt in prompts.values())
     return TrialForecast(
         by_reuse={reuse: of(reuse) for reuse in modes},
         reuse=engine.reuse,
         chunk_tokens=chunk,
         num_actors=len(runs),
-        num_pauses=sum(prompt.num_pauses for prompt in prompts.values()),
+        num_pauses=num_pauses,
+        pause_tokens=num_pauses * len(marker.group_ids),
     )
 
 
