@@ -220,7 +220,7 @@ class Execution:
         """Count trials as work; those whose training rows are on storage now, in their order. For the others the board says why."""
         self.progress.add({key: (trial.planned.label, trial.planned.spec) for key, trial in trials.items()})
         self.heartbeat.expect(trials)
-        self.line.expect({key: trial.planned.arm for key, trial in trials.items()})
+        self._count_in_arms()
         failed = self._make_rows(trials)
         runnable = {
             key: dataclasses.replace(trial, prepared=self.places.placed(trial.prepared))
@@ -231,6 +231,12 @@ class Execution:
         for key, message in failed.items():
             ray.get(self.board.fail.remote(key, message, None))
         return list(runnable)
+
+    def _count_in_arms(self) -> None:
+        """Let the line know all trials, and which came to their end in earlier commands: an arm of which some did is not given up."""
+        new = {key: trial.planned.arm for key, trial in self.rounds.trials.items() if not self.line.expects(key)}
+        self.line.expect(new)
+        self.line.note_finished(key for key in new if self.rounds.is_finished(key))
 
     def _let_wait(self, keys: Iterable[str]) -> None:
         """Put admitted trials in line that no scheduler stops; those that train together are told of each other."""

@@ -40,6 +40,10 @@ class WaitingLine:
         """Count trials (key → arm) among those of their arms; they may never get in line."""
         self._arms.update(trials)
 
+    def expects(self, key: str) -> bool:
+        """Whether a trial is counted."""
+        return key in self._arms
+
     def add(self, keys: Iterable[str]) -> None:
         """Let expected trials queue up behind those that wait."""
         self._waiting.extend(keys)

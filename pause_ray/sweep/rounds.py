@@ -112,19 +112,20 @@ class Rounds:
 
     def num_finished(self) -> int:
         """Of the trials that are known."""
-        return sum(map(self._is_finished, self.trials))
+        return sum(map(self.is_finished, self.trials))
 
     def left_out(self) -> set[str]:
         """Trials that will not be finished, since the scheduler stopped them or all that they depend on."""
         left_out = SearchRecord.read(self.folder).left_out(self.description()["trials"], governed_arm=self._sweep.arm)
-        return {key for key in left_out if not self._is_finished(key)}
+        return {key for key in left_out if not self.is_finished(key)}
 
-    def _is_finished(self, key: str) -> bool:
+    def is_finished(self, key: str) -> bool:
+        """Whether a trial came to its end, in this command or another."""
         return is_complete(self._storage.trials / key)
 
     def _missing(self, among: Collection[str]) -> dict[str, SweepTrial]:
         left_out = self.left_out()
-        return {key: self.trials[key] for key in self.trials if key in among and key not in left_out and not self._is_finished(key)}
+        return {key: self.trials[key] for key in self.trials if key in among and key not in left_out and not self.is_finished(key)}
 
     def description(self) -> JsonObject:
         """What ``sweep.json`` holds."""
@@ -159,7 +160,8 @@ class Rounds:
             self._showing(number, len(planned))
             prepared = prepare(each.spec, cache=self._storage.cache, seen=self._seen)
             there = self.trials.setdefault(prepared.digest, SweepTrial(each, prepared))
-            if (there.planned.arm, there.planned.point) != (each.arm, each.point):
+            same_point = there.planned.point == each.point or not self.are_known  # an estimator may ask for one trial in several ways
+            if there.planned.arm != each.arm or not same_point:
                 raise SpecError(f"sweep {self._sweep.name}: {there.planned.label} and {each.label} are the same trial; drop one")
         self._showing(len(planned), len(planned))
 
@@ -181,7 +183,8 @@ class Rounds:
 
     def _value(self, point: JsonObject) -> float | None:
         """The objective of the unchanged trial's arm at a point, over its replicates; None if one is not finished, or too little scored."""
-        digests = [key for key, trial in self.trials.items() if trial.planned.arm == self._sweep.arm and trial.planned.point == point]
-        if not digests or not all(is_complete(self._storage.trials / key) for key in digests):
+        planned = [trial.spec for trial in expand(self._sweep, points=[point]) if trial.arm == self._sweep.arm]
+        digests = [prepare(spec, cache=self._storage.cache, seen=self._seen).digest for spec in planned]
+        if not digests or not all(map(self.is_finished, digests)):
             return None
         return self._sweep.objective.learned([row for key in digests for row in Ledger(self._storage.trials / key / "cells.jsonl").rows()])

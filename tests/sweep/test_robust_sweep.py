@@ -185,6 +185,17 @@ def test_trials_that_all_fail_end_the_sweep_after_a_share_with_their_common_reas
     assert len(list((tmp_path / "trials").glob("*/spec.json"))) == 4
 
 
+def test_an_arm_that_has_finished_trials_is_not_given_up_when_the_sweep_goes_on(texts: Path, tmp_path: Path) -> None:
+    ranks = {"train.lora.rank": {"grid": [2, FAILING_RANK, 4]}}
+    sweep = write_stub_sweep(texts, name="half", **{"search": ranks, "arms": {}, "replicates": 3})
+    code, output = run_to_its_end(sweep, tmp_path, "--max-trials", "3")
+    assert code == 0, output
+    code, output = run_to_its_end(sweep, tmp_path)
+    assert code == 2, output
+    assert "6 of 9 trials are finished" in " ".join(output.split())
+    assert "were not begun" not in " ".join(output.split())
+
+
 def modification_times(storage: Path) -> dict[Path, int]:
     made = (path for name in ("trials", "checkpoints", "shards") for path in (storage / name).rglob("[!.]*"))
     return {path: path.stat().st_mtime_ns for path in made}

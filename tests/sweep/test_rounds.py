@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from pause_ray.needle.ledger import Ledger
 from pause_ray.spec import JsonObject
-from pause_ray.storage import Storage
+from pause_ray.storage import Storage, write_json
 from pause_ray.sweep.rounds import Rounds
 from pause_ray.sweep.spec import read_sweep
+from tests.needle.answered_rows import row
+from tests.needle.tiny import STOCK
 from tests.sweep.stubs import write_stub_sweep
 
 ASHA = {"kind": "asha", "rungs": 2, "reduction": 2}
@@ -42,3 +45,41 @@ def test_stops_and_rungs_of_one_scheduler_are_nothing_to_another_or_to_none(stub
 @pytest.mark.parametrize("overrides", [{"max_concurrent_trials": 2}, {"trial_timeout_minutes": 5}, {"objective.metric": "score_middle"}])
 def test_where_and_how_long_it_runs_and_what_is_made_of_it_changes_no_sweep(stubbed: Path, overrides: JsonObject) -> None:
     assert folder_of(stubbed, overrides) == folder_of(stubbed, {})
+
+
+class Asked:
+    """A search of these rounds; keeps what it is told."""
+
+    def __init__(self, rounds: list[list[JsonObject]]) -> None:
+        self._rounds = rounds
+        self.told: list[tuple[JsonObject, float | None]] = []
+
+    def ask(self) -> list[JsonObject] | None:
+        return self._rounds.pop(0) if self._rounds else None
+
+    def tell(self, point: JsonObject, value: float | None) -> None:
+        self.told.append((point, value))
+
+
+def test_points_that_are_the_same_trial_have_its_value_in_one_round_and_in_two(stubbed: Path, tmp_path: Path) -> None:
+    """Of rows per step and steps that are added up only the product counts."""
+    same: list[JsonObject] = [{"train.batch_size": size, "train.accumulation": 4 // size} for size in (1, 2, 4)]
+    space: JsonObject = {"train.batch_size": {"int": [1, 4]}, "train.accumulation": {"int": [1, 4]}}
+    changes: JsonObject = {
+        "search": space,
+        "algorithm": {"kind": "tpe", "points": 3, "random_points": 2, "at_a_time": 2},
+        "arms": {},
+        "trial.corpus.rows": 16,
+    }
+    storage = Storage(tmp_path)
+    rounds = Rounds(read_sweep(stubbed, changes), storage=storage, command="", showing=lambda done, total: None)
+    search = Asked([same[:2], same[2:]])
+    [(key, trial)] = rounds.begin(search).items()
+    ledger = Ledger(storage.trials / key / "cells.jsonl")
+    for number, cell in enumerate(trial.prepared.cells):
+        ledger.append(row(number, STOCK.needle, cell_id=cell.id))
+    write_json(storage.trials / key / "manifest.json", {})
+    assert rounds.advance() == {}
+    [value] = {value for _, value in search.told}
+    assert value is not None
+    assert [point for point, _ in search.told] == same
