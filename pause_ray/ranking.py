@@ -235,12 +235,16 @@ def climbs(results: SweepResults) -> list[Climb]:
 
 
 def agreements(results: SweepResults) -> list[Agreement]:
-    """For each rung that was scored, on the trials that have their full grid: those that were not stopped."""
-    objective, seen = objective_of(results), climbs(results)
+    """For each rung that was scored, on the trials that have their full grid: those that were not stopped.
+
+    The scheduler takes the proxy in the objective's direction, so with either ``mode`` tau is above 0 where it tends to keep whom the
+    objective prefers: two rankings agree as much when both are read backwards.
+    """
+    seen = climbs(results)
     found = []
     for number in sorted({rung.rung for climb in seen for rung in climb.rungs}):
         at_rung = [climb for climb in seen if number in climb.proxy_scores]
-        both = [(climb.proxy_scores[number], _merit(objective, climb.value)) for climb in at_rung if climb.value is not None]
+        both = [(climb.proxy_scores[number], climb.value) for climb in at_rung if climb.value is not None]
         steps = Counter(rung.step for climb in seen for rung in climb.rungs if rung.rung == number)
         found.append(
             Agreement(

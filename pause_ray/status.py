@@ -49,8 +49,8 @@ class TrialStatus:
     decoded_tokens: int
     last_sign: float | None
     """When it left something on storage, in seconds since 1970; None if it has not."""
-    checkpoint: str | None
-    """The adapter that its finished training left; trials may share one."""
+    adapter: str | None
+    """Name of its folder, once the trial has answered with it; trials may share one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +79,11 @@ class SweepStatus:
     @property
     def trained_tokens(self) -> int:
         """An adapter that trials share was trained once."""
-        shared = {trial.checkpoint: trial.trained_tokens for trial in self.trials if trial.checkpoint}
-        return sum(shared.values()) + sum(trial.trained_tokens for trial in self.trials if not trial.checkpoint)
+        of_adapters: dict[str, int] = {}
+        for trial in self.trials:
+            if trial.adapter is not None:  # an unfinished one cannot tell of one that is gone
+                of_adapters[trial.adapter] = max(trial.trained_tokens, of_adapters.get(trial.adapter, 0))
+        return sum(of_adapters.values()) + sum(trial.trained_tokens for trial in self.trials if trial.adapter is None)
 
     @property
     def last(self) -> TrialStatus | None:
@@ -237,7 +240,8 @@ def _trial(
     key, folder = entry["digest"], storage.trials / entry["digest"]
     rows = list({row["cell_id"]: row for row in read_json_lines(folder / LEDGER)}.values())
     manifest = read_json(folder / MANIFEST) if is_complete(folder) else None
-    trained = _trained(entry, rows, manifest, storage, running=running, told=live.trained.get(key) if live else None)
+    adapter = _adapter(rows, manifest)
+    trained = _trained(entry, adapter, manifest, storage, running=running, told=live.trained.get(key) if live else None)
     signs = [path.stat().st_mtime for path in (folder / LEDGER, folder / MANIFEST) if path.is_file()]
     if manifest is not None:
         state = "finished"
@@ -264,13 +268,20 @@ def _trial(
         prefilled_tokens=sum(row["prefilled_tokens"] for row in rows),
         decoded_tokens=sum(row["decoded_tokens"] for row in rows),
         last_sign=max(signs, default=None),
-        checkpoint=str(manifest["checkpoint"]) if manifest and manifest.get("checkpoint") else None,
+        adapter=adapter,
     )
+
+
+def _adapter(rows: Sequence[JsonObject], manifest: JsonObject | None) -> str | None:
+    """Which adapter it answers with: by its manifest, or by its answers."""
+    if manifest is not None and manifest.get("checkpoint"):
+        return Path(manifest["checkpoint"]).name
+    return next((row["adapter"] for row in rows if row["adapter"]), None)
 
 
 def _trained(
     entry: JsonObject,
-    rows: Sequence[JsonObject],
+    adapter: str | None,
     manifest: JsonObject | None,
     storage: Storage,
     *,
@@ -283,7 +294,6 @@ def _trained(
     if manifest is not None:
         steps = manifest.get("training") or []
         return Trained(steps=len(steps), tokens=sum(step.get("tokens", 0) for step in steps))
-    adapter = next((row["adapter"] for row in rows if row["adapter"]), None)
     if adapter is not None and is_complete(storage.checkpoints / adapter):
         log = read_json_lines(storage.checkpoints / adapter / "training.jsonl")
         return Trained(steps=len(log), tokens=sum(step.get("tokens", 0) for step in log))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -140,13 +141,13 @@ def test_a_cost_that_is_not_told_or_the_same_for_all_is_no_cost(storage: Storage
     assert markets(arms(storage, "base", "tuned")) == []
 
 
-def judged(storage: Storage) -> SweepResults:
+def judged(storage: Storage, **spec: Any) -> SweepResults:
     """Six points; the two worst are stopped at rung 0, one at rung 1; the proxy swaps the two best."""
     for number, score in ((3, 0.5), (4, 1.0), (5, 0.75)):
         trial(storage, f"p{number}", score, score)
     points = [(f"p{number}", "paused", {"pauses.every": number}, 0) for number in range(6)]
     again = [(f"r{number}", "paused", {"pauses.every": number}, 1) for number in (0, 5)]
-    folder = store_sweep(storage, [*points, *again], compare_to="paused", spec={"arm": "paused"})
+    folder = store_sweep(storage, [*points, *again], compare_to="paused", spec={"arm": "paused", **spec})
     events = [rung_event(f"p{number}", 0, number / 10) for number in range(6)]
     events += [stop_event("p0", 0), stop_event("p1", 0)]
     events += [rung_event(f"p{number}", 1, score) for number, score in ((2, 0.2), (3, 0.4), (4, 0.6), (5, 0.8))]
@@ -180,15 +181,13 @@ def test_agreement_is_taken_over_trials_with_both_scores(storage: Storage) -> No
     assert first.tau.value == pytest.approx(1 / 3)  # of three pairs one is swapped
 
 
-def test_agreement_follows_the_objectives_direction(storage: Storage) -> None:
-    judged(storage)
-    results = read_results(
-        store_sweep(
-            storage,
-            [(f"p{number}", "paused", {"pauses.every": number}, 0) for number in range(6)],
-            compare_to="paused",
-            spec={"arm": "paused", "objective": {"metric": "score", "mode": "min"}},
-        ),
-        storage,
-    )
-    assert [its.tau.value for its in agreements(results) if its.tau] == [pytest.approx(-1 / 3)] * 2
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_agreement_is_above_0_where_the_proxy_prefers_whom_the_objective_prefers(storage: Storage, mode: str) -> None:
+    results = judged(storage, objective={"metric": "score", "mode": mode})
+    better, seen = objective_of(results).better, climbs(results)
+    for agreement in agreements(results):
+        both = [(its.proxy_scores[agreement.rung], its.value) for its in seen if its.value is not None]
+        same = [better(one[0], other[0]) == better(one[1], other[1]) for one, other in itertools.combinations(both, 2)]
+        assert (same.count(True), same.count(False)) == (2, 1)
+        assert agreement.tau is not None
+        assert agreement.tau.value == pytest.approx((2 - 1) / 3)

@@ -107,6 +107,19 @@ def test_an_adapter_that_two_trials_share_was_trained_once(storage: Storage, fol
     assert found.as_json()["steps_done"] == 2 * STEPS
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_adapter_counts_once_while_one_that_shares_it_is_still_asked(storage: Storage, folder: Path, is_there: bool) -> None:
+    """Two trials that differ in what is asked: one is finished, the other has its first answers."""
+    shared = Path(read_json(storage.trials / "tuned1" / "manifest.json")["checkpoint"]).name
+    if is_there:
+        write_json(storage.checkpoints / shared / "manifest.json", {})
+        (storage.checkpoints / shared / "training.jsonl").write_text("".join(json.dumps(step) + "\n" for step in TRAINING))
+    store_trial(storage, "tuned4", rows({(1024, 10.0): 1.0}, trial="tuned4", adapter=shared), finished=False)
+    found = sweep_status(folder, storage)
+    assert found.trained_tokens == sum(step["tokens"] for step in TRAINING)
+    assert found.as_json()["steps_done"] == (2 * STEPS if is_there else STEPS)
+
+
 def test_a_trial_whose_answers_name_a_finished_adapter_is_trained(storage: Storage, folder: Path) -> None:
     checkpoint = storage.checkpoints / "abcdef"
     write_json(checkpoint / "manifest.json", {})

@@ -121,7 +121,8 @@ class _HyperBand(_Heeding, HyperBandScheduler):  # type: ignore[misc]
 
 
 class _Median(_Heeding, MedianStoppingRule):  # type: ignore[misc]
-    pass
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Nothing: an end repeats the last rung, which Tune's rule would add to the trial's mean once more."""
 
 
 class _Ends(AfterTrial):

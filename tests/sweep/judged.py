@@ -254,6 +254,15 @@ def questions_of(suite: SuiteSpec) -> dict[str, str]:
     return {cell.question: cell.references[0] for cell in cells(suite, identity="", replicate=0, seed=0)}
 
 
+def trials_of(sweep: SweepSpec, storage: Storage) -> dict[str, SweepTrial]:
+    """All of a sweep, by digest."""
+    return {
+        prepared.digest: SweepTrial(planned, prepared)
+        for planned in expand(sweep)
+        for prepared in [prepare(planned.spec, cache=storage.cache)]
+    }
+
+
 def judge(
     sweep: SweepSpec,
     root: Path,
@@ -276,11 +285,7 @@ def judge(
         ends_after: The sweep is asked to end when so many adapters have been scored.
     """
     storage = Storage.open(root)
-    trials = {
-        prepared.digest: SweepTrial(planned, prepared)
-        for planned in expand(sweep)
-        for prepared in [prepare(planned.spec, cache=storage.cache)]
-    }
+    trials = trials_of(sweep, storage)
     suite = next(iter(trials.values())).prepared.spec.eval
     facts = questions_of(suite) | questions_of(proxy_suite(suite, facts=16, context_tokens=(LENGTH,)))
     folder = storage.sweeps / "judged"

@@ -8,11 +8,23 @@ test the scoring actor comes up while the trial holds all of its group), scores 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import ray
+from ray import tune
+from ray.tune.experiment import Trial
 
-from tests.sweep.judged import FAILING_RANK, Judged, happened, judge, num_groups, sweep_of, wait_until
+from pause_ray.search_record import Rung, SearchRecord
+from pause_ray.storage import Storage, write_json
+from pause_ray.sweep.governed import Verdicts, _judge, _Minutes
+from pause_ray.sweep.governed_trial import TIME, GovernedTrial
+from pause_ray.sweep.log import SearchLog
+from pause_ray.sweep.rounds import SweepTrial
+from pause_ray.sweep.rungs import Schedule
+from pause_ray.sweep.tuning import Shared
+from tests.sweep.judged import FAILING_RANK, LENGTH, Judged, happened, judge, num_groups, sweep_of, trials_of, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -135,6 +147,55 @@ def test_the_median_rule_compares_with_three_others_and_one_that_fails_is_none_o
     assert list(judged.failures) == [FAILING_RANK]
     assert judged.stopped == {2: 0}
     assert judged.finished == {6, 8, 7, 10}
+
+
+SCORES = (0.2, 0.4, 0.9)
+"""At its rungs, of each trial that the median rule compares with: a mean of 0.5 at the last one, and of 0.6 if that counted twice."""
+
+
+def replayed(storage: Storage, schedule: Schedule, trials: Mapping[str, SweepTrial], *, is_resumed: bool) -> dict[str, int]:
+    """Let the scheduler hear the recorded rungs, trial by trial: who is stopped, and after which.
+
+    A settled trial ends with its last rung; one that was trained just now (not ``is_resumed``) at the end of the scheduler's clock.
+    """
+    scheduler, verdicts = _judge(schedule.scheduler, mode="max"), ray.remote(Verdicts).options(num_cpus=0).remote()
+    log = SearchLog(storage.root)
+    scheduler.minutes = _Minutes(trials=trials, by="median", log=log, verdicts=verdicts, board=None, settled=schedule.settled)
+    write_json(storage.root / "sweep.json", {})
+    shared = Shared(folder=storage.root, trials=trials, storage=storage, fleet=None, board=None, train_gpus=0.0)
+    process_of = tune.with_parameters(GovernedTrial, shared=shared, schedule=schedule, verdicts=verdicts)
+    for key in trials:
+        trial = Trial("trial", config={"trial": key}, stub=True)
+        process = process_of(config=trial.config)
+        for _ in schedule.recorded[key]:
+            scheduler.on_trial_result(None, trial, process.train())
+        if key in schedule.settled:
+            end = process.train()
+            scheduler.on_trial_complete(None, trial, end if is_resumed else end | {TIME: schedule.whole_time})
+    ray.kill(verdicts)
+    return {key: stop.rung for key, stop in SearchRecord.read(storage.root).stops.items()}
+
+
+@pytest.mark.parametrize(("last", "stopped_at"), [(0.55, None), (0.45, 2)])
+def test_a_resumed_median_rule_decides_as_one_that_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: float, stopped_at: int | None
+) -> None:
+    monkeypatch.setattr("ray.tune.trainable.trainable.DEFAULT_STORAGE_PATH", str(tmp_path))
+    sweep = sweep_of(folder, [4, 6, 8, 10], scheduler={"kind": "median", "rungs": 3, "reduction": 3}, **{"trial.train.steps": 27})
+    assert sweep.scheduler is not None
+    for is_resumed in (False, True):
+        storage = Storage.open(tmp_path / f"resumed_{is_resumed}")
+        trials = trials_of(sweep, storage)
+        *finished, judged = trials
+        rungs = [
+            Rung(trial=key, rung=number, step=3**number, proxy_score=score, num_cells=16, seconds=1.0, prefilled_tokens=100)
+            for key in trials
+            for number, score in enumerate((0.3, 0.4, last) if key == judged else SCORES)
+        ]
+        schedule = Schedule.resume(
+            sweep.scheduler, SearchRecord(rungs=tuple(rungs)), trials=trials, finished=finished, context_tokens=(LENGTH,)
+        )
+        assert replayed(storage, schedule, trials, is_resumed=is_resumed) == ({} if stopped_at is None else {judged: stopped_at})
 
 
 def test_several_at_a_time_are_judged_too(folder: Path, tmp_path: Path) -> None:
