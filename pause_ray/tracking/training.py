@@ -38,15 +38,18 @@ class Training:
 
     @classmethod
     def of_trial(cls, sweep_folder: Path, trial: str, storage: Storage) -> Training:
-        """The training of a sweep's trial, by the trial's digest; its folder has ``spec.json`` already.
+        """The training of a sweep's trial, by the trial's digest.
+
+        One that is trained beside another before its own turn has no ``spec.json`` yet: its parameters come with its log.
 
         Raises:
-            StorageError: the sweep's or the trial's files are missing or damaged.
+            StorageError: the sweep's files are missing, or damaged, or the trial's are.
         """
         sweep = read_json(sweep_folder / "sweep.json")
         entry = next(entry for entry in sweep["trials"] if entry["digest"] == trial)
         name = trial_name(condition_labels(sweep["trials"])[trial], entry["replicate"])
-        spec = read_json(storage.trials / trial / "spec.json")
+        file = storage.trials / trial / "spec.json"
+        spec = read_json(file) if file.is_file() else {}
         return cls(
             experiment=sweep["name"],
             run=_growing("trial", name=name, key=trial, spec=spec, tags={"pause_ray.arm": entry["arm"]}),

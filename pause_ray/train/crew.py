@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 
 from pause_ray.checkpoint import STOP
 
+Chosen = TypeVar("Chosen")
 LOOK_SECONDS = 5.0
 """Between two questions whether a node goes away, which all workers must ask together; Ray itself looks as often."""
 
@@ -47,6 +49,14 @@ class Crew:
         else:
             found = [numbers]
         return sorted(set().union(*found))
+
+    def first_ones(self, choose: Callable[[], Chosen]) -> Chosen:
+        """What the first worker chooses, for all: files may be there for one machine and not yet for another."""
+        box: list[Any] = [choose() if self.rank == 0 else None]
+        if self.size > 1:
+            torch.distributed.broadcast_object_list(box, src=0)
+        chosen: Chosen = box[0]
+        return chosen
 
     def wait(self) -> None:
         """Until all are here."""

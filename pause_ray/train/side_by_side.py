@@ -75,7 +75,7 @@ class Side:
         Raises:
             CheckpointError: it is damaged or of another training.
         """
-        saved = self.assignment.running.latest()
+        saved = self._crew.first_ones(self.assignment.running.latest)
         if saved is not None:
             alone = {name_alone(name, self.adapter): name for name in self._parameters}
             whole = state.read_tensors(saved.tensors, trained={name: self._parameters[its].shape for name, its in alone.items()})

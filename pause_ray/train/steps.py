@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed
 
-from pause_ray.checkpoint import TRAINING_LOG, SavedStep
+from pause_ray.checkpoint import TRAINING_LOG
 from pause_ray.errors import StoppedError, TrainingError
 from pause_ray.rows import NO_LOSS, PackedRow, ShardSet
 from pause_ray.spec import JsonObject
@@ -82,9 +82,7 @@ class Steps:
 
     def _resume(self) -> int:
         """Go back to the last checkpoint, if there is one; returns the steps done."""
-        chosen: list[SavedStep | None] = [self._assignment.running.latest() if self._rank == 0 else None]
-        torch.distributed.broadcast_object_list(chosen, src=0)
-        saved = chosen[0]
+        saved = self._crew.first_ones(self._assignment.running.latest)
         if saved is not None:
             whole = state.read_tensors(saved.tensors, trained=state.whole_shapes(self._engine))
             state.restore(self._engine, whole, applied=saved.facts["applied_steps"])

@@ -137,7 +137,7 @@ def train_with(
     jobs = {train_digest(job): (job, progress)}
     for companion in companions:
         with contextlib.suppress(UserError):  # what is wrong with it is said when it is its turn
-            its = training_job(companion.trial, make_shards(companion.trial, storage=storage, progress=companion.progress))
+            its = training_job(companion.trial, make_shards(companion.trial, storage=storage, progress=untold))
             if its is not None:
                 jobs.setdefault(train_digest(its), (its, companion.progress))
     told = [its for _, its in jobs.values()]
@@ -165,6 +165,10 @@ def train_with(
     if isinstance(own, PauseRayError):
         raise own
     return own
+
+
+def untold(stage: str, done: int, total: int, row: JsonObject | None = None) -> None:
+    """For rows that are there already: a companion that may have ended has nothing to say of them."""
 
 
 def run_training(

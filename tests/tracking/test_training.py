@@ -109,6 +109,19 @@ def test_the_finished_sweep_completes_the_same_run_without_doubles(storage: Stor
     assert steps_of(storage, found["p0"]) == [1, 2, 3]
 
 
+def test_a_trial_that_is_trained_before_its_turn_is_seen_and_its_parameters_come_with_its_log(storage: Storage) -> None:
+    store_trial(storage, "b0", rows(GRID, trial="b0"))
+    folder = store_sweep(storage, PLANNED)
+    send(LiveTrainings(storage), folder, storage, "p0", range(1, 3))
+    began = runs_of(storage)["p0"]
+    assert steps_of(storage, began) == [1, 2]
+    store_trial(storage, "p0", rows(GRID, trial="p0"), trained=True)
+    log_sweep(folder, storage)
+    found = runs_of(storage)["p0"]
+    assert (found.info.run_id, steps_of(storage, found)) == (began.info.run_id, [1, 2, 3])
+    assert (began.data.params, found.data.params["train.lora.rank"]) == ({}, "4")
+
+
 def test_steps_that_a_resumed_training_repeats_are_not_sent_again(storage: Storage) -> None:
     folder = running_sweep(storage)
     send(LiveTrainings(storage), folder, storage, "p0", range(1, 6))

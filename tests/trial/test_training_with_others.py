@@ -49,7 +49,8 @@ def train(trials: dict[str, PreparedTrial], tmp_path: Path, monkeypatch: pytest.
         trained: list[int] = []
         told: dict[str, list[Any]] = {name: [] for name in STEPS}
 
-        def rows_of(trial: PreparedTrial, **_: Any) -> ShardSet:
+        def rows_of(trial: PreparedTrial, *, storage: Storage, progress: run.TrialProgress) -> ShardSet:
+            progress("text", rows.num_rows, rows.num_rows)
             if trial.digest == without_rows:
                 raise SourceError("no document")
             return rows
@@ -94,6 +95,13 @@ def test_a_trial_tells_its_own_steps_and_gives_a_sign_of_life_with_every_other(t
     assert done == sorted(done)
     assert len(done) == 1 + len(order)
     assert [row["step"] for _, _, _, row in told["longer"]] == [done for number, done in order if number == 1]
+
+
+def test_one_that_is_not_trained_any_more_is_said_nothing_of(train: Any) -> None:
+    """It may have ended long ago, and would seem to have begun again."""
+    _, told = train("longer", "shorter", order=[(0, 1), (2, 1)])
+    assert told["longer"] == []
+    assert told["shorter"] == [("training", 1, STEPS["shorter"], {"step": 1})]
 
 
 def test_one_whose_rows_cannot_be_made_leaves_the_others_alone(train: Any) -> None:
