@@ -30,6 +30,7 @@ LOCAL_OBJECT_STORE_BYTES = 512 * 1024**2
 HOST_AND_PORT = re.compile(r"\[?(?P<host>[^/]+?)\]?:(?P<port>\d{1,5})")
 ANSWER_SECONDS = 20
 """For a head to take a connection."""
+OF_A_DASHBOARD = "is where jobs are handed in; unset it, or hand this in there: pause-ray submit FILE, or ray job submit"
 VERSION = re.compile(r"^\s+(Ray|Python): (\S+)$", re.MULTILINE)
 TRACEBACK = "Traceback (most recent call last):"
 TOKEN_WORDS = re.compile(r"\btoken\b|auth(entic|oriz)", re.IGNORECASE)
@@ -55,13 +56,15 @@ def connection() -> Iterator[None]:
         return
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address := os.environ.get("RAY_ADDRESS"):
+        if address.startswith(("http://", "https://")):
+            raise ClusterError(f"RAY_ADDRESS {address}: {OF_A_DASHBOARD}")
         place, answers = HOST_AND_PORT.fullmatch(address), False
         try:
             if place:  # Ray would try for minutes
                 socket.create_connection((place["host"], int(place["port"])), timeout=ANSWER_SECONDS).close()
                 answers = True
             ray.init(address="auto", **quiet)
-        except (OSError, OverflowError, RuntimeError, RayError) as error:
+        except (OSError, OverflowError, RuntimeError, ValueError, RayError) as error:
             raise ClusterError(f"RAY_ADDRESS {address}: {_why_not_joined(_told(error), answers=answers)}") from error
     else:
         ray.init(

@@ -221,7 +221,7 @@ def named_paths(trials: Sequence[PreparedTrial]) -> tuple[str, ...]:
 
 
 def needed_memory(trials: Sequence[PreparedTrial], *, gpus_per_node: float) -> Needed | None:
-    """What the largest training takes; None where nothing is trained, or the models do not tell their size.
+    """What the largest training on GPUs takes; None where there is none, or the models do not tell their size.
 
     Args:
         trials: Of a sweep.
@@ -230,10 +230,10 @@ def needed_memory(trials: Sequence[PreparedTrial], *, gpus_per_node: float) -> N
     needed = []
     for trial in trials:
         train, corpus, shape = trial.spec.train, trial.spec.corpus, known_shape(trial.model_dir)
-        if train and corpus and shape:
+        gpus = trial.spec.resources.train_gpus_per_worker
+        if train and corpus and shape and gpus != 0:
             number = max(1, trial.spec.resources.worker_bounds[0])
-            gpus = trial.spec.resources.train_gpus_per_worker or 1
-            workers = Workers(number=number, per_node=max(1, min(number, int(gpus_per_node // gpus))))
+            workers = Workers(number=number, per_node=max(1, min(number, int(gpus_per_node // (gpus or 1)))))
             stage = possible_stages(train)[-1]
             plan = plan_memory(train, shape=shape, workers=workers, stage=stage, longest_row_tokens=corpus.sequence_tokens)
             needed.append(Needed(gpu_bytes=plan.worker_bytes, host_bytes=plan.host_bytes))

@@ -19,13 +19,13 @@ from typing import Any
 from pause_ray.errors import ClusterError, SpecError
 from pause_ray.spec import digest
 
-NOT_SENT = (".git", ".venv", "venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "node_modules")
-"""Folders that a cluster has no use for, besides what ``.gitignore`` names."""
+NOT_SENT = (".git", "*.env", ".venv", "venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "node_modules")
+"""What a cluster has no use for, and secrets that lie about, besides what ``.gitignore`` names."""
 WORK = "pause_ray.work"
 """Metadata of a job: which work it does, so that nothing is submitted twice."""
-SECRET_NAME = re.compile(r"token|secret|passw|credential|api_?key|access_?key|private_?key", re.IGNORECASE)
-SECRET_VALUE = re.compile(r"://[^/\s:@]+:[^/\s@]+@")
-"""A URL with a password in it."""
+SECRET_NAME = re.compile(r"token(?!i[sz])|secret|passw|credential|(api|access|private)_?key|keys?(_|$)", re.IGNORECASE)
+SECRET_VALUE = re.compile(r"://[^/\s:@]*:[^/\s@]+@|https?://[^/\s@]+@")
+"""A URL with a password in it, or of the web with a name, which may be a token."""
 RUNNING = ("PENDING", "RUNNING")
 ANSWER_SECONDS = 30
 """For a head to say anything at all."""

@@ -15,9 +15,12 @@ from pathlib import Path
 import pytest
 
 from pause_ray import preflight
+from pause_ray.engines.published import PUBLISHED
 from pause_ray.node_look import PACKAGES, Gpu, Look, gpus_told, look, usable_memory
 from pause_ray.preflight import FREE_BYTES, FREE_SHARE, Copy, Needed, Node, NodeActor, problems, too_little
 from pause_ray.spec import with_overrides
+from pause_ray.text.tokens import Marker
+from pause_ray.trial.prepare import PreparedTrial
 from pause_ray.trial.spec import TrialSpec
 from tests.real_cluster import running_cluster
 from tests.sweep.test_spec import SWEEP
@@ -193,6 +196,15 @@ def test_paths_that_a_machine_does_not_see_are_told_wherever_they_are(tmp_path: 
     assert found["ftp://host/essays"].startswith("ftp://host/essays: cannot be read (")
 
 
+@pytest.mark.parametrize(("gpus", "is_held"), [(None, True), (1, True), (0, False)])
+def test_a_training_on_cpus_is_not_held_against_the_memory_of_gpus(gpus: float | None, is_held: bool, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(dict(PUBLISHED["meta-llama/Llama-3.2-3B"])))
+    spec = TrialSpec.parse(with_overrides(SWEEP["trial"], {"resources.train_gpus_per_worker": gpus}), origin="test")
+    trial = PreparedTrial(spec=spec, digest="", model_dir=tmp_path, base_digest="", marker=Marker((), None), shards=None)
+    needed = preflight.needed_memory([trial], gpus_per_node=1)
+    assert (needed is not None and needed.gpu_bytes > 6e9) == is_held
+
+
 def why_not_joined(environment: dict[str, str]) -> str:
     """The one line of whoever would join that cluster."""
     code = "import sys\nfrom pause_ray.cli.main import main\nfrom pause_ray import cluster\n"
@@ -257,6 +269,8 @@ def test_every_node_of_a_real_cluster_is_looked_at(tmp_path: Path) -> None:
             ({"RAY_AUTH_TOKEN": None, "HOME": str(tmp_path / "nobody")}, no_entry),
             ({"RAY_AUTH_TOKEN": "0" * 64}, no_entry),
             ({"RAY_ADDRESS": "127.0.0.1:9"}, "no Ray cluster answers there"),
+            ({"RAY_ADDRESS": "127.0.0.1:9/"}, "no Ray cluster answers there"),
+            ({"RAY_ADDRESS": "http://127.0.0.1:8265"}, "unset it, or hand this in there: pause-ray submit FILE"),
         ]
         changed = [{name: its for name, its in {**env, **change}.items() if its is not None} for change, _ in changes]
         with ThreadPoolExecutor() as pool:  # Ray asks for 20 seconds whether a wrong token is a right one

@@ -40,6 +40,9 @@ def job(**fields: object) -> Job:
     [
         ({"env": {"MLFLOW_TRACKING_PASSWORD": "x"}}, "--env MLFLOW_TRACKING_PASSWORD: looks like a secret"),
         ({"env": {"HF_TOKEN": "x"}}, "--env HF_TOKEN: looks like a secret"),
+        ({"env": {"JUDGE_KEY": "x"}}, "--env JUDGE_KEY: looks like a secret"),
+        ({"env": {"STORE": "redis://:word@host"}}, "--env STORE: looks like a secret"),
+        ({"env": {"PLACE": "https://ghp_word@host"}}, "--env PLACE: looks like a secret"),
         ({"env": {"AWS_ACCESS_KEY_ID": "x"}}, "--env AWS_ACCESS_KEY_ID: looks like a secret"),
         ({"env": {"MLFLOW_TRACKING_URI": "https://me:word@host"}}, "--env MLFLOW_TRACKING_URI: looks like a secret"),
         ({"command": "python -m pause_ray sweep x --set trial.engine.url=http://me:word@host"}, "the command has a URL with a password"),
@@ -52,7 +55,14 @@ def test_what_everybody_on_the_cluster_could_read_is_refused(fields: dict[str, o
 
 
 def test_plain_settings_pass_and_the_same_work_is_known_again() -> None:
-    plain = job(env={"MLFLOW_TRACKING_URI": "https://mlflow.example", "PAUSE_RAY_CACHE": "/mnt/cache"})
+    plain = job(
+        env={
+            "MLFLOW_TRACKING_URI": "https://mlflow.example",
+            "PAUSE_RAY_CACHE": "/mnt/cache",
+            "TOKENIZERS_PARALLELISM": "false",
+            "STORE": "postgresql://mlflow@host/db",
+        }
+    )
     check_no_secrets(plain)
     assert plain.work == job(env=plain.env).work
     assert plain.work != job(env={}).work

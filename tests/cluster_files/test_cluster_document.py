@@ -39,6 +39,8 @@ PLANTED = {
 }
 PASSWORDS = {"MLFLOW_TRACKING_USERNAME": USER, "MLFLOW_TRACKING_PASSWORD": PASSWORD}
 """Those of a server that refuses others, so that they are known to have been used."""
+SECRETS_FILE = "secrets.env"
+"""Of Kubernetes, in the folder that is copied to the cluster with a job."""
 MARK = "=== "
 
 
@@ -72,6 +74,7 @@ def make_project(folder: Path, *, address: str) -> Path:
     for name in ("cluster", "sweeps", "eval"):
         shutil.copytree(ROOT / name, project / name)
     shutil.copy(ROOT / ".gitignore", project)
+    (project / SECRETS_FILE).write_text(f"HF_TOKEN={PLANTED['HF_TOKEN']}\n")
     tiny = write_sweep(project, write_model(folder / "model"), steps=2)
     sweep = yaml.safe_load(tiny.read_text()) | {"name": "quickstart", "search": {"pauses.every": {"grid": [1]}}}
     tiny.rename(project / "sweeps" / "quickstart.yaml").write_text(yaml.safe_dump(sweep))
@@ -216,14 +219,14 @@ def judged(followed: Followed) -> Path:
 
 @pytest.mark.usefixtures("judged")
 def test_no_secret_is_written_anywhere(followed: Followed) -> None:
-    """The token's own file aside."""
+    """The token's own file and that of the secrets aside."""
     everywhere = {**PLANTED, "MLFLOW_TRACKING_PASSWORD": PASSWORD, "RAY_AUTH_TOKEN": followed.token}
     for name in PLANTED | PASSWORDS:
         assert f"{name}=".encode() in followed.driver_environment, "there was nothing to leak"
     found = {
         (name, str(path))
         for path, content in written(followed.project, followed.home, followed.session, followed.mlflow)
-        if path.name != "auth.ini"
+        if path.name != "auth.ini" and path != followed.project / SECRETS_FILE
         for name, secret in everywhere.items()
         if secret.encode() in content
     }

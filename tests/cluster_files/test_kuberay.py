@@ -168,6 +168,10 @@ def test_every_node_mounts_the_storage_root() -> None:
     assert "--storage /mnt/shared/" in the(JOB_FILE)["spec"]["entrypoint"]
 
 
+def test_the_submitters_shell_leaves_the_whole_command_to_the_cluster() -> None:
+    assert not set(the(JOB_FILE)["spec"]["entrypoint"]) & set("&|;<>()$`\\\"'\n")
+
+
 def test_spot_nodes_take_gpu_pods_and_no_others() -> None:
     for group in the(CLUSTER_FILE)["spec"]["workerGroupSpecs"]:
         pod = group["template"]["spec"]
