@@ -22,6 +22,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 quickstart: install  ## a whole sweep on a real small model: table, report and MLflow store under runs/
 	$(BIN)/pause-ray sweep sweeps/quickstart.yaml --storage $(STORAGE)
 
+# Processes of several tests share the cores: none of their threads may keep one while it waits.
+test: export OMP_WAIT_POLICY := passive
 test: install lint test-fast  ## lint, types and every test that needs no GPU
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not gpu and (torch or mlflow or ray or real)"
 

@@ -67,6 +67,8 @@ def connection() -> Iterator[None]:
         except (OSError, OverflowError, RuntimeError, ValueError, RayError) as error:
             raise ClusterError(f"RAY_ADDRESS {address}: {_why_not_joined(_told(error), answers=answers)}") from error
     else:
+        # A thread that spins while it waits keeps the core from the one that it waits for, in another process too.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         ray.init(
             address="local",  # not one that happens to run on this machine
             num_cpus=max(LOCAL_LOGICAL_CPUS, os.cpu_count() or 1),

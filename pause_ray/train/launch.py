@@ -57,7 +57,7 @@ class TrainJob:
     seed: int
     """Of row order and of the adapter's first values."""
     threads: int | None
-    """Threads of one worker on a CPU; None leaves torch's default."""
+    """Threads of one worker on a CPU; None divides the machine's cores among the workers on it."""
 
 
 def train_digest(job: TrainJob) -> str:

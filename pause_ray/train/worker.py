@@ -170,12 +170,16 @@ def _prepare_deepspeed(device: str) -> None:
 @contextlib.contextmanager
 def _threads(threads: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or _share_of_cores())
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _share_of_cores() -> int:
+    """The machine's cores, divided among the workers on it; Ray would have them compute with as many as they hold logical CPUs."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @contextlib.contextmanager

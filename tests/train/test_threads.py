@@ -1,0 +1,57 @@
+"""A training computes on the cores it may have, whatever Ray's number of logical CPUs makes of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import ray
+
+from pause_ray.storage import Storage
+from pause_ray.train.launch import TrainJob, fit
+from pause_ray.train.spec import LoraSpec, TrainSpec
+from tests.train.tiny_llama import make_model, make_rows, make_shards
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(("threads", "expected"), [(None, os.cpu_count()), (3, 3)])
+def test_a_trial_of_one_logical_cpu_trains_on_all_cores_unless_told_otherwise(tmp_path: Path, threads: int | None, expected: int) -> None:
+    job = TrainJob(
+        train=TrainSpec(steps=1, batch_size=1, accumulation=1, precision="float32", lora=LoraSpec(rank=2, alpha=2)),
+        model_dir=make_model(tmp_path / "model"),
+        base_digest="tiny",
+        shards=make_shards(tmp_path / "set", make_rows(4)),
+        marker=None,
+        policy=None,
+        seed=0,
+        threads=threads,
+    )
+    threads_before, threads_in_step = ray.get(ray.remote(num_cpus=1)(_threads_of_a_training).remote(job, tmp_path / "root"))
+    assert threads_before == 1
+    assert threads_in_step == expected
+
+
+def _threads_of_a_training(job: TrainJob, root: Path) -> tuple[int, int]:
+    import torch
+
+    from pause_ray.train import worker
+
+    class CountingSteps(worker.Steps):
+        def run(self) -> None:
+            seen.append(torch.get_num_threads())
+            super().run()
+
+    seen = [torch.get_num_threads()]
+    worker.Steps = CountingSteps  # type: ignore[misc]
+    try:
+        fit(job, storage=Storage.open(root), num_workers=0, cpus_per_worker=1, gpus_per_worker=0, progress=_unseen)
+    finally:
+        worker.Steps = CountingSteps.__base__  # type: ignore[misc, assignment]
+    return seen[0], seen[1]
+
+
+def _unseen(done: int, total: int, row: object) -> None:
+    """Nobody watches."""
