@@ -11,9 +11,10 @@ shards    training rows by Ray Data tasks: computes as well
     python bench/cluster.py --kinds scripted --nodes 1 2 4 8 16 --cell-seconds 0.5      # more nodes where there are more cores
 
 Efficiency is the rate per node against that of the smallest cluster. ``caller`` is the process that orders answers and appends them to a
-ledger (a trial's in a sweep), ``broker`` the one that hands cells out, ``Ray`` the GCS and all raylets. Bytes of the object store are those
-that were created in it, in all nodes together; messages are the pickled sizes of what goes through the broker. Below the table stands what
-these costs would mean for a thousand GPUs: arithmetic, not a measurement.
+ledger (a trial's in a sweep), ``broker`` the one that hands cells out, ``Ray`` the GCS and all raylets. ``cores busy`` is of the whole
+machine: work that keeps all of its cores busy has no use for further nodes. Bytes of the object store are those that were created in it, in
+all nodes together; messages are the pickled sizes of what goes through the broker. Below the table stands what these costs would mean for a
+thousand GPUs: arithmetic, not a measurement.
 """
 
 from __future__ import annotations
@@ -81,6 +82,8 @@ class Spent:
     broker: float
     actors: float
     ray: float
+    machine: float
+    """By all of its processes."""
     store_bytes: int
 
     def __sub__(self, earlier: Spent) -> Spent:
@@ -106,6 +109,8 @@ class Row:
     broker_cpu_seconds: float
     actor_cpu_seconds: float
     ray_cpu_seconds: float
+    cores_busy: float
+    """Of the machine, in the mean."""
     store_bytes: float
     """Per item."""
     message_bytes: float
@@ -139,11 +144,13 @@ class Bench:
         from ray._private.state import state
 
         started = [its.process.pid for node in self.cluster.list_all_nodes() for its in _processes(node, "raylet", "gcs_server")]
+        whole = psutil.cpu_times()
         return Spent(
             caller=time.process_time(),
             broker=busy([broker] if broker else []),
             actors=busy(actors),
             ray=busy(started),
+            machine=whole.user + whole.nice + whole.system,
             store_bytes=int(get_memory_info_reply(state).store_stats.cumulative_created_bytes),
         )
 
@@ -209,6 +216,7 @@ def row_of(kind: str, nodes: int, items: int, seconds: float, spent: Spent, **mo
         broker_cpu_seconds=spent.broker / items,
         actor_cpu_seconds=spent.actors / items,
         ray_cpu_seconds=spent.ray / items,
+        cores_busy=spent.machine / seconds,
         store_bytes=spent.store_bytes / items,
         **{"wait_seconds": 0.0, "message_bytes": 0.0, "append_seconds": 0.0} | more,
     )
@@ -306,6 +314,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "broker ms": milliseconds("broker_cpu_seconds"),
     "actor ms": milliseconds("actor_cpu_seconds"),
     "Ray ms": milliseconds("ray_cpu_seconds"),
+    "cores busy": lambda row: f"{row.cores_busy:.2f}",
     "append ms": milliseconds("append_seconds"),
     "store B": lambda row: f"{row.store_bytes:,.0f}",
     "sent B": lambda row: f"{row.message_bytes:,.0f}",

@@ -49,8 +49,9 @@ log = logging.getLogger("pause_ray")
 
 RECIPE_VERSIONS = {"needle_sft": 4, "language_modeling": 5}
 """By objective; raise when the code makes other rows from the same inputs."""
-ROWS_PER_UNIT = 32
-"""``needle_sft`` rows that one task makes: about a second of work at 1,024 tokens, so that progress moves."""
+TOKENS_PER_UNIT = 2**17
+"""In the ``needle_sft`` rows that one task makes, but one row at least: some seconds of work. Ray Data needs two tenths of a second to
+notice that a task has ended and to start the next one; shorter tasks leave cores idle, longer ones let progress stand still."""
 CHARS_PER_TOKEN = 4
 """To guess how many pieces hold the rows that are wanted; a wrong guess costs another round, never a row."""
 
@@ -258,9 +259,10 @@ def _pack_needle_rows(recipe: Recipe, *, staged: Path, packed: Path, pieces: Seq
     """Every row of ``needle_sft`` in packed files, in row order."""
     spec, items = recipe.spec, list[JsonObject]()
     border, num_chars = _split(spec, staged, pieces)
+    size = max(1, TOKENS_PER_UNIT // spec.sequence_tokens)
     for held_out, rows, begin, end in ((False, spec.rows, 0, border), (True, spec.validation_rows, border, num_chars)):
-        for first in range(0, rows, ROWS_PER_UNIT):
-            place = {"unit": len(items), "first": first, "last": min(first + ROWS_PER_UNIT, rows)}
+        for first in range(0, rows, size):
+            place = {"unit": len(items), "first": first, "last": min(first + size, rows)}
             items.append({**place, "held_out": held_out, "begin": begin, "end": end})
     units, made = list[JsonObject](), 0
     for unit in stream(items, [partial(make_needle_rows, recipe=recipe, staged=staged, pieces=pieces, packed=packed)]):

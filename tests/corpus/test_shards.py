@@ -106,7 +106,7 @@ def test_the_same_rows_whatever_the_number_of_tasks(make: Make, monkeypatch: pyt
     from pause_ray.corpus import shards, sources, streaming
 
     many = make(objective=objective, rows_per_shard=6)
-    monkeypatch.setattr(shards, "ROWS_PER_UNIT", 4)
+    monkeypatch.setattr(shards, "TOKENS_PER_UNIT", 4 * 512)
     monkeypatch.setattr(streaming, "MAX_BLOCKS", 3)
     monkeypatch.setattr(streaming, "_tasks_at_once", lambda: 1)
     if objective == "needle_sft":

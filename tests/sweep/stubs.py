@@ -139,16 +139,19 @@ def write_stub_sweep(folder: Path, *, name: str = "stubbed", **changes: Any) -> 
 
 
 def main() -> None:
-    """``pause-ray`` with stubs in its trials: ``python -m tests.sweep.stubs [--cell-seconds S] [--step-seconds S] -- sweep FILE …``."""
+    """``pause-ray`` with stubs in its trials: ``python -m tests.sweep.stubs [--cell-seconds S …] -- sweep FILE …``."""
     from pause_ray.cli.main import main as pause_ray
+    from pause_ray.corpus import shards
     from tests.sweep.stub_processes import stub_every_process
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--cell-seconds", type=float, default=0.0)
     parser.add_argument("--step-seconds", type=float, default=0.0)
+    parser.add_argument("--unit-tokens", type=int, default=shards.TOKENS_PER_UNIT, help="of training text that one task makes")
     parser.add_argument("command", nargs="+")
     arguments = parser.parse_args()
     stub_every_process(cell_seconds=arguments.cell_seconds, step_seconds=arguments.step_seconds)
+    shards.TOKENS_PER_UNIT = arguments.unit_tokens
     sys.argv = ["pause-ray", *arguments.command]
     pause_ray()
 

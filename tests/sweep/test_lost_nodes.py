@@ -30,7 +30,7 @@ from tests.sweep.tiny_sweep import answers
 
 pytestmark = pytest.mark.ray
 
-ROWS = 256
+ROWS, UNIT_TOKENS = 256, 32 * 256
 """Of training text: some seconds of work in eight pieces, so that a machine is lost in the middle of it."""
 STEPS, STEP_SECONDS, CELL_SECONDS = 5, 0.4, 0.5
 CPUS = 3
@@ -122,7 +122,8 @@ def machines(folder: Path) -> Iterator[Machines]:
 
 def submitted(cluster: RealCluster, sweep: Path, storage: Path, *, log: Path) -> Job:
     variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{storage}/mlflow.db"}
-    job = ["python", "-m", "tests.sweep.stubs", f"--step-seconds={STEP_SECONDS}", f"--cell-seconds={CELL_SECONDS}", "--"]
+    stubs = [f"--step-seconds={STEP_SECONDS}", f"--cell-seconds={CELL_SECONDS}", f"--unit-tokens={UNIT_TOKENS}"]
+    job = ["python", "-m", "tests.sweep.stubs", *stubs, "--"]
     command = [*RAY, "job", "submit", f"--address={cluster.address}", "--runtime-env-json", json.dumps({"env_vars": variables}), "--"]
     command += [*job, "sweep", str(sweep), "--storage", str(storage)]
     with log.open("wb") as file:
