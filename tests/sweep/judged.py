@@ -81,8 +81,10 @@ class RankEngine(ScriptedEngine):
         trace(self.root, what="scoring", rank=rank, after=after, cells=len(steps))
         if self._adapter == self.waits_for:
             wait_until(lambda: any(event["rank"] == rank and event["step"] > after + 1 for event in happened(self.root, "step")))
-        yield from super().answer(steps)
-        trace(self.root, what="scored", rank=rank, after=after)
+        for number, answer in enumerate(super().answer(steps), start=1):
+            if number == len(steps):  # not after it: who has all answers ends the run, wherever it is then
+                trace(self.root, what="scored", rank=rank, after=after)
+            yield answer
 
 
 def wait_until(condition: Callable[[], bool], *, seconds: float = 60) -> None:
