@@ -24,6 +24,7 @@ from pause_ray.corpus.shards import build_shards, shards_digest
 from pause_ray.corpus.statistics import corpus_words
 from pause_ray.errors import UserError
 from pause_ray.needle.fleet import Fleet
+from pause_ray.rows import ShardSet
 from pause_ray.spec import JsonObject
 from pause_ray.storage import Storage
 from pause_ray.sweep.board import Failure
@@ -40,6 +41,7 @@ from pause_ray.sweep.spec import SweepSpec
 from pause_ray.sweep.tuning import NOT_YET, Shared, run_trials, why_lost
 from pause_ray.sweep.watch import Watch, start_board
 from pause_ray.trial.companions import companions, leaders_first
+from pause_ray.trial.run import shares_on_storage
 
 MOST_LOSSES = 3
 """A trial whose process was lost so often (with its node, or for want of memory) without having got further has failed."""
@@ -221,12 +223,15 @@ class Execution:
         self.progress.add({key: (trial.planned.label, trial.planned.spec) for key, trial in trials.items()})
         self.heartbeat.expect(trials)
         self._count_in_arms()
-        failed = self._make_rows(trials)
+        rows, failed = self._make_rows(trials)
         runnable = {
             key: dataclasses.replace(trial, prepared=self.places.placed(trial.prepared))
             for key, trial in trials.items()
             if key not in failed
         }
+        self.progress.found(
+            {key: shares_on_storage(trial.prepared, shards=rows.get(key), storage=self.storage) for key, trial in runnable.items()}
+        )
         self.posted.post(runnable)
         for key, message in failed.items():
             ray.get(self.board.fail.remote(key, message, None))
@@ -249,12 +254,13 @@ class Execution:
         self.posted.post(told)
         self.line.add(leaders_first(trials, groups))
 
-    def _make_rows(self, trials: Mapping[str, SweepTrial]) -> dict[str, str]:
-        """Make the shard sets that trials train on; trial → why its set could not be made."""
+    def _make_rows(self, trials: Mapping[str, SweepTrial]) -> tuple[dict[str, ShardSet], dict[str, str]]:
+        """Make the shard sets that trials train on; trial → its set, or why that could not be made."""
         jobs = {key: trial.prepared.shards for key, trial in trials.items() if trial.prepared.shards is not None}
         sharing: dict[str, list[str]] = {}
         for key, job in jobs.items():
             sharing.setdefault(shards_digest(job), []).append(key)
+        made: dict[str, ShardSet] = {}
         failed: dict[str, str] = {}
         for keys in sharing.values():
             job, label = jobs[keys[0]], trials[keys[0]].planned.label
@@ -264,8 +270,9 @@ class Execution:
             except UserError as error:
                 failed |= dict.fromkeys(keys, str(error))
                 continue
+            made |= dict.fromkeys(keys, rows)
             self.progress.say(f"training rows for {label}: {corpus_words(rows.manifest['stats'])}")
-        return failed
+        return made, failed
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from pause_ray.checkpoint import RunningTraining, training_folder
 from pause_ray.corpus.shards import shards_digest
 from pause_ray.engines.engine import EndpointSpec, HfEngineSpec
 from pause_ray.engines.model_source import resolve_model
@@ -27,7 +26,7 @@ from pause_ray.sweep.pace import Pace
 from pause_ray.sweep.plans import Plans
 from pause_ray.sweep.rounds import Rounds
 from pause_ray.sweep.spec import PlannedTrial, SweepSpec, example_point, expand
-from pause_ray.train.launch import train_digest
+from pause_ray.train.launch import steps_on_storage, train_digest
 from pause_ray.train.telemetry import known_shape
 from pause_ray.trial.prepare import PreparedTrial, Seen, prepare
 from pause_ray.trial.run import training_job
@@ -247,10 +246,9 @@ class _Look:
         maker = None if has_rows or over else self._maker(planned, "text", shards.name if shards else texts)
         yield Step(name="text", done=rows * has_rows, total=rows, made_by=maker, left=NOTHING)
         job = training_job(prepared, ShardSet.open(shards)) if prepared and shards and is_complete(shards) else None
-        checkpoint = self._storage.checkpoints / train_digest(job) if job else None
-        done = steps if finished else _steps_done(checkpoint, steps) if checkpoint else 0
+        done = steps if finished else steps_on_storage(job, storage=self._storage) if job else 0
         same = [spec.model.resolved(), spec.train.identity(), shards.name if shards else texts, spec.data_seed]
-        maker = None if done == steps or over else self._maker(planned, "training", checkpoint.name if checkpoint else digest(same))
+        maker = None if done == steps or over else self._maker(planned, "training", train_digest(job) if job else digest(same))
         left = NOTHING if maker or over else effort.times(1 - done / steps)
         yield Step(name="training", done=done, total=steps, made_by=maker, left=left)
 
@@ -312,12 +310,6 @@ class _Look:
         if prices is not None:
             cost = (grid.prompts.asked_tokens * prices.input_per_million + answers * prices.output_per_million) / 1e6
         return Effort(tokens=grid.prompts.asked_tokens, flops=None, seconds=None, cost=cost)
-
-
-def _steps_done(checkpoint: Path, steps: int) -> int:
-    if is_complete(checkpoint):
-        return steps
-    return RunningTraining(folder=training_folder(checkpoint), belongs_to={}).last_step()
 
 
 def _work(cells: Sequence[Cell]) -> float:

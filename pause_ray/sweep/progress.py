@@ -101,6 +101,8 @@ class SweepProgress:
         self._states = states
         self._labels: dict[str, str] = {}
         self._work: dict[str, tuple[float, float]] = {}
+        self._found: dict[str, float] = {}
+        """Of a trial's work, what storage has of it: no time goes into that."""
         self._scoring: dict[str, float] = {}
         self._done: dict[str, float] = {}
         self._bars: dict[str, TaskID] = {}
@@ -137,7 +139,17 @@ class SweepProgress:
         """Count these trials (key → label and spec) as work to be done."""
         self._work |= {key: work_of(spec, seen=self._scoring) for key, (_, spec) in trials.items()}
         self._labels |= {key: label for key, (label, _) in trials.items()}
-        self._progress.update(self._all, total=sum(map(sum, self._work.values())))
+        self._count()
+
+    def found(self, shares: Mapping[str, tuple[float, float]]) -> None:
+        """Count no more what storage has of these trials: key → share of training and of scoring, 0 to 1."""
+        for key, (trained, scored) in shares.items():
+            training, scoring = self._work[key]
+            self._found[key] = trained * training + scored * scoring
+        self._count()
+
+    def _count(self) -> None:
+        self._progress.update(self._all, total=sum(map(sum, self._work.values())) - sum(self._found.values()))
 
     def say(self, text: str) -> None:
         """Print a line above the bars."""
@@ -172,7 +184,7 @@ class SweepProgress:
     def _show(self, states: Mapping[str, TrialState]) -> None:
         self._seen |= states
         for key, state in states.items():
-            self._done[key] = work_done(self._work[key], state)
+            self._done[key] = max(0.0, work_done(self._work[key], state) - self._found.get(key, 0.0))
             self._show_trial(key, state)
         ended = sum(stage in ENDED for stage in self._stages.values())
         self._progress.update(self._all, completed=sum(self._done.values()), detail=f"{ended}/{len(self._labels)}")

@@ -69,6 +69,18 @@ def train_digest(job: TrainJob) -> str:
     return _digest(_identity(job, ShardSet.open(job.shards)))
 
 
+def steps_on_storage(job: TrainJob, *, storage: Storage) -> int:
+    """Optimizer steps that ``fit`` need not take any more: all of a finished adapter's, else those of its last checkpoint.
+
+    Raises:
+        SourceError: as for ``train_digest``.
+    """
+    folder = storage.checkpoints / train_digest(job)
+    if is_complete(folder):
+        return job.train.steps
+    return RunningTraining(folder=training_folder(folder), belongs_to={}).last_step()
+
+
 def _digest(identity: JsonObject) -> str:
     return digest([FORMAT, *identity.values()])
 

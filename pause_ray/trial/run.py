@@ -28,7 +28,7 @@ from pause_ray.needle.ledger import CellResult, Ledger
 from pause_ray.rows import ShardSet
 from pause_ray.spec import JsonObject
 from pause_ray.storage import MANIFEST, Storage, exclusive, is_complete, lock_of, write_json
-from pause_ray.train.launch import TrainJob, fit, train_digest
+from pause_ray.train.launch import TrainJob, fit, steps_on_storage, train_digest
 from pause_ray.train.together import fit_together
 from pause_ray.trial.prepare import PreparedTrial
 from pause_ray.trial.spec import Resources
@@ -211,6 +211,18 @@ def training_job(trial: PreparedTrial, shards: ShardSet | None) -> TrainJob | No
         seed=spec.data_seed,
         threads=spec.resources.threads,
     )
+
+
+def shares_on_storage(trial: PreparedTrial, *, shards: ShardSet | None, storage: Storage) -> tuple[float, float]:
+    """Of the trial's optimizer steps and of its cells, 0 to 1: what ``run_trial`` finds, and has not to do.
+
+    Raises:
+        StorageError: its ledger is damaged.
+    """
+    answered = Ledger(storage.trials / trial.digest / "cells.jsonl").done_ids()
+    scored = len(answered) / sum(trial.spec.eval.num_positions.values())
+    job = training_job(trial, shards)
+    return steps_on_storage(job, storage=storage) / job.train.steps if job is not None else 0.0, scored
 
 
 def scoring_job(trial: PreparedTrial, *, arm: str, checkpoint: Checkpoint | None, storage: Storage) -> ScoringJob:

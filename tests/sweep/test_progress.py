@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import io
 
-from pause_ray.sweep.progress import TrialState, work_done, work_of
+import pytest
+from rich.console import Console
+
+from pause_ray.sweep.progress import SweepProgress, TrialState, work_done, work_of
 from pause_ray.trial.spec import TrialSpec
 
 NEEDLES = {"needles": [{"needle": "The key is under the mat.", "question": "Where is it?", "keywords": ["mat"]}]}
@@ -54,3 +57,24 @@ def test_work_that_is_behind_a_trial_never_shrinks() -> None:
     done = [work_done(work_of(spec), state) for state in stages]
     assert done == sorted(done)
     assert done[-1] == sum(work_of(spec))
+
+
+@pytest.mark.parametrize(
+    ("found", "states", "shown"),
+    [
+        ({}, {}, "0%"),
+        ({}, {"a": TrialState("scoring", 3, 4)}, "38%"),
+        ({"a": (0.0, 0.5)}, {}, "0%"),
+        ({"a": (0.0, 0.5)}, {"a": TrialState("starting", 0, 1)}, "0%"),
+        ({"a": (0.0, 0.5)}, {"a": TrialState("scoring", 2, 4)}, "0%"),
+        ({"a": (0.0, 0.5)}, {"a": TrialState("scoring", 3, 4)}, "17%"),  # of the six answers that are missing of eight
+        ({"a": (0.0, 0.5), "b": (1.0, 1.0)}, {"a": TrialState("done", 1, 1), "b": TrialState("done", 1, 1)}, "100%"),
+    ],
+)
+def test_what_storage_has_is_no_part_of_the_bar(found: dict[str, tuple[float, float]], states: dict[str, TrialState], shown: str) -> None:
+    screen = io.StringIO()
+    with SweepProgress(Console(file=screen, force_terminal=True, no_color=True, width=200), lambda: states) as progress:
+        progress.add({key: (key, trial(samples=2)) for key in "ab"})
+        progress.found(found)
+    last = screen.getvalue().split("all trials")[-1]
+    assert f" {shown} " in last.splitlines()[0]
