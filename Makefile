@@ -25,7 +25,7 @@ quickstart: install  ## a whole sweep on a real small model: table, report and M
 # Processes of several tests share the cores: none of their threads may keep one while it waits.
 test: export OMP_WAIT_POLICY := passive
 test: install lint test-fast  ## lint, types and every test that needs no GPU
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not gpu and (torch or mlflow or ray or real)"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 30 -m "not gpu and (torch or mlflow or ray or real)"
 
 test-fast: install  ## tests without Ray, torch or a model
 	$(BIN)/python -m pytest -m "not gpu and not torch and not mlflow and not ray and not real"
