@@ -256,7 +256,7 @@ def test_every_node_of_a_real_cluster_is_looked_at(tmp_path: Path) -> None:
             "--set",
             "trial.resources.scoring_cpus_per_actor=99",
         ]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=100)
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=300)
         assert done.returncode == 2, done.stderr
         assert "has 4; lower it, or start nodes that have it" in " ".join(done.stderr.split())
         env["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:9"

@@ -118,7 +118,7 @@ def as_documented(cluster: RealCluster, sweep: Path, storage: Path) -> subproces
     return subprocess.Popen(["env", *words], cwd=sweep.parent, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def ended(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, str, str]:
+def ended(process: subprocess.Popen[str], seconds: float = 600) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=seconds)
     return process.returncode, out, err
 

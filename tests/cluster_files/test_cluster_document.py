@@ -135,7 +135,7 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Followed]:
             stderr=subprocess.STDOUT,
             text=True,
             check=False,
-            timeout=400,
+            timeout=900,
         )
         assert done.returncode == 0, done.stdout
         token = (folder / "home" / ".ray" / "auth_token").read_text().strip()

@@ -218,7 +218,7 @@ def test_an_error_of_the_receiver_stops_the_scoring_and_costs_no_actor(tokenizer
     with running(SlowEngine(facts=FACTS), num_actors=1) as started:
         with pytest.raises(StorageError, match="the disk is full"):
             started.score(job, asked, on_result=full)
-        within(10, lambda: started.state().orders == 0)
+        within(60, lambda: started.state().orders == 0)
         before = started.state().pids
         started.score(job, asked[:1], on_result=lambda _: None)
         assert started.state().pids == before
@@ -245,7 +245,7 @@ def test_several_callers_that_hold_nothing_share_the_same_actors(tokenizer_dir: 
     job, asked = job_of(tokenizer_dir, essays_dir)
     with running(ScriptedEngine(facts=FACTS)) as started:
         trials = [caller.remote() for _ in range(4)]
-        within(60, lambda: len(started.state().pids) == 2)
+        within(120, lambda: len(started.state().pids) == 2)
         before = started.state().pids
         for got in ray.get([trial.score.remote(started, job, asked) for trial in trials]):
             assert sorted(got) == sorted(cell.id for cell in asked)
@@ -256,13 +256,13 @@ def test_a_trial_that_comes_later_does_not_wait_for_the_whole_of_another(tokeniz
     job, asked = job_of(tokenizer_dir, essays_dir, depth_percent={"from": 0, "to": 100, "count": 10})
     order: list[str] = []
     with running(SlowEngine(facts=FACTS)) as started:
-        within(60, lambda: len(started.state().pids) == 2)
+        within(120, lambda: len(started.state().pids) == 2)
         first = threading.Thread(target=started.score, args=(job, asked), kwargs={"on_result": lambda _: order.append("first")})
         first.start()
-        within(30, lambda: len(order) >= 2)
+        within(120, lambda: len(order) >= 2)
         waited: list[bool] = []
         started.score(job, asked[:3], on_result=lambda _: order.append("second"), on_wait=waited.append)
-        first.join(timeout=60)
+        first.join(timeout=240)
     assert waited[:2] == [True, False], "it is told that it waits, and when that is over"
     assert order.count("first") == len(asked) == 30
     assert order.index("second") < 15
@@ -310,7 +310,7 @@ def test_actors_come_with_the_work_and_go_when_there_is_none(tokenizer_dir: Path
         assert started.state().pids == ()
         started.score(job, asked, on_result=lambda _: most.append(len(started.state().pids)))
         assert max(most) == 2
-        within(10, lambda: not started.state().pids)
+        within(60, lambda: not started.state().pids)
         results: list[CellResult] = []
         started.score(job, asked[:1], on_result=results.append)
         assert len(results) == 1
@@ -325,7 +325,7 @@ def test_an_idle_actor_gives_its_place_at_once_to_a_group_that_waits_for_it(toke
         assert len(started.state().pids) == 1
         group = ray.util.placement_group([{"CPU": 5}])
         try:
-            assert group.wait(20)
+            assert group.wait(120)
             assert not started.state().pids
         finally:
             ray.util.remove_placement_group(group)
@@ -336,7 +336,7 @@ def test_an_idle_actor_gives_its_place_at_once_to_a_group_that_waits_for_it(toke
 
 def test_scoring_goes_on_when_a_node_is_lost(tokenizer_dir: Path, essays_dir: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.needle.lost_node", str(tokenizer_dir), str(essays_dir), str(tmp_path / "told.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
     assert (tmp_path / "told.json").exists(), done.stdout + done.stderr
     told = json.loads((tmp_path / "told.json").read_text())
     assert (told["up_before"], told["on_the_lost_node"]) == (2, 1)

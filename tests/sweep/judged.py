@@ -87,7 +87,7 @@ class RankEngine(ScriptedEngine):
             yield answer
 
 
-def wait_until(condition: Callable[[], bool], *, seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], *, seconds: float = 240) -> None:
     """Fails if it never comes true."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -107,7 +107,7 @@ def test_trials_of_an_arm_that_was_given_up_are_not_to_come(tmp_path: Path) -> N
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline, "never happened"
         time.sleep(0.005)

@@ -58,7 +58,7 @@ class Job:
 
     def code(self) -> int:
         """As soon as it has ended."""
-        return self.follower.wait(timeout=240)
+        return self.follower.wait(timeout=480)
 
 
 @dataclasses.dataclass
@@ -130,7 +130,7 @@ def submitted(cluster: RealCluster, sweep: Path, storage: Path, *, log: Path) ->
         return Job(subprocess.Popen(command, env=cluster.environment, stdout=file, stderr=file), log)
 
 
-def wait_until(happened: Callable[[], Any], job: Job, *, seconds: float = 120) -> Any:
+def wait_until(happened: Callable[[], Any], job: Job, *, seconds: float = 240) -> Any:
     """What it returns, as soon as that is anything."""
     until = time.monotonic() + seconds
     while not (found := happened()):
@@ -219,7 +219,7 @@ def test_a_trial_that_takes_its_process_with_it_again_and_again_has_failed(tmp_p
     ranks = {"train.lora.rank": {"grid": [KILLING_RANK, 2]}}
     sweep = write_stub_sweep(tmp_path, name="deadly", **{"search": ranks, "arms": {}, "scheduler": scheduler})
     command = [sys.executable, "-m", "tests.sweep.stubs", "--", "sweep", str(sweep), "--storage", str(tmp_path / "runs")]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=400)
     told = " ".join((done.stdout + done.stderr).split())
     assert done.returncode == 1, told
     assert [label for label in BEGINS_AGAIN.findall(told) if label.startswith(f"rank={KILLING_RANK}")] == [f"rank={KILLING_RANK} #0"] * 2

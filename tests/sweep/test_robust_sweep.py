@@ -57,11 +57,11 @@ def started(
 def run_to_its_end(sweep: Path, storage: Path, *more: str) -> tuple[int, str]:
     """Return code and output."""
     with started(sweep, storage, *more) as process:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=600)
         return process.returncode, output
 
 
-def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str], *, seconds: float = 120) -> None:
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str], *, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         assert process.poll() is None, f"ended before that: {process.communicate()[0]}"
@@ -134,7 +134,7 @@ def test_one_interrupt_finishes_the_running_cell_and_says_how_to_go_on(
         time.sleep(0.3)  # into the next cell
         answered = len(whole_lines(tmp_path))
         os.kill(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=180)
     assert process.returncode == INTERRUPTED, output
     assert "the same command" in output
     assert "Traceback" not in output
@@ -155,7 +155,7 @@ def test_a_second_interrupt_ends_at_once_what_never_would(texts: Path, tmp_path:
             process.wait(4)
         assert process.poll() is None, "a training that was asked to end was not waited for"
         os.kill(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=45)
+        output, _ = process.communicate(timeout=90)
     assert process.returncode == INTERRUPTED, output
     assert "run the same command again" in output
     assert "Traceback" not in output
@@ -206,7 +206,7 @@ def test_two_sweeps_at_once_share_their_trials_and_a_third_makes_only_what_is_ne
 ) -> None:
     one, other = write_stub_sweep(texts, name="one"), write_stub_sweep(texts, name="other")
     with started(one, tmp_path, cell_seconds=0.05) as first, started(other, tmp_path, cell_seconds=0.05) as second:
-        outputs = [process.communicate(timeout=200)[0] for process in (first, second)]
+        outputs = [process.communicate(timeout=400)[0] for process in (first, second)]
         assert [first.returncode, second.returncode] == [0, 0], outputs
     assert answers(tmp_path) == answers(undisturbed[0])
     assert sum(path.read_bytes().count(b"\n") for path in ledgers(tmp_path)) == 4 * 12, "a cell was answered twice"
@@ -229,10 +229,10 @@ def test_a_second_run_of_the_same_sweep_is_told_who_runs_it(texts: Path, undistu
     with started(sweep, tmp_path, cell_seconds=0.5) as first:
         wait_until(lambda: bool(list(tmp_path.glob("sweeps/*/sweep.json"))), first)
         with started(sweep, tmp_path) as second:
-            output, _ = second.communicate(timeout=100)
+            output, _ = second.communicate(timeout=400)
         assert second.returncode == 2, output
         assert f"in use by process {first.pid}" in " ".join(output.split())
-        output, _ = first.communicate(timeout=200)
+        output, _ = first.communicate(timeout=400)
     assert first.returncode == 0, output
     assert answers(tmp_path) == answers(undisturbed[0])
 

@@ -62,7 +62,7 @@ def driver(cluster: RealCluster, sweep: Path, storage: Path, *, cell_seconds: fl
         process.communicate()
 
 
-def until(look: Callable[[], Any], process: subprocess.Popen[str] | None = None, *, seconds: float = 120) -> Any:
+def until(look: Callable[[], Any], process: subprocess.Popen[str] | None = None, *, seconds: float = 240) -> Any:
     """The first thing that is something."""
     deadline = time.monotonic() + seconds
     while not (found := look()):
@@ -82,11 +82,11 @@ def scraped(cluster: RealCluster, sweep: str) -> Samples:
     [job] = yaml.safe_load((CLUSTER / "prometheus.yml").read_text())["scrape_configs"]
     path = job["http_sd_configs"][0]["url"].removeprefix("http://127.0.0.1:8265")
     authorized = {"Authorization": f"Bearer {cluster.token}"}
-    groups = requests.get(f"{cluster.address}{path}", headers=authorized, timeout=30).json()
+    groups = requests.get(f"{cluster.address}{path}", headers=authorized, timeout=120).json()
     found: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
     for target in {target for group in groups for target in group["targets"]}:
         with contextlib.suppress(requests.ConnectionError):  # the autoscaler's and the dashboard's own, where they are off
-            for family in text_string_to_metric_families(requests.get(f"http://{target}/metrics", timeout=30).text):
+            for family in text_string_to_metric_families(requests.get(f"http://{target}/metrics", timeout=120).text):
                 for sample in family.samples:
                     if sample.labels.get("sweep") == sweep:
                         labels = tuple((name, sample.labels[name]) for name in LABELS if name in sample.labels)
@@ -114,14 +114,15 @@ def test_what_is_watched_is_what_happens(cluster: RealCluster, sweep_file: Path,
         def at_work() -> SweepStatus | None:
             found = status_of(tmp_path)
             busy = found and found.live and found.live.fleet and found.live.fleet.busy and found.live.speed.cells
-            return found if busy and 0 < sum(trial.cells_done for trial in found.trials) < 48 else None
+            # The heartbeat is older than the ledgers: between two trials it may know of none that runs.
+            running = busy and found.by_state.get("running")
+            return found if running and 0 < sum(trial.cells_done for trial in found.trials) < 48 else None
 
         found = until(at_work, process)
         assert found.is_live
         assert f"process {process.pid} " in found.driver
         assert {trial.stage for trial in found.live.running} <= {"starting", "text", "training", "queued", "scoring"}
-        assert found.by_state["running"] >= 1
-        output, _ = process.communicate(timeout=200)
+        output, _ = process.communicate(timeout=400)
         assert process.returncode == 0, output
     found = status_of(tmp_path)
     assert found is not None
@@ -142,7 +143,7 @@ def test_what_is_watched_is_what_happens(cluster: RealCluster, sweep_file: Path,
         samples = scraped(cluster, sweep)
         return samples if all(samples.get(key) == value for key, value in expected.items()) else None
 
-    samples = until(all_counted, seconds=30)
+    samples = until(all_counted, seconds=120)
     assert {name for name, _ in samples} <= {metric.exported for metric in METRICS}
     check_last_words(samples)
     check_lines(cluster, [trial.digest for trial in found.trials])

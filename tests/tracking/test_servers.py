@@ -142,7 +142,7 @@ def test_a_server_that_dies_in_mid_sweep_stops_nothing_and_gets_what_it_lacks(
         growing = one_whole_and_one_growing(server.uri, sweep)
         server.kill()
         assert not is_complete(storage.trials / growing.data.tags["pause_ray.digest"]), "the sweep was through before the server was gone"
-        output, _ = sweep.communicate(timeout=240)
+        output, _ = sweep.communicate(timeout=480)
     finally:
         sweep.kill()
     told = " ".join(output.split())

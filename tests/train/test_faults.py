@@ -1,4 +1,4 @@
-"""What happens to machines, for real: two nodes, a killed worker, a killed raylet, a node that is taken away, a killed driver."""
+"""What happens to machines, for real: two nodes, a killed worker, a killed machine, a node that is taken away, a killed driver."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def after(scenario: str, llama: Path, shards: Path, folder: Path) -> tuple[list[
     events = folder / "events.json"
     command = [sys.executable, "-m", "tests.train.faulty_cluster", scenario, *map(str, (llama, shards, folder / "runs", events))]
     driver = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **faulty_cluster.QUICKLY}, capture_output=True, text=True, timeout=400, check=False
+        command, cwd=ROOT, env={**os.environ, **faulty_cluster.QUICKLY}, capture_output=True, text=True, timeout=900, check=False
     )
     assert events.is_file(), driver.stdout + driver.stderr
     told = json.loads(events.read_text())
@@ -39,7 +39,7 @@ def after(scenario: str, llama: Path, shards: Path, folder: Path) -> tuple[list[
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("scenario", "happenings"), [("killed", ["worker", "raylet"]), ("drained", ["drain", "gone", "stop"])])
+@pytest.mark.parametrize(("scenario", "happenings"), [("killed", ["worker", "machine"]), ("drained", ["drain", "gone", "stop"])])
 def test_a_training_survives(llama: Path, shards: Path, tmp_path: Path, scenario: str, happenings: list[str]) -> None:
     """Killed: a worker is replaced, then a node is lost in mid-step and one worker goes on.
 
@@ -55,7 +55,7 @@ def test_a_training_survives(llama: Path, shards: Path, tmp_path: Path, scenario
     for event in happened:
         kept = next((step for step, row in enumerate(event["rows"]) if row != rows[step]), len(event["rows"]))
         repeated = len(event["rows"]) - kept
-        if event["name"] in ("worker", "raylet"):
+        if event["name"] in ("worker", "machine"):
             assert repeated <= settings["checkpoint_every"], event["name"]
         elif event["name"] in ("drain", "stop"):
             assert repeated == 0, event["name"]
@@ -63,7 +63,7 @@ def test_a_training_survives(llama: Path, shards: Path, tmp_path: Path, scenario
     assert largest_difference(checkpoint, undisturbed) < TOLERANCE
 
 
-def wait_for(happened: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+def wait_for(happened: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 240) -> None:
     until = time.monotonic() + seconds
     while not happened():
         assert process.poll() is None, "training ended before it could be killed"
@@ -92,7 +92,7 @@ def test_the_same_command_goes_on_after_its_driver_was_killed(llama: Path, shard
         wait_for(lambda: len(rows()) > 45, process)
     finally:
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=180)
     assert not is_complete(checkpoints / train_digest(job))
     assert number == signal.SIGKILL or b"StoppedError: training was asked to end after step" in said
     saved = max(int(path.name.removeprefix("step-")) for path in checkpoints.glob(".*.training/step-*"))
