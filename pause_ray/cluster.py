@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
+from joblib import cpu_count
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray.autoscaler._private.util import format_readonly_node_type
 from ray.exceptions import RayError
@@ -71,7 +72,7 @@ def connection() -> Iterator[None]:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         ray.init(
             address="local",  # not one that happens to run on this machine
-            num_cpus=max(LOCAL_LOGICAL_CPUS, os.cpu_count() or 1),
+            num_cpus=max(LOCAL_LOGICAL_CPUS, cpu_count()),
             object_store_memory=LOCAL_OBJECT_STORE_BYTES,
             include_dashboard=False,
             **quiet,

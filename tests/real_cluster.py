@@ -76,7 +76,7 @@ def raylet(cluster: RealCluster, arguments: list[str], *, log: Path) -> Iterator
         yield process
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=180)
 
 
 def wait_for_nodes(cluster: RealCluster, number: int) -> None:
@@ -84,7 +84,7 @@ def wait_for_nodes(cluster: RealCluster, number: int) -> None:
     until = time.monotonic() + START_SECONDS
     url = f"{cluster.address}/api/v0/nodes"
     while True:
-        told = requests.get(url, timeout=30, headers={"Authorization": f"Bearer {cluster.token}"}).json()
+        told = requests.get(url, timeout=120, headers={"Authorization": f"Bearer {cluster.token}"}).json()
         alive = [node for node in told["data"]["result"]["result"] if node["state"] == "ALIVE"]
         if len(alive) == number:
             return

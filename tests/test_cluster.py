@@ -88,7 +88,7 @@ def test_groups_without_room_are_those_that_ask_for_what_is_held_and_a_node_coul
         assert cluster.groups_without_room({"CPU": 1, "GPU": 0}) == {groups["waits"].id.hex()}
         assert cluster.groups_without_room({"CPU": 0, "GPU": 1}) == frozenset()
         remove_placement_group(holder)
-        assert groups["waits"].wait(20)
+        assert groups["waits"].wait(120)
         assert cluster.groups_without_room({"CPU": 1, "GPU": 0}) == frozenset()
     finally:
         for group in groups.values():

@@ -209,7 +209,7 @@ def why_not_joined(environment: dict[str, str]) -> str:
     """The one line of whoever would join that cluster."""
     code = "import sys\nfrom pause_ray.cli.main import main\nfrom pause_ray import cluster\n"
     code += "from pause_ray.cli.terminal import app\n@app.command()\ndef join():\n    with cluster.connection(): pass\nmain()"
-    done = subprocess.run([sys.executable, "-c", code, "join"], env=environment, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code, "join"], env=environment, capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     return " ".join(done.stderr.split())

@@ -115,7 +115,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     held = context.Event()
     process = context.Process(target=_hold, args=(tmp_path / ".lock", held))
     process.start()
-    assert held.wait(30)
+    assert held.wait(120)
     with pytest.raises(StorageError, match=rf"process {process.pid}"), exclusive(tmp_path / ".lock"):
         pass
     process.kill()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pyarrow as pa
 import ray
 import ray.data
+from joblib import cpu_count
 from ray.exceptions import RayError
 
 from pause_ray import errors
@@ -86,8 +87,8 @@ def _table(items: Sequence[JsonObject]) -> pa.Table:
 
 
 def _tasks_at_once() -> int | None:
-    """On this machine, as many as it has cores, since its logical CPUs may be more; on a cluster, what Ray has or gets places for."""
-    return None if os.environ.get("RAY_ADDRESS") else os.cpu_count() or 1
+    """On this machine, one for each core, since its logical CPUs may be more; on a cluster, what Ray has or gets places for."""
+    return None if os.environ.get("RAY_ADDRESS") else cpu_count()
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from joblib import cpu_count
+
 from pause_ray.engines.engine import Engine, EngineSpec, HfEngineSpec, LoadedAs
 from pause_ray.logs import about, write_lines
 from pause_ray.needle.answer import Condition, OtherwiseEngine, Reader, answer_cells, answer_otherwise, planned
@@ -55,11 +57,11 @@ class ScoringActor:
 
         Args:
             engine: Answers whatever a job's own engine is; None for the job's.
-            threads: Threads of CPU computation; None for the machine's cores, divided among actors.
+            threads: Threads of CPU computation; None for the cores that this process may use, divided among actors.
             neighbours: Actors on this machine, this one included.
         """
         self._given = engine
-        self._threads = threads or max(1, (os.cpu_count() or 1) // neighbours)
+        self._threads = threads or max(1, cpu_count() // neighbours)
         self._made: tuple[EngineSpec, Engine] | None = None
         self._haystack: tuple[object, Haystack] | None = None
         self._reader: tuple[object, Reader] | None = None

@@ -19,6 +19,7 @@ from typing import Any
 import ray.train
 import torch
 import torch.distributed
+from joblib import cpu_count
 
 from pause_ray.checkpoint import TRAINING_LOG, copy_tokenizer, rung_folder, seal
 from pause_ray.errors import SpecError
@@ -178,8 +179,9 @@ def _threads(threads: int | None) -> Iterator[None]:
 
 
 def _share_of_cores() -> int:
-    """The machine's cores, divided among the workers on it; Ray would have them compute with as many as they hold logical CPUs."""
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """Cores that may be used here, divided among the workers here; Ray would have them compute with as many as they hold logical CPUs."""
+    cores: int = cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @contextlib.contextmanager

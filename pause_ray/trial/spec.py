@@ -85,7 +85,8 @@ class Resources(Spec):
     scoring_cpus_per_actor: float = Field(default=1, gt=0)
     """Logical CPUs of each scoring actor."""
     threads: int | None = Field(default=None, ge=1)
-    """Threads of one computation on the CPU; null: all cores of the machine, divided among training workers, or scoring actors, on it."""
+    """Threads of one computation on the CPU; null: all cores of the machine, or of the container that the
+    process is in, divided among training workers, or scoring actors, there."""
 
     @model_validator(mode="after")
     def _idle_actors_may_go(self) -> Self:

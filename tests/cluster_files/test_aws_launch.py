@@ -133,7 +133,7 @@ def launch(remote: dict[str, Any], wanted: dict[str, int]) -> tuple[Any, dict[st
     provider.ec2_fail_fast.meta.client.meta.events.register("provide-client-params.ec2.RunInstances", note)
     adapter = NodeProviderAdapter(provider, SimpleNamespace(get_cached_autoscaling_config=lambda: config))
     adapter.launch(dict(wanted), "request")
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     while len(adapter.get_non_terminated()) < 1 + len(wanted):
         errors = [error.__cause__ for error in adapter.poll_errors()]
         assert not errors

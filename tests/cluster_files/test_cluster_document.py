@@ -140,7 +140,7 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Followed]:
         assert done.returncode == 0, done.stdout
         token = (folder / "home" / ".ray" / "auth_token").read_text().strip()
         head = {"Authorization": f"Bearer {token}"}
-        jobs = requests.get(f"http://127.0.0.1:{dashboard}/api/jobs/", headers=head, timeout=30).text
+        jobs = requests.get(f"http://127.0.0.1:{dashboard}/api/jobs/", headers=head, timeout=120).text
         yield Followed(
             project=project,
             home=folder / "home",

@@ -164,7 +164,7 @@ def answer(url: str, *, password: str | None = None, host: str | None = None) ->
     if host is not None:
         request.add_header("Host", host)
     try:
-        with urllib.request.urlopen(request, timeout=20) as reply:
+        with urllib.request.urlopen(request, timeout=60) as reply:
             return reply.status
     except urllib.error.HTTPError as error:
         return error.code
@@ -222,7 +222,7 @@ def test_the_server_keeps_runs_in_postgres_and_files_in_the_bucket_and_asks_for_
     finally:
         with contextlib.suppress(ProcessLookupError):  # where it ended by itself, that has been said
             os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
+        server.wait(120)
     assert stored(bucket_address)
     assert not (tmp_path / "mlflow.db").exists()
     assert not any(secret in (tmp_path / "log").read_text() for secret in SECRETS.values())

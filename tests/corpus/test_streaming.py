@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from joblib import cpu_count
 
 from pause_ray.errors import ClusterError, StorageError
 from pause_ray.spec import JsonObject
@@ -62,6 +62,6 @@ def test_any_other_error_of_ray_stays_what_it_is() -> None:
 def test_a_cluster_makes_as_many_rows_at_once_as_it_has_places_for_and_one_machine_as_it_has_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also a cluster that has only its head yet."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert streaming._tasks_at_once() == os.cpu_count()
+    assert streaming._tasks_at_once() == cpu_count()
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert streaming._tasks_at_once() is None

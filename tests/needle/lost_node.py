@@ -33,7 +33,7 @@ def main(tokenizer: Path, essays: Path, told: Path) -> None:
     ray.init(address=cluster.address, log_to_driver=False)
     job, asked = job_of(tokenizer, essays, depth_percent={"from": 0, "to": 100, "count": 10})
     fleet = Fleet.start(num_actors=2, cpus=1, threads=1, engine=SlowEngine(facts=FACTS, cell_seconds=0.5))
-    within(60, lambda: len(fleet.state().pids) == 2)
+    within(180, lambda: len(fleet.state().pids) == 2)
     before = fleet.state().pids
     raylet = other.all_processes["raylet"][0].process.pid
     there = [pid for pid in before if parent_of(pid) == raylet]

@@ -255,7 +255,7 @@ def test_several_callers_that_hold_nothing_share_the_same_actors(tokenizer_dir: 
 def test_a_trial_that_comes_later_does_not_wait_for_the_whole_of_another(tokenizer_dir: Path, essays_dir: Path, caller: Any) -> None:
     job, asked = job_of(tokenizer_dir, essays_dir, depth_percent={"from": 0, "to": 100, "count": 10})
     order: list[str] = []
-    with running(SlowEngine(facts=FACTS)) as started:
+    with running(SlowEngine(facts=FACTS, cell_seconds=0.5)) as started:
         within(120, lambda: len(started.state().pids) == 2)
         first = threading.Thread(target=started.score, args=(job, asked), kwargs={"on_result": lambda _: order.append("first")})
         first.start()
@@ -265,7 +265,7 @@ def test_a_trial_that_comes_later_does_not_wait_for_the_whole_of_another(tokeniz
         first.join(timeout=240)
     assert waited[:2] == [True, False], "it is told that it waits, and when that is over"
     assert order.count("first") == len(asked) == 30
-    assert order.index("second") < 15
+    assert order.index("second") < 25
     assert len(order) - 1 - order[::-1].index("second") < 30, "all of the second before the end of the first"
 
 
@@ -274,16 +274,17 @@ def test_the_cells_of_a_caller_whose_process_dies_are_asked_no_further(tokenizer
 
     job, asked = job_of(tokenizer_dir, essays_dir, depth_percent={"from": 0, "to": 100, "count": 10})
     with running(SlowEngine(facts=FACTS, cell_seconds=1.0), num_actors=1) as started:
+        within(120, lambda: len(started.state().pids) == 1)
+        before = started.state().pids
         dying = caller.remote()
         dying.score.remote(started, job, asked)
-        within(60, lambda: started.state().orders == 1)
-        before = started.state().pids
+        within(120, lambda: started.state().orders == 1)
         ray.kill(dying)
-        within(20, lambda: started.state().orders == 0)
+        within(60, lambda: started.state().orders == 0)
         began = time.monotonic()
         started.score(job, asked[:1], on_result=lambda _: None)
-        assert time.monotonic() - began < 10, "thirty cells take thirty seconds"
-        assert started.state().pids == (before or started.state().pids)
+        assert time.monotonic() - began < 20, "thirty cells take thirty seconds"
+        assert started.state().pids == before
 
 
 def test_scoring_can_be_asked_to_end_after_the_running_cells(tokenizer_dir: Path, essays_dir: Path) -> None:
@@ -295,10 +296,10 @@ def test_scoring_can_be_asked_to_end_after_the_running_cells(tokenizer_dir: Path
         if len(results) == 2:
             started.finish()
 
-    with running(SlowEngine(facts=FACTS)) as started:
+    with running(SlowEngine(facts=FACTS, cell_seconds=0.5)) as started:
         with pytest.raises(StoppedError, match="the same command goes on"):
             started.score(job, asked, on_result=note)
-        assert 2 <= len(results) < 10
+        assert 2 <= len(results) < 20
         with pytest.raises(StoppedError):
             started.score(job, asked, on_result=note)
 
@@ -306,7 +307,7 @@ def test_scoring_can_be_asked_to_end_after_the_running_cells(tokenizer_dir: Path
 def test_actors_come_with_the_work_and_go_when_there_is_none(tokenizer_dir: Path, essays_dir: Path) -> None:
     job, asked = job_of(tokenizer_dir, essays_dir, depth_percent={"from": 0, "to": 100, "count": 5})
     most: list[int] = []
-    with running(SlowEngine(facts=FACTS), num_actors=(0, 2), idle_seconds=0.5) as started:
+    with running(SlowEngine(facts=FACTS, cell_seconds=1.0), num_actors=(0, 2), idle_seconds=0.5) as started:
         assert started.state().pids == ()
         started.score(job, asked, on_result=lambda _: most.append(len(started.state().pids)))
         assert max(most) == 2

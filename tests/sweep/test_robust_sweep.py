@@ -129,7 +129,7 @@ def test_one_interrupt_finishes_the_running_cell_and_says_how_to_go_on(
     texts: Path, undisturbed: tuple[Path, float], tmp_path: Path
 ) -> None:
     sweep = texts / "stubbed.yaml"
-    with started(sweep, tmp_path, cell_seconds=1.0) as process:
+    with started(sweep, tmp_path, cell_seconds=2.0) as process:
         wait_until(lambda: len(whole_lines(tmp_path)) >= 2, process)
         time.sleep(0.3)  # into the next cell
         answered = len(whole_lines(tmp_path))
@@ -163,11 +163,11 @@ def test_a_second_interrupt_ends_at_once_what_never_would(texts: Path, tmp_path:
 
 def test_a_trial_that_hangs_and_one_that_cannot_be_trained_cost_only_themselves(texts: Path, tmp_path: Path) -> None:
     ranks = {"train.lora.rank": {"grid": [HANGING_RANK, FAILING_RANK, 2]}}
-    sweep = write_stub_sweep(texts, name="mixed", **{"search": ranks, "trial_timeout_minutes": 0.1})
+    sweep = write_stub_sweep(texts, name="mixed", **{"search": ranks, "trial_timeout_minutes": 0.3})
     code, output = run_to_its_end(sweep, tmp_path)
     output = " ".join(output.split())
     assert code == 2, output
-    assert f"rank={HANGING_RANK} #0 failed: said nothing for 0.1 minutes (" in output
+    assert f"rank={HANGING_RANK} #0 failed: said nothing for 0.3 minutes (" in output
     assert f"rank={FAILING_RANK} #0 failed: train.lora.rank {FAILING_RANK}" in output
     assert "3 of 5 trials are finished" in output
     assert len(ledgers(tmp_path)) == 3

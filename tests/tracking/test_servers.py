@@ -119,7 +119,7 @@ def start_sweep(folder: Path, storage: Storage, *, mlflow: str) -> subprocess.Po
 
 def one_whole_and_one_growing(uri: str, sweep: subprocess.Popen[str]) -> Any:
     """The run of the second training, as soon as it has some steps and the first one's is whole."""
-    until = time.monotonic() + 120
+    until = time.monotonic() + 240
     while True:
         assert sweep.poll() is None, sweep.communicate()[0]
         assert time.monotonic() < until, "it never happened"

@@ -194,7 +194,7 @@ def test_an_unreachable_server_is_said_quickly_in_one_line(storage: Storage) -> 
             started = time.monotonic()
             with pytest.raises(TrackingError) as caught:
                 log_sweep(two_trials_once(storage), storage, uri=f"{scheme}://anna:secret@127.0.0.1:{port}/db?token=hidden")
-            assert time.monotonic() - started < 30
+            assert time.monotonic() - started < 60
             message = str(caught.value)
             assert f"{scheme}://127.0.0.1:{port}/db" in message
             assert "Connection refused" in message
@@ -211,7 +211,7 @@ def test_a_server_that_never_answers_is_given_up_in_time(storage: Storage) -> No
         started = time.monotonic()
         with pytest.raises(TrackingError):
             log_sweep(two_trials(storage), storage, uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
-        assert time.monotonic() - started < 30
+        assert time.monotonic() - started < 60
 
 
 @pytest.fixture

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
+from joblib import cpu_count
 
 from pause_ray.storage import Storage
 from pause_ray.train.launch import TrainJob, fit
@@ -17,7 +19,7 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize(("threads", "expected"), [(None, os.cpu_count()), (3, 3)])
+@pytest.mark.parametrize(("threads", "expected"), [(None, cpu_count()), (3, 3)])
 def test_a_trial_of_one_logical_cpu_trains_on_all_cores_unless_told_otherwise(tmp_path: Path, threads: int | None, expected: int) -> None:
     job = TrainJob(
         train=TrainSpec(steps=1, batch_size=1, accumulation=1, precision="float32", lora=LoraSpec(rank=2, alpha=2)),
@@ -32,6 +34,27 @@ def test_a_trial_of_one_logical_cpu_trains_on_all_cores_unless_told_otherwise(tm
     threads_before, threads_in_step = ray.get(ray.remote(num_cpus=1)(_threads_of_a_training).remote(job, tmp_path / "root"))
     assert threads_before == 1
     assert threads_in_step == expected
+
+
+@pytest.fixture
+def one_core() -> Iterator[None]:
+    """For this process, of all that the machine has."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield
+    os.sched_setaffinity(0, before)
+
+
+@pytest.mark.usefixtures("one_core")
+def test_a_process_computes_on_no_more_cores_than_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pause_ray.corpus import streaming
+    from pause_ray.needle.actor import ScoringActor
+    from pause_ray.train import worker
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert ScoringActor(None, threads=None, neighbours=1)._threads == 1
+    assert worker._share_of_cores() == 1
+    assert streaming._tasks_at_once() == 1
 
 
 def _threads_of_a_training(job: TrainJob, root: Path) -> tuple[int, int]:

@@ -101,7 +101,7 @@ def test_a_training_in_a_thread_ends_when_it_is_asked_to_and_goes_on(llama: Path
 
     thread = threading.Thread(target=train)
     thread.start()
-    thread.join(60)
+    thread.join(240)
     assert not thread.is_alive()
     assert raised
     training = RunningTraining(folder=folder_of(job, tmp_path), belongs_to={})

@@ -107,7 +107,7 @@ def test_an_adapter_is_given_while_the_training_goes_on(model: Path, tmp_path: P
 
     def train(stop: threading.Event) -> None:
         leave_rung(model, tmp_path / "c", 2)
-        assert asked.wait(30), "the adapter was given only when the training had ended"
+        assert asked.wait(120), "the adapter was given only when the training had ended"
 
     training = background(tmp_path / "c", train)
     adapter = training.adapter_after(2)
@@ -123,7 +123,7 @@ def test_a_rung_below_the_last_checkpoint_is_not_waited_for(tmp_path: Path) -> N
     folder = training_folder(tmp_path / "c") / "step-5"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text("{}")
-    training = background(tmp_path / "c", lambda stop: stop.wait(30))
+    training = background(tmp_path / "c", lambda stop: stop.wait(120))
     assert training.adapter_after(5) is None
     assert training.goes_on
     training.end()
