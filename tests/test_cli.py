@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,13 +22,14 @@ SUITE = "eval/suites/single.yaml"
 
 def pause_ray(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pause_ray", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
 
 
 def test_check_lists_the_trials_quickly() -> None:
-    started = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = pause_ray("check", QUICKSTART)
-    assert time.monotonic() - started < 5  # half a second on an idle machine
+    computed = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    assert computed < 5, "half a second, unless torch or Ray is imported"
     assert done.returncode == 0
     assert "7 trials, 63 cells, no mistakes found" in done.stdout
 
