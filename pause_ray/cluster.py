@@ -39,6 +39,8 @@ WAITED_IN_VAIN = re.compile(r"(timed out|(failed|unable) to connect|deadline).*\
 MARKET = "ray.io/market-type"
 STAYS: Mapping[str, str] = {MARKET: "on-demand"}
 """Labels of nodes that nobody takes away."""
+NEVER_UP = "timed out during startup"
+"""Ray's words where its own processes take too long."""
 logger = logging.getLogger("pause_ray")
 
 
@@ -50,7 +52,7 @@ def connection() -> Iterator[None]:
     and stops it at the end. A connection that exists already is used and kept.
 
     Raises:
-        ClusterError: there is no such cluster, it refuses, or it is of other versions.
+        ClusterError: there is no such cluster, it refuses, it is of other versions, or it does not come up here.
     """
     if ray.is_initialized():
         yield
@@ -70,13 +72,21 @@ def connection() -> Iterator[None]:
     else:
         # A thread that spins while it waits keeps the core from the one that it waits for, in another process too.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        ray.init(
-            address="local",  # not one that happens to run on this machine
-            num_cpus=max(LOCAL_LOGICAL_CPUS, cpu_count()),
-            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            **quiet,
-        )
+        try:
+            ray.init(
+                address="local",  # not one that happens to run on this machine
+                num_cpus=max(LOCAL_LOGICAL_CPUS, cpu_count()),
+                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                **quiet,
+            )
+        except Exception as error:
+            if NEVER_UP not in str(error):  # Ray has no class of its own for it
+                raise
+            raise ClusterError(
+                "Ray has not come up on this machine within half a minute, which happens where others keep all cores busy; "
+                "run the same command again when there is less to do here"
+            ) from error
     try:
         yield
     finally:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 
 import pytest
 
 from pause_ray import cluster
-from pause_ray.errors import SpecError
+from pause_ray.errors import ClusterError, SpecError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -93,6 +94,21 @@ def test_groups_without_room_are_those_that_ask_for_what_is_held_and_a_node_coul
     finally:
         for group in groups.values():
             remove_placement_group(group)
+
+
+def test_a_machine_that_is_too_busy_for_ray_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private.node import Node
+
+    def never_up(**_: object) -> None:
+        raise RuntimeError("The current node timed out during startup. This could happen because")
+
+    assert cluster.NEVER_UP in inspect.getsource(Node.__init__)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", never_up)
+    with pytest.raises(ClusterError, match=r"has not come up on this machine .* when there is less to do here"):
+        with cluster.connection():
+            pass
 
 
 def test_why_a_cluster_cannot_be_joined_is_told_in_one_line() -> None:

@@ -122,6 +122,9 @@ def test_what_is_watched_is_what_happens(cluster: RealCluster, sweep_file: Path,
         assert found.is_live
         assert f"process {process.pid} " in found.driver
         assert {trial.stage for trial in found.live.running} <= {"starting", "text", "training", "queued", "scoring"}
+        until(lambda: status_of(tmp_path).by_state == {"finished": 4})
+        expected = expected_counts(tmp_path)
+        samples = told_at_last(cluster, found.name, expected | LAST_WORDS)
         output, _ = process.communicate(timeout=400)
         assert process.returncode == 0, output
     found = status_of(tmp_path)
@@ -129,7 +132,6 @@ def test_what_is_watched_is_what_happens(cluster: RealCluster, sweep_file: Path,
     assert found.by_state == {"finished": 4}
     assert found.driver is None
     assert (found.live.running, found.live.ended_by) == ((), None)
-    expected = expected_counts(tmp_path)
     told = found.as_json()
     assert (told["cells_done"], told["cells"]) == (48, 48)
     assert told["tokens"] == {
@@ -137,26 +139,30 @@ def test_what_is_watched_is_what_happens(cluster: RealCluster, sweep_file: Path,
         "decoded": expected["ray_pause_ray_decoded_tokens_total", (("asked", "grid"),)],
         "trained": expected["ray_pause_ray_trained_tokens_total", ()],
     }
-    sweep = found.name
-
-    def all_counted() -> Samples | None:
-        samples = scraped(cluster, sweep)
-        return samples if all(samples.get(key) == value for key, value in expected.items()) else None
-
-    samples = until(all_counted, seconds=120)
     assert {name for name, _ in samples} <= {metric.exported for metric in METRICS}
-    check_last_words(samples)
+    assert ("ray_pause_ray_gpu_idle_share", ()) not in samples
     check_lines(cluster, [trial.digest for trial in found.trials])
 
 
-def check_last_words(samples: Samples) -> None:
-    """Figures of a moment stay for a while after the driver: those of its end."""
-    assert samples["ray_pause_ray_cells_left", ()] == 0
-    assert samples["ray_pause_ray_trials", (("state", "done"),)] == 4
-    assert samples["ray_pause_ray_trials", (("state", "to_come"),)] == 0
-    assert samples["ray_pause_ray_gpus", ()] == 0
-    assert ("ray_pause_ray_gpu_idle_share", ()) not in samples
-    assert samples["ray_pause_ray_scoring_actors", (("state", "busy"),)] == 0
+LAST_WORDS: Samples = {
+    ("ray_pause_ray_cells_left", ()): 0,
+    ("ray_pause_ray_trials", (("state", "done"),)): 4,
+    ("ray_pause_ray_trials", (("state", "to_come"),)): 0,
+    ("ray_pause_ray_gpus", ()): 0,
+    ("ray_pause_ray_scoring_actors", (("state", "busy"),)): 0,
+}
+"""Figures of a moment as they are at a sweep's end."""
+
+
+def told_at_last(cluster: RealCluster, sweep: str, expected: Samples) -> Samples:
+    """Each figure as it was seen last, when all are as expected. Those of a moment are forgotten some seconds after the sweep's end."""
+    seen: Samples = {}
+    deadline = time.monotonic() + 240
+    while not expected.items() <= seen.items():
+        assert time.monotonic() < deadline, seen
+        seen |= scraped(cluster, sweep)
+        time.sleep(0.2)
+    return seen
 
 
 def check_lines(cluster: RealCluster, trials: list[str]) -> None:

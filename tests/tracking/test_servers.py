@@ -95,6 +95,12 @@ def steps(client: Any, run: Any) -> list[int]:
     return [point.step for point in client.get_metric_history(run.info.run_id, "training_loss")]
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a server that is slow because everything here is."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[MlflowServer]:
     folder = tmp_path / "server"
