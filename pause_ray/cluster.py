@@ -81,12 +81,12 @@ def connection() -> Iterator[None]:
                 **quiet,
             )
         except Exception as error:
-            if NEVER_UP not in str(error):  # Ray has no class of its own for it
-                raise
-            raise ClusterError(
-                "Ray has not come up on this machine within half a minute, which happens where others keep all cores busy; "
-                "run the same command again when there is less to do here"
-            ) from error
+            if NEVER_UP in str(error):  # Ray has no class of its own for it
+                raise ClusterError(
+                    "Ray has not come up on this machine within half a minute, which happens where others keep all cores busy; "
+                    "run the same command again when there is less to do here"
+                ) from error
+            raise
     try:
         yield
     finally:
