@@ -411,8 +411,9 @@ def _check_scheduler(scheduler: SchedulerSpec, governed: Sequence[TrialSpec], *,
             raise SpecError(f"{origin}: {scheduler.kind} ends trainings early, and trials without train have none; leave scheduler out")
         steps = [*scheduler.steps(spec.train.steps), spec.train.steps]
         if any(earlier >= later for earlier, later in itertools.pairwise(steps)):
+            room = sorted({step for step in steps if step < spec.train.steps})
             raise SpecError(
-                f"{origin}: rungs {scheduler.rungs} with reduction {scheduler.reduction} of train.steps {spec.train.steps} would be at "
-                f"steps {steps[:-1]}, which must rise and lie before the end; lower rungs or reduction, or train longer"
+                f"{origin}: rungs {scheduler.rungs} with reduction {scheduler.reduction} do not fit into train.steps "
+                f"{spec.train.steps}, which has room for {len(room)}, at steps {room}; lower rungs or reduction, or train longer"
             )
         proxy_suite(spec.eval, facts=scheduler.proxy.facts, context_tokens=scheduler.proxy.context_tokens or spec.eval.context_tokens)

@@ -125,7 +125,7 @@ def test_replicates_differ_in_seed_and_needle_but_not_in_anything_else() -> None
         ({"constraints": [AT_MOST_1], "arms": {"low": {"pauses.every": 7}}}, r"arm low: none of its trials keeps the constraints"),
         ({"objective": {"metric": "score_edges"}}, r"objective\.metric score_edges: no task of arm pause_tuned asks cells that count"),
         ({"objective": {"metric": "recall"}}, r"objective\.metric = \"recall\""),
-        ({"scheduler": {"kind": "asha"}}, r"scheduler: rungs 3 with reduction 3 of train\.steps 2 would be at steps \[1, 1, 1\]"),
+        ({"scheduler": {"kind": "asha"}}, r"scheduler: rungs 3 .* not fit into train\.steps 2, which has room for 1, at steps \[1\]"),
         ({"search": {}, "scheduler": {"kind": "asha"}}, r"scheduler: asha compares trials, and the search gives one"),
         ({"train_together": 2, "search": {}, "arms": {}}, r"train_together 2: there are no two trials to train together"),
     ],
