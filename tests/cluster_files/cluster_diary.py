@@ -16,9 +16,9 @@ from typing import Any
 SECONDS = 0.25
 
 
-def look(client: Any) -> dict[str, Any]:
-    """Workers by type and how long they have been idle; what waits for room; nodes that somebody wants to be there."""
-    from ray.core.generated import autoscaler_pb2
+def look(client: Any, state_accessor: Any) -> dict[str, Any]:
+    """Workers by type and how long they have been idle; groups of places; what waits for room; nodes that somebody wants to be there."""
+    from ray.core.generated import autoscaler_pb2, gcs_pb2
 
     from pause_ray.demand import demand_of
 
@@ -27,6 +27,7 @@ def look(client: Any) -> dict[str, Any]:
     state = status.cluster_resource_state
     alive = [node for node in state.node_states if node.status != autoscaler_pb2.NodeStatus.DEAD]
     wishes = demand_of(status).wishes
+    groups = [gcs_pb2.PlacementGroupTableData.FromString(group) for group in state_accessor.get_placement_group_table()]
     return {
         "time": time.monotonic(),
         "workers": [
@@ -38,6 +39,11 @@ def look(client: Any) -> dict[str, Any]:
             for node in alive
             if "node:__internal_head__" not in node.total_resources
         ],
+        "groups": [
+            [[dict(bundle.unit_resources), dict(bundle.label_selector)] for bundle in group.bundles]
+            for group in groups
+            if group.state != gcs_pb2.PlacementGroupTableData.REMOVED
+        ],
         "wishes": [[dict(wish.resources), list(wish.labels), wish.is_hopeless, number] for wish, number in wishes.items()],
         "wanted": [
             [dict(request.request.resources_bundle), request.count]
@@ -48,12 +54,14 @@ def look(client: Any) -> dict[str, Any]:
 
 
 def main(address: str, file: Path) -> None:
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient, GcsClientOptions, GlobalStateAccessor
 
     client = GcsClient(address)
+    state_accessor = GlobalStateAccessor(GcsClientOptions.create(address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False))
+    assert state_accessor.connect()
     with file.open("w") as lines:
         while True:
-            lines.write(json.dumps(look(client)) + "\n")
+            lines.write(json.dumps(look(client, state_accessor)) + "\n")
             lines.flush()
             time.sleep(SECONDS)
 
