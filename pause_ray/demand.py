@@ -22,11 +22,13 @@ LOOK_SECONDS = 0.5
 RPC_SECONDS = 10
 NODE_RESOURCES = ("CPU", "GPU")
 """Of all that a node has, what people count."""
+WITHIN_A_GROUP = "bundle_group_"
+"""How the resource begins by which Ray sends work to the nodes of a placement group that has its places."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """A piece of one node that somebody waits for."""
+    """A piece of one node that somebody waits for; who waits within what is held already waits for nothing of the cluster."""
 
     resources: tuple[tuple[str, float], ...]
     """Name and number, sorted."""
@@ -66,6 +68,8 @@ def demand_of(status: Any) -> Demand:
     hopeless_groups = {_group_id(group) for group in told.infeasible_gang_resource_requests}
     wishes: Counter[Wish] = Counter()
     for entry in state.pending_resource_requests:
+        if any(name.startswith(WITHIN_A_GROUP) for name in entry.request.resources_bundle):
+            continue
         wishes[_wish(entry.request, is_hopeless=_piece(entry.request) in hopeless_pieces)] += entry.count
     for group in state.pending_gang_resource_requests:
         wishes.update(_wish(request, is_hopeless=_group_id(group) in hopeless_groups) for request in _requests_of(group))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,6 +61,36 @@ def test_what_an_autoscaler_says_of_it_is_told_of_the_right_piece() -> None:
     assert (found.starting, found.failed) == ({"h100x1": 3}, ("a (quota)", "b (no capacity)"))
     told.infeasible_resource_requests.append(request(A_GPU))
     assert all(wish.is_hopeless for wish in demand_of(asked).wishes)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_who_waits_within_places_that_are_held_asks_the_cluster_for_nothing(tmp_path: Path) -> None:
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    from pause_ray.demand import _status, demand_of
+
+    go_on = tmp_path / "go-on"
+
+    @ray.remote(num_cpus=1)
+    def take_turns() -> None:
+        while not go_on.exists():
+            time.sleep(0.1)
+
+    group = placement_group([A_CPU])
+    within = take_turns.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group))
+    turns = [within.remote() for _ in range(2)]
+    try:
+        until = time.monotonic() + 120
+        while not (seen := _status()).cluster_resource_state.pending_resource_requests:
+            assert time.monotonic() < until, "nobody waits"
+            time.sleep(0.1)
+        assert demand_of(seen).wishes == {}
+    finally:
+        go_on.touch()
+        ray.get(turns, timeout=120)
+        remove_placement_group(group)
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -156,7 +156,7 @@ def diary(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> It
 
     try:
         done = subprocess.run(
-            [*shlex.split(submit)[:3], *options, *map(str, job)], env=environment, capture_output=True, text=True, check=False, timeout=600
+            [*shlex.split(submit)[:3], *options, *map(str, job)], env=environment, capture_output=True, text=True, check=False, timeout=1500
         )
         assert done.returncode == 0, done.stdout + done.stderr
         ledgers = list((folder / "runs" / "trials").glob("*/cells.jsonl"))
