@@ -305,7 +305,7 @@ def test_scoring_can_be_asked_to_end_after_the_running_cells(tokenizer_dir: Path
 
 
 def test_actors_come_with_the_work_and_go_when_there_is_none(tokenizer_dir: Path, essays_dir: Path) -> None:
-    job, asked = job_of(tokenizer_dir, essays_dir, depth_percent={"from": 0, "to": 100, "count": 5})
+    job, asked = job_of(tokenizer_dir, essays_dir, depth_percent={"from": 0, "to": 100, "count": 10})
     most: list[int] = []
     with running(SlowEngine(facts=FACTS, cell_seconds=1.0), num_actors=(0, 2), idle_seconds=0.5) as started:
         assert started.state().pids == ()

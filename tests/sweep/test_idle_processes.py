@@ -65,7 +65,7 @@ def test_a_process_without_a_trial_ends_while_others_run_and_another_starts_for_
         tune.with_resources(tune.with_parameters(Waits, folder=tmp_path), tune.PlacementGroupFactory([{"CPU": EACH}])),
         tune.TuneConfig(
             search_alg=Asking(lambda: next(coming, None), ended=note_end),
-            scheduler=EndsIdle(0.5),
+            scheduler=EndsIdle(2.0),
             num_samples=-1,
             reuse_actors=True,
             max_concurrent_trials=2,

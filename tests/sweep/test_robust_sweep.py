@@ -129,7 +129,7 @@ def test_one_interrupt_finishes_the_running_cell_and_says_how_to_go_on(
     texts: Path, undisturbed: tuple[Path, float], tmp_path: Path
 ) -> None:
     sweep = texts / "stubbed.yaml"
-    with started(sweep, tmp_path, cell_seconds=2.0) as process:
+    with started(sweep, tmp_path, cell_seconds=5.0) as process:
         wait_until(lambda: len(whole_lines(tmp_path)) >= 2, process)
         time.sleep(0.3)  # into the next cell
         answered = len(whole_lines(tmp_path))
