@@ -1,4 +1,4 @@
-"""What the README shows can be typed, and what the architecture's document says of the code is so."""
+"""What the README shows can be typed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from typer.testing import CliRunner
 
 from pause_ray.cli.main import app
 from pause_ray.sweep.spec import expand, read_sweep
-from tests.architecture.test_layers import LAYERS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 
 def test_the_sweep_in_the_readme_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,21 +39,6 @@ def test_every_file_that_the_readme_names_is_there() -> None:
     named = set(re.findall(r"\b((?:sweeps|eval|docs)/[\w/.-]+\.(?:yaml|md|png))", README))
     assert named
     assert [name for name in named if not (ROOT / name).exists()] == []
-
-
-def test_the_lines_of_the_architecture_are_those_that_are_held() -> None:
-    [block] = re.findall(r"do not import each other\.\n\n((?:    .*\n)+)", ARCHITECTURE)
-    assert [set(line.strip().split(" | ")) for line in block.splitlines()] == LAYERS
-
-
-def test_the_architecture_says_where_everything_is() -> None:
-    places = ARCHITECTURE[ARCHITECTURE.index("## Where things are") : ARCHITECTURE.index("## On storage")]
-    named = set(re.findall(r"`(?:pause_ray/)?([\w/]+(?:/|\.py|\.yaml))`", places))
-    package = [path for path in (ROOT / "pause_ray").iterdir() if not path.name.startswith("_")]
-    assert {path.name if path.is_file() else f"{path.name}/" for path in package if path.is_dir() or path.suffix == ".py"} - named == set()
-    assert {name for name in named if not any((root / name).exists() for root in (ROOT, ROOT / "pause_ray"))} == set()
-    words = set(re.findall(r"`(\w+)`", places))
-    assert words - {path.stem for path in (ROOT / "pause_ray").rglob("*.py")} == set()
 
 
 def test_help_lists_the_verbs() -> None:
