@@ -1,4 +1,4 @@
-"""docs/cluster.md followed on this machine with secrets in every process's environment: its commands work, and no secret is written.
+"""docs/cluster/ followed on this machine with secrets in every process's environment: its commands work, and no secret is written.
 
 The blocks that need no cloud run as they stand, in one shell, but for ports and for the sweep, which is a tiny one in the quickstart's
 place. Everything is written below one folder and one session of Ray, and every byte of both is looked through.

@@ -1,4 +1,4 @@
-"""Every command of docs/cluster.md can be typed: shells, files, verbs and flags exist, also where no test can run it."""
+"""Every command of docs/cluster/ can be typed: shells, files, verbs and flags exist, also where no test can run it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from pause_ray.cli.main import app
 from pause_ray.engines.published import PUBLISHED
 from tests.cluster_files.autoscaler import ROOT
-from tests.cluster_files.document import ELSEWHERE, RUN_HERE, TEXT, Block, blocks
+from tests.cluster_files.document import ELSEWHERE, FOLDER, PAGES, RUN_HERE, TEXT, Block, blocks
 from tests.content.stand_in import write_stand_in
 
 BLOCKS = blocks()
@@ -44,7 +44,9 @@ def words_of(block: Block, program: str) -> list[list[str]]:
 def test_every_block_says_where_it_can_run() -> None:
     assert {block.mark for block in BLOCKS} == {RUN_HERE, *ELSEWHERE}
     assert TEXT.count("```") == 2 * len(BLOCKS)
-    assert {block.section for block in BLOCKS if block.mark == RUN_HERE} == {"One machine", "What it will take"}
+    assert {block.page for block in BLOCKS if block.mark == RUN_HERE} == {"local.md", "README.md"}
+    assert {block.mark for block in BLOCKS if block.page == "local.md"} == {RUN_HERE}
+    assert {block.section for block in BLOCKS if block.mark == RUN_HERE and block.page == "README.md"} == {"What it will take"}
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.text.splitlines()[0][:40])
@@ -53,9 +55,20 @@ def test_a_shell_can_read_it(block: Block) -> None:
 
 
 def test_every_file_that_is_named_is_there() -> None:
-    named = set(re.findall(r"\b(?:sweeps|cluster|eval|docs)/[\w./-]*\w", TEXT)) | set(re.findall(r"\]\((\w+\.md)", TEXT))
+    named = set(re.findall(r"\b(?:sweeps|cluster|eval|docs)/[\w./-]*\w", TEXT))
     assert len(named) > 5
-    assert [name for name in sorted(named) if not (ROOT / name).exists() and not (ROOT / "docs" / name).exists()] == []
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    assert {path.name for path in FOLDER.glob("*.md")} == set(PAGES)
+
+
+def test_every_link_leads_to_a_page_and_a_section() -> None:
+    links = set(re.findall(r"\]\(([\w./-]*)#?([\w-]*)\)", TEXT))
+    assert len(links) > 5
+    for name, anchor in links:
+        page = FOLDER / name if name else FOLDER / "README.md"
+        assert page.exists(), name
+        titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert not anchor or anchor in {title.lower().replace(" ", "-") for title in titles}, anchor
 
 
 def test_verbs_and_their_options_exist() -> None:
