@@ -5,7 +5,7 @@ STORAGE ?= runs
 WORKERS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test test-fast test-kills exactness bench bench-train bench-together bench-sweep bench-cluster lint format constraints clean
+.PHONY: help install quickstart test test-fast test-kills exactness bench bench-train bench-together bench-sweep bench-cluster lint format docs constraints clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -65,6 +65,9 @@ constraints: install  ## write the versions that are installed now into constrai
 	{ echo "# Every package of a tested installation, for pip's -c. Made by: make constraints"; \
 	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.txt.new
 	mv constraints.txt.new constraints.txt
+
+docs: install  ## write docs/configuration.md from the specs
+	$(BIN)/python docs/generate_configuration.py
 
 clean:  ## remove caches and the environment, keep runs/
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -69,6 +69,7 @@ class GpuTable(Spec):
     """A file of GPUs (``cluster/gpus.yaml``)."""
 
     gpus: tuple[GpuSpec, ...] = Field(min_length=1)
+    """The GPUs, in the order in which they are preferred where no name is given."""
 
     def choose(self, *, name: str | None, memory_gb: float | None) -> GpuSpec:
         """The GPU of that name; without one, the first with that much memory, or the first with 80 GB.

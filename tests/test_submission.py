@@ -108,7 +108,8 @@ def submit(cluster: RealCluster, sweep: Path, storage: Path, *more: str, **envir
 
 def as_documented(cluster: RealCluster, sweep: Path, storage: Path) -> subprocess.Popen[str]:
     """The README's ``ray job submit`` with this cluster, sweep and storage in it; what is not installed here goes along as variables."""
-    [command] = re.findall(r"`(RAY_AUTH_MODE=token ray job submit [^`]+)`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    [command] = re.findall(r"^ *(RAY_AUTH_MODE=token ray job submit [^#\n]+)", text, flags=re.MULTILINE)
     here = {"http://HEAD:8265": cluster.address, "sweeps/quickstart.yaml": sweep.name, "/mnt/shared/runs": str(storage)}
     words = [here.get(word, word) for word in shlex.split(command)]
     assert set(here.values()) <= set(words)

@@ -46,6 +46,7 @@ class FactFile(Spec):
     """A file of fact templates (``eval/needles/*.yaml``)."""
 
     facts: tuple[FactSpec, ...] = Field(min_length=1)
+    """The templates."""
 
 
 class CorpusSpec(Spec):

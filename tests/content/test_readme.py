@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from pause_ray.cli.main import app
@@ -30,7 +33,7 @@ def test_the_sweep_in_the_readme_is_one(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_every_verb_of_the_readme_exists() -> None:
-    verbs = set(re.findall(r"^\| `pause-ray (\w+)", README, flags=re.MULTILINE))
+    verbs = set(re.findall(r"pause-ray ([a-z]+)", README))
     known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     assert verbs == known
 
@@ -44,3 +47,12 @@ def test_every_file_that_the_readme_names_is_there() -> None:
 def test_help_lists_the_verbs() -> None:
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "120"})
     assert all(verb in shown.output for verb in ("check", "corpus", "train", "eval", "sweep", "report"))
+
+
+def test_every_command_of_the_readme_can_be_typed() -> None:
+    commands = re.findall(r"^    (pause-ray .*)$", README.replace("\\\n", " "), flags=re.MULTILINE)
+    assert len(commands) > 8
+    verbs: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for command in commands:
+        _, verb, *arguments = shlex.split(command, comments=True)
+        verbs[verb].make_context(verb, arguments)

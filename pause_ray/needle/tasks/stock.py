@@ -36,6 +36,7 @@ class NeedleFile(Spec):
     """A file of needles (``eval/needles/*.yaml``)."""
 
     needles: tuple[NeedleSpec, ...] = Field(min_length=1)
+    """The needles; replicate r asks for needle r modulo their number."""
 
 
 class NeedleGroup(Spec):
@@ -67,6 +68,7 @@ class NeedleGroupFile(Spec):
     """A file of groups of needles (``eval/needles/*.yaml``)."""
 
     groups: tuple[NeedleGroup, ...] = Field(min_length=1)
+    """The groups; replicate r asks for group r modulo their number."""
 
 
 class SingleTask(Spec):
