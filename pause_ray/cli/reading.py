@@ -214,42 +214,31 @@ def export(
 
 @app.command("import")
 def import_(
-    sources: Annotated[
-        list[Path], typer.Argument(metavar="RESULTS", help="Folders or files of results; one run each.", show_default=False)
-    ],
-    out_file: Annotated[Path, typer.Option("--out", help="Ledger to write or to add to.", show_default=False)],
-    arm: Annotated[str | None, typer.Option(help="Name of the arm; default: the folder's.")] = None,
-    task: Annotated[str | None, typer.Option(help="Name of the task, by which arms are paired; default: the tester's.")] = None,
-    model: Annotated[str | None, typer.Option(help="Only results of this model.")] = None,
-    replicate: Annotated[int | None, typer.Option(min=0, help="Number of the first run; default: the file's version.")] = None,
-    keep_repeats: Annotated[bool, typer.Option("--keep-repeats", help="Results of one cell in one run are replicates.")] = False,
-    question: Annotated[str, typer.Option(help="What was asked, where files do not say.")] = "",
+    sources: Annotated[list[Path], typer.Argument(metavar="RESULTS", help="Folders or files of results, one per run.", show_default=False)],
+    out_file: Annotated[Path, typer.Option("--out", help="Ledger to create or to add to.", show_default=False)],
+    arm: Annotated[str | None, typer.Option(help="Name of the arm; default: name of the folder.")] = None,
+    task: Annotated[str | None, typer.Option(help="Name of the task; arms are compared by task; default: the tester's name.")] = None,
+    model: Annotated[str | None, typer.Option(help="Import only the results of this model.")] = None,
+    replicate: Annotated[int, typer.Option(min=0, help="Number of the first run.")] = 0,
+    question: Annotated[str, typer.Option(help="The question, if the files do not state it.")] = "",
     reference: Annotated[
-        list[str] | None, typer.Option(help="What a right answer contains, where files do not say. May be repeated.")
+        list[str] | None, typer.Option(help="A text that a right answer contains, if the files do not state it. May be repeated.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read results of the original needle-in-a-haystack tester (v0.1 folders, v2 JSONL) into a ledger.
+    """Import results of the original needle-in-a-haystack tester (0.1: folders of JSON; 2: JSONL) into a ledger.
 
     Example: `pause-ray import results/base_run1 results/base_run2 --out base.jsonl --reference sandwich --reference "Dolores Park"`
     """
     from pause_ray.needle.imported import Naming, import_results
 
-    naming = Naming(
-        arm=arm,
-        task=task,
-        model=model,
-        replicate=replicate,
-        keep_repeats=keep_repeats,
-        question=question,
-        references=tuple(reference or ()),
-    )
-    found = import_results(sources, out=out_file, naming=naming)
+    naming = Naming(arm=arm, task=task, model=model, replicate=replicate, question=question, references=tuple(reference or ()))
+    done = import_results(sources, out=out_file, naming=naming)
     if as_json:
-        print_json({**dataclasses.asdict(found), "ledger": str(found.ledger)})
+        print_json({**dataclasses.asdict(done), "ledger": str(out_file)})
         return
-    grid = f"{found.num_lengths} lengths × {found.num_depths} depths, {len(found.replicates)} replicates"
-    out.print(f"{found.arm}: {found.num_results} results of {found.model} ({grid}), {found.num_added} new, {found.num_unscored} unscored")
-    for note in found.notes:
+    grid = f"{done.num_lengths} lengths × {done.num_depths} depths, {len(done.replicates)} replicates"
+    out.print(f"{done.arm}: {done.num_results} results of {done.model} ({grid}), {done.num_added} new, {done.num_unscored} unscored")
+    for note in done.notes:
         out.print(f"note: {note}", highlight=False)
-    out.print(f"ledger: {found.ledger}", highlight=False, soft_wrap=True)
+    out.print(f"ledger: {out_file}", highlight=False, soft_wrap=True)

@@ -1,101 +1,140 @@
-"""Results of other testers as ledgers, so that they can be compared, reported and rescored like one's own.
+"""Imports results of other needle-in-a-haystack testers into ledgers, so that they can be compared, reported and rescored.
 
-What the files do not tell is not made up: prompt and content tokens are the asked length, pauses unknown and none counted, the
-needle's place ``UNKNOWN_TOKEN``. Each run (a folder; within it a version or seed) becomes a replicate. A row's ``cell_id`` is a digest of
-what was answered and when, so that a run that was copied has the same ids wherever it is imported.
+Two formats of github.com/gkamradt/needle-in-a-haystack are known. Version 0.1, in which the pause-tuning paper's answers were released,
+leaves a folder with one JSON object per cell, graded by a judge from 1 to 10. Version 2 leaves JSONL files, scored from 0 to 1. A column
+that a file does not state is not guessed: prompt and content tokens are the requested length, pauses and needle tokens are unknown.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-from pause_ray.errors import SourceError
-from pause_ray.needle.ledger import CellResult, FactResult, Ledger
-from pause_ray.needle.tester_results import TesterResult, read_tester_results
-from pause_ray.spec import digest
+from pydantic import AliasChoices, AliasPath, ConfigDict, Field
+
+from pause_ray.errors import SourceError, SpecError
+from pause_ray.needle.ledger import UNKNOWN_TOKEN, CellResult, FactResult, Ledger
+from pause_ray.needle.score import Score, grade
+from pause_ray.spec import Spec, digest
 from pause_ray.text.plain import plain
 
 
 @dataclass(frozen=True, kw_only=True)
 class Naming:
-    """How imported rows are named, where their files do not say."""
+    """Values for the columns of a ledger that result files leave open."""
 
     arm: str | None = None
-    """The ledger's ``arm``; None takes the folder's name, of several folders that of the one they are in."""
+    """Name of the arm; None takes the folder's name, and for several folders the name of the folder that contains them."""
     task: str | None = None
-    """None takes the tester's own name of the task."""
+    """Name of the task; None takes the tester's name."""
     model: str | None = None
-    """Only the results of this model; None takes all, which must then be of one model."""
-    replicate: int | None = None
-    """Number of the first run; the others count on from there. None takes the file's version (1 is replicate 0), if there is one folder."""
-    keep_repeats: bool = False
-    """Results of one cell in one run are replicates; otherwise they are refused."""
+    """Name of the only model whose results are imported; None requires that all results are of one model."""
+    replicate: int = 0
+    """Number of the first run; further runs count on from there."""
     question: str = ""
-    """What was asked, where files do not say."""
+    """The question, for files that do not state it."""
     references: tuple[str, ...] = ()
-    """What a right answer contains, where files do not say, so that the ledger can be rescored."""
+    """The texts that a right answer contains, for files that do not state them. Rescoring needs them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Imported:
-    """What an import left."""
+    """Summary of an import."""
 
-    ledger: Path
     arm: str
     model: str
     num_results: int
     num_added: int
-    """Not in the ledger before."""
+    """Number of results that the ledger did not have before."""
     num_unscored: int
     replicates: tuple[int, ...]
     num_lengths: int
     num_depths: int
     notes: tuple[str, ...]
-    """What to know about the results; empty if they are as they should be."""
+    """Irregularities of the results, such as cells that a replicate lacks."""
 
 
-@dataclass(frozen=True)
-class _Run:
-    name: str
-    results: Sequence[TesterResult]
+class _Needle(Spec):
+    """One hidden text."""
+
+    model_config = ConfigDict(extra="ignore")
+    text: str
+    token: int = Field(default=UNKNOWN_TOKEN, alias="insertion_token_index")
+    depth_percent: float = Field(alias="actual_depth_percent", ge=0, le=100)
+
+
+class TesterResult(Spec):
+    """One result in either format. An alias is the field's name in version 0.1, then in version 2; unknown fields are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+    schema_version: Literal[2] | None = None
+    model: str = Field(validation_alias=AliasChoices("model", "model_id"))
+    task_type: str = ""
+    context_length: int = Field(ge=1)
+    depth_percent: float = Field(ge=0, le=100, validation_alias=AliasChoices("depth_percent", "target_depth_percent"))
+    run: int = Field(default=0, validation_alias=AliasChoices("version", "seed"))
+    """Version or seed; results of one file or folder with different ones are different runs."""
+    seed: int = 0
+    needle: str | tuple[str, ...] = ()
+    needles: tuple[_Needle, ...] = Field(default=(), validation_alias=AliasPath("recipe", "needle_placements"))
+    content_tokens: int | None = Field(default=None, validation_alias=AliasPath("recipe", "final_context_token_count"))
+    question: str = Field(default="", validation_alias=AliasChoices("question", "prompt_question"))
+    expected_answer: str | None = None
+    expected: tuple[str, ...] = Field(default=(), validation_alias=AliasPath("needle_metadata", "expected_fragments"))
+    chain: tuple[str, ...] = Field(default=(), validation_alias=AliasPath("needle_metadata", "chain"))
+    response: str | dict[str, Any] | None = Field(default=None, validation_alias=AliasChoices("model_response", "response"))
+    """The answer, or an object of a Hugging Face client that has the answer as its ``text``."""
+    score: Any = None
+    error: str | None = None
+    input_tokens: int = Field(default=0, validation_alias=AliasPath("usage", "input_tokens"))
+    output_tokens: int = Field(default=0, validation_alias=AliasPath("usage", "output_tokens"))
+    cost_usd: float | None = None
+    seconds: float = Field(default=0.0, ge=0, validation_alias=AliasChoices("test_duration_seconds", "duration_seconds"))
+    timestamp: str = Field(default="", validation_alias=AliasChoices("test_timestamp_utc", "timestamp_utc"))
 
 
 def import_results(sources: Sequence[Path], *, out: Path, naming: Naming | None = None) -> Imported:
-    """Add the results of one arm to the ledger ``out``; those that it has already are left as they are.
+    """Add the results of one arm to a ledger; results that it already has are left as they are.
 
     Args:
-        sources: Folders or files of the original tester, versions 0.1 and 2; see ``needle.tester_results``.
-        out: Ledger; made if missing.
-        naming: What the files do not say.
+        sources: Folders or files of results; each version or seed in one of them is a run, which becomes a replicate.
+        out: Path of the ledger, which is created if it is missing.
+        naming: Values for what the files do not state.
 
     Raises:
-        SourceError: no results, broken ones, several of one cell, several models, a run twice, references in no needle.
-        StorageError: the ledger cannot be read or written.
+        SourceError: A source has no results or broken ones, a run has a cell twice, the results are of several models, two runs are
+            copies, or a reference occurs in no needle.
+        StorageError: The ledger cannot be read or written.
     """
     naming = naming or Naming()
-    found = [(source, _of_one_model(read_tester_results(source), source, naming)) for source in sources]
-    models = {result.model for _, results in found for result in results}
+    arm = naming.arm or _folder_name(sources)
+    results = [(number, *each) for number, source in enumerate(sources) for each in _read(source, model=naming.model)]
+    models = Counter(result.model for _, _, result in results)
     if len(models) > 1:
-        raise SourceError(f"the results are of several models: {', '.join(sorted(models))}; import them into ledgers of their own")
-    runs = [run for source, results in found for run in _runs(results, source, keep_repeats=naming.keep_repeats)]
-    _refuse_copies(runs)
-    arm = naming.arm or _name(sources)
-    rows = [
-        _row(result, arm=arm, replicate=replicate, naming=naming)
-        for replicate, run in zip(_numbers(runs, naming, num_sources=len(sources)), runs, strict=True)
-        for result in run.results
-    ]
-    added = _add(rows, Ledger(out))
+        listed = ", ".join(f"{model} ({count})" for model, count in models.most_common())
+        raise SourceError(f"{sources[0]}: the results are of several models: {listed}; choose one with --model")
+    runs = sorted({(number, result.run) for number, _, result in results})
+    origins: dict[object, str] = {}
+    rows = list[CellResult]()
+    for number, origin, result in results:
+        row = _row(result, origin, arm=arm, replicate=naming.replicate + runs.index((number, result.run)), naming=naming)
+        if other := origins.get(_place(row)):
+            raise SourceError(f"{other} and {origin} answer one cell ({row.context_tokens} tokens, {row.depth_percent:g} %); remove one")
+        if other := origins.get(row.cell_id):
+            raise SourceError(f"{other} and {origin} have the same answer, time and duration; leave out one of the two runs")
+        origins |= dict.fromkeys((_place(row), row.cell_id), origin)
+        rows.append(row)
     return Imported(
-        ledger=out,
         arm=arm,
-        model=models.pop(),
+        model=rows[0].model,
         num_results=len(rows),
-        num_added=added,
+        num_added=_add(rows, Ledger(out)),
         num_unscored=sum(row.score is None for row in rows),
         replicates=tuple(sorted({row.replicate for row in rows})),
         num_lengths=len({row.context_tokens for row in rows}),
@@ -104,132 +143,139 @@ def import_results(sources: Sequence[Path], *, out: Path, naming: Naming | None 
     )
 
 
-def _of_one_model(results: Sequence[TesterResult], source: Path, naming: Naming) -> list[TesterResult]:
-    counts = Counter(result.model for result in results)
-    if naming.model is None and len(counts) > 1:
-        listed = ", ".join(f"{model} ({count})" for model, count in counts.most_common())
-        raise SourceError(f"{source}: has results of several models: {listed}; choose one with --model")
-    kept = [result for result in results if naming.model in (None, result.model)]
+def _folder_name(sources: Sequence[Path]) -> str:
+    """Return the name of the file or folder, or of the folder that contains several; the name ``results`` gives way to the parent's."""
+    resolved = [source.resolve() for source in sources]
+    if len(resolved) == 1 and resolved[0].is_file():
+        return resolved[0].stem
+    shared = Path(os.path.commonpath(resolved))
+    return shared.parent.name if shared.name == "results" else shared.name
+
+
+def _read(source: Path, *, model: str | None) -> list[tuple[str, TesterResult]]:
+    """Return the results of ``model`` (None: of every model), each with its file and line."""
+    if not source.exists():
+        raise SourceError(f"{source}: no such file or folder; give a folder of result files, or a .jsonl file")
+    files = [source] if source.is_file() else _result_files(source) or _result_files(source / "results")
+    results = [each for path in files for each in _read_file(path)]
+    if not results:
+        folders = sorted({str(path.parent.relative_to(source)) for path in source.rglob("*.json*")} - {"."})
+        remedy = f"give one of the folders in it: {', '.join(folders[:5])}" if folders else "no folder in it has any either"
+        raise SourceError(f"{source}: has no results (*.json or *.jsonl); {remedy}")
+    kept = [(origin, result) for origin, result in results if model in (None, result.model)]
     if not kept:
-        raise SourceError(f"{source}: has no results of model {naming.model}; there are {', '.join(sorted(counts))}")
+        raise SourceError(f"{source}: has no results of model {model}; choose from {', '.join({result.model for _, result in results})}")
     return kept
 
 
-def _runs(results: Sequence[TesterResult], source: Path, *, keep_repeats: bool) -> list[_Run]:
-    """The results by version or seed, each cell once; further results of a cell make further runs."""
-    repeats: defaultdict[tuple[int, str, int, float], list[TesterResult]] = defaultdict(list)
-    for result in sorted(results, key=lambda result: (result.timestamp, result.origin)):
-        repeats[result.version or result.seed or 0, result.task, result.context_tokens, result.depth_percent].append(result)
-    for (_, _, length, depth), its in repeats.items():
-        if len(its) > 1 and not keep_repeats:
-            raise SourceError(
-                f"{its[0].origin} and {its[1].origin} are both the cell of {length} tokens at {depth:g} %; "
-                "remove one, or keep all as replicates with --keep-repeats"
-            )
-    runs: defaultdict[tuple[int, int], list[TesterResult]] = defaultdict(list)
-    for (series, *_), its in repeats.items():
-        for number, result in enumerate(its):
-            runs[series, number].append(result)
-    several = len(runs) > 1
-    return [_Run(f"{source} run {place}" if several else str(source), its) for place, (_, its) in enumerate(sorted(runs.items()), start=1)]
+def _result_files(folder: Path) -> list[Path]:
+    """Return the JSONL files of a folder, or its JSON files if it has none; hidden files are no results."""
+    return sorted(folder.glob("[!.]*.jsonl")) or sorted(folder.glob("[!.]*.json"))
 
 
-def _refuse_copies(runs: Sequence[_Run]) -> None:
-    seen: dict[str, _Run] = {}
-    for run in runs:
-        ids = [_identity(result) for result in run.results if _has_clock(result)]
-        copied = Counter(seen[cell].name for cell in ids if cell in seen)
-        if copied:
-            other, count = copied.most_common(1)[0]
-            raise SourceError(
-                f"{run.name} and {other} are the same run: {count} of {len(run.results)} cells have the same answer, time and duration; "
-                "leave one of them out"
-            )
-        seen |= dict.fromkeys(ids, run)
+def _read_file(path: Path) -> list[tuple[str, TesterResult]]:
+    data = path.read_bytes()
+    if path.suffix != ".jsonl":
+        return [(str(path), _parse(data, str(path)))]
+    lines = [(f"{path} line {number}", line) for number, line in enumerate(data.split(b"\n"), start=1) if line.strip()]
+    return [(origin, _parse(line, origin)) for origin, line in lines]
 
 
-def _numbers(runs: Sequence[_Run], naming: Naming, *, num_sources: int) -> list[int]:
-    versions = [run.results[0].version or 0 for run in runs]
-    if naming.replicate is None and num_sources == 1 and min(versions) >= 1 and len(set(versions)) == len(runs):
-        return [version - 1 for version in versions]
-    first = naming.replicate or 0
-    return list(range(first, first + len(runs)))
+def _parse(data: bytes, origin: str) -> TesterResult:
+    try:
+        # Nulls are removed so that a field without value and a missing field mean the same.
+        stated = json.loads(data, object_hook=lambda items: {key: value for key, value in items.items() if value is not None})
+        return TesterResult.parse(stated, origin="its fields")
+    except (ValueError, SpecError) as error:
+        raise SourceError(f"{origin}: is no result ({error}); repair or remove it") from error
 
 
-def _has_clock(result: TesterResult) -> bool:
-    return bool(result.timestamp or result.seconds)
-
-
-def _identity(result: TesterResult, *parts: object) -> str:
-    """Of what was answered and when; a later grade of the same answer changes nothing."""
-    asked = [result.model, result.task, result.context_tokens, result.depth_percent, [fact.text for fact in result.facts]]
-    return digest([*asked, result.response, result.timestamp, result.seconds, *(str(part) for part in parts)])
-
-
-def _row(result: TesterResult, *, arm: str, replicate: int, naming: Naming) -> CellResult:
-    facts, references = result.facts, result.references
-    if not references and naming.references:
-        facts, references = _with_references(result, naming.references), naming.references
+def _row(result: TesterResult, origin: str, *, arm: str, replicate: int, naming: Naming) -> CellResult:
+    response = result.response.get("text") if isinstance(result.response, dict) else result.response
+    stated = result.expected or ((result.expected_answer,) if result.expected_answer else ())
+    facts = _facts(result, stated or naming.references, response)
+    for reference in () if stated else naming.references:
+        if not any(reference in fact.references for fact in facts):
+            texts = " | ".join(fact.text for fact in facts) or "no needle"
+            raise SourceError(f"{origin}: reference {reference!r} does not occur in what was hidden ({texts}); correct --reference")
+    score, reason = _score(result, response)
+    task = "_".join(("needlehaystack", result.task_type)).strip("_")
+    # The id does not depend on the grade or the arm, so a copied run has the same ids; without a time, equal answers are no copies.
+    asked = [result.model, task, result.context_length, result.depth_percent, [fact.text for fact in facts]]
+    run = [] if result.timestamp or result.seconds else [arm, str(replicate)]
     return CellResult(
-        cell_id=_identity(result) if _has_clock(result) else _identity(result, arm, replicate),
-        task=naming.task or result.task,
+        cell_id=digest([*asked, response, result.timestamp, result.seconds, *run]),
+        task=naming.task or task,
         arm=arm,
         replicate=replicate,
-        seed=result.seed or 0,
+        seed=result.seed,
         model=result.model,
         adapter=None,
         pauses="unknown (imported)",
-        context_tokens=result.context_tokens,
-        prompt_tokens=result.context_tokens,
-        content_tokens=result.content_tokens,
+        context_tokens=result.context_length,
+        prompt_tokens=result.context_length,
+        content_tokens=result.content_tokens or result.context_length,
         num_pauses=0,
         rule="unknown (imported)",
         depth_percent=result.depth_percent,
-        needle_token=result.needle_token,
+        needle_token=facts[0].token if facts else UNKNOWN_TOKEN,
         facts=facts,
         question=result.question or naming.question,
-        references=references,
-        labels=result.labels,
-        response=result.response,
-        score=result.score,
-        rubric=result.rubric,
-        unscored_reason=result.unscored_reason,
-        scorer=result.scorer,
+        references=stated or naming.references,
+        labels=result.chain[1:],  # the question names the first link
+        response=response,
+        score=score,
+        rubric=None if score is None else Score(value=score, fact_scores=()).rubric,
+        unscored_reason=reason,
+        scorer=f"{'judge' if not result.schema_version else 'chain_match' if result.chain else 'exact_match'} (imported)",
         engine="imported",
-        prefilled_tokens=result.prefilled_tokens,
-        decoded_tokens=result.decoded_tokens,
+        prefilled_tokens=result.input_tokens,
+        decoded_tokens=result.output_tokens,
         seconds=result.seconds,
-        cost=result.cost,
+        cost=result.cost_usd,
     )
 
 
-def _with_references(result: TesterResult, references: Sequence[str]) -> tuple[FactResult, ...]:
-    """The facts, each with those references that it holds."""
-    held = [tuple(reference for reference in references if plain(reference) in plain(fact.text)) for fact in result.facts]
-    lost = [reference for reference in references if not any(reference in its for its in held)]
-    if lost:
-        texts = " | ".join(fact.text for fact in result.facts) or "no needle"
-        raise SourceError(f"{result.origin}: reference {lost[0]!r} does not occur in what was hidden ({texts})")
-    return tuple(
-        FactResult(text=fact.text, references=its, depth_percent=fact.depth_percent, token=fact.token, score=None)
-        for fact, its in zip(result.facts, held, strict=True)
-    )
+def _facts(result: TesterResult, references: Sequence[str], response: str | None) -> tuple[FactResult, ...]:
+    """Return the needles, each with the references that it contains and the share of them that the answer contains."""
+    texts = (result.needle,) if isinstance(result.needle, str) else result.needle
+    needles = [(text.strip(), UNKNOWN_TOKEN, result.depth_percent) for text in texts if text.strip()]
+    needles += [(needle.text, needle.token, needle.depth_percent) for needle in result.needles]
+    facts = []
+    for text, token, depth in needles:
+        contained = tuple(reference for reference in references if plain(reference) in plain(text))
+        facts.append(FactResult(text=text, references=contained, depth_percent=depth, token=token, score=None))
+    graded = grade(response or "", facts, scorer="string_match")
+    if response is None or not isinstance(graded, Score):
+        return tuple(facts)
+    return tuple(dataclasses.replace(fact, score=share) for fact, share in zip(facts, graded.fact_scores, strict=True))
+
+
+def _score(result: TesterResult, response: str | None) -> tuple[float | None, str | None]:
+    """Return the score from 0 to 1, or the reason why there is none."""
+    score = result.score.get("value") if isinstance(result.score, dict) else result.score
+    if response is None or score is None:
+        return None, f"imported: {result.error or ('the file has no answer' if response is None else 'the file has no score')}"
+    is_graded = result.schema_version is None
+    is_number = isinstance(score, int | float) and not isinstance(score, bool)
+    if is_number and (score in range(1, 11) if is_graded else 0 <= score <= 1):
+        return (score - 1) / 9 if is_graded else float(score), None
+    return None, f"imported: {score!r} is no {'grade from 1 to 10' if is_graded else 'score from 0 to 1'}"
 
 
 def _add(rows: Sequence[CellResult], ledger: Ledger) -> int:
-    """Append the rows that the ledger does not have; nothing is written where one of them cannot be."""
-    there = {row.cell_id: row for row in ledger.rows()}
-    taken = {_place(row): row for row in there.values()}
-    free = 1 + max((row.replicate for row in there.values()), default=-1)
-    new = [row for row in rows if there.get(row.cell_id) != row]
+    """Append the rows that the ledger lacks and return their number; if one row conflicts with the ledger, nothing is written."""
+    existing = {row.cell_id: row for row in ledger.rows()}
+    taken = {_place(row) for row in existing.values()}
+    new = [row for row in rows if existing.get(row.cell_id) != row]
     for row in new:
-        before = there.get(row.cell_id)
-        if before is not None:
+        if before := existing.get(row.cell_id):
             raise SourceError(
-                f"{ledger.path}: has this run already as replicate {before.replicate} of {before.arm}, there named or graded otherwise; "
+                f"{ledger.path}: already has this run as replicate {before.replicate} of {before.arm}, with other names or grades; "
                 "import into a new ledger"
             )
         if _place(row) in taken:
+            free = 1 + max(each.replicate for each in existing.values())
             raise SourceError(
                 f"{ledger.path}: has another result for {row.context_tokens} tokens at {row.depth_percent:g} % in replicate "
                 f"{row.replicate}; import as another replicate, for example --replicate {free}, or into a new ledger"
@@ -244,22 +290,11 @@ def _place(row: CellResult) -> tuple[str, int, float, int]:
 
 
 def _notes(rows: Sequence[CellResult]) -> list[str]:
-    cells = {(row.task, row.context_tokens, row.depth_percent) for row in rows}
-    counts = Counter(row.replicate for row in rows)
-    notes = [
-        f"replicate {replicate} has {count} of {len(cells)} cells" for replicate, count in sorted(counts.items()) if count < len(cells)
-    ]
+    num_cells = len({(row.task, row.context_tokens, row.depth_percent) for row in rows})
+    counts = sorted(Counter(row.replicate for row in rows).items())
+    notes = [f"replicate {replicate} has {count} of {num_cells} cells" for replicate, count in counts if count < num_cells]
     reasons = Counter(row.unscored_reason for row in rows if row.unscored_reason)
     notes += [f"{count} cells are unscored ({reason})" for reason, count in reasons.most_common()]
-    if len({row.task for row in rows}) > 1:
-        notes.append(f"the results are of several tasks: {', '.join(sorted({row.task for row in rows}))}")
+    if len(tasks := sorted({row.task for row in rows})) > 1:
+        notes.append(f"the results are of several tasks: {', '.join(tasks)}")
     return notes
-
-
-def _name(sources: Sequence[Path]) -> str:
-    """Of an arm: the file's or folder's name, of several the name of the folder that they are in; a mere ``results`` is passed over."""
-    resolved = [source.resolve() for source in sources]
-    if len(resolved) == 1 and resolved[0].is_file():
-        return resolved[0].stem
-    shared = Path(os.path.commonpath(resolved))
-    return shared.parent.name if shared.name == "results" else shared.name

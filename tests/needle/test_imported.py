@@ -1,8 +1,9 @@
-"""Results of the original tester, generated in its two formats, become ledgers; what is wrong with them is named."""
+"""Generated results in both formats of the original tester become ledgers, and mistakes in them are named."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ NEEDLE = "\nThe best thing to do in San Francisco is eat a sandwich and sit in D
 
 
 def write_folder(folder: Path, grade: Callable[[int, float], object], *, second: int = 0, **changes: Any) -> Path:
-    """One run as version 0.1 leaves it: a file per cell, its name made of model, length and depth × 100."""
+    """Write one run in the format of version 0.1: a file per cell, named after model, length and depth × 100."""
     folder.mkdir(parents=True)
     for number, (length, depth) in enumerate((length, depth) for length in LENGTHS for depth in DEPTHS):
         result = {
@@ -48,7 +49,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 def version_2(length: int, depth: float, *, seed: int | None = None, score: float | None = 1.0, **changes: Any) -> dict[str, Any]:
-    """One line of a multi-needle run of version 2."""
+    """Return one line of a multi-needle run of version 2."""
     words = ["figs", "goat cheese"][: None if score in (None, 1.0) else 1]
     result = {
         "schema_version": 2,
@@ -98,26 +99,11 @@ def test_every_cell_becomes_a_row_with_its_grade(tmp_path: Path) -> None:
     assert {(row.scorer, row.engine, row.replicate, row.needle_token) for row in rows} == {
         ("judge (imported)", "imported", 0, UNKNOWN_TOKEN)
     }
-    assert {row.facts[0].text for row in rows} == {NEEDLE.strip()}
+    assert {(row.facts[0].text, row.pauses, row.prompt_tokens == row.context_tokens) for row in rows} == {
+        (NEEDLE.strip(), "unknown (imported)", True)
+    }
     assert (done.num_results, done.num_added, done.num_unscored, done.num_lengths, done.num_depths, done.notes) == (15, 15, 0, 3, 5, ())
     assert (done.arm, done.model) == ("3B base", "meta-llama/Llama-3.2-3B-Instruct")
-
-
-def test_a_response_that_a_hub_client_wrapped_is_read(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "a", lambda *_: 5, model_response={"text": "Eat a sandwich."})
-    import_results([folder], out=tmp_path / "a.jsonl")
-    assert {row.response for row in Ledger(tmp_path / "a.jsonl").rows()} == {"Eat a sandwich."}
-
-
-def test_the_results_folder_inside_is_found_and_named_after_its_parent(tmp_path: Path) -> None:
-    write_folder(tmp_path / "tuned" / "results", lambda *_: 10)
-    assert import_results([tmp_path / "tuned"], out=tmp_path / "1.jsonl").arm == "tuned"
-    assert import_results([tmp_path / "tuned" / "results"], out=tmp_path / "2.jsonl").arm == "tuned"
-
-
-def test_several_folders_are_named_after_the_one_they_are_in(tmp_path: Path) -> None:
-    runs = [write_folder(tmp_path / "tuned" / f"r{run}", lambda *_: 10, second=run) for run in range(2)]
-    assert import_results(runs, out=tmp_path / "a.jsonl").arm == "tuned"
 
 
 def test_two_imported_arms_show_the_effect_that_was_put_into_them(tmp_path: Path) -> None:
@@ -145,10 +131,33 @@ def test_importing_again_adds_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "a.jsonl").read_bytes() == before
 
 
+def test_a_folder_without_results_says_where_there_are_some(tmp_path: Path) -> None:
+    write_folder(tmp_path / "all" / "r1" / "results", lambda *_: 3)
+    with pytest.raises(SourceError, match=r"has no results.*r1/results"):
+        import_results([tmp_path / "all"], out=tmp_path / "a.jsonl")
+    with pytest.raises(SourceError, match="no such file or folder"):
+        import_results([tmp_path / "nowhere"], out=tmp_path / "a.jsonl")
+
+
+def test_the_arm_is_named_after_the_folder_but_not_after_one_called_results(tmp_path: Path) -> None:
+    runs = [write_folder(tmp_path / "tuned" / f"r{run}" / "results", lambda *_: 10, second=run) for run in range(2)]
+    assert import_results([runs[0].parent], out=tmp_path / "1.jsonl").arm == "r0"
+    assert import_results([runs[0]], out=tmp_path / "2.jsonl").arm == "r0"
+    assert import_results(runs, out=tmp_path / "3.jsonl").arm == "tuned"
+
+
+@pytest.mark.parametrize(("answer", "response"), [({"text": "Eat a sandwich."}, "Eat a sandwich."), (None, None)])
+def test_the_answer_may_be_an_object_or_missing(tmp_path: Path, answer: object, response: str | None) -> None:
+    folder = write_folder(tmp_path / "a", lambda *_: 5, model_response=answer)
+    done = import_results([folder], out=tmp_path / "a.jsonl")
+    assert {row.response for row in Ledger(tmp_path / "a.jsonl").rows()} == {response}
+    assert done.num_unscored == (15 if response is None else 0)
+
+
 @pytest.mark.parametrize(
-    ("score", "reason"), [(..., "no score"), (None, "no score"), (0, "no grade"), (7.5, "no grade"), ("8", "no grade")]
+    ("score", "reason"), [(..., "no score"), (None, "no score"), (0, "no grade"), (7.5, "no grade"), ("8", "no grade"), (True, "no grade")]
 )
-def test_what_is_no_grade_is_unscored_and_not_zero(tmp_path: Path, score: object, reason: str) -> None:
+def test_a_cell_without_a_grade_is_unscored_and_not_zero(tmp_path: Path, score: object, reason: str) -> None:
     folder = write_folder(tmp_path / "a", lambda length, depth: score if depth == 50 else 3)
     done = import_results([folder], out=tmp_path / "a.jsonl")
     unscored = [row for row in Ledger(tmp_path / "a.jsonl").rows() if row.score is None]
@@ -157,95 +166,72 @@ def test_what_is_no_grade_is_unscored_and_not_zero(tmp_path: Path, score: object
     assert any("3 cells are unscored" in note for note in done.notes)
 
 
-@pytest.mark.parametrize("field", ["model", "context_length", "depth_percent", "model_response"])
-def test_a_missing_field_is_named_with_its_file(tmp_path: Path, field: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": None}, "model: required, and missing"),
+        ({"depth_percent": 250.0}, "depth_percent = 250.0: .*less than or equal to 100"),
+        ({"context_length": "1000"}, 'context_length = "1000": .*valid integer'),
+        ({"context_length": 0}, "context_length = 0"),
+        ({"model_response": 7}, "model_response.* = 7"),
+    ],
+)
+def test_a_broken_file_is_refused_with_its_name_and_field(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     folder = write_folder(tmp_path / "a", lambda *_: 3)
     path = some_file(folder)
-    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != field}))
-    with pytest.raises(SourceError, match=f"{path.name}.*field {field} is missing"):
+    edit(path, **changes)
+    with pytest.raises(SourceError, match=rf"{path.name}: is no result .*{message}"):
         import_results([folder], out=tmp_path / "a.jsonl")
     assert not (tmp_path / "a.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"depth_percent": 250.0}, "depth_percent is 250"),
-        ({"context_length": "1000"}, "context_length is '1000', but must be a whole number"),
-        ({"context_length": 0}, "context_length is 0"),
-        ({"model_response": 7}, "model_response is 7"),
-        ({"version": 0}, "version is 0"),
-    ],
-)
-def test_a_field_with_no_such_value_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize("content", [b"{not json", b"[1, 2]", b"\xff\xfe\xfa"])
+def test_a_file_that_is_no_result_is_named(tmp_path: Path, content: bytes) -> None:
     folder = write_folder(tmp_path / "a", lambda *_: 3)
-    edit(some_file(folder), **changes)
-    with pytest.raises(SourceError, match=message):
+    (folder / "notes.json").write_bytes(content)
+    with pytest.raises(SourceError, match=r"notes.json: is no result .*remove it"):
         import_results([folder], out=tmp_path / "a.jsonl")
 
 
-@pytest.mark.parametrize(("text", "message"), [("{not json", "is not JSON"), ("[1, 2]", "a JSON list")])
-def test_a_file_that_is_no_result_is_named(tmp_path: Path, text: str, message: str) -> None:
+def test_two_results_of_one_cell_are_refused_by_name(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "a", lambda *_: 3)
-    (folder / "notes.json").write_text(text)
-    with pytest.raises(SourceError, match=f"notes.json.*{message}"):
-        import_results([folder], out=tmp_path / "a.jsonl")
-
-
-def test_a_folder_without_results_says_where_there_are_some(tmp_path: Path) -> None:
-    write_folder(tmp_path / "all" / "r1" / "results", lambda *_: 3)
-    with pytest.raises(SourceError, match=r"no result files.*r1/results"):
-        import_results([tmp_path / "all"], out=tmp_path / "a.jsonl")
-    with pytest.raises(SourceError, match="no such file or folder"):
-        import_results([tmp_path / "nowhere"], out=tmp_path / "a.jsonl")
-
-
-def test_two_results_of_one_cell_are_refused_by_name_or_kept_as_replicates(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "a", lambda *_: 3)
-    first = some_file(folder)
     second = folder / "z_again.json"
-    second.write_text(first.read_text())
+    second.write_text(some_file(folder).read_text())
     edit(second, score=9, test_timestamp_utc="2025-01-21 00:00:00+0000")
-    with pytest.raises(SourceError, match=f"{first.name} and .*{second.name} are both the cell of 1000 tokens"):
+    with pytest.raises(SourceError, match=rf"{some_file(folder).name} and .*{second.name} answer one cell \(1000 tokens, 100 %\)"):
         import_results([folder], out=tmp_path / "a.jsonl")
-    done = import_results([folder], out=tmp_path / "a.jsonl", naming=Naming(keep_repeats=True))
-    assert done.replicates == (0, 1)
-    assert [(row.replicate, row.rubric) for row in Ledger(tmp_path / "a.jsonl").rows() if row.replicate] == [(1, 9)]
-    assert done.notes == ("replicate 1 has 1 of 15 cells",)
+    edit(second, version=2)
+    assert import_results([folder], out=tmp_path / "a.jsonl").notes == ("replicate 1 has 1 of 15 cells",)
 
 
-def test_a_folder_that_was_copied_is_no_second_run(tmp_path: Path) -> None:
+def test_a_copied_folder_is_no_second_run(tmp_path: Path) -> None:
     first = write_folder(tmp_path / "base r3", lambda *_: 3)
-    (tmp_path / "test2 r2").mkdir()
-    for path in first.iterdir():
-        (tmp_path / "test2 r2" / path.name).write_text(path.read_text())
-    with pytest.raises(SourceError, match=r"test2 r2 and .*base r3 are the same run: 15 of 15 cells"):
-        import_results([first, tmp_path / "test2 r2"], out=tmp_path / "a.jsonl")
+    second = tmp_path / "test2 r2"
+    shutil.copytree(first, second)
+    with pytest.raises(SourceError, match=r"base r3.* and .*test2 r2.* have the same answer, time and duration"):
+        import_results([first, second], out=tmp_path / "a.jsonl")
     import_results([first], out=tmp_path / "a.jsonl")
-    with pytest.raises(SourceError, match="has this run already as replicate 0 of base r3"):
-        import_results([tmp_path / "test2 r2"], out=tmp_path / "a.jsonl", naming=Naming(replicate=1))
-    import_results([tmp_path / "test2 r2"], out=tmp_path / "b.jsonl")
+    with pytest.raises(SourceError, match="already has this run as replicate 0 of base r3"):
+        import_results([second], out=tmp_path / "a.jsonl", naming=Naming(replicate=1))
+    import_results([second], out=tmp_path / "b.jsonl")
     comparison = compare_arms(Ledger(tmp_path / "a.jsonl").rows(), Ledger(tmp_path / "b.jsonl").rows())
     assert comparison is not None
     assert "15 cells are the same rows in both arms" in comparison.warnings[0]
 
 
-def test_runs_without_times_are_not_taken_for_copies(tmp_path: Path) -> None:
+def test_equal_answers_without_times_are_no_copies(tmp_path: Path) -> None:
     timeless = {"test_duration_seconds": ..., "test_timestamp_utc": ..., "model_response": "Eat a sandwich."}
     folders = [write_folder(tmp_path / f"r{run}", lambda *_: 3, **timeless) for run in range(2)]
     assert import_results(folders, out=tmp_path / "a.jsonl").num_added == 30
 
 
-def test_runs_become_replicates_by_folder_by_version_or_as_told(tmp_path: Path) -> None:
+def test_replicates_count_on_from_the_given_number_and_overwrite_nothing(tmp_path: Path) -> None:
     folders = [write_folder(tmp_path / f"r{run}", lambda *_: 3, second=run) for run in range(2)]
-    assert import_results(folders, out=tmp_path / "both.jsonl").replicates == (0, 1)
-    third = write_folder(tmp_path / "r3", lambda *_: 3, second=9, version=3)
-    assert import_results([third], out=tmp_path / "version.jsonl").replicates == (2,)
-    assert import_results([third], out=tmp_path / "both.jsonl").replicates == (2,)
-    assert import_results([folders[0]], out=tmp_path / "told.jsonl", naming=Naming(replicate=5)).replicates == (5,)
-    with pytest.raises(SourceError, match=r"another result for 1000 tokens at 10 % in replicate 5.*--replicate 6"):
-        import_results([folders[1]], out=tmp_path / "told.jsonl", naming=Naming(replicate=5))
-    assert len(Ledger(tmp_path / "told.jsonl").rows()) == 15
+    assert import_results(folders, out=tmp_path / "both.jsonl", naming=Naming(replicate=2)).replicates == (2, 3)
+    import_results([folders[0]], out=tmp_path / "one.jsonl", naming=Naming(replicate=5))
+    with pytest.raises(SourceError, match=r"another result for 1000 tokens at 10.* in replicate 5.*--replicate 6"):
+        import_results([folders[1]], out=tmp_path / "one.jsonl", naming=Naming(replicate=5))
+    assert len(Ledger(tmp_path / "one.jsonl").rows()) == 15
 
 
 def test_mixed_models_are_refused_unless_one_is_chosen(tmp_path: Path) -> None:
@@ -259,30 +245,28 @@ def test_mixed_models_are_refused_unless_one_is_chosen(tmp_path: Path) -> None:
         import_results([folder], out=tmp_path / "b.jsonl", naming=Naming(model="gpt-4"))
 
 
-def test_references_that_are_given_go_to_the_facts_that_hold_them(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "a", lambda *_: 3)
+def test_given_references_go_to_the_needles_that_contain_them(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "a", lambda *_: 3, needle=["Eat a sandwich.", "Sit in Dolores Park."], model_response="A sandwich!")
     naming = Naming(references=("sandwich", "dolores park"), question="What is the best thing to do in San Francisco?")
     import_results([folder], out=tmp_path / "a.jsonl", naming=naming)
     row = Ledger(tmp_path / "a.jsonl").rows()[0]
-    assert (row.references, row.facts[0].references, row.question) == (naming.references, naming.references, naming.question)
+    assert (row.references, row.question) == (naming.references, naming.question)
+    assert [(fact.references, fact.score) for fact in row.facts] == [(("sandwich",), 1.0), (("dolores park",), 0.0)]
+    assert rescore(row, scorer="keywords").score == 0.5
     with pytest.raises(SourceError, match="reference 'tram 28' does not occur"):
         import_results([folder], out=tmp_path / "b.jsonl", naming=Naming(references=("tram 28",)))
 
 
-def test_lines_of_version_2_keep_facts_tokens_and_costs(tmp_path: Path) -> None:
+def test_lines_of_version_2_keep_needles_tokens_and_costs(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "run.jsonl", [version_2(1000, 10.0), version_2(1000, 50.0, score=0.5), version_2(2000, 10.0, score=None)])
     done = import_results([path], out=tmp_path / "a.jsonl")
-    right, half, failed = sorted(Ledger(tmp_path / "a.jsonl").rows(), key=lambda row: (row.context_tokens, row.depth_percent))
+    right, half, failed = Ledger(tmp_path / "a.jsonl").rows()
     assert (right.score, right.rubric, right.task, right.arm) == (1.0, 10, "needlehaystack_multi", "run")
     assert (right.references, right.question) == (("figs", "goat cheese"), "What are the secret ingredients?")
     assert [(fact.references, fact.token, fact.score) for fact in half.facts] == [(("figs",), 120, 1.0), (("goat cheese",), 640, 0.0)]
-    assert (right.needle_token, right.content_tokens, right.prefilled_tokens, right.decoded_tokens, right.cost) == (
-        120,
-        1014,
-        1040,
-        12,
-        0.0125,
-    )
+    counted = (right.needle_token, right.content_tokens, right.prefilled_tokens, right.decoded_tokens, right.cost)
+    assert counted == (120, 1014, 1040, 12, 0.0125)
+    assert (half.score, half.rubric, half.scorer) == (0.5, 6, "exact_match (imported)")
     assert (failed.score, failed.response, failed.unscored_reason) == (None, None, "imported: timeout")
     assert (done.num_unscored, done.model) == (1, "some-model")
 
@@ -292,14 +276,8 @@ def test_seeds_of_version_2_are_replicates(tmp_path: Path) -> None:
     assert import_results([tmp_path], out=tmp_path / "out" / "a.jsonl").replicates == (0, 1)
     assert {row.replicate: row.seed for row in Ledger(tmp_path / "out" / "a.jsonl").rows()} == {0: 7, 1: 42}
     write_lines(path, [version_2(1000, 10.0), version_2(1000, 10.0, duration_seconds=9.0)])
-    with pytest.raises(SourceError, match=r"run.jsonl line 1 and .*run.jsonl line 2 are both the cell"):
+    with pytest.raises(SourceError, match=r"run.jsonl line 1 and .*run.jsonl line 2 answer one cell"):
         import_results([path], out=tmp_path / "b.jsonl")
-
-
-def test_a_chain_says_that_it_was_scored_as_one(tmp_path: Path) -> None:
-    chain = version_2(1000, 10.0, task_type="uuid_chain", score=0.25) | {"score": {"value": 0.25, "details": {"hops_correct": 1}}}
-    import_results([write_lines(tmp_path / "run.jsonl", [chain])], out=tmp_path / "a.jsonl")
-    assert [row.scorer for row in Ledger(tmp_path / "a.jsonl").rows()] == ["chain_match (imported)"]
 
 
 def test_a_chain_can_be_scored_by_how_far_the_answer_got(tmp_path: Path) -> None:
@@ -308,29 +286,29 @@ def test_a_chain_can_be_scored_by_how_far_the_answer_got(tmp_path: Path) -> None
     chain["recipe"]["needle_placements"][1]["text"] = "code-d maps to code-e."
     import_results([write_lines(tmp_path / "run.jsonl", [chain])], out=tmp_path / "a.jsonl")
     [row] = Ledger(tmp_path / "a.jsonl").rows()
+    assert row.scorer == "chain_match (imported)"
     assert rescore(row, scorer="furthest").score == 2 / 4
 
 
-def test_a_line_that_was_not_written_to_its_end_is_left_out_and_any_other_is_an_error(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "run.jsonl", [version_2(1000, 10.0)])
-    path.write_text(path.read_text() + json.dumps(version_2(2000, 10.0))[:50])
-    assert import_results([path], out=tmp_path / "a.jsonl").num_results == 1
-    path.write_text("{}x\n" + path.read_text())
-    with pytest.raises(SourceError, match="line 1: is not JSON"):
-        import_results([path], out=tmp_path / "b.jsonl")
+def test_a_score_outside_its_scale_is_no_score(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "run.jsonl", [version_2(1000, 10.0) | {"score": {"value": 7}}])
+    import_results([path], out=tmp_path / "a.jsonl")
+    [row] = Ledger(tmp_path / "a.jsonl").rows()
+    assert (row.score, row.unscored_reason) == (None, "imported: 7 is no score from 0 to 1")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 3}, "schema_version is 3"),
-        ({"score": {"value": 7}}, "value is 7, but must be 0 to 1"),
-        ({"recipe": []}, "recipe is .*, but must be an object"),
-        ({"needle_metadata": {"expected_fragments": "figs"}}, "expected_fragments is 'figs', but must be a list of texts"),
-        ({"target_depth_percent": None}, "target_depth_percent is None"),
+        ({"schema_version": 3}, "schema_version = 3"),
+        ({"needle_metadata": {"expected_fragments": "figs"}}, 'expected_fragments = "figs"'),
+        ({"target_depth_percent": None}, "depth_percent: required, and missing"),
     ],
 )
-def test_broken_lines_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_a_broken_line_is_refused_with_its_number_and_field(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     path = write_lines(tmp_path / "run.jsonl", [version_2(1000, 10.0) | changes])
-    with pytest.raises(SourceError, match=f"line 1: field {message}"):
+    with pytest.raises(SourceError, match=f"line 1: is no result .*{message}"):
+        import_results([path], out=tmp_path / "a.jsonl")
+    path.write_text(json.dumps(version_2(1000, 10.0)) + "\n" + json.dumps(version_2(2000, 10.0))[:50])
+    with pytest.raises(SourceError, match="line 2: is no result"):
         import_results([path], out=tmp_path / "a.jsonl")
