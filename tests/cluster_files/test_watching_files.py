@@ -77,7 +77,7 @@ def test_a_label_of_a_legend_is_one_that_the_query_keeps() -> None:
 
 def test_the_document_names_every_metric_label_and_state() -> None:
     text = (ROOT / "docs" / "watching.md").read_text()
-    table = text[text.index("| metric | is |") : text.index("Speeds are Prometheus'")]
+    table = text[text.index("| metric | is |") : text.index("Compute speeds in Prometheus")]
     named = {name: tuple(filter(None, labels.split(","))) for name, labels in re.findall(r"`(ray_pause_ray_\w+)(?:\{(\w+)\})?`", table)}
     assert named == {metric.exported: metric.labels for metric in METRICS}
     [trials] = [line for line in table.splitlines() if "ray_pause_ray_trials" in line]
