@@ -69,7 +69,7 @@ class _Needle(Spec):
     depth_percent: float = Field(alias="actual_depth_percent", ge=0, le=100)
 
 
-class TesterResult(Spec):
+class _TesterResult(Spec):
     """One result in either format. An alias is the field's name in version 0.1, then in version 2; unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore")
@@ -152,7 +152,7 @@ def _folder_name(sources: Sequence[Path]) -> str:
     return shared.parent.name if shared.name == "results" else shared.name
 
 
-def _read(source: Path, *, model: str | None) -> list[tuple[str, TesterResult]]:
+def _read(source: Path, *, model: str | None) -> list[tuple[str, _TesterResult]]:
     """Return the results of ``model`` (None: of every model), each with its file and line."""
     if not source.exists():
         raise SourceError(f"{source}: no such file or folder; give a folder of result files, or a .jsonl file")
@@ -173,7 +173,7 @@ def _result_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("[!.]*.jsonl")) or sorted(folder.glob("[!.]*.json"))
 
 
-def _read_file(path: Path) -> list[tuple[str, TesterResult]]:
+def _read_file(path: Path) -> list[tuple[str, _TesterResult]]:
     data = path.read_bytes()
     if path.suffix != ".jsonl":
         return [(str(path), _parse(data, str(path)))]
@@ -181,16 +181,16 @@ def _read_file(path: Path) -> list[tuple[str, TesterResult]]:
     return [(origin, _parse(line, origin)) for origin, line in lines]
 
 
-def _parse(data: bytes, origin: str) -> TesterResult:
+def _parse(data: bytes, origin: str) -> _TesterResult:
     try:
         # Nulls are removed so that a field without value and a missing field mean the same.
         stated = json.loads(data, object_hook=lambda items: {key: value for key, value in items.items() if value is not None})
-        return TesterResult.parse(stated, origin="its fields")
+        return _TesterResult.parse(stated, origin="its fields")
     except (ValueError, SpecError) as error:
         raise SourceError(f"{origin}: is no result ({error}); repair or remove it") from error
 
 
-def _row(result: TesterResult, origin: str, *, arm: str, replicate: int, naming: Naming) -> CellResult:
+def _row(result: _TesterResult, origin: str, *, arm: str, replicate: int, naming: Naming) -> CellResult:
     response = result.response.get("text") if isinstance(result.response, dict) else result.response
     stated = result.expected or ((result.expected_answer,) if result.expected_answer else ())
     facts = _facts(result, stated or naming.references, response)
@@ -236,7 +236,7 @@ def _row(result: TesterResult, origin: str, *, arm: str, replicate: int, naming:
     )
 
 
-def _facts(result: TesterResult, references: Sequence[str], response: str | None) -> tuple[FactResult, ...]:
+def _facts(result: _TesterResult, references: Sequence[str], response: str | None) -> tuple[FactResult, ...]:
     """Return the needles, each with the references that it contains and the share of them that the answer contains."""
     texts = (result.needle,) if isinstance(result.needle, str) else result.needle
     needles = [(text.strip(), UNKNOWN_TOKEN, result.depth_percent) for text in texts if text.strip()]
@@ -251,7 +251,7 @@ def _facts(result: TesterResult, references: Sequence[str], response: str | None
     return tuple(dataclasses.replace(fact, score=share) for fact, share in zip(facts, graded.fact_scores, strict=True))
 
 
-def _score(result: TesterResult, response: str | None) -> tuple[float | None, str | None]:
+def _score(result: _TesterResult, response: str | None) -> tuple[float | None, str | None]:
     """Return the score from 0 to 1, or the reason why there is none."""
     score = result.score.get("value") if isinstance(result.score, dict) else result.score
     if response is None or score is None:

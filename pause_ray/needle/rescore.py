@@ -1,7 +1,7 @@
-"""Ledgers scored again: by another deterministic scorer, or by a judge model. No cell is asked again.
+"""Scores the answers in ledgers again, with another deterministic scorer or a judge model, without answering any cell again.
 
-The ledgers that are read are never written. What comes out is one ledger per ledger in a folder of its own, which goes on
-where an interrupted run stopped.
+The original ledgers are only read. For each of them a new ledger is written into an output folder, and a repeated call continues where
+an interrupted one stopped.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("pause_ray")
 
 SETTINGS = "rescore.json"
-"""In the output folder: how its ledgers were scored, and from which ledgers."""
-_LEAST_CHANGE = 1e-9
+"""Name of the file in the output folder that records the scorer and the original ledgers."""
+_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,29 +44,29 @@ class Judge:
 
     spec: JudgeSpec
     engine: Engine
-    """Already told by ``use`` what to be."""
+    """The engine of the judge's model, on which ``use`` was already called."""
     model: str
-    """Its name, for the ledger's ``scorer``."""
+    """Name of the model, which becomes part of the ledger's ``scorer``."""
     tokenizer: ModelTokenizer | None
-    """The judge's; None for a chat endpoint."""
+    """The tokenizer of the judge's model; None for a chat endpoint."""
 
     @property
     def scorer(self) -> str:
-        """For the ledger; changes with the instructions and the model."""
+        """Return the name for the ledger, which differs between instructions and between models."""
         return f"judge:{self.spec.name}-{digest(self.spec)[:8]}:{self.model}"
 
 
 def judge_at(endpoint: EndpointSpec, *, spec: JudgeSpec, model_dir: Path | None = None) -> Judge:
-    """A judge behind an endpoint, asked for a first token to see that it is there.
+    """Return a judge behind an endpoint, after checking with a request for one token that the endpoint works.
 
     Args:
-        endpoint: Where it is.
-        spec: Its instructions.
-        model_dir: Folder of its tokenizer; needed for ``api: completions`` only.
+        endpoint: The endpoint of the judge's model.
+        spec: The judge's instructions.
+        model_dir: Folder with the tokenizer, which only ``api: completions`` needs.
 
     Raises:
-        SpecError: ``completions`` without a tokenizer.
-        ModelError: no key, no server, unknown model, or no tokenizer in ``model_dir``.
+        SpecError: The endpoint has ``api: completions`` and there is no ``model_dir``.
+        ModelError: There is no API key, no server, no such model, or no tokenizer in ``model_dir``.
     """
     tokenizer = None
     if endpoint.api == "completions":
@@ -80,31 +80,32 @@ def judge_at(endpoint: EndpointSpec, *, spec: JudgeSpec, model_dir: Path | None 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A cell whose score is not what it was."""
+    """A cell whose score has changed."""
 
     cell_id: str
     before: float | None
+    """The old score; None if the cell was unscored."""
     after: float | None
-    """None: unscored."""
+    """The new score; None if the cell is unscored."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How two scorings of the same answers compare. Means and correlation are over the cells that both scored."""
+    """Comparison of two scorings of the same answers. Means and correlation cover the cells that have both scores."""
 
     num_cells: int
     scored_before: int
     scored_after: int
     mean_before: float | None
     mean_after: float | None
-    """None if no cell was scored both times."""
+    """The mean of the new scores. Both means are None if no cell has both scores."""
     correlation: float | None
-    """Pearson's; None with fewer than two cells, or where either scoring gave all the same."""
+    """Pearson's correlation; None with fewer than two cells, or if one scoring gave all cells the same score."""
     changes: tuple[Change, ...]
 
     @classmethod
     def between(cls, before: Sequence[CellResult], after: Sequence[CellResult]) -> Agreement:
-        """Compare rows of the same cells; those that only one side has are left out."""
+        """Compare the rows of the same cells; a cell that only one side has is left out."""
         later = {row.cell_id: row for row in after}
         pairs = [(row, later[row.cell_id]) for row in before if row.cell_id in later]
         scored = [(old.score, new.score) for old, new in pairs if old.score is not None and new.score is not None]
@@ -118,53 +119,53 @@ class Agreement:
             mean_after=statistics.fmean(news) if news else None,
             correlation=statistics.correlation(olds, news) if varied else None,
             changes=tuple(
-                Change(cell_id=old.cell_id, before=old.score, after=new.score) for old, new in pairs if _differ(old.score, new.score)
+                Change(cell_id=old.cell_id, before=old.score, after=new.score) for old, new in pairs if _is_changed(old.score, new.score)
             ),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rescored:
-    """One ledger and what became of it."""
+    """Result of rescoring one ledger."""
 
     source: Path
     ledger: Path
     scorer: str
     agreement: Agreement
     judge_cost: float | None
-    """What the judge's replies of this run cost, in the currency of its prices; None without prices."""
+    """Cost of the replies that the judge gave in this call, in the currency of its prices; None without prices."""
 
 
 def rescore_ledgers(
     paths: Sequence[Path], *, scorer: Scorer | Judge, out: Path, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[Rescored]:
-    """Score the answers in ledgers again and write them to ledgers in ``out``.
+    """Score the answers in ledgers again and write the new rows to ledgers in ``out``.
 
-    Cells without an answer stay as they are. Cells that ``out`` already has are not scored again, except those whose judge
-    could not be asked.
+    Cells without an answer are copied unchanged. Cells that ``out`` already has are not scored again, except those whose request to the
+    judge failed.
 
     Args:
-        paths: Ledgers (``cells.jsonl``, or any name).
-        scorer: A scorer's name, or a judge.
-        out: Folder for the new ledgers, of one scorer only.
-        progress: Called with cells done and cells in all.
+        paths: The original ledgers (``cells.jsonl``, or any other name).
+        scorer: Name of a scorer, or a judge.
+        out: Folder for the new ledgers, which all have the same scorer.
+        progress: Function that is called with the number of finished cells and the number of all cells.
 
     Raises:
-        StorageError: a ledger is missing, empty or damaged; disk full; another process writes to ``out``.
-        SpecError: ``out`` belongs to another scorer, or a ledger would be overwritten.
-        ModelError: the judge cannot be asked at all.
+        StorageError: A ledger is missing, empty or damaged, the disk is full, or another process writes to ``out``.
+        SpecError: ``out`` has ledgers of another scorer, or an original ledger would be overwritten.
+        ModelError: The judge's model cannot be used at all.
     """
     rows = {path: _read(path) for path in dict.fromkeys(path.absolute() for path in paths)}
     total, done = sum(map(len, rows.values())), 0
     rescored = []
     with exclusive(out / ".lock"):
-        targets = _targets(list(rows), scorer=scorer, out=out)
+        targets = _new_ledgers(list(rows), scorer=scorer, out=out)
         for source, old in rows.items():
             ledger, costs = Ledger(targets[source]), list[float]()
-            waiting = list(_waiting(old, ledger, by_judge=isinstance(scorer, Judge)))
-            done += len(old) - len(waiting)
+            pending = list(_pending(old, ledger, by_judge=isinstance(scorer, Judge)))
+            done += len(old) - len(pending)
             progress(done, total)
-            for new, cost in _scored(waiting, scorer):
+            for new, cost in _scored(pending, scorer):
                 ledger.append(new)
                 costs += [] if cost is None else [cost]
                 done += 1
@@ -182,34 +183,34 @@ def rescore_ledgers(
 
 
 def rescore(row: CellResult, *, scorer: Scorer) -> CellResult:
-    """The row with the score that ``scorer`` gives its answer; the row itself if there is no answer."""
+    """Return the row with the score from ``scorer``; a row without an answer is returned unchanged."""
     if row.response is None:
         return row
-    verdict = grade(_said(row), row.facts, scorer=scorer, labels=row.labels, question=row.question)
+    verdict = grade(_answer(row), row.facts, scorer=scorer, labels=row.labels, question=row.question)
     if isinstance(verdict, Score):
         facts = tuple(dataclasses.replace(fact, score=score) for fact, score in zip(row.facts, verdict.fact_scores, strict=True))
         row = dataclasses.replace(row, facts=facts)
-    return _with(row, verdict, scorer=scorer, transcript=None)
+    return _with_verdict(row, verdict, scorer=scorer, transcript=None)
 
 
 def judged(rows: Sequence[CellResult], *, judge: Judge) -> Iterator[tuple[CellResult, float | None]]:
-    """Each row with the judge's score, and what the reply cost, in the order in which replies come.
+    """Yield each row with the judge's score, and the cost of the reply, in the order in which the replies arrive.
 
-    Scores of single facts stay: a judge sees the answer as a whole.
+    The scores of single facts stay as they are, because a judge grades the answer as a whole.
 
     Raises:
-        ModelError: the judge cannot be asked.
+        ModelError: The judge's model cannot be used at all.
     """
     asked: list[tuple[CellResult, Step]] = []
     for row in rows:
         if row.response is None:
             yield row, None
             continue
-        message = judge.spec.user_message(question=row.question, references=row.references, facts=_asked_for(row), answer=_said(row))
+        message = judge.spec.user_message(question=row.question, references=row.references, facts=_relevant_texts(row), answer=_answer(row))
         try:
             asked.append((row, judge_step(message, spec=judge.spec, tokenizer=judge.tokenizer)))
         except TextError as error:
-            yield _with(row, Unscored(reason=f"cannot be shown to the judge: {error}"), scorer=judge.scorer, transcript=None), None
+            yield _with_verdict(row, Unscored(reason=f"cannot be shown to the judge: {error}"), scorer=judge.scorer, transcript=None), None
     if judge.tokenizer is not None:
         walk = plan([step.prompt.ids for _, step in asked], grain_tokens=judge.engine.grain_tokens)
         asked = [
@@ -218,35 +219,37 @@ def judged(rows: Sequence[CellResult], *, judge: Judge) -> Iterator[tuple[CellRe
     for index, outcome in judge.engine.answer([step for _, step in asked]):
         row = asked[index][0]
         if isinstance(outcome, EngineError):
-            yield _with(row, Unscored(reason=f"the judge did not answer: {outcome}"), scorer=judge.scorer, transcript=None), None
+            yield _with_verdict(row, Unscored(reason=f"the judge did not answer: {outcome}"), scorer=judge.scorer, transcript=None), None
             continue
-        # A reply that was cut may end in the 1 of a 10, or before the judge thought better of it.
+        # A truncated reply may end in the 1 of a 10, or before the judge corrects an earlier grade.
         is_cut = outcome.decoded_tokens >= judge.spec.max_new_tokens
-        given = (
-            Unscored(reason=f"the judge came to no end in {outcome.decoded_tokens} tokens")
+        found = (
+            Unscored(reason=f"the judge's reply was cut after {outcome.decoded_tokens} tokens")
             if is_cut
             else read_grade(outcome.text, judge.spec)
         )
-        verdict = given if isinstance(given, Unscored) else Score(value=judge.spec.share(given), fact_scores=())
-        yield _with(row, verdict, scorer=judge.scorer, transcript=outcome.text), outcome.cost
+        verdict = found if isinstance(found, Unscored) else Score(value=judge.spec.share(found), fact_scores=())
+        yield _with_verdict(row, verdict, scorer=judge.scorer, transcript=outcome.text), outcome.cost
 
 
 def agreement_table(rescored: Sequence[Rescored]) -> Table:
-    """Old scores against new ones, a line per ledger, for a terminal."""
+    """Return a table of old and new scores with one row per ledger, for a terminal."""
     from rich.table import Table
 
-    table = Table(title="old scores against new ones")
+    table = Table(title="old and new scores")
     for heading in ("ledger", "cells", "scored", "mean", "correlation", "changed"):
         table.add_column(heading, justify="left" if heading == "ledger" else "right")
     for each in rescored:
-        found = each.agreement
+        agreement = each.agreement
         table.add_row(
             each.ledger.stem,
-            str(found.num_cells),
-            f"{found.scored_before} → {found.scored_after}",
-            "–" if found.mean_before is None or found.mean_after is None else f"{found.mean_before:.3f} → {found.mean_after:.3f}",
-            "–" if found.correlation is None else f"{found.correlation:.3f}",
-            str(len(found.changes)),
+            str(agreement.num_cells),
+            f"{agreement.scored_before} → {agreement.scored_after}",
+            "–"
+            if agreement.mean_before is None or agreement.mean_after is None
+            else f"{agreement.mean_before:.3f} → {agreement.mean_after:.3f}",
+            "–" if agreement.correlation is None else f"{agreement.correlation:.3f}",
+            str(len(agreement.changes)),
         )
     return table
 
@@ -256,35 +259,35 @@ def _read(path: Path) -> list[CellResult]:
         raise StorageError(f"{path}: no such ledger; give the cells.jsonl of a trial")
     rows = Ledger(path).rows()
     if not rows:
-        raise StorageError(f"{path}: has no rows; there is nothing to score")
+        raise StorageError(f"{path}: has no rows, so there is nothing to score; give the ledger of a trial that answered cells")
     return rows
 
 
-def _targets(sources: Sequence[Path], *, scorer: Scorer | Judge, out: Path) -> dict[Path, Path]:
-    """Source → new ledger; written down in ``out``, so that a later run finds them again."""
+def _new_ledgers(sources: Sequence[Path], *, scorer: Scorer | Judge, out: Path) -> dict[Path, Path]:
+    """Return the new ledger of each original, after recording them in ``out`` so that a later call finds the same ones."""
     settings: JsonObject = {"scorer": _name(scorer), "judge": scorer.spec.resolved() if isinstance(scorer, Judge) else None}
     known: dict[str, str] = {}
     if (out / SETTINGS).exists():
         before = read_json(out / SETTINGS)
         known = before.pop("ledgers", {})
         if before != settings:
-            raise SpecError(f"--out {out}: holds ledgers scored by {before.get('scorer')}, not by {_name(scorer)}; choose another folder")
+            raise SpecError(f"--out {out}: has ledgers scored by {before.get('scorer')}, not by {_name(scorer)}; choose another folder")
     for source in sources:
         name = source.parent.name if source.name == "cells.jsonl" else source.stem
         if known.get(name, str(source)) != str(source):
             name = f"{name}-{digest(str(source))[:8]}"
         known[name] = str(source)
         if (out / f"{name}.jsonl").resolve() in {each.resolve() for each in sources}:
-            raise SpecError(f"--out {out}: {name}.jsonl in it is one of the ledgers to be scored; choose another folder")
+            raise SpecError(f"--out {out}: {name}.jsonl in it is one of the ledgers to be rescored; choose another folder")
     write_json(out / SETTINGS, settings | {"ledgers": known})
     return {Path(source): out / f"{name}.jsonl" for name, source in known.items()}
 
 
-def _waiting(old: Sequence[CellResult], ledger: Ledger, *, by_judge: bool) -> Iterator[CellResult]:
-    """Rows that have no final place in ``ledger``."""
-    there = {row.cell_id: row for row in ledger.rows()}
+def _pending(old: Sequence[CellResult], ledger: Ledger, *, by_judge: bool) -> Iterator[CellResult]:
+    """Yield the rows that ``ledger`` lacks, and those that must be scored again."""
+    existing = {row.cell_id: row for row in ledger.rows()}
     for row in old:
-        new = there.get(row.cell_id)
+        new = existing.get(row.cell_id)
         if new is None or new.response is None:
             if new is None or row.response is not None:
                 yield row
@@ -300,20 +303,20 @@ def _scored(rows: Sequence[CellResult], scorer: Scorer | Judge) -> Iterator[tupl
     return ((rescore(row, scorer=scorer), None) for row in rows)
 
 
-def _with(row: CellResult, verdict: Score | Unscored, *, scorer: str, transcript: str | None) -> CellResult:
+def _with_verdict(row: CellResult, verdict: Score | Unscored, *, scorer: str, transcript: str | None) -> CellResult:
     changed = dataclasses.replace(row, scorer=scorer, transcript=transcript)
     if isinstance(verdict, Unscored):
         return dataclasses.replace(changed, score=None, rubric=None, unscored_reason=verdict.reason)
     return dataclasses.replace(changed, score=verdict.value, rubric=verdict.rubric, unscored_reason=None)
 
 
-def _asked_for(row: CellResult) -> list[str]:
-    """What was hidden and has something of the answer; all that was hidden where the row does not say."""
+def _relevant_texts(row: CellResult) -> list[str]:
+    """Return the hidden texts that contain references, or all hidden texts if the row has no references."""
     return [fact.text for fact in row.facts if fact.references] or [fact.text for fact in row.facts]
 
 
-def _said(row: CellResult) -> str:
-    """The answer without the markers that it copied, as the trial scored it."""
+def _answer(row: CellResult) -> str:
+    """Return the answer without pause markers that the model copied, because the trial scored it without them too."""
     response = row.response or ""
     try:
         pauses = json.loads(row.pauses)
@@ -329,7 +332,7 @@ def _name(scorer: Scorer | Judge) -> str:
     return scorer.scorer if isinstance(scorer, Judge) else scorer
 
 
-def _differ(before: float | None, after: float | None) -> bool:
+def _is_changed(before: float | None, after: float | None) -> bool:
     if before is None or after is None:
         return before is not after
-    return abs(before - after) > _LEAST_CHANGE
+    return abs(before - after) > _TOLERANCE

@@ -1,11 +1,11 @@
-"""From an answer to a score, by what was hidden. Deterministic; needs no model, so rescoring is free.
+"""Scores an answer by comparing it with references. The scorers are deterministic and need no model, so rescoring is cheap.
 
-On the pause-tuning paper's released answers the keyword share correlates with its GPT judge at 0.965, and the judge's
-false positives (answers scored 5 or more without the keywords) are what it does not reproduce. A beginning of the answer
-that was given to the model is part of the prompt, not of what is scored.
+On the pause-tuning paper's released answers, the share of keywords correlates with its GPT judge at 0.965. It does not reproduce the
+judge's false positives, which are answers that the judge gave 5 or more although they lack the keywords. If the prompt ends with the
+beginning of an answer, that beginning is not scored.
 
-A reference occurs wherever its letters do, in a longer word or number too (``42`` in ``1423``), as in RULER, needlehaystack 2.0 and
-*Lost in the Middle*. So references should be long; those that tasks draw have five letters or digits at least.
+A reference also counts when it occurs within a longer word or number (``42`` in ``1423``), as in RULER, needlehaystack 2.0 and
+*Lost in the Middle*. References should therefore be long; those that the tasks draw have at least five letters or digits.
 """
 
 from __future__ import annotations
@@ -20,40 +20,42 @@ from pause_ray.needle.task import Scorer
 from pause_ray.text.plain import plain
 
 _EXAMPLE_BEGINS = re.compile(r"<context>|<example>|question:")
-"""Where a model goes on to write another example of the task. BABILong cuts at any ``Question``, but after lowering the case."""
+"""Text with which a model begins another example of the task. BABILong looks for ``Question`` in lower-case text, so it never finds it."""
 
 
 class HasReferences(Protocol):
-    """A hidden fact."""
+    """A hidden fact, as far as scorers need it."""
 
     @property
     def references(self) -> tuple[str, ...]:
-        """What of it a right answer contains; none for a distractor."""
+        """Return the texts from the fact that a right answer contains; a distractor has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How right an answer is."""
+    """The result of scoring one answer."""
 
     value: float
-    """0 to 1."""
+    """The score, from 0 (wrong) to 1 (right)."""
     fact_scores: tuple[float | None, ...]
-    """Of each fact, the share of its references that the answer contains, whatever the scorer; None for one without references."""
+    """The share of each fact's references that the answer contains, for every scorer; None for a fact without references."""
 
     @property
     def rubric(self) -> int:
-        """The value on the protocol's scale of 1 to 10: 1 + 9 × value, rounded half up.
+        """Return the value on the needle-in-a-haystack scale from 1 to 10: 1 + 9 × value, rounded half up.
 
-        None of the keywords is 1, all are 10; of three keywords one is 4 and two are 7, as in the paper's rubric.
+        An answer with no keyword gets 1 and an answer with all of them 10; with one or two of three keywords it gets 4 or 7, as in the
+        paper's rubric.
         """
         return int(1.5 + 9 * self.value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unscored:
-    """No score, and why: counted and shown, never averaged, never zero."""
+    """An answer that has no score. Such answers are counted and reported; they do not enter averages and are not zeros."""
 
     reason: str
+    """The reason why there is no score."""
 
 
 def grade(
@@ -61,31 +63,34 @@ def grade(
 ) -> Score | Unscored:
     """Score one answer.
 
-    An empty response is an answer without references and scores 0; a response that never came is ``Unscored`` and does
-    not get here.
+    An empty response contains no reference and scores 0. A cell without a response is unscored, and its caller does not call this.
 
     Args:
-        response: What the model wrote, without an answer prefix.
-        facts: What was hidden, in any order except for ``exact``.
-        scorer: ``keywords``: share of all references that occur, after ``text.plain.plain``. ``all``: 1 if all of them do.
-            ``exact``: 1 if the answer is the references, in order, and nothing else; letter case, punctuation, white space and
-            an ``and`` between them aside (SQuAD's exact match, arXiv 1606.05250, without its rule for articles).
-            ``string_match``: RULER's metric for retrieval and tracking (arXiv 2404.06654), the share of references that occur
-            letter by letter, case aside. ``label``: BABILong's (arXiv 2406.10149), 1 if the first sentence holds the reference and
-            no other label; labels that the question names don't count. ``furthest``: of the labels, which lead one to the next, the
-            place of the last one that occurs, as a share (needlehaystack 2.0, which counts the first in the question as well).
-        labels: All answers that the task knows; for ``label`` and ``furthest``.
-        question: What was asked; for ``label``.
+        response: The text that the model wrote, without the answer prefix that the prompt gave it.
+        facts: The hidden facts; their order matters only to ``exact``.
+        scorer: The rule by which the answer is scored.
+            ``keywords``: the share of all references that occur in the answer, after normalisation by ``text.plain.plain``.
+            ``all``: 1 if all references occur.
+            ``exact``: 1 if the answer consists of the references in their order, ignoring letter case, punctuation, white space and the
+            word ``and`` (SQuAD's exact match, arXiv 1606.05250, without its rule for articles).
+            ``string_match``: RULER's metric for retrieval and tracking (arXiv 2404.06654): the share of references that occur letter by
+            letter, ignoring case.
+            ``label``: BABILong's metric (arXiv 2406.10149): 1 if the first sentence contains the reference and no other label; labels
+            that the question names are ignored.
+            ``furthest``: the labels form a chain, and the score is the position of the last one that occurs, as a share of the chain's
+            length (as in needlehaystack 2.0, which also counts the label in the question).
+        labels: All possible answers of the task, for ``label`` and ``furthest``.
+        question: The question, for ``label``.
 
     Returns:
-        ``Unscored`` where there are no references or labels to go by.
+        The score, or ``Unscored`` if there are no references, or no labels for a scorer that needs them.
     """
     references = [reference for fact in facts for reference in fact.references]
     if not references:
         return Unscored(reason="no references: nothing says what a right answer contains")
     if scorer in ("label", "furthest") and not labels:
         return Unscored(reason=f"no labels: scorer {scorer} compares them with the answer")
-    normal = _letters if scorer == "string_match" else plain
+    normal = _lowercase if scorer == "string_match" else plain
     fact_scores = tuple(_share(fact.references, response, normal=normal) if fact.references else None for fact in facts)
     share = _share(references, response, normal=normal)
     if scorer in ("keywords", "string_match"):
@@ -95,7 +100,7 @@ def grade(
     elif scorer == "exact":
         value = float(_words(response) == _words(" ".join(references)))
     elif scorer == "label":
-        value = float(_labels_told(response, labels=labels, question=question) == {plain(reference) for reference in references})
+        value = float(_named_labels(response, labels=labels, question=question) == {plain(reference) for reference in references})
     else:
         value = _furthest(response, labels=labels)
     return Score(value=value, fact_scores=fact_scores)
@@ -106,18 +111,18 @@ def _share(references: Sequence[str], response: str, *, normal: Callable[[str], 
     return sum(normal(reference) in answer for reference in references) / len(references)
 
 
-def _letters(text: str) -> str:
+def _lowercase(text: str) -> str:
     return text.lower()
 
 
 def _words(text: str) -> list[str]:
-    """Words without punctuation and ``and``."""
+    """Return the normalised words without punctuation and without the word ``and``."""
     kept = "".join(letter for letter in plain(text) if not unicodedata.category(letter).startswith("P"))
     return [word for word in kept.split() if word != "and"]
 
 
-def _labels_told(response: str, *, labels: Sequence[str], question: str) -> set[str]:
-    """Labels in the first sentence that are not in the question."""
+def _named_labels(response: str, *, labels: Sequence[str], question: str) -> set[str]:
+    """Return the labels that the first sentence names and the question does not."""
     sentence = _EXAMPLE_BEGINS.split(plain(response).split(".")[0])[0]
     return {name for name in map(plain, labels) if name in sentence and name not in plain(question)}
 

@@ -111,7 +111,7 @@ def test_the_scale_is_the_specs() -> None:
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
-        ({"prompt": "{question} {references}"}, "must show {answer}"),
+        ({"prompt": "{question} {references}"}, "must contain {answer}"),
         ({"prompt": "{question} {answer}"}, "{references} or {facts}"),
         ({"prompt": "{facts} {answer} {reply}"}, "{reply}"),
         ({"lowest": 10}, "below highest"),
