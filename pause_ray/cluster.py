@@ -9,6 +9,8 @@ import logging
 import os
 import re
 import socket
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,9 +18,10 @@ import ray
 from joblib import cpu_count
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray.autoscaler._private.util import format_readonly_node_type
+from ray.core.generated import autoscaler_pb2, common_pb2
 from ray.exceptions import RayError
 from ray.experimental import internal_kv
-from ray.util.placement_group import placement_group_table
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from pause_ray.errors import ClusterError, SpecError
 from pause_ray.node_look import missing_package
@@ -41,6 +44,12 @@ STAYS: Mapping[str, str] = {MARKET: "on-demand"}
 """Labels of nodes that nobody takes away."""
 NEVER_UP = "timed out during startup"
 """Ray's words where its own processes take too long."""
+STATUS_SECONDS = 10
+"""Timeout of a request for the cluster's status."""
+AUTOSCALER_SECONDS = 20.0
+"""Time in which an autoscaler, which looks at requests every five seconds, must have looked at a new one."""
+IN_A_GROUP = "bundle_group_"
+"""Prefix of the resource by which Ray sends work to the nodes of a placement group that has its resources."""
 logger = logging.getLogger("pause_ray")
 
 
@@ -285,3 +294,78 @@ def free_gpus() -> float:
 def total_gpus() -> float:
     """GPUs of the cluster as it is now, those in use included."""
     return float(ray.cluster_resources().get("GPU", 0))
+
+
+def pending_requests() -> str | None:
+    """Return one line with the resource requests that Ray has not placed, in the words of ``ray status``; None where all are placed.
+
+    Requests within a placement group that has its resources are left out: more nodes would not help them. Ray does not say whose
+    requests these are, so those of other jobs are among them. Only an autoscaler of Ray's second version says what is infeasible.
+    """
+    status = _cluster_status()
+    state, autoscaler = status.cluster_resource_state, status.autoscaling_state
+    infeasible = {
+        *map(_request_words, autoscaler.infeasible_resource_requests),
+        *map(_group_words, autoscaler.infeasible_gang_resource_requests),
+    }
+    counts: Counter[tuple[str, str]] = Counter()
+    for entry in state.pending_resource_requests:
+        if not any(name.startswith(IN_A_GROUP) for name in entry.request.resources_bundle):
+            counts[_request_words(entry.request), "tasks/actors"] += entry.count
+    counts.update((_group_words(group), "placement groups") for group in state.pending_gang_resource_requests)
+    lines = (
+        f"{words}: {count}+ pending {kind}{' (infeasible)' if words in infeasible else ''}"
+        for (words, kind), count in sorted(counts.items())
+    )
+    return ", ".join(lines) or None
+
+
+def _cluster_status() -> Any:
+    reply = autoscaler_pb2.GetClusterStatusReply()
+    reply.ParseFromString(ray._private.worker.global_worker.gcs_client.get_cluster_status(timeout_s=STATUS_SECONDS))
+    return reply
+
+
+def _request_words(request: Any) -> str:
+    constraints = [constraint for selector in request.label_selectors for constraint in selector.label_constraints]
+    labels = sorted(
+        f"{its.label_key}{'!=' if its.operator == common_pb2.LABEL_OPERATOR_NOT_IN else '='}{'|'.join(its.label_values)}"
+        for its in constraints
+    )
+    return f"{dict(sorted(request.resources_bundle.items()))}{' on ' + ', '.join(labels) if labels else ''}"
+
+
+def _group_words(group: Any) -> str:
+    requests = (
+        group.bundle_selectors[0].resource_requests if group.bundle_selectors else group.requests
+    )  # the first alternative is preferred
+    return ", ".join(f"{words} * {number}" for words, number in sorted(Counter(map(_request_words, requests)).items()))
+
+
+def can_place(bundle: Mapping[str, float], *, number: int, labels: Mapping[str, str]) -> bool:
+    """Return whether nodes with these labels can hold ``bundle`` ``number`` times: now, or once the autoscaler has started them.
+
+    A placement group asks for it, and is removed when the answer is there. Without an answer within ``AUTOSCALER_SECONDS`` the
+    answer is no.
+    """
+    group = placement_group([dict(bundle)] * number, bundle_label_selector=[dict(labels)] * number)
+    asked_in: int | None = None
+    until = time.monotonic() + AUTOSCALER_SECONDS
+    try:
+        while time.monotonic() < until:
+            if group.wait(0.5):
+                return True
+            status = _cluster_status()
+            state, autoscaler = status.cluster_resource_state, status.autoscaling_state
+            if asked_in is None:
+                if _is_among(group.id.hex(), state.pending_gang_resource_requests):
+                    asked_in = state.cluster_resource_state_version
+            elif autoscaler.last_seen_cluster_resource_state_version > asked_in:
+                return not _is_among(group.id.hex(), autoscaler.infeasible_gang_resource_requests)
+        return False
+    finally:
+        remove_placement_group(group)
+
+
+def _is_among(group_id: str, groups: Any) -> bool:
+    return any(str(group.details).partition(":")[0] == group_id for group in groups)

@@ -36,7 +36,6 @@ from pause_ray.sweep.places import Places
 from pause_ray.sweep.progress import SweepProgress
 from pause_ray.sweep.rounds import Rounds, SweepTrial
 from pause_ray.sweep.rungs import governed
-from pause_ray.sweep.shortage import ShortageWatch
 from pause_ray.sweep.spec import SweepSpec
 from pause_ray.sweep.tuning import NOT_YET, Shared, run_trials, why_lost
 from pause_ray.sweep.watch import Watch, start_board
@@ -102,7 +101,6 @@ class Execution:
     watch: Watch
     progress: SweepProgress
     heartbeat: Heartbeat
-    shortage: ShortageWatch
     line: WaitingLine
     posted: PostedTrials
     log: SearchLog
@@ -265,8 +263,7 @@ class Execution:
         for keys in sharing.values():
             job, label = jobs[keys[0]], trials[keys[0]].planned.label
             try:
-                show = self.shortage.noticing(self.progress.showing(f"text for {label}"))
-                rows = build_shards(job, storage=self.storage, progress=show)
+                rows = build_shards(job, storage=self.storage, progress=self.progress.showing(f"text for {label}"))
             except UserError as error:
                 failed |= dict.fromkeys(keys, str(error))
                 continue
@@ -324,8 +321,7 @@ def executing(
                 say=lambda text: progress.say(text),
             )
             with (
-                ShortageWatch(lambda text: progress.say(text)) as shortage,
-                SweepProgress(console, lambda: shortage.hears(watch.states())) as progress,
+                SweepProgress(console, watch.states) as progress,
                 Heartbeat(
                     rounds,
                     storage=storage,
@@ -348,7 +344,6 @@ def executing(
                     watch=watch,
                     progress=progress,
                     heartbeat=heartbeat,
-                    shortage=shortage,
                     line=line,
                     posted=PostedTrials(board),
                     log=log,

@@ -29,7 +29,7 @@ from pause_ray.sweep import metrics
 from pause_ray.sweep.board import Reason
 from pause_ray.sweep.counts import Cells, Speedometer, States, StepCounts, Work, idle_share
 from pause_ray.sweep.places import Places
-from pause_ray.sweep.progress import ENDED, SweepProgress, TrialState
+from pause_ray.sweep.progress import ENDED, QUEUED, WAITING, SweepProgress, TrialState
 from pause_ray.sweep.rounds import Rounds, SweepTrial
 
 log = logging.getLogger("pause_ray")
@@ -39,6 +39,38 @@ ASK_SECONDS = 10.0
 """The fleet's broker is on the driver's node; one that does not answer for so long is lost, or comes again."""
 MOST_WORDS = 500
 """Characters of a failure's reason; the whole of it is shown when the sweep ends."""
+PENDING_SECONDS = 60.0
+"""Time after which pending requests are shown; machines of a cloud take minutes to start, so the line is news and no alarm."""
+
+
+class PendingNotice:
+    """Decides when people see which resource requests wait: when these stay the same for a minute in which no trial makes progress."""
+
+    def __init__(self) -> None:
+        """Begin with nothing pending."""
+        self._line: str | None = None
+        self._shown: str | None = None
+        self._active: dict[str, TrialState] = {}
+        self._since = 0.0
+
+    def due(self, line: str | None, states: States, *, now: float) -> str | None:
+        """Return ``line`` if it is time to show it; the same line is shown once.
+
+        Args:
+            line: The pending requests now, as ``cluster.pending_requests`` returns them.
+            states: The last state of each trial.
+            now: Seconds of the monotonic clock.
+        """
+        active = {key: state for key, state in states.items() if state.stage not in (WAITING, QUEUED)}
+        if (line, active) != (self._line, self._active):
+            self._since = now
+        if line is None:
+            self._shown = None
+        self._line, self._active = line, active
+        if line == self._shown or now - self._since < PENDING_SECONDS:
+            return None
+        self._shown = line
+        return line
 
 
 class Heartbeat:
@@ -81,6 +113,7 @@ class Heartbeat:
         """Trial → its stage and since when, by the monotonic clock."""
         self._began = time.time()
         self._could_tell = True
+        self._pending = PendingNotice()
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._beat_regularly, name="sweep-heartbeat", daemon=True)
 
@@ -134,12 +167,18 @@ class Heartbeat:
         fleet: FleetState | None = None
         gpus: float | None = None
         free_gpus = 0.0
+        pending: str | None = None
         try:
             fleet = self._fleet.state(timeout_seconds=ASK_SECONDS)
             free_gpus, gpus = cluster.free_gpus(), cluster.total_gpus()
+            pending = cluster.pending_requests()
         except RayError as error:
             log.debug("a part of the cluster does not answer: %s", error)
         states = self._progress.look()
+        if (line := self._pending.due(pending, states, now=time.monotonic())) is not None:
+            self._progress.say(
+                f"no trial has made progress for a minute, and Ray has not placed {line}; `ray status` on the head shows the nodes"
+            )
         status = self._status(states, fleet, gpus=gpus, free_gpus=free_gpus, ended=ended, ended_by=ended_by)
         self._work.begin_no_more(key for key, arm in self._arms.items() if arm in status.given_up)
         self._export(states, status, fleet)

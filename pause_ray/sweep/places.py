@@ -8,9 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pause_ray import cluster, demand
+from pause_ray import cluster
 from pause_ray.engines.engine import HfEngineSpec
-from pause_ray.offers import open_share
 from pause_ray.sweep.spec import SweepSpec
 from pause_ray.trial.prepare import PreparedTrial
 from pause_ray.trial.spec import Resources, TrialSpec
@@ -45,7 +44,7 @@ class Places:
         """
         resources, gpus = trials[0].resources, cluster.total("GPU")  # the same for all trials of a sweep
         here = any(isinstance(trial.engine, HfEngineSpec) for trial in trials)
-        share = open_share(gpus, scored_here=here)
+        share = min(1.0, gpus / 2 if here else gpus)
         train = share if resources.train_gpus_per_worker is None else resources.train_gpus_per_worker
         scoring = share * here if resources.scoring_gpus_per_actor is None else resources.scoring_gpus_per_actor
         open_fields = [name for name in GPU_FIELDS if getattr(resources, name) is None]
@@ -126,7 +125,9 @@ class Places:
         wanted = number + self.resources.scoring_bounds[0] * taken_by_actor
         there = sum(min(int(node.get(name, 0) // trial[name]) for name in trial if trial[name]) for node in nodes)
         bundle = {name: amount for name, amount in trial.items() if amount}
-        if there >= wanted or (not cluster.is_known_to_grow_no_further() and demand.can_come(bundle, number=wanted, labels=cluster.STAYS)):
+        if there >= wanted or (
+            not cluster.is_known_to_grow_no_further() and cluster.can_place(bundle, number=wanted, labels=cluster.STAYS)
+        ):
             return cluster.STAYS
         log.warning("nodes that stay have no room for %d trials beside scoring; a trial that is lost with its node begins again", number)
         return {}

@@ -97,9 +97,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
     }
-    make_token, export, start, *_ = documented()
+    make_token, *exports, start = documented()[:4]
     subprocess.run(shlex.split(make_token), env=environment, check=True, capture_output=True)
-    environment |= dict(re.findall(r"(\w+)=(\S+)", export))
+    here = {"$PWD": str(ROOT), "${PYTHONPATH:-}": os.environ.get("PYTHONPATH", "")}
+    for name, value in re.findall(r"(\w+)=(\S+)", " ".join(exports)):
+        environment[name] = re.sub("|".join(map(re.escape, here)), lambda found: here[found[0]], value)
     session = tempfile.mkdtemp(prefix="ray-")  # short: sockets lie below it
     own = f"--port={port} --dashboard-port={dashboard} --ray-client-server-port={client} --dashboard-agent-listen-port=0"
     command = [*shlex.split(start.replace("cluster/local.yaml", str(file))), *own.split()]
@@ -177,8 +179,8 @@ def test_a_sweep_takes_the_cluster_from_nothing_to_what_it_plans_and_back(cluste
     assert diary[0]["workers"] == []
     most: dict[tuple[float, tuple[str, ...]], int] = {}
     for look in diary:
-        for resources, labels, is_hopeless, number in look["wishes"]:
-            assert not is_hopeless, look
+        for resources, labels, is_infeasible, number in look["pending"]:
+            assert not is_infeasible, look
             kind = (resources.pop("CPU"), tuple(labels))
             assert not resources, "something was asked for that no part of a sweep takes"
             most[kind] = max(most.get(kind, 0), number)

@@ -20,10 +20,9 @@ from ray.exceptions import GetTimeoutError  # noqa: E402
 from pause_ray.live_status import LiveStatus  # noqa: E402
 from pause_ray.needle.tally import Answered, FleetState  # noqa: E402
 from pause_ray.storage import Storage  # noqa: E402
-from pause_ray.sweep import heartbeat, metrics, shortage  # noqa: E402
-from pause_ray.sweep.heartbeat import Heartbeat  # noqa: E402
+from pause_ray.sweep import heartbeat, metrics  # noqa: E402
+from pause_ray.sweep.heartbeat import PENDING_SECONDS, Heartbeat, PendingNotice  # noqa: E402
 from pause_ray.sweep.progress import SweepProgress, TrialState  # noqa: E402
-from pause_ray.sweep.shortage import ShortageWatch  # noqa: E402
 
 CELLS = 12
 ROW = {"step": 1, "tokens": 100}
@@ -142,15 +141,49 @@ def test_storage_that_refuses_a_look_ends_neither_the_thread_nor_the_sweep(
     assert len(refusals) == 2, "once for each time that it began"
 
 
-def test_a_cluster_that_cannot_be_looked_at_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = 0
+def shown(line: str | None, states: Mapping[str, TrialState], notice: PendingNotice, *, start: float) -> list[float]:
+    """The times, in steps of a second for two minutes, at which the line is shown."""
+    return [now for now in range(int(start), int(start) + 120) if notice.due(line, states, now=now) is not None]
 
-    def demand() -> Any:
-        nonlocal looks
-        looks += 1
-        raise GetTimeoutError("the head is busy")
 
-    monkeypatch.setattr(shortage, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(shortage, "demand", demand)
-    with ShortageWatch(lambda text: None):
-        wait_until(lambda: looks > 2)
+def test_pending_requests_are_shown_once_after_a_minute_without_progress() -> None:
+    notice, waits = PendingNotice(), {"a": TrialState("waiting", 0, 1), "b": TrialState("queued", 0, 1)}
+    line = "{'GPU': 1.0}: 1+ pending tasks/actors"
+    assert shown(line, waits, notice, start=0) == [PENDING_SECONDS]
+    assert shown(line, waits, notice, start=120) == []
+    assert shown(line.replace("1+", "2+"), waits, notice, start=240) == [240 + PENDING_SECONDS]
+    assert shown(None, waits, notice, start=360) == []
+    assert shown(line, waits, notice, start=480) == [480 + PENDING_SECONDS], "a new shortage"
+
+
+def test_while_a_trial_makes_progress_no_pending_request_is_shown() -> None:
+    notice = PendingNotice()
+    steps = [{"a": TrialState("training", step, 999)} for step in range(300)]
+    assert not any(notice.due("{'GPU': 1.0}: 1+", states, now=now) for now, states in enumerate(steps))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_sweep_that_waits_for_a_resource_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    lines: list[str] = []
+    monkeypatch.setattr(heartbeat, "PENDING_SECONDS", 0.0)
+    beat = beating(tmp_path)
+    beat._progress = cast(Any, SimpleNamespace(look=dict, seconds_left=None, say=lines.append))
+
+    @ray.remote(num_cpus=0, resources={"quantum_chip": 2})
+    def work() -> None: ...
+
+    waiting = work.remote()
+
+    def beat_until_shown() -> bool:
+        beat._beat()
+        return bool(lines)
+
+    try:
+        wait_until(beat_until_shown)
+        beat._beat()
+    finally:
+        ray.cancel(waiting)
+    [line] = [line for line in lines if "quantum_chip" in line]
+    assert "Ray has not placed {'quantum_chip': 2.0}: 1+ pending tasks/actors; `ray status` on the head" in line

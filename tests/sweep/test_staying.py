@@ -14,7 +14,6 @@ from pause_ray.sweep.spec import SweepSpec, expand
 from tests.sweep.test_spec import SWEEP
 
 pytest.importorskip("ray")
-from pause_ray import demand
 
 ON_DEMAND, SPOT = {"ray.io/market-type": "on-demand"}, {"ray.io/market-type": "spot"}
 Node = tuple[Mapping[str, str], float]
@@ -34,7 +33,7 @@ def labels_on(monkeypatch: pytest.MonkeyPatch, *nodes: Node, can_come: bool = Fa
     monkeypatch.setattr(cluster.ray, "nodes", lambda: there)
     monkeypatch.setattr(cluster.ray._private.state.state, "get_cluster_config", lambda: None)
     monkeypatch.setattr(cluster, "has_all_its_nodes", lambda: False)
-    monkeypatch.setattr(demand, "can_come", lambda bundle, *, number, labels: asked.append(number) or can_come)
+    monkeypatch.setattr(cluster, "can_place", lambda bundle, *, number, labels: asked.append(number) or can_come)
     overrides = {name if name == "max_concurrent_trials" else f"trial.resources.{name}": value for name, value in changes.items()}
     sweep = SweepSpec.parse(with_overrides(SWEEP, overrides), origin="test")
     places = Places.of(sweep, [trial.spec for trial in expand(sweep)])
