@@ -1,4 +1,4 @@
-"""One machine as a sweep will find it: packages, GPUs, memory, disks, paths. Knows no cluster."""
+"""One machine as a sweep will find it: packages, GPUs, memory, disks, paths, and which other machines it reaches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import re
 import shutil
 import socket
 import subprocess
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,9 @@ MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/
 MISSING = re.compile(r"No module named '(?P<package>\w+)[\w.]*'")
 MIG_SLICE = re.compile(r"\s+MIG (?P<profile>\S*?(?P<gigabytes>\d+)gb\S*)")
 """In ``nvidia-smi -L``."""
+CONNECT_SECONDS = 5
+CONNECT_AT_ONCE = 256
+"""Connections that a node tries at the same time; those to a thousand nodes, if none answers, take less than a minute."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,3 +158,36 @@ def gpus_told(table: str, *, listed: str) -> tuple[Gpu, ...]:
         its = slices[number] if number < len(slices) else []
         gpus += [Gpu(name=f"{name} MIG {each.name}", memory_bytes=each.memory_bytes) for each in its or [NO_SLICE]]
     return tuple(gpus)
+
+
+class NodeActor:
+    """An actor that looks at its own node, and listens on a free port so that other nodes can try to connect."""
+
+    def __init__(self) -> None:
+        self._server = socket.create_server(("", 0))
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            self._server.accept()[0].close()
+
+    def look(self, root: Path, *, probe: str, paths: Sequence[str]) -> tuple[Look, int]:
+        """Return what this node is like, and the port that other nodes try."""
+        import ray
+
+        session = Path(ray._private.worker._global_node.get_session_dir_path())
+        return look(root, probe=probe, paths=paths, session=session), int(self._server.getsockname()[1])
+
+    def unreachable(self, others: Mapping[str, tuple[str, int]]) -> tuple[str, ...]:
+        """Return the names of those of the others (name → host and port) that take no connection."""
+        with ThreadPoolExecutor(CONNECT_AT_ONCE) as pool:  # a connection that is dropped takes its whole time
+            answers = list(pool.map(_takes_connections, others.values()))
+        return tuple(name for name, answered in zip(others, answers, strict=True) if not answered)
+
+
+def _takes_connections(place: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(place, timeout=CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True

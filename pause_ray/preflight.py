@@ -1,26 +1,24 @@
-"""Looking at a cluster before a GPU-hour is spent: every node once, in one short actor; what is wrong where. Knows no sweep.
+"""A look at a cluster before a GPU-hour is spent: at every node, in a short actor, or at the node types of a cluster file.
 
-An actor looks at its own node (``look``), then at the others' ports. What the looks mean is decided by ``problems``, which
-starts nothing.
+An actor looks at its node, then tries the ports of the others. ``problems`` says what is wrong with the nodes, and ``misfits`` which
+request of a trial no node can hold. Knows no sweep.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import socket
-import threading
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pause_ray.engines.engine import HfEngineSpec
-from pause_ray.errors import ClusterError
-from pause_ray.node_look import Look, look, missing_package
-from pause_ray.offers import Offer, held_at_a_time, most_gpus, open_share, pieces_of, unfit
+from pause_ray.errors import ClusterError, SpecError
+from pause_ray.node_look import Look, NodeActor, missing_package
+from pause_ray.spec import JsonObject
 from pause_ray.train.memory import ROOM, Workers, plan_memory, possible_stages
 from pause_ray.train.telemetry import known_shape
 from pause_ray.trial.prepare import PreparedTrial
@@ -30,50 +28,44 @@ FREE_BYTES = 20e9
 """Free space below which a storage root is too full for a sweep's checkpoints and ledgers to be safe."""
 IN_BUCKETS = "give every node the way there and the right to read it, as the driver has them"
 FREE_SHARE = 0.05
-"""Of the disk of Ray's own files; with less Ray puts nothing there any more, neither objects that leave memory nor working directories."""
+"""Free share of the disk of Ray's own files below which Ray puts neither objects nor working directories there."""
 LOOK_SECONDS = 120
-"""For a node to start the actor and answer; a node that needs longer is not ready."""
-CONNECT_SECONDS = 5
-CONNECT_AT_ONCE = 256
-"""Places that a node tries; those of a thousand nodes, if none answers, still take less than ``LOOK_SECONDS``."""
+"""Time in which a node starts the actor and answers; a node that needs longer is not ready."""
 PROBE = ".preflight-"
+SCORING_ACTOR = "a scoring actor"
 AGENT_KEY = "DASHBOARD_AGENT_ADDR_NODE_ID_PREFIX"
-"""Under which an agent tells Ray where it listens."""
+"""Prefix of the keys under which agents tell Ray their addresses."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """A node and its look, or why there is none."""
+    """A node with its GPUs and CPUs as Ray counts them."""
 
     name: str
-    """Its address, and that it is the head."""
+    """The node's address, and whether it is the head."""
     gpus: float
-    """As Ray counts them, and ``cpus``."""
     look: Look | None
     cpus: float = 0.0
     failure: str = ""
-    """Why something of it is not known, the look or what it cannot reach."""
+    """Why the look is missing, or why it is not known what the node can reach."""
     unreachable: tuple[str, ...] = ()
-    """What of other nodes it cannot connect to, such as ``the object store of NODE``."""
+    """Ports of other nodes to which it cannot connect, such as ``the object store of NODE``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needed:
-    """Memory that a training takes where it takes most."""
+    """The memory that the largest training takes of each GPU and of each machine with GPUs."""
 
     gpu_bytes: int
-    """Of each GPU."""
     host_bytes: int
-    """Of each machine with GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Copy:
-    """A model as a scoring actor holds it, with the keys and values of the longest prompt."""
+    """A model on the GPUs of a scoring actor, with the keys and values of the longest prompt."""
 
     bytes_: int
     gpus: float
-    """Of the actor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,41 +77,8 @@ class Problem:
     remedy: str
 
 
-class NodeActor:
-    """Lives on one node for as long as it is looked at, and listens on a free port."""
-
-    def __init__(self) -> None:
-        self._server = socket.create_server(("", 0))
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            self._server.accept()[0].close()
-
-    def look(self, root: Path, *, probe: str, paths: Sequence[str]) -> tuple[Look, int]:
-        """``look``, and the port that others are to try."""
-        import ray
-
-        session = Path(ray._private.worker._global_node.get_session_dir_path())
-        return look(root, probe=probe, paths=paths, session=session), int(self._server.getsockname()[1])
-
-    def unreachable(self, others: Mapping[str, tuple[str, int]]) -> tuple[str, ...]:
-        """Which of the others (what it is → host and port) do not answer."""
-        with ThreadPoolExecutor(CONNECT_AT_ONCE) as pool:  # one that is dropped takes its whole time
-            answers = list(pool.map(_takes_connections, others.values()))
-        return tuple(name for name, answered in zip(others, answers, strict=True) if not answered)
-
-
-def _takes_connections(place: tuple[str, int]) -> bool:
-    try:
-        socket.create_connection(place, timeout=CONNECT_SECONDS).close()
-    except OSError:
-        return False
-    return True
-
-
 def look_at_nodes(root: Path, *, probe: str, paths: Sequence[str]) -> list[Node]:
-    """Every node that is alive, head first. Ray must be initialised.
+    """Return every node that is alive, head first. Ray must be initialised.
 
     Raises:
         ClusterError: there is no node.
@@ -136,28 +95,21 @@ def look_at_nodes(root: Path, *, probe: str, paths: Sequence[str]) -> list[Node]
         .remote()
         for node in alive
     }
-    looks = {name: actor.look.remote(root, probe=probe, paths=list(paths)) for name, actor in actors.items()}
-    found = _answers(looks)
-    ports = {_name(node): _ports(node, free_port=answer[1]) for node in alive if (answer := found[_name(node)][0])}
-    tries = {
-        name: actors[name].unreachable.remote({what: place for other, places in ports.items() if other != name for what, place in places})
-        for name in ports
-    }
-    tried = _answers(tries)
+    looks = _answers({name: actor.look.remote(root, probe=probe, paths=list(paths)) for name, actor in actors.items()})
+    ports = {_name(node): _ports(node, free_port=answer[1]) for node in alive if (answer := looks[_name(node)][0])}
+    others = {name: dict(place for other, places in ports.items() if other != name for place in places) for name in ports}
+    tries = _answers({name: actors[name].unreachable.remote(places) for name, places in others.items()})
     nodes = []
     for node in alive:
-        name = _name(node)
-        answer, failure = found[name]
-        unreachable, lost = tried.get(name, ((), ""))
-        if lost:
-            failure = f"whether it can connect to the other nodes is not known: {lost}"
+        answer, failure = looks[_name(node)]
+        unreachable, lost = tries.get(_name(node), ((), ""))
         nodes.append(
             Node(
-                name=name,
+                name=_name(node),
                 gpus=float(node["Resources"].get("GPU", 0)),
                 cpus=float(node["Resources"].get("CPU", 0)),
                 look=answer[0] if answer else None,
-                failure=failure,
+                failure=f"whether it can connect to the other nodes is not known: {lost}" if lost else failure,
                 unreachable=unreachable or (),
             )
         )
@@ -167,7 +119,7 @@ def look_at_nodes(root: Path, *, probe: str, paths: Sequence[str]) -> list[Node]
 
 
 def _ports(node: Mapping[str, Any], *, free_port: int) -> list[tuple[str, tuple[str, int]]]:
-    """What other nodes must be able to connect to: what it is → host and port."""
+    """Return the names, hosts and ports to which other nodes must be able to connect."""
     from ray.experimental import internal_kv
 
     name, host = _name(node), node["NodeManagerAddress"]
@@ -181,7 +133,7 @@ def _ports(node: Mapping[str, Any], *, free_port: int) -> list[tuple[str, tuple[
 
 
 def _answers(asked: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
-    """What each actor answered, or why it did not; those that are silent are waited for at the same time."""
+    """Return the answer of each actor, or why there is none."""
     import ray
     from ray.exceptions import RayError
 
@@ -208,7 +160,7 @@ def _is_head(node: Mapping[str, Any]) -> bool:
 
 
 def named_paths(trials: Sequence[PreparedTrial]) -> tuple[str, ...]:
-    """Files, folders and globs that the trials read, wherever they are, but for those of packages."""
+    """Return the files, folders and globs that the trials read, without those of packages."""
     found = set()
     for trial in trials:
         spec = trial.spec
@@ -221,12 +173,7 @@ def named_paths(trials: Sequence[PreparedTrial]) -> tuple[str, ...]:
 
 
 def needed_memory(trials: Sequence[PreparedTrial], *, gpus_per_node: float) -> Needed | None:
-    """What the largest training on GPUs takes; None where there is none, or the models do not tell their size.
-
-    Args:
-        trials: Of a sweep.
-        gpus_per_node: Of the largest node.
-    """
+    """Return the memory of the largest training on GPUs; None where there is none, or the size of the models is not known."""
     needed = []
     for trial in trials:
         train, corpus, shape = trial.spec.train, trial.spec.corpus, known_shape(trial.model_dir)
@@ -242,105 +189,140 @@ def needed_memory(trials: Sequence[PreparedTrial], *, gpus_per_node: float) -> N
     return Needed(gpu_bytes=max(its.gpu_bytes for its in needed), host_bytes=max(its.host_bytes for its in needed))
 
 
-def too_little(nodes: Sequence[Node], trial: TrialSpec) -> list[Problem]:
-    """What a trial takes on one node that none has, and what it takes at a time that all have not; of all nodes that there are."""
-    offers = [Offer(name=node.name, cpus=node.cpus, gpus=node.gpus, gpu=None, most=1) for node in nodes]
-    there = most_gpus(offers)
-    pieces = pieces_of(trial, open_gpus=open_share(there, scored_here=isinstance(trial.engine, HfEngineSpec)))
-    remedy = "start nodes that have it, or ask for less (resources)"
-    found = [Problem(node="the cluster", what=f"{piece.words}, which none has", remedy=remedy) for piece in unfit(pieces, offers)]
-    if (needed := held_at_a_time(trial, pieces)) > there:
-        what = f"a trial holds {needed:g} GPUs at a time, and all nodes together have {there:g}"
-        found.append(Problem(node="the cluster", what=what, remedy=remedy))
-    return found
-
-
 def problems(nodes: Sequence[Node], *, needed: Needed | None, copy: Copy | None = None) -> list[Problem]:
-    """What of the looks would stop a sweep.
+    """Return what is wrong with nodes and would stop a sweep.
 
     Args:
-        nodes: As ``look_at_nodes`` gives them.
-        needed: What a GPU and its machine must have; None where none is used.
-        copy: The largest of a scoring actor; None where none is on GPUs.
+        nodes: The nodes, as ``look_at_nodes`` returns them.
+        needed: The memory that a GPU and its machine must have; None where no GPU is used.
+        copy: The largest model of a scoring actor; None where no actor is on GPUs.
     """
+    versions: dict[str, str] = {}
+    for node in reversed(nodes):  # those of the head, which is first, count
+        versions |= node.look.versions if node.look else {}
     found: list[Problem] = []
-    usual = _usual_versions(nodes)
     for node in nodes:
+        told: list[tuple[str, str]] = []
         if node.failure:
             missing = missing_package(node.failure)
             remedy = f"install {missing} there (the Dockerfile in cluster/ does)" if missing else "look at the node's logs, or drain it"
-            found.append(Problem(node=node.name, what=node.failure, remedy=remedy))
-        if node.look is None:
-            continue
-        found += _of_look(node, node.look, usual, needed=needed)
-        if copy is not None and copy.gpus <= node.gpus:
-            found += _of_copy(node, node.look, copy)
-        for other in node.unreachable:
-            what = f"cannot connect to {other}"
-            found.append(Problem(node=node.name, what=what, remedy="let the nodes of the cluster reach each other on all ports"))
+            told.append((node.failure, remedy))
+        if node.look is not None:
+            told += [*_machine_problems(node.look, versions), *_gpu_problems(node, node.look, needed=needed, copy=copy)]
+            told += [
+                (f"cannot connect to {other}", "let the nodes of the cluster reach each other on all ports") for other in node.unreachable
+            ]
+        found += [Problem(node=node.name, what=what, remedy=remedy) for what, remedy in told]
     return found
 
 
-def _usual_versions(nodes: Sequence[Node]) -> dict[str, str]:
-    """Those of the head, with which everything else has to agree; of the most common kind where its own is not known."""
-    looks = [node.look for node in nodes if node.look]
-    names = {name for its in looks for name in its.versions}
-    usual = {}
-    for name in names:
-        counts = Counter(its.versions[name] for its in looks if name in its.versions)
-        usual[name] = (nodes[0].look.versions.get(name) if nodes[0].look else None) or counts.most_common(1)[0][0]
-    return usual
-
-
-def _of_look(node: Node, its: Look, usual: Mapping[str, str], *, needed: Needed | None) -> list[Problem]:
-    found = []
-
-    def add(what: str, remedy: str) -> None:
-        found.append(Problem(node=node.name, what=what, remedy=remedy))
-
-    for name, version in sorted(usual.items()):
-        if its.versions.get(name) != version:
-            add(f"{name} {its.versions.get(name, 'is missing')}, elsewhere {version}", "use one image on all nodes")
-    if its.storage != "ok":
-        add(f"storage root: {its.storage}", "mount the same shared folder there on every node")
-    elif its.free_bytes is not None and its.free_bytes < FREE_BYTES:
-        add(f"storage root has {its.free_bytes / 1e9:.1f} GB free", f"make room for at least {FREE_BYTES / 1e9:.0f} GB")
-    if its.free_share < FREE_SHARE:
+def _machine_problems(look: Look, versions: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield each problem of packages, disks and paths with its remedy."""
+    for name, version in sorted(versions.items()):
+        if look.versions.get(name) != version:
+            yield f"{name} {look.versions.get(name, 'is missing')}, elsewhere {version}", "use one image on all nodes"
+    if look.storage != "ok":
+        yield f"storage root: {look.storage}", "mount the same shared folder there on every node"
+    elif look.free_bytes is not None and look.free_bytes < FREE_BYTES:
+        yield f"storage root has {look.free_bytes / 1e9:.1f} GB free", f"make room for at least {FREE_BYTES / 1e9:.0f} GB"
+    if look.free_share < FREE_SHARE:
         remedy = "make room there, or start the node with --temp-dir or --object-spilling-directory on another disk"
-        add(f"the disk of Ray's own files is {1 - its.free_share:.0%} full", remedy)
-    for path, wrong in its.unseen.items():
-        add(wrong, IN_BUCKETS if "://" in path else "put it on shared storage and name it by that path")
-    return found + _of_gpus(node, its, needed)
+        yield f"the disk of Ray's own files is {1 - look.free_share:.0%} full", remedy
+    for path, wrong in look.unseen.items():
+        yield wrong, IN_BUCKETS if "://" in path else "put it on shared storage and name it by that path"
 
 
-def _of_copy(node: Node, its: Look, copy: Copy) -> list[Problem]:
-    """Whether an actor's GPUs hold its model, if it gets the smallest of the node."""
-    known = [(gpu.memory_bytes, gpu.name) for gpu in its.gpus if gpu.memory_bytes]
-    if not known:
-        return []
-    memory_bytes, name = min(known)
+def _gpu_problems(node: Node, look: Look, *, needed: Needed | None, copy: Copy | None) -> Iterator[tuple[str, str]]:
+    """Yield each problem of GPUs, their memory and that of the machine with its remedy."""
+    if node.gpus and not look.gpus:
+        yield f"Ray counts {node.gpus:g} GPUs, the driver shows none", "install NVIDIA's driver, or give the container its GPUs"
+    known = [(gpu.memory_bytes, gpu.name) for gpu in look.gpus if gpu.memory_bytes is not None]
+    if needed is not None and look.gpus:
+        for memory_bytes, name in known:
+            if memory_bytes < needed.gpu_bytes:
+                what = f"{name} has {memory_bytes / 1e9:.0f} GB, the plan needs {needed.gpu_bytes / 1e9:.0f} GB"
+                yield what, "use larger GPUs, more of them, or see pause-ray plan"
+        if look.memory_bytes and look.memory_bytes < needed.host_bytes:
+            what = f"the machine has {look.memory_bytes / 1e9:.0f} GB of memory, the plan needs {needed.host_bytes / 1e9:.0f} GB"
+            yield what, "use a larger one, or offload less (train.zero)"
+    if copy is None or copy.gpus > node.gpus or not any(memory_bytes for memory_bytes, _ in known):
+        return
+    memory_bytes, name = min(gpu for gpu in known if gpu[0])  # the actor may get the smallest
     number = math.ceil(copy.bytes_ / (ROOM * memory_bytes))
-    if number <= max(1.0, copy.gpus):
-        return []
-    what = f"{name} has {memory_bytes / 1e9:.0f} GB, and scoring needs {number} of them for one copy of the model"
-    return [Problem(node=node.name, what=what, remedy=f"set resources.scoring_gpus_per_actor to {number}, or use larger GPUs")]
+    if number > max(1.0, copy.gpus):
+        what = f"{name} has {memory_bytes / 1e9:.0f} GB, and scoring needs {number} of them for one copy of the model"
+        yield what, f"set resources.scoring_gpus_per_actor to {number}, or use larger GPUs"
 
 
-def _of_gpus(node: Node, its: Look, needed: Needed | None) -> list[Problem]:
-    found = []
+def requests_of(trial: TrialSpec, *, open_gpus: float) -> dict[str, dict[str, float]]:
+    """Return the CPUs and GPUs that each process of a trial takes on one node.
 
-    def add(what: str, remedy: str) -> None:
-        found.append(Problem(node=node.name, what=what, remedy=remedy))
-
-    if node.gpus and not its.gpus:
-        add(f"Ray counts {node.gpus:g} GPUs, the driver shows none", "install NVIDIA's driver, or give the container its GPUs")
-    if needed is None or not its.gpus:
-        return found
-    for gpu in its.gpus:
-        if gpu.memory_bytes is not None and gpu.memory_bytes < needed.gpu_bytes:
-            told = f"{gpu.name} has {gpu.memory_bytes / 1e9:.0f} GB, the plan needs {needed.gpu_bytes / 1e9:.0f} GB"
-            add(told, "use larger GPUs, more of them, or see pause-ray plan")
-    if its.memory_bytes and its.memory_bytes < needed.host_bytes:
-        told = f"the machine has {its.memory_bytes / 1e9:.0f} GB of memory, the plan needs {needed.host_bytes / 1e9:.0f} GB"
-        add(told, "use a larger one, or offload less (train.zero)")
+    Args:
+        trial: The trial.
+        open_gpus: The GPUs of a training worker and of a scoring actor where the spec leaves them open.
+    """
+    resources, here = trial.resources, isinstance(trial.engine, HfEngineSpec)
+    actor_gpus = open_gpus * here if resources.scoring_gpus_per_actor is None else resources.scoring_gpus_per_actor
+    found = {SCORING_ACTOR: {"CPU": resources.scoring_cpus_per_actor, "GPU": actor_gpus}}
+    if trial.train is not None:
+        worker_gpus = open_gpus if resources.train_gpus_per_worker is None else resources.train_gpus_per_worker
+        found["a training worker"] = {"CPU": resources.train_cpus_per_worker, "GPU": worker_gpus}
+    if trial.train is None or resources.train_workers:
+        found["a trial"] = {"CPU": 1.0, "GPU": 0.0}
     return found
+
+
+def misfits(requests: Mapping[str, Mapping[str, float]], nodes: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return a sentence for each request that none of the nodes, or node types, can hold."""
+    there = ", ".join(f"{name} ({_amounts(node)})" for name, node in nodes.items())
+    return [
+        f"{name} takes {_amounts(request)} on one node, and none has that: {there}"
+        for name, request in requests.items()
+        if not any(all(node.get(resource, 0.0) >= number for resource, number in request.items()) for node in nodes.values())
+    ]
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return f"{resources['CPU']:g} CPUs and {resources['GPU']:g} GPUs"
+
+
+def read_node_types(path: Path) -> dict[str, dict[str, float]]:
+    """Return the CPUs and GPUs of each node type of a cluster file, of ``ray up`` or of KubeRay, of which a worker can start.
+
+    Raises:
+        SpecError: the file cannot be read, is of another kind, or has a node type without numbers.
+    """
+    try:
+        documents = list(yaml.safe_load_all(path.read_text()))  # merge keys, which specs refuse, are usual in these files
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: cannot be read: {' '.join(str(error).split())}; give the file of a cluster") from error
+    kinds: dict[str, tuple[JsonObject, Callable[[JsonObject], dict[str, float]]]] | None = None
+    for content in filter(lambda document: isinstance(document, dict), documents):
+        spec = content.get("spec") or {}
+        groups = spec.get("rayClusterSpec", spec).get("workerGroupSpecs")
+        if "available_node_types" in content:
+            head = content.get("head_node_type")
+            types = content["available_node_types"]
+            kinds = {name: (kind, _of_ray) for name, kind in types.items() if kind.get("max_workers", name != head)}
+        elif groups is not None:
+            kinds = {str(group.get("groupName")): (group, _of_kuberay) for group in groups if group.get("maxReplicas", 1)}
+    if kinds is None:
+        raise SpecError(f"{path}: has neither available_node_types (ray up) nor workerGroupSpecs (KubeRay); give the file of a cluster")
+    found = {}
+    for name, (kind, read) in kinds.items():
+        try:
+            found[name] = read(kind)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            told = f"its number of CPUs or GPUs cannot be read ({type(error).__name__}: {error}); write resources: {{CPU: …, GPU: …}}"
+            raise SpecError(f"{path}: node type {name}: {told}, or limits for KubeRay") from error
+    return found
+
+
+def _of_ray(kind: JsonObject) -> dict[str, float]:
+    return {"CPU": float(kind["resources"]["CPU"]), "GPU": float(kind["resources"].get("GPU", 0))}
+
+
+def _of_kuberay(group: JsonObject) -> dict[str, float]:
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    cpus = str(limits["cpu"])  # "15", or "500m" for half a CPU
+    return {"CPU": float(cpus.removesuffix("m")) / (1000 if cpus.endswith("m") else 1), "GPU": float(limits.get("nvidia.com/gpu", 0))}

@@ -1,7 +1,7 @@
-"""Handing a command to a cluster's head as a Ray job: what is sent along, what must not be, what it says. Knows no sweep.
+"""Submitting a command to a Ray cluster as a job. Knows no sweep.
 
-Whoever may submit jobs may read them: command, environment and metadata of a job are shown to everybody with the cluster's
-token. So secrets are refused here; they belong into the environment of the cluster's nodes.
+Everybody with the cluster's token can read a job's command and environment. So secrets are refused here; they belong into the
+environment of the cluster's nodes.
 """
 
 from __future__ import annotations
@@ -10,213 +10,118 @@ import asyncio
 import logging
 import os
 import re
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pause_ray.errors import ClusterError, SpecError
 from pause_ray.spec import digest
 
-NOT_SENT = (".git", "*.env", ".venv", "venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "node_modules")
-"""What a cluster has no use for, and secrets that lie about, besides what ``.gitignore`` names."""
-WORK = "pause_ray.work"
-"""Metadata of a job: which work it does, so that nothing is submitted twice."""
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+EXCLUDES = (".git", "*.env", ".venv", "venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "node_modules")
+"""Patterns of files that a cluster has no use for, or that hold secrets; those of ``.gitignore`` are left out anyway."""
 SECRET_NAME = re.compile(r"token(?!i[sz])|secret|passw|credential|(api|access|private)_?key|keys?(_|$)", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"://[^/\s:@]*:[^/\s@]+@|https?://[^/\s@]+@")
 """A URL with a password in it, or of the web with a name, which may be a token."""
-RUNNING = ("PENDING", "RUNNING")
 ANSWER_SECONDS = 30
-"""For a head to say anything at all."""
+"""Timeout of the first request to a head; Ray's client has none."""
 STOP_SECONDS = 600
-"""Between asking a job to end and ending it by force; Ray's own 3 are too few for the running step and its checkpoint."""
-BEGIN_SECONDS = 60
-"""For a job that is asked to end to begin first, which it must: its copy of the working directory may be on its way. One for which there is
-no node would be waited for until Ray gives it up, a quarter of an hour after it was submitted."""
-LOOK_SECONDS = 0.5
+"""Time between a job's SIGTERM and SIGKILL; Ray's own 3 seconds are too few for the running step and its checkpoint."""
+GET_TOKEN = "put the cluster's token (on the head: ray get-auth-token) into RAY_AUTH_TOKEN or ~/.ray/auth_token"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What a head is asked to run."""
-
-    name: str
-    """The submission id begins with it."""
-    command: str
-    """For the shell of the node that it runs on, in the copied working directory."""
-    working_dir: Path
-    """Copied to the cluster without ``NOT_SENT`` and ``exclude``."""
-    exclude: tuple[str, ...] = ()
-    """Further patterns, as in a ``.gitignore``."""
-    env: Mapping[str, str]
-    """Environment of all its processes; no secrets."""
-    num_cpus: float
-    """Logical CPUs of the node that the command itself runs on; 0 puts it on the head."""
-    labels: Mapping[str, str]
-    """Of that node, such as ``ray.io/market-type: on-demand``."""
-
-    @property
-    def work(self) -> str:
-        """Digest of what it does; the same for the same command and environment."""
-        return digest([self.name, self.command, dict(self.env)])
-
-
-def check_no_secrets(job: Job) -> None:
+def check_no_secrets(command: str, env: Mapping[str, str]) -> None:
     """Refuse what everybody could read.
 
     Raises:
-        SpecError: a variable that is named like a secret, or a URL with a password in the environment or the command.
+        SpecError: a variable is named like a secret, or the environment or the command has a URL with a password.
     """
     remedy = "a job's environment and command can be read by everybody on the cluster; set it on the cluster's nodes (docs/security.md)"
-    for name, value in job.env.items():
+    for name, value in env.items():
         if SECRET_NAME.search(name) or SECRET_VALUE.search(value):
             raise SpecError(f"--env {name}: looks like a secret; {remedy}")
-    if SECRET_VALUE.search(job.command):
+    if SECRET_VALUE.search(command):
         raise SpecError(f"the command has a URL with a password in it; {remedy}")
 
 
-class Head:
-    """The head of a cluster, as its jobs API shows it."""
+def connect(address: str) -> JobSubmissionClient:
+    """Return a client of the head whose dashboard has this address, with the token of this environment.
 
-    def __init__(self, address: str) -> None:
-        """Connect, with the token of this environment unless ``RAY_AUTH_MODE`` says otherwise.
+    Raises:
+        ClusterError: no head answers, the token is missing or wrong, or the head runs another version of Ray.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray
+    import requests
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
 
-        Args:
-            address: Of the dashboard, such as ``http://127.0.0.1:8265``.
-
-        Raises:
-            ClusterError: nobody answers, the token is missing or wrong, or the head runs another version of Ray.
-        """
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        import ray
-        import requests
-        from ray.exceptions import AuthenticationError
-        from ray.job_submission import JobSubmissionClient
-
-        logging.getLogger("ray").setLevel(logging.WARNING)  # uploads and closed sockets are no news
-        self._address = address
-        try:
-            requests.get(f"{address}/api/version", timeout=ANSWER_SECONDS)  # the client below waits for ever
-            self._client = JobSubmissionClient(address)
-            there = str(self._client._do_request("GET", "/api/version").json()["ray_version"])
-        except AuthenticationError as error:
-            raise ClusterError(f"{address}: {_token_words(str(error))}") from error
-        except (ConnectionError, requests.exceptions.RequestException, ValueError, KeyError) as error:
-            raise ClusterError(
-                f"{address}: no Ray head answers there; give --address http://HOST:8265, after a tunnel or a port-forward to the head"
-            ) from error
-        except RuntimeError as error:  # what answers is no head, or one before jobs were
-            raise ClusterError(
-                f"{address}: {' '.join(str(error).split())} Give --address the dashboard of a head, http://HOST:8265"
-            ) from error
-        if there != ray.__version__:
-            raise ClusterError(
-                f"{address}: the head runs Ray {there}, and this machine {ray.__version__}; "
-                "install the head's version here, or the one of constraints.txt there"
-            )
-
-    def running(self, job: Job) -> str | None:
-        """Submission id of the job that does the same work and has not ended."""
-        return next((str(its.submission_id) for its in self._client.list_jobs() if _does(its, job) and its.status in RUNNING), None)
-
-    def submit(self, job: Job) -> str:
-        """Copy the working directory and start the job; returns its submission id.
-
-        Raises:
-            SpecError: something in it looks like a secret.
-            ClusterError: the same work is running already, or the head refuses it.
-        """
-        check_no_secrets(job)
-        running = self.running(job)
-        if running is not None:
-            raise ClusterError(
-                f"{self._address}: {running} does the same already; the same command with --follow shows what it says, with --stop ends it"
-            )
-        before = sum(_does(its, job) for its in self._client.list_jobs())
-        try:
-            return str(
-                self._client.submit_job(
-                    entrypoint=job.command,
-                    submission_id=f"{job.name}-{job.work[:8]}-{before + 1}",
-                    runtime_env={
-                        "working_dir": str(job.working_dir),
-                        "excludes": [*NOT_SENT, *job.exclude],
-                        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **job.env},
-                    },
-                    metadata={WORK: job.work},
-                    entrypoint_num_cpus=job.num_cpus or None,
-                    entrypoint_label_selector=dict(job.labels) or None,
-                )
-            )
-        except (RuntimeError, ValueError) as error:
-            raise ClusterError(f"{self._address}: the job was not taken: {' '.join(str(error).split())}") from error
-
-    def follow(self, submission_id: str, *, say: Callable[[str], None]) -> str:
-        """Pass the job's output on until it ends; returns ``SUCCEEDED``, ``FAILED`` or ``STOPPED``.
-
-        Raises:
-            ClusterError: the head is gone.
-        """
-
-        async def tail() -> None:
-            async for text in self._client.tail_job_logs(submission_id):
-                say(text)
-
-        try:
-            asyncio.run(tail())
-            return str(self._client.get_job_status(submission_id).value)
-        except (OSError, RuntimeError) as error:
-            raise ClusterError(
-                f"{self._address}: lost sight of {submission_id} ({' '.join(str(error).split())}); "
-                "it goes on as long as the head does: look again with --follow"
-            ) from error
-
-    def stop(self, submission_id: str, *, wait: bool) -> None:
-        """Ask the job to end; what it has finished stays on storage.
-
-        Args:
-            submission_id: Of the job.
-            wait: Return when it has ended, so that the same work can be submitted again.
-
-        Raises:
-            ClusterError: the head is gone, or ``wait`` was in vain: the job has not begun.
-        """
-        try:
-            self._client.stop_job(submission_id)
-            ended = not wait or has_ended(lambda: str(self._client.get_job_status(submission_id).value), begin_seconds=BEGIN_SECONDS)
-        except (OSError, RuntimeError) as error:
-            raise ClusterError(
-                f"{self._address}: lost sight of {submission_id} ({' '.join(str(error).split())}); look again with --follow"
-            ) from error
-        if not ended:
-            raise ClusterError(
-                f"{self._address}: {submission_id} was asked to end, but has not begun, and ends when it does or when Ray gives it up "
-                "(15 minutes after it was submitted); usually no node has what --cpus and --label ask for: see ray status on the head"
-            )
-
-
-def has_ended(status: Callable[[], str], *, begin_seconds: float) -> bool:
-    """Wait until a job that runs has ended; False if it has not even begun within ``begin_seconds``."""
-    until = time.monotonic() + begin_seconds
-    while (now := status()) in RUNNING:
-        if now == "PENDING" and time.monotonic() >= until:
-            return False
-        time.sleep(LOOK_SECONDS)
-    return True
-
-
-def _does(details: Any, job: Job) -> bool:
-    return bool((details.metadata or {}).get(WORK) == job.work)
-
-
-def _token_words(told: str) -> str:
-    """What to do about a token, from Ray's page about it."""
-    if told.startswith("Authentication failed"):
-        return (
-            "the head refuses this token; put the cluster's own (on the head: ray get-auth-token) into RAY_AUTH_TOKEN or ~/.ray/auth_token"
+    logging.getLogger("ray").setLevel(logging.WARNING)  # uploads and closed sockets are no news
+    remedy = "give --address http://HOST:8265, the dashboard of a head, after a tunnel or a port-forward to it"
+    try:
+        requests.get(f"{address}/api/version", timeout=ANSWER_SECONDS)
+        client = JobSubmissionClient(address)
+        version = str(client._do_request("GET", "/api/version").json()["ray_version"])
+    except AuthenticationError as error:
+        is_wrong = str(error).startswith("Authentication failed")
+        told = "the head refuses this token" if is_wrong else "the head asks for a token, and none is found here"
+        raise ClusterError(f"{address}: {told}; {GET_TOKEN}") from error
+    except (ConnectionError, requests.exceptions.RequestException, RuntimeError, ValueError, KeyError) as error:
+        raise ClusterError(f"{address}: no Ray head answers there ({' '.join(str(error).split())}); {remedy}") from error
+    if version != ray.__version__:
+        raise ClusterError(
+            f"{address}: the head runs Ray {version}, and this machine {ray.__version__}; install the version of constraints.txt on both"
         )
-    return (
-        "the head asks for a token, and none is found here; put the cluster's (on the head: ray get-auth-token) "
-        "into RAY_AUTH_TOKEN or ~/.ray/auth_token"
-    )
+    return client
+
+
+def submit(client: JobSubmissionClient, command: str, *, name: str, env: Mapping[str, str], **options: Any) -> str:
+    """Start a command as a job and return its submission id, which is numbered and begins with a digest of command and environment.
+
+    Ray takes each id once, so of two equal jobs that are submitted at the same time one is refused.
+
+    Args:
+        client: A client of the head.
+        command: The shell command, run in the copied working directory.
+        name: The beginning of the submission id.
+        env: Environment of all processes of the job.
+        options: Further arguments of ``JobSubmissionClient.submit_job``.
+
+    Raises:
+        SpecError: something in it looks like a secret.
+        ClusterError: the same job is running, or the head refuses it.
+    """
+    check_no_secrets(command, env)
+    prefix = f"{name}-{digest([name, command, dict(env)])[:8]}-"
+    same = [job for job in client.list_jobs() if str(job.submission_id).startswith(prefix)]
+    for job in same:
+        if not job.status.is_terminal():
+            shown = f"`ray job logs --follow {job.submission_id}` shows its output, `ray job stop {job.submission_id}` ends it"
+            raise ClusterError(f"{job.submission_id} runs the same command; {shown}")
+    runtime_env = {**options.pop("runtime_env"), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **env}}
+    try:
+        return str(client.submit_job(entrypoint=command, submission_id=f"{prefix}{len(same) + 1}", runtime_env=runtime_env, **options))
+    except (RuntimeError, ValueError) as error:
+        raise ClusterError(f"the job was not taken: {' '.join(str(error).split())}; correct what the head names") from error
+
+
+def follow(client: JobSubmissionClient, submission_id: str, *, show: Callable[[str], None]) -> str:
+    """Pass the job's output on until it ends; return ``SUCCEEDED``, ``FAILED`` or ``STOPPED``.
+
+    Raises:
+        ClusterError: the head is gone.
+    """
+
+    async def tail() -> None:
+        async for text in client.tail_job_logs(submission_id):
+            show(text)
+
+    try:
+        asyncio.run(tail())
+        return str(client.get_job_status(submission_id).value)
+    except (OSError, RuntimeError) as error:
+        told = " ".join(str(error).split())
+        raise ClusterError(
+            f"the connection to {submission_id} is lost ({told}); `ray job logs --follow {submission_id}` shows it"
+        ) from error

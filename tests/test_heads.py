@@ -13,7 +13,7 @@ import pytest
 
 from pause_ray import submission
 from pause_ray.errors import ClusterError
-from pause_ray.submission import Head
+from pause_ray.submission import connect
 
 pytestmark = pytest.mark.ray
 
@@ -42,16 +42,16 @@ def answering(status: int, body: str) -> Iterator[str]:
     ("status", "body", "told"),
     [
         (200, json.dumps({"ray_version": "2.9.0", "version": "4"}), r"the head runs Ray 2\.9\.0, and this machine \d"),
-        (200, json.dumps({"ray_version": "1.8.0", "version": "1"}), r"Ray version 1\.8\.0 is running on the cluster.*Give --address"),
+        (200, json.dumps({"ray_version": "1.8.0", "version": "1"}), r"Ray version 1\.8\.0 is running on the cluster.*; give --address"),
         (200, "<html>", "no Ray head answers there"),
-        (404, "", "Give --address the dashboard of a head"),
+        (404, "", "no Ray head answers there.*; give --address"),
         (503, "", "no Ray head answers there"),
     ],
 )
 def test_what_is_no_head_or_another_one_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, status: int, body: str, told: str) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with answering(status, body) as address, pytest.raises(ClusterError, match=told) as caught:
-        Head(address)
+        connect(address)
     assert address in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -60,4 +60,4 @@ def test_what_takes_a_connection_and_never_answers_is_not_waited_for(monkeypatch
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setattr(submission, "ANSWER_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ClusterError, match="no Ray head answers there"):
-        Head(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        connect(f"http://127.0.0.1:{silent.getsockname()[1]}")

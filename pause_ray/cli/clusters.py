@@ -13,16 +13,14 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from pause_ray.cli.planning import GPU_TABLE
 from pause_ray.cli.terminal import AsJson, Sets, SpecFile, app, err, out, print_json
-from pause_ray.errors import ClusterError, SpecError, TrackingError
-from pause_ray.spec import parse_assignments
+from pause_ray.errors import SpecError, TrackingError
+from pause_ray.spec import parse_assignments, read_yaml
 from pause_ray.storage import Storage
 from pause_ray.sweep.spec import PlannedTrial, expand, read_sweep
 
 if TYPE_CHECKING:
     from pause_ray.preflight import Copy, Node, Problem
-    from pause_ray.submission import Head, Job
 
 
 @app.command()
@@ -39,11 +37,7 @@ def submit(
     ] = None,
     label: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="The driver runs on a node with this label.")] = None,
     cpus: Annotated[float, typer.Option(min=0, help="Logical CPUs of the driver; 0, without labels, puts it on the head.")] = 0,
-    follow: Annotated[bool, typer.Option("--follow", help="Start nothing: show what the running job of this sweep says.")] = False,
-    stop: Annotated[
-        bool, typer.Option("--stop", help="Start nothing: end the running job of this sweep, and wait until it has ended.")
-    ] = False,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as the job is submitted, or asked to end.")] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as the job is submitted.")] = False,
     set_: Sets = None,
     as_json: AsJson = False,
 ) -> None:
@@ -51,42 +45,44 @@ def submit(
 
     Example: `pause-ray submit sweeps/paper.yaml --storage /mnt/shared/runs --label ray.io/market-type=on-demand`
 
-    Submitted again after a stop or a loss it goes on where it was. Ctrl-C leaves the log, not the job. The cluster's token is
-    read as by `ray job submit`: from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+    The same sweep is not submitted twice at once; after a stop (`ray job stop ID`) or a loss it continues where it was. Ctrl-C leaves the
+    log, not the job. The cluster's token is read as by `ray job submit`: from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
     """
-    from pause_ray.submission import Head
+    from pause_ray import submission
 
-    job = _job(spec, storage, working_dir=working_dir, exclude=exclude or [], env=env or [], label=label or [], cpus=cpus, sets=set_ or [])
-    head = Head(address)
-    if not (follow or stop):
-        submission_id = head.submit(job)
-        err.print(f"submitted {submission_id}: {job.command}", highlight=False, markup=False, soft_wrap=True)
-    else:
-        running = head.running(job)
-        if running is None:
-            raise ClusterError(f"{address}: no running job does this: {job.command}")
-        submission_id = running
-    if stop:
-        with err.status(f"{submission_id} ends: a training that runs writes a checkpoint, running cells are answered"):
-            head.stop(submission_id, wait=not no_wait)
-    if stop or no_wait:
+    command, variables = _sweep_command(spec, storage, working_dir=working_dir, sets=set_ or []), _pairs(env or [], option="--env")
+    copied = {"working_dir": str(working_dir.expanduser().resolve()), "excludes": [*submission.EXCLUDES, *(exclude or [])]}
+    client = submission.connect(address)
+    submission_id = submission.submit(
+        client,
+        command,
+        name=str(read_yaml(spec).get("name", spec.stem)),
+        env=variables,
+        runtime_env=copied,
+        entrypoint_num_cpus=cpus or None,
+        entrypoint_label_selector=_pairs(label or [], option="--label") or None,
+    )
+    err.print(f"submitted {submission_id}: {command}", highlight=False, markup=False, soft_wrap=True)
+    if no_wait:
         print_json({"job": submission_id}) if as_json else out.print(submission_id, highlight=False)
         return
-    _follow(head, submission_id, as_json=as_json)
+    try:
+        status = submission.follow(client, submission_id, show=lambda text: typer.echo(text, nl=False, err=True))
+    except KeyboardInterrupt:
+        err.print(f"{submission_id} continues; `ray job stop {submission_id}` ends it", highlight=False)
+        raise typer.Exit(130) from None
+    print_json({"job": submission_id, "status": status}) if as_json else out.print(f"{submission_id} {status.lower()}", highlight=False)
+    if status != "SUCCEEDED":
+        raise typer.Exit(1)
 
 
-def _job(
-    spec: Path, storage: str, *, working_dir: Path, exclude: list[str], env: list[str], label: list[str], cpus: float, sets: list[str]
-) -> Job:
-    """What is submitted.
+def _sweep_command(spec: Path, storage: str, *, working_dir: Path, sets: list[str]) -> str:
+    """Check a sweep and return the command that runs it in a copy of the working directory.
 
     Raises:
         SpecError: the sweep has a mistake, its file is not in the working directory, or the storage root is no absolute path.
     """
-    from pause_ray.submission import Job
-
-    sweep = read_sweep(spec, parse_assignments(sets))
-    expand(sweep)
+    expand(read_sweep(spec, parse_assignments(sets)))
     root = working_dir.expanduser().resolve()
     if not spec.resolve().is_relative_to(root):
         raise SpecError(f"{spec}: is not below the working directory {root}, which is what the cluster gets; give it with --working-dir")
@@ -95,16 +91,7 @@ def _job(
             f"--storage {storage}: must be the absolute path of a folder that every node sees; a job's working directory goes with it"
         )
     changes = [part for assignment in sets for part in ("--set", assignment)]
-    command = ["python", "-m", "pause_ray", "sweep", str(spec.resolve().relative_to(root)), "--storage", storage, *changes]
-    return Job(
-        name=sweep.name,
-        command=shlex.join(command),
-        working_dir=root,
-        exclude=tuple(exclude),
-        env=_pairs(env, option="--env"),
-        num_cpus=cpus,
-        labels=_pairs(label, option="--label"),
-    )
+    return shlex.join(["python", "-m", "pause_ray", "sweep", str(spec.resolve().relative_to(root)), "--storage", storage, *changes])
 
 
 def _pairs(given: Sequence[str], *, option: str) -> dict[str, str]:
@@ -120,25 +107,6 @@ def _pairs(given: Sequence[str], *, option: str) -> dict[str, str]:
             raise SpecError(f"{option} {text}: expected NAME=VALUE")
         found[name] = value
     return found
-
-
-def _follow(head: Head, submission_id: str, *, as_json: bool) -> None:
-    """Show a job's output until it ends; its end is this command's."""
-
-    def say(text: str) -> None:
-        typer.echo(text, nl=False, err=True)
-
-    try:
-        status = head.follow(submission_id, say=say)
-    except KeyboardInterrupt:
-        err.print(f"{submission_id} goes on; the same command with --follow shows what it says, with --stop ends it", highlight=False)
-        raise typer.Exit(130) from None
-    if as_json:
-        print_json({"job": submission_id, "status": status})
-    else:
-        out.print(f"{submission_id} {status.lower()}", highlight=False)
-    if status != "SUCCEEDED":
-        raise typer.Exit(1)
 
 
 def look_at_cluster(planned: Sequence[PlannedTrial], *, storage: str, name: str, as_json: bool) -> None:
@@ -165,10 +133,14 @@ def look_at_cluster(planned: Sequence[PlannedTrial], *, storage: str, name: str,
     needed = preflight.needed_memory(trials, gpus_per_node=gpus) if gpus else None
     found = preflight.problems(nodes, needed=needed, copy=_largest_copy(planned, root) if gpus else None)
     found += _mlflow_problems(root, experiment=name)
-    lacking = list(dict.fromkeys(lack for trial in _ends(planned) for lack in preflight.too_little(nodes, trial.spec)))
+    sizes = {(node.cpus, node.gpus): node.name for node in reversed(nodes)}
+    there = {name: {"CPU": cpus, "GPU": gpus} for (cpus, gpus), name in sizes.items()}
+    requests = (preflight.requests_of(trial.spec, open_gpus=min(1.0, gpus)) for trial in _ends(planned))
+    lacking = list(dict.fromkeys(line for request in requests for line in preflight.misfits(request, there)))
+    remedy = "start nodes that have it, or lower trial.resources"
     if is_all:
-        found += lacking
-    notes = [] if is_all else [f"as the cluster is now: {lack.what}; {lack.remedy}" for lack in lacking]
+        found += [preflight.Problem(node="the cluster", what=line, remedy=remedy) for line in lacking]
+    notes = [] if is_all else [f"as the cluster is now: {line}; {remedy}" for line in lacking]
     if as_json:
         print_json({"nodes": [asdict(node) for node in nodes], "problems": [asdict(problem) for problem in found], "notes": notes})
     else:
@@ -187,52 +159,29 @@ def _ends(planned: Sequence[PlannedTrial]) -> list[PlannedTrial]:
 
 def _largest_copy(planned: Sequence[PlannedTrial], root: Storage) -> Copy | None:
     """The model that takes most of a scoring actor's GPUs, with the keys and values of its longest prompt."""
-    from pause_ray.offers import pieces_of
-    from pause_ray.preflight import Copy
+    from pause_ray.preflight import SCORING_ACTOR, Copy, requests_of
     from pause_ray.sweep.plans import Plans
 
     plans, copies = Plans(root), []
     for trial in _ends(planned):
-        actor = pieces_of(trial.spec)["actor"]
-        if actor.gpus:
+        gpus = requests_of(trial.spec, open_gpus=1.0)[SCORING_ACTOR]["GPU"]
+        if gpus:
             prompts = plans.work(trial.spec).grid.prompts
-            copies.append(Copy(bytes_=prompts.weight_bytes + prompts.kv_bytes, gpus=actor.gpus))
+            copies.append(Copy(bytes_=prompts.weight_bytes + prompts.kv_bytes, gpus=gpus))
     return max(copies, key=lambda copy: copy.bytes_, default=None)
 
 
-def hold_to_file(planned: Sequence[PlannedTrial], file: Path, *, storage: str) -> list[str]:
-    """What of a cluster file does not do for the trials; of each arm its first and last are looked at.
+def hold_to_file(planned: Sequence[PlannedTrial], file: Path) -> list[str]:
+    """Return each request of the trials that no node type of a cluster file can hold, with a remedy.
 
     Raises:
-        UserError: a file that cannot be read, or a trial that cannot be planned.
+        SpecError: the file cannot be read.
     """
-    from pause_ray.offers import misfits, pieces_of, read_offers
-    from pause_ray.plan import Site, read_gpus
-    from pause_ray.sweep.plans import Plans
+    from pause_ray.preflight import misfits, read_node_types, requests_of
 
-    if not Path(GPU_TABLE).is_file():
-        raise SpecError(f"--cluster-file {file}: no {GPU_TABLE} from {Path.cwd()}; run where the project's cluster folder is")
-    offers, table = read_offers(file), {gpu.name: gpu for gpu in read_gpus(Path(GPU_TABLE)).gpus}
-    memory_gb = {name: gpu.memory_gb for name, gpu in table.items()}
-    plans = Plans(Storage(Path(storage).expanduser().absolute()))
-    found: dict[str, None] = {}
-    with err.status("planning trials on the nodes of the file"):
-        for trial in _ends(planned):
-            workers = max(1, trial.spec.resources.worker_bounds[0]) if "worker" in pieces_of(trial.spec) else 1
-            sites = {
-                offer.name: Site(
-                    gpu=table[offer.gpu],
-                    gpus=workers,
-                    gpus_per_node=max(1, int(offer.gpus)),
-                    utilization=1.0,
-                    network_gb_per_second=1.0,  # times do not matter here
-                )
-                for offer in offers
-                if offer.gpu in table
-            }
-            on_each = {name: plans.plan(trial, site=site) for name, site in sites.items()}
-            found |= dict.fromkeys(misfits(trial.spec, on_each, offers=offers, memory_gb=memory_gb, origin=file))
-    return list(found)
+    kinds = read_node_types(file)
+    found = dict.fromkeys(line for trial in _ends(planned) for line in misfits(requests_of(trial.spec, open_gpus=1.0), kinds))
+    return [f"{file}: {line}; add a node type that has it, or lower trial.resources" for line in found]
 
 
 def _mlflow_problems(storage: Storage, *, experiment: str) -> list[Problem]:

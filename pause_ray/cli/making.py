@@ -34,7 +34,7 @@ def check(
     resolve: Annotated[bool, typer.Option("--resolve", help="Also fetch the models and texts, and check lengths and markers.")] = False,
     cluster: Annotated[bool, typer.Option("--cluster", help="Also look at every node of the cluster that this runs on.")] = False,
     cluster_file: Annotated[
-        Path | None, typer.Option(help="Also say which nodes of this file (of `ray up`, or KubeRay's) are too few or too small.")
+        Path | None, typer.Option(help="Also check that a node type of this file (of `ray up`, or KubeRay's) can hold the largest request.")
     ] = None,
     storage: StorageRoot = DEFAULT_STORAGE,
 ) -> None:
@@ -54,7 +54,7 @@ def check(
         _check_suite(read_suite(spec, parse_assignments(set_ or [])), spec, as_json=as_json)
         return
     planned, points_to_come = _plan(spec, set_)
-    misfits = hold_to_file(planned, cluster_file, storage=storage) if cluster_file else []
+    misfits = hold_to_file(planned, cluster_file) if cluster_file else []
     if misfits:
         raise SpecError("\n".join(misfits))
     if cluster:

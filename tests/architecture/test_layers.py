@@ -21,7 +21,7 @@ LAYERS = [
     {"figures", "findings"},
     {"ranking"},
     {"results"},
-    {"places", "search_record", "live_status", "labels", "objective", "offers"},
+    {"places", "search_record", "live_status", "labels", "objective"},
     {"trial", "compare", "plan"},
     {"effects"},
     {"corpus", "train", "needle"},
@@ -43,6 +43,7 @@ _TRAINING = {f"train.{name}" for name in ("state", "telemetry", "steps", "worker
 HEAVY = {
     "ray": {
         "preflight",
+        "node_look",
         "submission",
         "cluster",
         "corpus.streaming",

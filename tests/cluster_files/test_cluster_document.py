@@ -187,8 +187,9 @@ def test_every_block_does_what_is_said_of_it(followed: Followed) -> None:
     assert "2 trials, 12 cells, no mistakes found" in looked
     assert "0 of 2 trials are finished" in looked
     assert "nothing is wrong with them" in looked
-    [submitted, stopped] = re.findall(r"^quickstart-[0-9a-f]{8}-\d$", told_by(followed, f"{SUBMIT} --stop"), flags=re.MULTILINE)
-    assert submitted == stopped
+    stopped = told_by(followed, "ray job stop --address http://127.0.0.1:8265 $JOB")
+    [job] = re.findall(r"^submitted (quickstart-[0-9a-f]{8}-\d): ", stopped, flags=re.MULTILINE)
+    assert f"Job '{job}' was stopped" in stopped
     assert re.search(r"^quickstart-[0-9a-f]{8}-\d succeeded$", told_by(followed, SUBMIT), flags=re.MULTILINE)
     read = told_by(followed, "pause-ray status quickstart --storage $PWD/runs")
     assert "baseline" in read

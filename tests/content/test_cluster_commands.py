@@ -128,9 +128,9 @@ def test_what_the_sweep_will_take_is_what_its_dry_run_says(at_hand: list[str]) -
         assert title[0] == f"{len(steps)} trials, {trained} of them trained, {cells} cells each"
 
 
-@pytest.mark.real
-def test_the_sweep_fits_the_nodes_of_the_file_that_it_is_to_run_on(at_hand: list[str]) -> None:
-    done = CliRunner().invoke(app, [*documented("check", "--cluster-file"), *at_hand])
+def test_the_sweep_fits_the_nodes_of_the_file_that_it_is_to_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    done = CliRunner().invoke(app, documented("check", "--cluster-file"))
     assert done.exit_code == 0, done.output
     assert "36 trials, 1584 cells, no mistakes found" in done.output
 
