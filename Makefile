@@ -5,7 +5,7 @@ STORAGE ?= runs
 WORKERS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test test-fast test-kills exactness bench bench-train bench-together bench-sweep bench-cluster lint format docs constraints clean
+.PHONY: help install quickstart test test-fast test-kills exactness bench bench-train bench-sweep bench-cluster lint format docs constraints clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,9 +42,6 @@ bench: install  ## planned grids against generate per cell on the real model (20
 bench-train: install  ## training side by side with Hugging Face Trainer + PEFT, and the time to the first step
 	$(BIN)/python bench/train.py --storage $(STORAGE)
 	$(BIN)/python bench/train.py --storage $(STORAGE) --start
-
-bench-together: install  ## several adapters trained together on one base, against one after another
-	$(BIN)/python bench/together.py --storage $(STORAGE)
 
 bench-sweep: install  ## what a sweep of a thousand trials costs beyond its trainings and answers
 	$(BIN)/python bench/sweep.py

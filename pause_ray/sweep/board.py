@@ -14,8 +14,7 @@ import ray
 
 from pause_ray.errors import StoppedError
 from pause_ray.spec import JsonObject
-from pause_ray.sweep.progress import ENDED, WAITING, TrialState
-from pause_ray.trial.run import TrialProgress
+from pause_ray.sweep.progress import ENDED, TrialState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +97,6 @@ class ProgressBoard:
             self._forget(key)
         return not self._ending
 
-    def show_beside(self, key: str, state: TrialState) -> None:
-        """As ``show``, of a trial that another one speaks for: while it runs, and once it has ended, its own word counts."""
-        if key in self._posted and key not in self._processes:
-            self._states[key] = state
-        if state.row is not None:
-            self._rows.append((key, state.row))
-
     def fail(self, key: str, message: str, trace: str | None) -> None:
         """Keep why a trial failed; of several reasons the first one counts."""
         if key not in self._failures:
@@ -163,14 +155,6 @@ class Reports:
         self.ending.set()
         if stage != "training":
             raise StoppedError(f"stopped while {stage}; run the same command again to go on")
-
-    def beside(self, key: str) -> TrialProgress:
-        """Says under its own name how a trial gets on that is trained with this one, while it waits for its turn."""
-
-        def tell(stage: str, done: int, total: int, row: JsonObject | None = None) -> None:
-            self._board.show_beside.remote(key, TrialState(WAITING, done, total, row))
-
-        return tell
 
     def finish(self, stage: str) -> None:
         """Say that the trial has come to an end: ``done``, or ``stopped`` where it can be taken up again."""

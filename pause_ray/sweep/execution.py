@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,6 @@ from pause_ray.sweep.rungs import governed
 from pause_ray.sweep.spec import SweepSpec
 from pause_ray.sweep.tuning import NOT_YET, Shared, run_trials, why_lost
 from pause_ray.sweep.watch import Watch, start_board
-from pause_ray.trial.companions import companions, leaders_first
 from pause_ray.trial.run import shares_on_storage
 
 MOST_LOSSES = 3
@@ -148,7 +147,7 @@ class Execution:
                 self.set_aside.clear()
             left_out = self.rounds.left_out()
             self.heartbeat.leave_out(left_out)
-            self._let_wait(key for key in waiting if key not in judged and key not in left_out)
+            self.line.add(key for key in waiting if key not in judged and key not in left_out)
             if self.line.ended_by is None:
                 run_trials(
                     self.sweep,
@@ -187,7 +186,7 @@ class Execution:
                 return None
             if not more:
                 return None
-            self._let_wait(self._admit(more))
+            self.line.add(self._admit(more))
             key = self.line.next()
         if key is not None:
             self.running.add(key)
@@ -240,17 +239,6 @@ class Execution:
         new = {key: trial.planned.arm for key, trial in self.rounds.trials.items() if not self.line.expects(key)}
         self.line.expect(new)
         self.line.note_finished(key for key in new if self.rounds.is_finished(key))
-
-    def _let_wait(self, keys: Iterable[str]) -> None:
-        """Put admitted trials in line that no scheduler stops; those that train together are told of each other."""
-        trials = {key: self.posted[key] for key in keys}
-        groups = companions({key: trial.prepared for key, trial in trials.items()}, at_most=self.sweep.train_together)
-        told = {
-            key: dataclasses.replace(trials[key], companions=tuple(trials[its].prepared for its in group if its != key))
-            for key, group in groups.items()
-        }
-        self.posted.post(told)
-        self.line.add(leaders_first(trials, groups))
 
     def _make_rows(self, trials: Mapping[str, SweepTrial]) -> tuple[dict[str, ShardSet], dict[str, str]]:
         """Make the shard sets that trials train on; trial → its set, or why that could not be made."""

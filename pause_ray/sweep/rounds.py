@@ -20,7 +20,7 @@ from pause_ray.sweep.draws import corners
 from pause_ray.sweep.spec import PlannedTrial, SweepSpec, arms_of, expand
 from pause_ray.trial.prepare import PreparedTrial, Seen, prepare
 
-PLACES = ("max_concurrent_trials", "trial_timeout_minutes", "train_together")
+PLACES = ("max_concurrent_trials", "trial_timeout_minutes")
 """Fields of a sweep that change where and how long, not what."""
 
 
@@ -30,8 +30,6 @@ class SweepTrial:
 
     planned: PlannedTrial
     prepared: PreparedTrial
-    companions: tuple[PreparedTrial, ...] = ()
-    """Others that are trained with it on one copy of the base weights."""
 
 
 class Search(Protocol):

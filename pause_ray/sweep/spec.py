@@ -23,8 +23,6 @@ from pause_ray.spec import JsonObject, Spec, check_path, digest, inline_files, r
 from pause_ray.sweep.algorithms import AlgorithmSpec, GridAlgorithm, RandomAlgorithm, SchedulerSpec
 from pause_ray.sweep.draws import corners, drawn_points, grid_points
 from pause_ray.sweep.space import ABSENT, DOMAIN_FIELDS, Constraint, Domain, value_at
-from pause_ray.train.loop import check_side_by_side
-from pause_ray.train.spec import TrainSpec
 from pause_ray.trial.spec import FILE_FIELDS, TrialSpec
 
 PLACES_NOT_SEARCHED = ("replicate", "resources")
@@ -64,8 +62,6 @@ class SweepSpec(Spec):
     """Trials at a time; null: as many as the GPUs allow, one on CPUs."""
     trial_timeout_minutes: float | None = Field(default=None, gt=0)
     """A trial of which nothing was heard for so long is ended and counts as failed; null waits for ever."""
-    train_together: int = Field(default=1, ge=1)
-    """How many adapters at most are trained at once on one copy of the base weights."""
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
@@ -237,7 +233,7 @@ def expand(sweep: SweepSpec, points: Sequence[JsonObject] | None = None) -> list
     Raises:
         SpecError: a searched or arm path that the trial does not have, a trial that breaks a rule, two arms that are the same trial,
             an arm without any trial; a searched path that changes no trial, a constraint that concerns none, an objective that no
-            trial gives, a scheduler or training side by side without anything to act on.
+            trial gives, a scheduler without anything to act on.
     """
     _check_paths(sweep)
     if points is not None:
@@ -371,22 +367,8 @@ def _check_search(sweep: SweepSpec, points: Sequence[JsonObject], planned: Seque
             f"{origin}: objective.metric {metric}: no task of arm {sweep.arm} asks cells that count for it; choose another metric, or "
             "other depths in eval"
         )
-    if sweep.train_together > 1:
-        _check_together(
-            [trial.spec.train for trial in planned if trial.spec.train], origin=f"{origin}: train_together {sweep.train_together}"
-        )
     if sweep.scheduler is not None:
         _check_scheduler(sweep.scheduler, [spec for spec in ours if spec.replicate == 0], origin=f"{origin}: scheduler")
-
-
-def _check_together(trainings: Sequence[TrainSpec], *, origin: str) -> None:
-    if len(trainings) < 2:
-        raise SpecError(f"{origin}: there are no two trials to train together; leave it out")
-    for train in trainings:
-        try:
-            check_side_by_side(train)
-        except SpecError as error:
-            raise SpecError(f"{origin}: {error}") from error
 
 
 def _reads(arm: Arm, path: str, points: Sequence[JsonObject]) -> bool:

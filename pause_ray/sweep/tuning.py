@@ -28,7 +28,7 @@ from pause_ray.sweep.board import Reports
 from pause_ray.sweep.places import Places
 from pause_ray.sweep.rounds import SweepTrial
 from pause_ray.sweep.spec import SweepSpec
-from pause_ray.trial.run import Companion, run_trial
+from pause_ray.trial.run import run_trial
 
 log = logging.getLogger("pause_ray")
 
@@ -96,7 +96,6 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
             train_gpus=shared.train_gpus,
             progress=reports,
             stop=reports.ending,
-            companions=[Companion(trial=its, progress=reports.beside(its.digest)) for its in trial.companions],
         )
         log.info("done")
         reports.finish("done")

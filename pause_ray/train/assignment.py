@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from pause_ray.checkpoint import RunningTraining
 from pause_ray.spec import JsonObject
 from pause_ray.text.tokens import MarkerToken
 from pause_ray.train.spec import TrainSpec
-
-FAILED = "failed.json"
-"""In an assignment's folder: why its training ended where others went on; an error's class and message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +40,3 @@ class Assignment:
     """Where it keeps checkpoints of the training itself."""
     rungs: Rungs | None = None
     """None writes the adapter at the end only."""
-
-
-class Resumable(Protocol):
-    """A training that can tell how far its checkpoints are, such as a ``RunningTraining``."""
-
-    def last_step(self) -> int:
-        """Steps done at the last complete checkpoint; 0 without one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,17 +21,10 @@ class Crew:
     """The workers that train together, this one among them. All must call the same methods in the same order."""
 
     def __init__(self, device: torch.device) -> None:
-        """Of torch's process group, or this process alone where there is none."""
-        self._grouped = torch.distributed.is_initialized()
+        """Read this worker's place in torch's process group, whose messages go through tensors on ``device``."""
         self.device = device
-        self.rank = torch.distributed.get_rank() if self._grouped else 0
-        self.size = torch.distributed.get_world_size() if self._grouped else 1
-
-    def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor``, summed over all workers in place."""
-        if self.size > 1:
-            torch.distributed.all_reduce(tensor)
-        return tensor
+        self.rank = torch.distributed.get_rank()
+        self.size = torch.distributed.get_world_size()
 
     def most(self, value: float) -> float:
         """The largest of all workers' values."""
@@ -41,15 +34,6 @@ class Crew:
         torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
         return box.item()
 
-    def union(self, numbers: set[int]) -> list[int]:
-        """All workers' numbers, sorted."""
-        found: list[set[int]] = [set() for _ in range(self.size)]
-        if self.size > 1:
-            torch.distributed.all_gather_object(found, numbers)
-        else:
-            found = [numbers]
-        return sorted(set().union(*found))
-
     def first_ones(self, choose: Callable[[], Chosen]) -> Chosen:
         """What the first worker chooses, for all: files may be there for one machine and not yet for another."""
         box: list[Any] = [choose() if self.rank == 0 else None]
@@ -58,31 +42,26 @@ class Crew:
         chosen: Chosen = box[0]
         return chosen
 
-    def wait(self) -> None:
-        """Until all are here."""
-        if self.size > 1:
-            torch.distributed.barrier()
-
 
 class Requests:
     """What is asked of a training from outside while it runs."""
 
-    def __init__(self, crew: Crew, folders: Sequence[Path], *, loses_a_node: Callable[[], bool]) -> None:
+    def __init__(self, crew: Crew, folder: Path, *, loses_a_node: Callable[[], bool]) -> None:
         """Nothing is asked yet.
 
         Args:
-            crew: Who trains.
-            folders: In which the first worker looks for ``STOP``.
+            crew: The workers.
+            folder: The first worker looks for ``STOP`` in it.
             loses_a_node: Whether a node with workers on it is about to go away; all workers call it together.
         """
-        self._crew, self._folders, self._loses_a_node = crew, folders, loses_a_node
+        self._crew, self._folder, self._loses_a_node = crew, folder, loses_a_node
         self._looked = time.monotonic()
 
     def look(self) -> tuple[bool, bool]:
         """Whether to end after a checkpoint, and whether one is due because a node goes away; the same on all workers."""
         stop, look = False, False
         if self._crew.rank == 0:
-            stop = any((folder / STOP).exists() for folder in self._folders)
+            stop = (self._folder / STOP).exists()
             look = time.monotonic() - self._looked >= LOOK_SECONDS
         asked = int(self._crew.most(2 * stop + look))
         if not asked % 2:

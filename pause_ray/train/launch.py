@@ -23,7 +23,7 @@ from pause_ray.rows import ShardSet
 from pause_ray.spec import JsonObject, digest
 from pause_ray.storage import Storage, building, exclusive, is_complete, lock_of
 from pause_ray.text.tokens import MarkerToken, ModelTokenizer
-from pause_ray.train.assignment import Assignment, Resumable, Rungs
+from pause_ray.train.assignment import Assignment, Rungs
 from pause_ray.train.loop import check_corpus, check_heads, share
 from pause_ray.train.spec import TrainSpec
 from pause_ray.train.training_log import Progress, following
@@ -133,21 +133,21 @@ def fit(
         StoppedError: SIGTERM or Ctrl-C came, or ``stop`` was set; a checkpoint was written.
         TrainingError: loss, gradient or validation loss is not a number, or workers were lost again and again.
     """
-    check_workers(job.train, num_workers)
+    _check_workers(job.train, num_workers)
     shards = ShardSet.open(job.shards)
     folder = storage.checkpoints / _digest(_identity(job, shards))
-    with exclusive(lock_of(folder), waiting=functools.partial(wait_for, stage=stage)):
-        untold: list[Exception] = []
+    with exclusive(lock_of(folder), waiting=functools.partial(_wait_for, stage=stage)):
+        failures: list[Exception] = []
         if not is_complete(folder):
             if stage is not None:
                 stage("training")
             if stop is not None and stop.is_set():
                 raise StoppedError("training was asked to end before it began; the same command begins it")
-            check_job(job, shards)
+            _check_job(job, shards)
             with (
-                making(job, shards, folder=folder, on_gpu=gpus_per_worker > 0 if num_workers else None, rungs=rungs) as assignment,
-                following(assignment.folder / TRAINING_LOG, steps=job.train.steps, progress=progress, failures=untold),
-                stoppable([assignment.folder / STOP], asked=stop),
+                _making(job, shards, folder=folder, on_gpu=gpus_per_worker > 0 if num_workers else None, rungs=rungs) as assignment,
+                following(assignment.folder / TRAINING_LOG, steps=job.train.steps, progress=progress, failures=failures),
+                _stoppable(assignment.folder / STOP, asked=stop),
             ):
                 run_workers(
                     _train_on_worker,
@@ -160,12 +160,12 @@ def fit(
                 )
         # Also what is left of one whose training was killed before it came to this.
         RunningTraining(folder=training_folder(folder), belongs_to={}).finish(keep_rungs=bool(rungs))
-        if untold:
-            raise untold[0]
+        if failures:
+            raise failures[0]
         return Checkpoint.open(folder)
 
 
-def wait_for(holder: str, *, stage: Stage | None) -> None:
+def _wait_for(holder: str, *, stage: Stage | None) -> None:
     """Say that ``holder`` trains the same adapter, before it is waited for."""
     log.info("waiting for %s, which trains the same adapter", holder)
     if stage is not None:
@@ -173,7 +173,7 @@ def wait_for(holder: str, *, stage: Stage | None) -> None:
 
 
 @contextlib.contextmanager
-def making(job: TrainJob, shards: ShardSet, *, folder: Path, on_gpu: bool | None, rungs: Sequence[int] = ()) -> Iterator[Assignment]:
+def _making(job: TrainJob, shards: ShardSet, *, folder: Path, on_gpu: bool | None, rungs: Sequence[int]) -> Iterator[Assignment]:
     """What a worker is told to train so that the checkpoint ``folder`` exists when the block ends well; hold its lock.
 
     Args:
@@ -220,7 +220,7 @@ def making(job: TrainJob, shards: ShardSet, *, folder: Path, on_gpu: bool | None
         )
 
 
-def check_job(job: TrainJob, shards: ShardSet) -> None:
+def _check_job(job: TrainJob, shards: ShardSet) -> None:
     """Refuse a corpus or a number of sharers that does not fit the model, before anything starts."""
     check_corpus(
         job.train,
@@ -232,7 +232,7 @@ def check_job(job: TrainJob, shards: ShardSet) -> None:
         check_heads(job.train, num_heads=ModelShape.load(job.model_dir).num_heads)
 
 
-def check_workers(train: TrainSpec, num_workers: int | tuple[int, int]) -> None:
+def _check_workers(train: TrainSpec, num_workers: int | tuple[int, int]) -> None:
     """Refuse what only shows when workers have started.
 
     Raises:
@@ -256,7 +256,7 @@ def run_workers(
     train: Callable[[dict[str, Any]], None],
     config: dict[str, Any],
     *,
-    running: Resumable,
+    running: RunningTraining,
     notes: Path,
     num_workers: int | tuple[int, int],
     cpus_per_worker: float,
@@ -289,7 +289,7 @@ def run_workers(
         ),
         run_config=run_config(running, name=RAY_FOLDER, storage=str(notes)),
     )
-    # Ray Train 2.60 would answer Ctrl-C by sys.exit, now and for as long as the process lives; it is ours to answer (stoppable).
+    # Ray Train 2.60 would answer Ctrl-C by sys.exit, now and for as long as the process lives; it is ours to answer (_stoppable).
     trainer._register_sigint_handler = lambda controller: None
     try:
         trainer.fit()
@@ -305,21 +305,20 @@ def _train_on_worker(config: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def stoppable(stops: Sequence[Path], *, asked: threading.Event | None = None) -> Iterator[None]:
-    """Make a first SIGTERM or Ctrl-C, and ``asked``, write the files ``stops``; only a process's main thread can take signals."""
+def _stoppable(stop: Path, *, asked: threading.Event | None) -> Iterator[None]:
+    """Make a first SIGTERM or Ctrl-C, and ``asked``, write the file ``stop``; only a process's main thread can take signals."""
 
     def ask() -> None:
-        for stop in stops:
-            stop.touch()
+        stop.touch()
         log.info("writing a checkpoint after the running step, then stopping; once more stops at once")
 
-    with _passing_on(asked, stops), first_signal_asks(ask):
+    with _passing_on(asked, stop), first_signal_asks(ask):
         yield
 
 
 @contextlib.contextmanager
-def _passing_on(asked: threading.Event | None, stops: Sequence[Path]) -> Iterator[None]:
-    """Write the files ``stops`` as soon as ``asked`` is set."""
+def _passing_on(asked: threading.Event | None, stop: Path) -> Iterator[None]:
+    """Write the file ``stop`` as soon as ``asked`` is set."""
     if asked is None:
         yield
         return
@@ -328,8 +327,7 @@ def _passing_on(asked: threading.Event | None, stops: Sequence[Path]) -> Iterato
     def wait() -> None:
         while not ended.wait(POLL_SECONDS):
             if asked.is_set():
-                for stop in stops:
-                    stop.touch()
+                stop.touch()
                 return
 
     thread = threading.Thread(target=wait, name="training-stop", daemon=True)

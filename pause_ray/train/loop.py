@@ -103,29 +103,6 @@ def check_heads(train: TrainSpec, *, num_heads: int) -> None:
         )
 
 
-def check_side_by_side(train: TrainSpec) -> None:
-    """Refuse what a training beside others on one base (``train.together``) cannot have.
-
-    Raises:
-        SpecError: a ZeRO stage, sequence parallelism or float16, with the remedy.
-    """
-    if train.zero.stage != 0:
-        raise SpecError(
-            f"train.zero.stage {train.zero.stage}: adapters that are trained together lie whole on every worker, which is stage 0; "
-            "set it to 0, or train_together to 1"
-        )
-    if train.sequence_parallel > 1:
-        raise SpecError(
-            f"train.sequence_parallel {train.sequence_parallel}: rows of adapters that are trained together are not divided among "
-            "workers; set it to 1, or train_together to 1"
-        )
-    if train.precision == "float16":
-        raise SpecError(
-            "train.precision float16 needs DeepSpeed's loss scale, which adapters that are trained together have not; "
-            "use bfloat16, or set train_together to 1"
-        )
-
-
 def rows_of_step(step: int, *, num_rows: int, rows_per_step: int, seed: int) -> list[int]:
     """Row numbers of optimizer step ``step`` (from 0): every epoch is a permutation of all rows, epochs follow without a gap."""
     wanted = range(step * rows_per_step, (step + 1) * rows_per_step)
@@ -143,11 +120,6 @@ class StepRows:
     """By number."""
     labelled: int
     """Learned tokens of all of them, at least 1."""
-
-    @property
-    def tokens(self) -> int:
-        """Of all rows."""
-        return sum(len(row.input_ids) for row in self.rows.values())
 
 
 def read_step(shards: ShardSet, step: int, *, rows_per_step: int, seed: int) -> StepRows:

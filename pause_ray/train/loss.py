@@ -70,13 +70,7 @@ class LossModel(nn.Module):
             documents: As in ``Batch``.
         """
         learned = (targets[0] != NO_LOSS).nonzero()[:, 0]
-        states = self.learned_states(input_ids=input_ids, position_ids=position_ids, learned=learned, documents=documents)
-        return self.summed(states, targets[0, learned])
-
-    def learned_states(
-        self, *, input_ids: torch.Tensor, position_ids: torch.Tensor, learned: torch.Tensor, documents: tuple[tuple[int, int], ...]
-    ) -> torch.Tensor:
-        """What ``summed`` takes, for the tokens that ``learned`` numbers: (learned, hidden), or logits where the model makes its own."""
+        wanted = targets[0, learned]
         base = self.model.get_base_model()
         inputs: dict[str, Any] = {
             "input_ids": input_ids,
@@ -86,15 +80,9 @@ class LossModel(nn.Module):
         }
         if self.output is None:
             logits: torch.Tensor = base(**inputs, logits_to_keep=learned).logits[0]
-            return logits
+            return F.cross_entropy(logits.float(), wanted, reduction="sum")
         hidden: torch.Tensor = base.get_decoder()(**inputs).last_hidden_state
-        return hidden[0, learned]
-
-    def summed(self, states: torch.Tensor, wanted: torch.Tensor, *, adapter: str | None = None) -> torch.Tensor:
-        """Cross-entropy of ``states`` and ``wanted`` (learned,), as a float32 scalar; ``adapter`` chooses one where there are several."""
-        if self.output is None:
-            return F.cross_entropy(states.float(), wanted, reduction="sum")
-        return self.output(states, wanted, adapter)  # type: ignore[no-any-return]
+        return self.output(hidden[0, learned], wanted)  # type: ignore[no-any-return]
 
 
 def tensors(batch: Batch, *, device: torch.device | str) -> dict[str, Any]:
@@ -135,13 +123,13 @@ class _Output(nn.Module):
         self._base = (base,)  # no submodule: its parameters have their names in the model
         self._softcap: float | None = getattr(base.config, "final_logit_softcapping", None)
 
-    def forward(self, hidden: torch.Tensor, targets: torch.Tensor, name: str | None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         layer = self._base[0].get_output_embeddings()
         rows = row_ids = None
         if isinstance(layer, TrainableTokensWrapper):
             adapter, layer = layer.token_adapter, layer.token_adapter.base_layer
             if not adapter.disable_adapters:
-                (name,) = adapter.active_adapters if name is None else (name,)
+                (name,) = adapter.active_adapters
                 rows, row_ids = adapter.trainable_tokens_delta[name], adapter.token_indices[name]
         table = _Table(layer.weight, layer.bias, row_ids, self._softcap)
         return _SummedLoss.apply(hidden, rows, targets, table)  # type: ignore[no-any-return, no-untyped-call]

@@ -122,9 +122,9 @@ def _embedding_name(base: transformers.PreTrainedModel) -> str:
 
 
 @torch.no_grad()
-def start_adapter(name: str, layer: LoraLayer, *, seed: int, dtype: torch.dtype, adapter: str = ADAPTER) -> None:
+def start_adapter(name: str, layer: LoraLayer, *, seed: int, dtype: torch.dtype) -> None:
     """First values of one layer as PEFT has them, but drawn by seed and name: order, device and precision change nothing."""
-    inner = layer.lora_A[adapter].weight
+    inner = layer.lora_A[ADAPTER].weight
     number = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]) >> 1
     values = torch.empty(inner.shape, dtype=torch.float32)
     nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=torch.Generator().manual_seed(number))
@@ -144,10 +144,10 @@ class TrainedRow(TrainableTokensLayer):  # type: ignore[misc]
             return untrained
         result: torch.Tensor = self.base_layer(x)
         for adapter in active_adapters:
-            result = self.put_rows(result, x, adapter)
+            result = self._put_rows(result, x, adapter)
         return result
 
-    def put_rows(self, result: torch.Tensor, x: torch.Tensor, adapter: str) -> torch.Tensor:
+    def _put_rows(self, result: torch.Tensor, x: torch.Tensor, adapter: str) -> torch.Tensor:
         """What the table made of ``x``, with what it would make of it with the rows of ``adapter``."""
         rows = self.trainable_tokens_delta[adapter]
         if isinstance(self.base_layer, nn.Embedding):
@@ -160,20 +160,19 @@ class TrainedRow(TrainableTokensLayer):  # type: ignore[misc]
         return result.index_copy(-1, tokens, nn.functional.linear(x, rows.to(x)).to(result))
 
 
-def write_adapter(model: peft.PeftModel, *, trained: dict[str, torch.Tensor], folder: Path, adapter: str = ADAPTER) -> None:
+def write_adapter(model: peft.PeftModel, *, trained: dict[str, torch.Tensor], folder: Path) -> None:
     """Write what ``PeftModel.from_pretrained`` reads; equal tensors give equal bytes.
 
     Args:
         model: Where the adapter's shape and configuration come from; its own weights may be partitioned.
         trained: Every trained parameter of the adapter by name, whole.
         folder: Where the two files go.
-        adapter: Its name in the model.
 
     Raises:
         OSError: disk full. PEFT's own writing goes through Rust, whose error for a full disk says less.
     """
-    tensors = peft.get_peft_model_state_dict(model, state_dict=trained, adapter_name=adapter, save_embedding_layers=False)
-    config = model.peft_config[adapter].to_dict() | {"inference_mode": True}
+    tensors = peft.get_peft_model_state_dict(model, state_dict=trained, adapter_name=ADAPTER, save_embedding_layers=False)
+    config = model.peft_config[ADAPTER].to_dict() | {"inference_mode": True}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n", encoding="utf-8")
     whole = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
     (folder / ADAPTER_WEIGHTS).write_bytes(safetensors.torch.save(whole, metadata={"format": "pt"}))

@@ -10,8 +10,8 @@ from typing import Any
 
 import ray.train
 
+from pause_ray.checkpoint import RunningTraining
 from pause_ray.errors import PauseRayError, TrainingError
-from pause_ray.train.assignment import Resumable
 
 FRUITLESS_ATTEMPTS = 3
 """Attempts in a row that were lost without a new checkpoint, after which training gives up."""
@@ -20,7 +20,7 @@ FRUITLESS_ATTEMPTS = 3
 class Recovery(ray.train.UserCallback):  # type: ignore[misc]
     """Lives in Ray Train's controller; an exception that it raises ends the training, otherwise the workers are started again."""
 
-    def __init__(self, running: Resumable) -> None:
+    def __init__(self, running: RunningTraining) -> None:
         """Of the training whose checkpoints lie there."""
         self._running = running
         self._last_step: int | None = None
@@ -50,7 +50,7 @@ class Recovery(ray.train.UserCallback):  # type: ignore[misc]
             )
 
 
-def run_config(running: Resumable, *, name: str, storage: str) -> ray.train.RunConfig:
+def run_config(running: RunningTraining, *, name: str, storage: str) -> ray.train.RunConfig:
     """Ray Train's settings for a training that survives its workers; ``storage`` is where it keeps its own notes."""
     return ray.train.RunConfig(
         name=name,

@@ -47,7 +47,7 @@ class Steps:
         self._train = assignment.train
         crew = Crew(engine.device)
         self._crew, self._rank, self._world_size = crew, crew.rank, crew.size
-        self._requests = Requests(crew, [assignment.folder], loses_a_node=loses_a_node)
+        self._requests = Requests(crew, assignment.folder, loses_a_node=loses_a_node)
         self._write_rung = write_rung
         self._share = share(self._train, num_workers=self._world_size, even=False)
         self._group, self._part = self._share.place(self._rank)

@@ -1,9 +1,7 @@
 """What one row of the training log says of its step. Counts and measures; knows no optimizer, no Ray and no file.
 
-A row has the fields of ``step_record``: always the same ones, except that ``mfu`` stands only where the peak of the GPU is known, and
-``side_by_side``, the number of trainings, only where the step was taken beside others: its seconds are then a share of what all of
-them took, by tokens. Where the step was followed by a look at the held-out rows, ``validation_loss`` is added, in nats per labelled
-token.
+A row has the fields of ``step_record``: always the same ones, except that ``mfu`` stands only where the peak of the GPU is known.
+Where the step was followed by a look at the held-out rows, ``validation_loss`` is added, in nats per labelled token.
 """
 
 from __future__ import annotations

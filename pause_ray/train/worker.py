@@ -26,17 +26,13 @@ from pause_ray.errors import SpecError
 from pause_ray.rows import ShardSet
 from pause_ray.storage import building, is_complete, space_errors
 from pause_ray.train import state
-from pause_ray.train.adapters import AdaptersLoss, unfit
 from pause_ray.train.assignment import Assignment
 from pause_ray.train.attention import sequence_group
-from pause_ray.train.crew import Crew
 from pause_ray.train.deepspeed_config import deepspeed_config
 from pause_ray.train.loop import share
 from pause_ray.train.loss import LossModel
 from pause_ray.train.memory import resolve_stage
 from pause_ray.train.model import load_trainable, write_adapter
-from pause_ray.train.room import check_room
-from pause_ray.train.side_by_side import SideBySide, leave_failure
 from pause_ray.train.spec import TrainSpec
 from pause_ray.train.steps import Steps
 from pause_ray.train.telemetry import known_shape
@@ -75,46 +71,6 @@ def train_on_worker(config: dict[str, Any]) -> None:
             del engine
             gc.collect()
             if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-
-
-def train_side_by_side(config: dict[str, Any]) -> None:
-    """Train several adapters from their last checkpoints on; leave each one, or why there is none, in its assignment's folder.
-
-    Args:
-        config: ``{"assignments": [Assignment, …]}``, equal in all that concerns the base model; Ray Train passes it to every worker.
-
-    Raises:
-        StoppedError, StorageError, CheckpointError, ModelError, SourceError: as ``train_on_worker``, for all of them.
-        SpecError: the base model cannot be trained so.
-    """
-    assignments: list[Assignment] = config["assignments"]
-    first = assignments[0]
-    on_gpu = torch.cuda.is_available() if first.on_gpu is None else first.on_gpu
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu"
-    crew = Crew(torch.device(device))
-    refused = unfit(assignments)
-    if crew.rank == 0:
-        for index, error in refused.items():
-            leave_failure(error, assignments[index].folder)
-    fitting = [assignment for index, assignment in enumerate(assignments) if index not in refused]
-    if not fitting:
-        return
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)  # of a training before this one in the same process
-        check_room(
-            [assignment.train for assignment in fitting],
-            shape=known_shape(first.model_dir),
-            workers=crew.size,
-            memory_bytes=int(-crew.most(-torch.cuda.mem_get_info(device)[0])),
-            longest_row_tokens=[ShardSet.open(assignment.shards).longest_row_tokens() for assignment in fitting],
-        )
-    with _threads(first.threads):
-        try:
-            SideBySide(AdaptersLoss(fitting, device=device), fitting, crew=crew, loses_a_node=_loses_a_node).run()
-        finally:
-            gc.collect()
-            if on_gpu:
                 torch.cuda.empty_cache()
 
 

@@ -6,12 +6,10 @@ order of steps; what a step does is in ``corpus``, ``train`` and ``needle``.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +17,6 @@ from pause_ray import __version__
 from pause_ray.checkpoint import Checkpoint
 from pause_ray.corpus.shards import build_shards
 from pause_ray.engines.engine import HfEngineSpec, LoadedAs, depends_on_shapes
-from pause_ray.errors import PauseRayError, UserError
 from pause_ray.logs import trial_words
 from pause_ray.needle.actor import ScoringJob
 from pause_ray.needle.answer import Condition
@@ -28,8 +25,7 @@ from pause_ray.needle.ledger import CellResult, Ledger
 from pause_ray.rows import ShardSet
 from pause_ray.spec import JsonObject
 from pause_ray.storage import MANIFEST, Storage, exclusive, is_complete, lock_of, write_json
-from pause_ray.train.launch import TrainJob, fit, steps_on_storage, train_digest
-from pause_ray.train.together import fit_together
+from pause_ray.train.launch import TrainJob, fit, steps_on_storage
 from pause_ray.trial.prepare import PreparedTrial
 from pause_ray.trial.spec import Resources
 
@@ -44,15 +40,6 @@ class TrialProgress(Protocol):
         """Of ``stage``, ``done`` of ``total`` is behind it; while training, ``row`` is that step's row of the training log."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Companion:
-    """A trial that is trained together with another one."""
-
-    trial: PreparedTrial
-    progress: TrialProgress
-    """Is told how its training goes."""
-
-
 def run_trial(
     trial: PreparedTrial,
     *,
@@ -62,9 +49,8 @@ def run_trial(
     train_gpus: float,
     progress: TrialProgress,
     stop: threading.Event | None = None,
-    companions: Sequence[Companion] = (),
 ) -> float | None:
-    """Run what is missing of a trial; ``stop`` asks its training to end where it can go on, ``companions`` are trained with it.
+    """Run what is missing of a trial; ``stop`` asks its training to end where it can go on.
 
     Returns:
         The mean score of its cells, 0 to 1, or None if no cell could be scored.
@@ -80,9 +66,7 @@ def run_trial(
             started = time.monotonic()
             write_json(folder / "spec.json", trial.spec.resolved())
             shards = make_shards(trial, storage=storage, progress=progress)
-            checkpoint = make_checkpoint(
-                trial, storage=storage, shards=shards, train_gpus=train_gpus, progress=progress, stop=stop, companions=companions
-            )
+            checkpoint = make_checkpoint(trial, storage=storage, shards=shards, train_gpus=train_gpus, progress=progress, stop=stop)
             job = scoring_job(trial, arm=arm, checkpoint=checkpoint, storage=storage)
             score_cells(trial, job, ledger=ledger, fleet=fleet, progress=progress)
             noise = recheck_cells(trial, job, ledger=ledger, fleet=fleet, progress=progress)
@@ -106,69 +90,15 @@ def make_checkpoint(
     train_gpus: float,
     progress: TrialProgress,
     stop: threading.Event | None = None,
-    companions: Sequence[Companion] = (),
 ) -> Checkpoint | None:
-    """The trial's adapter: trained, given by the spec, or None for the base model.
-
-    Where it is missing, those of ``companions`` that are missing are trained with it; why one of them failed is for its own turn.
-    """
+    """The trial's adapter: trained, given by the spec, or None for the base model."""
     spec = trial.spec
     if spec.adapter is not None:
         return Checkpoint.open(Path(spec.adapter))
     job = training_job(trial, shards)
     if job is None:
         return None
-    if companions and not is_complete(storage.checkpoints / train_digest(job)):
-        return train_with(companions, job, spec.resources, storage=storage, train_gpus=train_gpus, progress=progress, stop=stop)
     return run_training(job, spec.resources, storage=storage, train_gpus=train_gpus, progress=progress, stop=stop)
-
-
-def train_with(
-    companions: Sequence[Companion],
-    job: TrainJob,
-    resources: Resources,
-    *,
-    storage: Storage,
-    train_gpus: float,
-    progress: TrialProgress,
-    stop: threading.Event | None,
-) -> Checkpoint:
-    """Train ``job`` and what is missing of its companions on one base (``train.together``), with a trial's resources."""
-    jobs = {train_digest(job): (job, progress)}
-    for companion in companions:
-        with contextlib.suppress(UserError):  # what is wrong with it is said when it is its turn
-            its = training_job(companion.trial, make_shards(companion.trial, storage=storage, progress=untold))
-            if its is not None:
-                jobs.setdefault(train_digest(its), (its, companion.progress))
-    told = [its for _, its in jobs.values()]
-    own_done = 0
-
-    def tell(number: int, done: int, total: int, row: JsonObject) -> None:
-        nonlocal own_done
-        if number == 0:
-            own_done = done
-        told[number]("training", done, total, row)
-        if number != 0:  # a sign of life: this trial's own training may have ended long before those beside it
-            progress("training", own_done, job.train.steps)
-
-    fewest, most = resources.worker_bounds
-    own, *_ = fit_together(
-        [its for its, _ in jobs.values()],
-        storage=storage,
-        num_workers=most if fewest == most else (fewest, most),
-        cpus_per_worker=resources.train_cpus_per_worker,
-        gpus_per_worker=train_gpus,
-        progress=tell,
-        stage=lambda stage: progress(stage, 0, job.train.steps),
-        stop=stop,
-    )
-    if isinstance(own, PauseRayError):
-        raise own
-    return own
-
-
-def untold(stage: str, done: int, total: int, row: JsonObject | None = None) -> None:
-    """For rows that are there already: a companion that may have ended has nothing to say of them."""
 
 
 def run_training(

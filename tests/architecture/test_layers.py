@@ -39,7 +39,7 @@ ENGINE = {f"engines.{name}" for name in ("hf", "weights", "greedy", "kv", "rows"
 
 _MODEL = {f"engines.{name}" for name in ("weights", "gguf", "greedy", "kv", "rows", "attention")}
 _TRAINED = {f"train.{name}" for name in ("model", "partition", "loss", "attention")}
-_TRAINING = {f"train.{name}" for name in ("state", "telemetry", "steps", "worker", "export", "adapters", "crew", "side_by_side")}
+_TRAINING = {f"train.{name}" for name in ("state", "telemetry", "steps", "worker", "export", "crew")}
 HEAVY = {
     "ray": {
         "preflight",
@@ -66,7 +66,7 @@ HEAVY = {
     "mlflow": {"tracking.store", "tracking.models"},
     "torch": _MODEL | _TRAINED | _TRAINING | {"engines.hf"},
     "transformers": _MODEL | _TRAINED,
-    "peft": {"engines.hf", "engines.weights", "train.model", "train.partition", "train.loss", "train.export", "train.adapters"},
+    "peft": {"engines.hf", "engines.weights", "train.model", "train.partition", "train.loss", "train.export"},
     "deepspeed": {"train.worker", "train.partition", "train.attention", "train.state"},
 }
 """External package → the modules that import it anywhere in their code."""

@@ -127,7 +127,6 @@ def test_replicates_differ_in_seed_and_needle_but_not_in_anything_else() -> None
         ({"objective": {"metric": "recall"}}, r"objective\.metric = \"recall\""),
         ({"scheduler": {"kind": "asha"}}, r"scheduler: rungs 3 .* not fit into train\.steps 2, which has room for 1, at steps \[1\]"),
         ({"search": {}, "scheduler": {"kind": "asha"}}, r"scheduler: asha compares trials, and the search gives one"),
-        ({"train_together": 2, "search": {}, "arms": {}}, r"train_together 2: there are no two trials to train together"),
     ],
 )
 def test_a_mistake_is_found_before_anything_starts(change: JsonObject, message: str) -> None:

@@ -102,25 +102,3 @@ def test_only_who_is_at_work_and_says_nothing_is_taken_to_hang(board: Any) -> No
     failed = failures_after(board, for_others | at_work, lambda failures: len(failures) >= len(at_work))
     assert failed.keys() == at_work.keys()
     assert all("said nothing for" in message and f"({stage}, 1 of 4 done)" in message for stage, (message, _) in failed.items())
-
-
-def test_one_that_is_trained_in_anothers_turn_waits_unless_it_runs_or_has_ended(board: Any) -> None:
-    import ray
-
-    from pause_ray.sweep.board import Reports
-
-    own = {"scored": TrialState("scoring", 1, 4), "finished": TrialState("done", 1, 1)}
-    ray.get(board.post.remote(dict.fromkeys(("next", *own, "failed"), b"")))
-    for key in (*own, "failed"):
-        ray.get(board.begin.remote(key, None))
-    for key, state in own.items():
-        ray.get(board.show.remote(key, state))
-    ray.get(board.fail.remote("failed", "loss is nan", None))
-    before = ray.get(board.news.remote()).states
-    row = {"step": 2}
-    for key in ("next", *before):
-        Reports(board, "leader").beside(key)("training", 2, 3, row)
-    told = ray.get(board.news.remote())
-    assert before == own | {"failed": TrialState("failed", 0, 0)}
-    assert told.states == {"next": TrialState("waiting", 2, 3, row)}
-    assert sorted(told.steps) == [(key, row) for key in sorted(("next", *before))]

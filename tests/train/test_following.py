@@ -11,7 +11,6 @@ from pause_ray.errors import StoppedError
 from pause_ray.storage import Storage, exclusive, lock_of, write_text
 from pause_ray.train.launch import TrainJob, fit, train_digest
 from pause_ray.train.spec import TrainSpec
-from pause_ray.train.together import fit_together
 from pause_ray.train.training_log import GrowingLog, following
 from tests.train.tiny_llama import make_rows, make_shards
 
@@ -70,8 +69,7 @@ def test_rows_that_come_last_are_told_before_the_end(tmp_path: Path) -> None:
     assert (told, failures) == ([(1, 2), (2, 2)], [])
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_who_waits_for_the_same_training_says_so_and_can_leave(tmp_path: Path, together: bool) -> None:
+def test_who_waits_for_the_same_training_says_so_and_can_leave(tmp_path: Path) -> None:
     storage = Storage.open(tmp_path / "runs")
     job = TrainJob(
         train=TrainSpec.parse({"zero": {"stage": 0}}, origin="test"),
@@ -88,7 +86,4 @@ def test_who_waits_for_the_same_training_says_so_and_can_leave(tmp_path: Path, t
         raise StoppedError(f"heard {name}")
 
     with exclusive(lock_of(storage.checkpoints / train_digest(job))), pytest.raises(StoppedError, match="heard waiting"):
-        if together:
-            fit_together([job], storage=storage, num_workers=0, cpus_per_worker=1, gpus_per_worker=0, progress=lambda *_: None, stage=stage)
-        else:
-            fit(job, storage=storage, num_workers=0, cpus_per_worker=1, gpus_per_worker=0, progress=lambda *_: None, stage=stage)
+        fit(job, storage=storage, num_workers=0, cpus_per_worker=1, gpus_per_worker=0, progress=lambda *_: None, stage=stage)
