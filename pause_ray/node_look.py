@@ -19,12 +19,12 @@ from pause_ray.errors import SourceError
 from pause_ray.source_files import is_seen
 
 PACKAGES = ("pause_ray", "ray", "torch", "transformers", "peft", "deepspeed", "tokenizers", "bitsandbytes")
-"""Which must be the same everywhere: they decide results, or travel pickled."""
+"""Packages that must have the same version on all nodes: they decide results, or their objects travel pickled."""
 MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""Where a container finds how much it may use (cgroup v2, v1): ``max``, or a number larger than any memory, where nothing limits it."""
+"""Files with a container's memory limit (cgroup v2, v1): ``max``, or a number larger than any memory, where there is none."""
 MISSING = re.compile(r"No module named '(?P<package>\w+)[\w.]*'")
 MIG_SLICE = re.compile(r"\s+MIG (?P<profile>\S*?(?P<gigabytes>\d+)gb\S*)")
-"""In ``nvidia-smi -L``."""
+"""A line of a slice in the output of ``nvidia-smi -L``."""
 CONNECT_SECONDS = 5
 CONNECT_AT_ONCE = 256
 """Connections that a node tries at the same time; those to a thousand nodes, if none answers, take less than a minute."""
@@ -35,9 +35,9 @@ class Gpu:
     """One GPU of a node."""
 
     name: str
-    """A slice's (MIG) with its profile."""
+    """The name of the GPU, with the profile if it is a slice (MIG)."""
     memory_bytes: int | None
-    """None where the driver does not tell; 0 of one that is to be sliced and is not."""
+    """None where the driver does not report it; 0 for a GPU in MIG mode without slices."""
 
 
 NO_SLICE = Gpu(name="without slices", memory_bytes=0)
@@ -45,25 +45,25 @@ NO_SLICE = Gpu(name="without slices", memory_bytes=0)
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """What a node found on itself."""
+    """The state of one machine."""
 
     versions: Mapping[str, str]
-    """Of ``python`` and ``PACKAGES``; a package that is not installed has none."""
+    """Versions of ``python`` and of those of ``PACKAGES`` that are installed."""
     gpus: tuple[Gpu, ...]
     free_bytes: int | None
-    """Under the storage root; None where it is not seen."""
+    """Free space under the storage root; None where the root is not visible."""
     storage: str
-    """``ok``, or what is wrong with the storage root."""
+    """``ok``, or the problem of the storage root."""
     unseen: Mapping[str, str]
-    """Of the paths asked for, those that this machine does not see: what is wrong with each."""
+    """The problem of each requested path that is not visible on this machine."""
     free_share: float = 1.0
-    """Of the disk that Ray's own files are on: objects that leave memory, working directories, logs."""
+    """Free share of the disk with Ray's spilled objects, working directories and logs."""
     memory_bytes: int = 0
-    """Of the machine, or what its container may use of it; 0 where it is not known."""
+    """Memory of the machine, or the limit of its container; 0 where it is not known."""
 
 
 def look(root: Path, *, probe: str, paths: Sequence[str], session: Path | None = None) -> Look:
-    """This machine, as a sweep will find it.
+    """Return the state of this machine as a sweep will find it.
 
     Args:
         root: The storage root; it is not made here, since a folder of this node alone would hide that it is not shared.
@@ -85,13 +85,13 @@ def look(root: Path, *, probe: str, paths: Sequence[str], session: Path | None =
 
 
 def missing_package(told: str) -> str | None:
-    """The package for want of which a process could not begin, by what Ray tells of its end; None if that was something else."""
+    """Return the package whose absence kept a process from starting, from Ray's account of its end; None if the cause was another."""
     found = MISSING.search(told)
     return found["package"] if found else None
 
 
 def usable_memory(machine_bytes: int, *, limits: Sequence[Path]) -> int:
-    """What a process may use of the machine's memory; of files that are not there or hold no number nothing is known."""
+    """Return the memory that a process may use; files that do not exist or hold no number are ignored."""
     told = [path.read_text().strip() for path in limits if path.is_file()]
     return min([machine_bytes, *(int(limit) for limit in told if limit.isdigit())])
 
@@ -125,7 +125,7 @@ def _version(name: str) -> str | None:
 
 
 def _gpus() -> tuple[Gpu, ...]:
-    """As NVIDIA's own tool lists them, which needs no torch; none where it is not installed."""
+    """Return the GPUs that ``nvidia-smi`` lists, which needs no torch; none where it is not installed."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ()
@@ -137,7 +137,7 @@ def _gpus() -> tuple[Gpu, ...]:
 
 
 def gpus_told(table: str, *, listed: str) -> tuple[Gpu, ...]:
-    """The GPUs that a process can have.
+    """Return the GPUs that a process can use.
 
     Args:
         table: A line per GPU: name, MiB, and whether it is sliced (MIG); ``[N/A]`` where the driver does not tell.

@@ -95,7 +95,7 @@ def _sweep_command(spec: Path, storage: str, *, working_dir: Path, sets: list[st
 
 
 def _pairs(given: Sequence[str], *, option: str) -> dict[str, str]:
-    """``NAME=VALUE`` → a mapping.
+    """Return a mapping from texts such as ``NAME=VALUE``.
 
     Raises:
         SpecError: no ``=``, or no name.
@@ -110,7 +110,7 @@ def _pairs(given: Sequence[str], *, option: str) -> dict[str, str]:
 
 
 def look_at_cluster(planned: Sequence[PlannedTrial], *, storage: str, name: str, as_json: bool) -> None:
-    """Fetch what the trials name, look at every node, and print what is wrong where; exit code 2 if anything is.
+    """Fetch the models and texts of the trials, look at every node, and print its problems; exit with code 2 if there are any.
 
     Raises:
         UserError: the trials themselves cannot be prepared, or there is no cluster.
@@ -152,13 +152,13 @@ def look_at_cluster(planned: Sequence[PlannedTrial], *, storage: str, name: str,
 
 
 def _ends(planned: Sequence[PlannedTrial]) -> list[PlannedTrial]:
-    """The first and the last trial of each arm."""
+    """Return the first and the last trial of each arm."""
     first, last = {trial.arm: trial for trial in reversed(planned)}, {trial.arm: trial for trial in planned}
     return [*first.values(), *(trial for arm, trial in last.items() if trial is not first[arm])]
 
 
 def _largest_copy(planned: Sequence[PlannedTrial], root: Storage) -> Copy | None:
-    """The model that takes most of a scoring actor's GPUs, with the keys and values of its longest prompt."""
+    """Return the model that takes most memory of a scoring actor's GPUs, with the keys and values of its longest prompt."""
     from pause_ray.preflight import SCORING_ACTOR, Copy, requests_of
     from pause_ray.sweep.plans import Plans
 
@@ -185,7 +185,7 @@ def hold_to_file(planned: Sequence[PlannedTrial], file: Path) -> list[str]:
 
 
 def _mlflow_problems(storage: Storage, *, experiment: str) -> list[Problem]:
-    """Whether MLflow can be written; only the sweep's driver ever does."""
+    """Return a problem if MLflow cannot be written by this process, which is the sweep's driver."""
     from pause_ray.preflight import Problem
     from pause_ray.tracking.store import connected
 
