@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pause_ray.compare import MIDDLE_PERCENT
 from pause_ray.places import Axis, Point, depth_profile, drawn_in_tenths, length_profile
-from pause_ray.ranking import Market, Offer
+from pause_ray.ranking import CostAxis, PricedArm
 from pause_ray.results import Condition
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ MOST_UPRIGHT_TICKS, MOST_TICKS = 8, 18
 PAGE_WIDTH_INCHES = 10.6
 """Wider figures are shrunk by the page, and their numbers with them."""
 MOST_MARKED_STEPS = 40
-MOST_NAMED_OFFERS = 14
+MAX_NAMED_ARMS = 14
 """Names that a legend beside a figure has room for."""
 COST_WORDS = {"overhead": "prompt tokens beyond the asked length (%)", "training": "tokens trained on"}
 PNG_DOTS_PER_INCH = 200
@@ -65,9 +65,9 @@ def shown_as_lines(conditions: Sequence[Condition], *, at_most: int | None = Non
     return {place: conditions[place] for place in sorted(sorted(range(len(conditions)), key=rank)[: at_most or MOST_LINES])}
 
 
-def shown_as_offers(conditions: Sequence[Condition], markets: Sequence[Market]) -> dict[str, int]:
-    """Labels and looks of those that have a name on a front: references and controls, what no other beats, then the highest means."""
-    fronts = {offer.condition.label for market in markets for offer in market.front}
+def named_looks(conditions: Sequence[Condition], cost_axes: Sequence[CostAxis]) -> dict[str, int]:
+    """Return the looks of the arms that the cost figure names: references and controls, then the front, then the highest means."""
+    fronts = {arm.condition.label for cost_axis in cost_axes for arm in cost_axis.front}
     controls = {its.against_control.other for its in conditions if its.against_control}
 
     def rank(place: int) -> tuple[bool, bool, float]:
@@ -75,7 +75,7 @@ def shown_as_offers(conditions: Sequence[Condition], markets: Sequence[Market]) 
         mean = its.summary.grand_mean if its.summary else None
         return not (its.is_reference or its.label in controls), its.label not in fronts, -1.0 if mean is None else -mean - 1
 
-    return {conditions[place].label: place for place in sorted(sorted(range(len(conditions)), key=rank)[:MOST_NAMED_OFFERS])}
+    return {conditions[place].label: place for place in sorted(sorted(range(len(conditions)), key=rank)[:MAX_NAMED_ARMS])}
 
 
 def profiles(conditions: Mapping[int, Condition], *, axis: Axis) -> Figure:
@@ -117,23 +117,23 @@ def recall_by_position(lines: Mapping[int, tuple[str, Mapping[float, Point]]]) -
     return figure
 
 
-def fronts(markets: Sequence[Market], looks: Mapping[str, int]) -> Figure:
-    """Mean score with its interval over each kind of cost, a point per condition; a stair through those that no other beats.
+def fronts(cost_axes: Sequence[CostAxis], looks: Mapping[str, int]) -> Figure:
+    """Draw the mean score with its interval over each kind of cost, a point per arm, and a staircase through the Pareto front.
 
     Args:
-        markets: A panel for each.
-        looks: Label of a condition → its look; the others are grey and without a name.
+        cost_axes: The axes, one panel each.
+        looks: The look of each named arm by label; the others are grey.
     """
     figure = blank_figure(width=PAGE_WIDTH_INCHES, height=3.3)
     with style():
-        panels = figure.subplots(1, len(markets), sharey=True, squeeze=False)[0]
-        for axes, market in zip(panels, markets, strict=True):
-            for offer in market.offers:
-                _offer(axes, offer, look=looks.get(offer.condition.label))
-            stair = [(offer.cost, offer.score) for offer in market.front]
-            stair.append((max(offer.cost for offer in market.offers), stair[-1][1]))
+        panels = figure.subplots(1, len(cost_axes), sharey=True, squeeze=False)[0]
+        for axes, cost_axis in zip(panels, cost_axes, strict=True):
+            for arm in cost_axis.arms:
+                _draw_arm(axes, arm, look=looks.get(arm.condition.label))
+            stair = [(arm.cost, arm.score) for arm in cost_axis.front]
+            stair.append((max(arm.cost for arm in cost_axis.arms), stair[-1][1]))
             axes.step(*zip(*stair, strict=True), where="post", color="#888888", linewidth=0.9, zorder=0)
-            axes.set(xlabel=COST_WORDS[market.currency], ylim=(-0.04, 1.04))
+            axes.set(xlabel=COST_WORDS[cost_axis.kind], ylim=(-0.04, 1.04))
             axes.margins(x=0.08)
             axes.grid(axis="y", color="#dddddd", linewidth=0.5)
         panels[0].set_ylabel("mean score")
@@ -141,15 +141,15 @@ def fronts(markets: Sequence[Market], looks: Mapping[str, int]) -> Figure:
     return figure
 
 
-def _offer(axes: Axes, offer: Offer, *, look: int | None) -> None:
-    """A point with its whisker; hollow where another condition beats it."""
+def _draw_arm(axes: Axes, arm: PricedArm, *, look: int | None) -> None:
+    """Draw a point with its whisker, hollow where another arm dominates it."""
     how = {"color": "#bbbbbb", "marker": ".", "linestyle": "none"} if look is None else _look(look)
-    if offer.interval is not None:
-        ends = (offer.interval.low, offer.interval.high)
-        axes.plot((offer.cost, offer.cost), ends, color=how["color"], linewidth=0.8, alpha=0.45, solid_capstyle="butt")
-    fill: dict[str, Any] = {} if offer.is_on_front else {"markerfacecolor": "white"}
-    label = None if look is None else offer.condition.label
-    axes.plot([offer.cost], [offer.score], **how, **fill, markersize=5, linewidth=1.1, label=label)
+    if arm.interval is not None:
+        ends = (arm.interval.low, arm.interval.high)
+        axes.plot((arm.cost, arm.cost), ends, color=how["color"], linewidth=0.8, alpha=0.45, solid_capstyle="butt")
+    fill: dict[str, Any] = {} if arm.is_on_front else {"markerfacecolor": "white"}
+    label = None if look is None else arm.condition.label
+    axes.plot([arm.cost], [arm.score], **how, **fill, markersize=5, linewidth=1.1, label=label)
 
 
 def training_curves(conditions: Mapping[int, Condition]) -> Figure | None:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from pause_ray.results import Condition, Contrast, SweepResults, TrialResult
-from pause_ray.statistics import SIGNIFICANT, enough_replicates, wilson
+from pause_ray.statistics import SIGNIFICANT, min_replicates, wilson
 from pause_ray.words import named, p_value, signed, span
 
 NEAR_TIE_LOGITS = 0.05
@@ -163,7 +163,7 @@ def _confounding_notes(results: SweepResults) -> list[str]:
 def _replicate_notes(results: SweepResults) -> list[str]:
     replicates = max((condition.summary.num_replicates for condition in results.scored if condition.summary), default=0)
     arms = max(len(results.contrasts), len(results.control_contrasts), 1)
-    enough = enough_replicates(arms)
+    enough = min_replicates(arms)
     if replicates == 1:
         return [
             "One replicate: one wording of the fact and one order of the haystack. Intervals and p values speak of other cells of "
@@ -184,7 +184,7 @@ def _power_notes(results: SweepResults) -> list[str]:
     """Where the numbers cannot say what they seem to say."""
     found = []
     for contrasts in (results.contrasts, results.control_contrasts):
-        blunt = max((its.comparison.least_p for its in contrasts), default=0.0)
+        blunt = max((its.comparison.smallest_p for its in contrasts), default=0.0)
         if blunt * len(contrasts) >= SIGNIFICANT:
             text = (
                 f"With so few differences p cannot be less than {blunt:.2g}, and {min(1.0, blunt * len(contrasts)):.2g} after "
@@ -214,7 +214,7 @@ def _power_notes(results: SweepResults) -> list[str]:
 def _detectable_notes(results: SweepResults) -> list[str]:
     """What could have been seen, for the comparisons in which nothing was although the signs of their differences could have told."""
     every = [(contrasts, its) for contrasts in (results.contrasts, results.control_contrasts) for its in contrasts]
-    missed = [its for contrasts, its in every if not its.differs and its.comparison.least_p * len(contrasts) < SIGNIFICANT]
+    missed = [its for contrasts, its in every if not its.differs and its.comparison.smallest_p * len(contrasts) < SIGNIFICANT]
     sizes = {f"{its.label} against {its.other}": its.comparison.detectable or 0.0 for its in missed}
     sizes = {name: size for (name, size), its in zip(sizes.items(), missed, strict=True) if size > abs(its.difference)}
     seen = {name: size for name, size in sizes.items() if size <= 1}
@@ -288,7 +288,7 @@ def _is_flat(condition: Condition) -> bool:
     if summary is None or summary.num_replicates == 1:
         return False
     contrasts = [its for its in (condition.against_reference, condition.against_control) if its]
-    return any(its.comparison.flat for its in contrasts) or (summary.interval is not None and summary.interval.unit == "cells")
+    return any(its.comparison.replicates_agree for its in contrasts) or (summary.interval is not None and summary.interval.unit == "cells")
 
 
 def _cell_notes(results: SweepResults) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pause_ray.compare import Comparison, Summary, compare_arms, summarize, why_nothing_pairs
+from pause_ray.compare import Comparison, Summary, compare_arms, explain_no_pairs, summarize
 from pause_ray.errors import UserError
 from pause_ray.ledger_files import ArmRows, find_arm
 from pause_ray.places import Axis, difference_fields
@@ -113,7 +113,7 @@ def compare_ledgers(names: Sequence[str], storage: Storage) -> LedgerComparison:
                 summarize(arm.rows),
                 comparison,
                 next(corrected) if comparison else None,
-                None if comparison else why_nothing_pairs(arm.rows, first.rows),
+                None if comparison else explain_no_pairs(arm.rows, first.rows),
             )
             for letter, arm, comparison in zip(LETTERS[1:], others, found, strict=False)
         ),

@@ -169,7 +169,7 @@ def _score_field(values: Sequence[float | None]) -> Field:
 
 def _difference_field(values: Sequence[float | None]) -> Field:
     scored = [value for value in values if value is not None]
-    interval = t_interval(scored, least=-1.0, unit="cells")
+    interval = t_interval(scored, lower_bound=-1.0, unit="cells")
     return _field(values, uncertain=interval is not None and not interval.excludes_zero())
 
 

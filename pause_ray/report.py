@@ -20,10 +20,10 @@ from pause_ray.best import exported
 from pause_ray.compare import recall_by_depth
 from pause_ray.findings import headline, noise_words, notes
 from pause_ray.places import Point, difference_fields, drawn_in_tenths, score_fields
-from pause_ray.ranking import agreements, best, climbs, markets, objective_of, objective_words, trained_tokens
+from pause_ray.ranking import best, cost_axes, objective_of, objective_words, rank_correlations, rung_histories, trained_tokens
 from pause_ray.results import Condition, Contrast, SweepResults, results_of, spent
 from pause_ray.spec import JsonObject
-from pause_ray.statistics import BOOTSTRAP_UNITS, Estimate, Interval, enough_replicates
+from pause_ray.statistics import BOOTSTRAP_UNITS, Estimate, Interval, min_replicates
 from pause_ray.storage import Storage, space_errors, write_text
 from pause_ray.words import count, duration, memory, money, number, p_value, percent, signed, signed_percent, span, title
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-SHOWN_OFFERS, SHOWN_CLIMBS = 24, 200
+SHOWN_ARMS, SHOWN_HISTORIES = 24, 200
 MOST_HEATMAPS = 24
 """A heatmap takes a second to draw, and a thousand of them nobody looks at."""
 VERSIONED = ("ray", "torch", "transformers", "peft", "deepspeed", "mlflow", "polars", "pyarrow", "numpy")
@@ -69,14 +69,10 @@ def page(results: SweepResults, drawn: Mapping[str, str]) -> str:
 
 def arms_csv(results: SweepResults) -> str:
     """One line per condition; numbers unrounded, empty where there is none."""
-    offers = {(market.currency, offer.condition.label): offer for market in markets(results) for offer in market.offers}
+    priced_arms = {(axis.kind, arm.condition.label): arm for axis in cost_axes(results) for arm in axis.arms}
     columns = [
         _csv_row(condition)
-        | {
-            f"{currency}_front": "yes" if offer.is_on_front else "no"
-            for (currency, label), offer in offers.items()
-            if label == condition.label
-        }
+        | {f"{kind}_front": "yes" if arm.is_on_front else "no" for (kind, label), arm in priced_arms.items() if label == condition.label}
         for condition in results.conditions
     ]
     names = list(dict.fromkeys(name for row in columns for name in row))
@@ -205,9 +201,9 @@ def _draw(results: SweepResults) -> dict[str, Figure]:
     recall = {look: (condition.label, _recall(condition)) for look, condition in lines.items()}
     if any(points for _, points in recall.values()):
         drawn["recall"] = figures.recall_by_position(recall)
-    found = markets(results)
-    if found:
-        drawn["fronts"] = figures.fronts(found, figures.shown_as_offers(scored, found))
+    axes = cost_axes(results)
+    if axes:
+        drawn["fronts"] = figures.fronts(axes, figures.named_looks(scored, axes))
     training = figures.training_curves(dict(enumerate(scored)))
     if training is not None:
         drawn["training"] = training
@@ -224,7 +220,7 @@ def _recall(condition: Condition) -> dict[float, Point]:
 def _view(results: SweepResults, drawn: Mapping[str, str]) -> JsonObject:
     conditions = _reference_first(results.conditions)
     scored = [condition for condition in conditions if condition.summary]
-    seen = climbs(results)
+    histories = rung_histories(results)
     bound = max((abs(edge) for contrast in [*results.contrasts, *results.control_contrasts] for edge in _reach(contrast)), default=1.0)
     return {
         "results": results,
@@ -235,7 +231,7 @@ def _view(results: SweepResults, drawn: Mapping[str, str]) -> JsonObject:
         "scored": scored,
         "bound": max(0.1, bound),
         "bootstrap_units": BOOTSTRAP_UNITS,
-        "enough": enough_replicates(max(1, len(results.contrasts))),
+        "enough": min_replicates(max(1, len(results.contrasts))),
         "facts": sections.facts(results),
         "score_words": sections.score_words(results),
         "axis": results.axis,
@@ -248,13 +244,13 @@ def _view(results: SweepResults, drawn: Mapping[str, str]) -> JsonObject:
         "best": best(results),
         "exported": exported(results.folder),
         "objective": objective_of(results),
-        "markets": markets(results),
-        "shown_offers": SHOWN_OFFERS,
-        "named_offers": figures.MOST_NAMED_OFFERS,
-        "climbs": seen,
-        "shown_climbs": SHOWN_CLIMBS,
-        "agreements": agreements(results),
-        "proxy_cost": sections.proxy_cost(seen),
+        "cost_axes": cost_axes(results),
+        "shown_arms": SHOWN_ARMS,
+        "named_arms": figures.MAX_NAMED_ARMS,
+        "rung_histories": histories,
+        "shown_histories": SHOWN_HISTORIES,
+        "rank_correlations": rank_correlations(results),
+        "proxy_cost": sections.proxy_cost(histories),
         "places": sections.middle_and_edges(scored),
         "unscored": sections.unscored(scored),
         "questions": sections.questions(results),

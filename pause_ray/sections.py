@@ -9,7 +9,7 @@ from typing import Any
 from pause_ray.compare import compare_arms, is_middle, summarize
 from pause_ray.needle.ledger import CellResult
 from pause_ray.places import by_fact
-from pause_ray.ranking import Climb
+from pause_ray.ranking import RungHistory
 from pause_ray.results import Condition, SweepResults, spent
 from pause_ray.spec import JsonObject
 from pause_ray.words import title, value_range
@@ -89,9 +89,9 @@ def _by_place(rows: Sequence[CellResult]) -> tuple[list[CellResult], list[CellRe
     return middle, [row for row in rows if not is_middle(row.depth_percent)]
 
 
-def proxy_cost(climbs: Sequence[Climb]) -> JsonObject:
+def proxy_cost(histories: Sequence[RungHistory]) -> JsonObject:
     """What all rungs together took: ``cells``, ``prefilled_tokens`` and ``seconds``."""
-    rungs = [rung for climb in climbs for rung in climb.rungs]
+    rungs = [rung for history in histories for rung in history.rungs]
     return {
         "cells": sum(rung.num_cells for rung in rungs),
         "prefilled_tokens": sum(rung.prefilled_tokens for rung in rungs),

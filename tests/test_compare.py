@@ -8,10 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pause_ray.compare import compare_arms, is_middle, recall_by_depth, summarize, why_nothing_pairs
+from pause_ray.compare import Metric, ObjectiveSpec, compare_arms, explain_no_pairs, is_middle, recall_by_depth, summarize
 from pause_ray.needle.ledger import UNKNOWN_TOKEN, CellResult, FactResult
+from pause_ray.needle.task import SuiteSpec
+from pause_ray.spec import with_overrides
 from pause_ray.statistics import wilson
+from tests.needle.answered_rows import row as answered_row
+from tests.needle.tiny import STOCK
 from tests.stored_sweep import cell, rows
+from tests.sweep.test_spec import SWEEP
 
 
 def test_summary_of_a_small_grid() -> None:
@@ -152,7 +157,7 @@ def test_replicates_that_all_agree_speak_of_cells() -> None:
     comparison = compare_arms(*replicated([[0.5] * 9] * 4))
     assert comparison is not None
     assert comparison.interval is not None
-    assert comparison.flat
+    assert comparison.replicates_agree
     assert comparison.interval.unit == "cells"
     assert comparison.interval.low < comparison.interval.high
     interval = summarize([cell(1024, depth, 0.5, replicate=r) for depth in (10, 50) for r in range(4)]).interval
@@ -380,11 +385,73 @@ def test_one_answer_that_two_replicates_share_proves_nothing() -> None:
     assert comparison.warnings == ()
 
 
-def test_why_nothing_pairs_names_what_the_arms_do_not_share() -> None:
+def test_explain_no_pairs_names_what_the_arms_do_not_share() -> None:
     a = rows({(1024, 10): 1.0})
-    assert why_nothing_pairs(a, rows({(1024, 10): 1.0}, task="multi")) == "the arms have no tasks in common: single against multi"
-    assert why_nothing_pairs(a, rows({(2048, 10): 1.0})) == "the arms have no context lengths in common: 1024 against 2048"
-    assert "no replicates in common: 0 against 3" in why_nothing_pairs(a, rows({(1024, 10): 1.0}, replicate=3))
-    assert why_nothing_pairs(a, rows({(1024, 10): None})) == "no question was scored in both arms"
-    crossed = why_nothing_pairs(rows({(1024, 10): 1.0, (2048, 20): 1.0}), rows({(1024, 20): 1.0, (2048, 10): 1.0}))
+    assert explain_no_pairs(a, rows({(1024, 10): 1.0}, task="multi")) == "the arms have no tasks in common: single against multi"
+    assert explain_no_pairs(a, rows({(2048, 10): 1.0})) == "the arms have no context lengths in common: 1024 against 2048"
+    assert "no replicates in common: 0 against 3" in explain_no_pairs(a, rows({(1024, 10): 1.0}, replicate=3))
+    assert explain_no_pairs(a, rows({(1024, 10): None})) == "no question was scored in both arms"
+    crossed = explain_no_pairs(rows({(1024, 10): 1.0, (2048, 20): 1.0}), rows({(1024, 20): 1.0, (2048, 10): 1.0}))
     assert "at one cell" in crossed
+
+
+SUITE = SWEEP["trial"]["eval"]
+OBJECTIVE_ROWS = [
+    answered_row(0, STOCK.needle, depth_percent=0.0, needle_token=3),
+    answered_row(1, "Eat a sandwich.", depth_percent=50.0, needle_token=500),
+    answered_row(2, "I don't know.", depth_percent=60.0, needle_token=600),
+    answered_row(3, None, depth_percent=100.0, needle_token=999),
+]
+
+
+PARTLY = 1 / len(STOCK.keywords)
+"""The score of an answer with one keyword."""
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [("score", (1 + PARTLY) / 3), ("score_middle", PARTLY / 2), ("score_edges", 1), ("exact_recall", 1 / 3)],
+)
+def test_the_value_is_the_mean_of_the_cells_that_count(metric: Metric, expected: float) -> None:
+    assert ObjectiveSpec(metric=metric).value(OBJECTIVE_ROWS) == pytest.approx(expected)
+
+
+def test_nothing_scored_has_no_value() -> None:
+    assert ObjectiveSpec().value([]) is None
+    assert ObjectiveSpec().value(OBJECTIVE_ROWS[3:]) is None
+    assert ObjectiveSpec(metric="score_middle").value(OBJECTIVE_ROWS[:1]) is None
+
+
+def test_a_search_learns_nothing_from_a_mean_that_leaves_much_out() -> None:
+    scored = [answered_row(number, STOCK.needle) for number in range(18)]
+    unscored = [answered_row(number, None) for number in range(18, 22)]
+    objective = ObjectiveSpec()
+    assert objective.comparable_value(scored + unscored[:2]) == objective.value(scored + unscored[:2]) == 1.0
+    assert objective.comparable_value(scored + unscored) is None
+    assert objective.comparable_value([]) is None
+
+
+def test_better_is_more_or_less() -> None:
+    assert ObjectiveSpec().better(0.6, 0.5)
+    assert ObjectiveSpec(mode="min").better(0.5, 0.6)
+    assert not ObjectiveSpec().better(0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("positions", "produced"),
+    [
+        ({"depth_percent": [0, 50]}, {"score_middle", "score_edges"}),
+        ({"depth_percent": [25, 75]}, {"score_middle"}),
+        ({"depth_percent": [0, 24.9, 75.1]}, {"score_edges"}),
+        ({"depth_percent": [], "lattice_tokens": 40}, {"score_middle", "score_edges"}),
+        ({"depth_percent": [], "samples": 60}, {"score_middle", "score_edges"}),
+    ],
+)
+def test_depths_decide_which_metrics_a_suite_produces(positions: dict[str, object], produced: set[str]) -> None:
+    suite = SuiteSpec.parse(with_overrides(SUITE, positions), origin="test")
+    found = {
+        metric
+        for metric in ("score", "score_middle", "score_edges", "exact_recall")
+        if ObjectiveSpec(metric=metric).is_measured_by(suite, replicate=0, seed=0)
+    }
+    assert found == produced | {"score", "exact_recall"}

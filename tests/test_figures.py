@@ -9,7 +9,7 @@ import pytest
 
 from pause_ray import figures
 from pause_ray.places import Axis, Point
-from pause_ray.ranking import markets
+from pause_ray.ranking import cost_axes
 from pause_ray.results import SweepResults, read_results
 from pause_ray.storage import Storage
 from tests.stored_sweep import grid, rows, store_sweep, store_trial
@@ -57,8 +57,8 @@ def test_the_reference_and_the_control_are_always_shown(results: SweepResults) -
 
 
 def test_costs_and_scores_are_drawn_where_the_summary_says(results: SweepResults) -> None:
-    found = markets(results)
-    [axes] = figures.fronts(found, figures.shown_as_offers(results.scored, found)).axes
+    found = cost_axes(results)
+    [axes] = figures.fronts(found, figures.named_looks(results.scored, found)).axes
     drawn = {label: (line.get_xdata()[0], line.get_ydata()[0]) for label, line in lines_of(axes).items()}
     expected = {its.label: (round(its.summary.prompt_overhead_percent, 1), its.summary.grand_mean) for its in results.scored if its.summary}
     assert drawn == expected
@@ -69,8 +69,8 @@ def test_the_stair_goes_through_the_front_and_what_is_beaten_is_hollow(tmp_path:
     for arm, score, tokens in (("base", 0.5, 1000), ("good", 0.75, 1100), ("bad", 0.25, 1200)):
         store_trial(storage, arm, rows({(1000, 50.0): score}, trial=arm, prompt_tokens=tokens))
     results = read_results(store_sweep(storage, [(arm, arm, {}, 0) for arm in ("base", "good", "bad")], compare_to="base"), storage)
-    found = markets(results)
-    [axes] = figures.fronts(found, figures.shown_as_offers(results.scored, found)).axes
+    found = cost_axes(results)
+    [axes] = figures.fronts(found, figures.named_looks(results.scored, found)).axes
     [stair] = [line for line in axes.lines if line.get_drawstyle() == "steps-post"]
     assert list(zip(stair.get_xdata(), stair.get_ydata(), strict=True)) == [(0.0, 0.5), (10.0, 0.75), (20.0, 0.75)]
     assert {label for label, line in lines_of(axes).items() if line.get_markerfacecolor() == "white"} == {"bad"}
@@ -83,17 +83,17 @@ def test_of_many_arms_the_front_the_reference_and_the_best_have_names(tmp_path: 
         store_trial(storage, f"t{number}", its)
     planned = [(f"t{number}", "base" if number == 7 else "paused", {"pauses.every": number}, 0) for number in range(30)]
     results = read_results(store_sweep(storage, planned, compare_to="base"), storage)
-    found = markets(results)
-    named = figures.shown_as_offers(results.scored, found)
-    assert len(named) == figures.MOST_NAMED_OFFERS
+    found = cost_axes(results)
+    named = figures.named_looks(results.scored, found)
+    assert len(named) == figures.MAX_NAMED_ARMS
     assert {"base every=7", "paused every=29"} <= named.keys()
     [axes] = figures.fronts(found, named).axes
     assert set(lines_of(axes)) == set(named)
 
 
 def test_arms_differ_without_colour(results: SweepResults) -> None:
-    found = markets(results)
-    lines = lines_of(figures.fronts(found, figures.shown_as_offers(results.scored, found)).axes[0]).values()
+    found = cost_axes(results)
+    lines = lines_of(figures.fronts(found, figures.named_looks(results.scored, found)).axes[0]).values()
     assert len({(line.get_marker(), line.get_linestyle()) for line in lines}) == len(results.scored)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pause_ray.errors import SpecError
-from pause_ray.ranking import agreements, best, climbs, markets, objective_of
+from pause_ray.ranking import best, cost_axes, objective_of, rank_correlations, rung_histories
 from pause_ray.results import SweepResults, read_results
 from pause_ray.storage import Storage
 from tests.stored_sweep import rows, rung_event, stop_event, store_search, store_sweep, store_trial
@@ -83,39 +83,39 @@ def test_an_arm_is_beaten_by_one_that_costs_no_more(storage: Storage) -> None:
     trial(storage, "base", 0.5, 0.5)
     trial(storage, "cheap", 0.75, 1.0, tokens=1000, overhead=32)
     trial(storage, "dear", 0.5, 1.0, tokens=1000, overhead=64)
-    overhead, training = markets(arms(storage, "base", "cheap", "dear"))
-    assert (overhead.currency, training.currency) == ("overhead", "training")
-    assert [(its.condition.label, its.cost) for its in overhead.offers] == [("base", 0.0), ("cheap", 3.1), ("dear", 6.2)]
-    assert [(its.condition.label, its.cost) for its in training.offers] == [("base", 0.0), ("cheap", 1000.0), ("dear", 1000.0)]
-    for market in (overhead, training):
-        assert [its.condition.label for its in market.front] == ["base", "cheap"]
-        [beaten] = [its for its in market.offers if not its.is_on_front]
-        assert beaten.beaten_by is not None
-        assert beaten.lead is not None
-        assert (beaten.beaten_by.label, beaten.lead.value) == ("cheap", 0.125)  # 0.25 in the middle, none at the edge
-        assert not beaten.is_sure
+    overhead, training = cost_axes(arms(storage, "base", "cheap", "dear"))
+    assert (overhead.kind, training.kind) == ("overhead", "training")
+    assert [(its.condition.label, its.cost) for its in overhead.arms] == [("base", 0.0), ("cheap", 3.1), ("dear", 6.2)]
+    assert [(its.condition.label, its.cost) for its in training.arms] == [("base", 0.0), ("cheap", 1000.0), ("dear", 1000.0)]
+    for axis in (overhead, training):
+        assert [its.condition.label for its in axis.front] == ["base", "cheap"]
+        [dominated] = [its for its in axis.arms if not its.is_on_front]
+        assert dominated.dominated_by is not None
+        assert dominated.lead is not None
+        assert (dominated.dominated_by.label, dominated.lead.value) == ("cheap", 0.125)  # 0.25 in the middle, none at the edge
+        assert not dominated.is_significant
 
 
-def test_a_lead_on_many_questions_is_sure(storage: Storage) -> None:
+def test_a_lead_on_many_questions_is_significant(storage: Storage) -> None:
     grid = {(length, depth): 1.0 for length in (1024, 2048, 4096) for depth in (0.0, 20.0, 40.0, 60.0, 80.0, 100.0)}
     store_trial(storage, "good", rows(grid, trial="good"))
     store_trial(storage, "long", rows(dict.fromkeys(grid, 0.0), trial="long", prompt_tokens=5000))
-    [market] = markets(arms(storage, "good", "long"))
-    assert [(its.is_on_front, its.is_sure) for its in market.offers] == [(True, True), (False, True)]
+    [axis] = cost_axes(arms(storage, "good", "long"))
+    assert [(its.is_on_front, its.is_significant) for its in axis.arms] == [(True, True), (False, True)]
 
 
-def test_a_dearer_arm_on_the_front_is_sure_only_by_its_lead_over_the_next_cheaper(storage: Storage) -> None:
+def test_a_dearer_arm_on_the_front_is_significant_only_by_its_lead_over_the_next_cheaper(storage: Storage) -> None:
     depths = [(length, depth) for length in (1024, 2048, 4096) for depth in (0.0, 20.0, 40.0, 60.0, 80.0, 100.0)]
     found = {"base": 0, "some": 12, "more": 13, "worse": 2}  # of 18 questions
     for cost, (name, num_found) in enumerate(found.items()):
         scores = {place: float(number < num_found) for number, place in enumerate(depths)}
         store_trial(storage, name, rows(scores, trial=name, prompt_tokens=3000 + 100 * cost))
-    [market] = markets(arms(storage, *found))
-    by_label = {its.condition.label: its for its in market.offers}
-    assert [its.condition.label for its in market.front] == ["base", "some", "more"]
-    rivals = {label: its.rival.label if its.rival else None for label, its in by_label.items()}
-    assert rivals == {"base": None, "some": "base", "more": "some", "worse": "more"}
-    assert {label: its.is_sure for label, its in by_label.items()} == {"base": True, "some": True, "more": False, "worse": True}
+    [axis] = cost_axes(arms(storage, *found))
+    by_label = {its.condition.label: its for its in axis.arms}
+    assert [its.condition.label for its in axis.front] == ["base", "some", "more"]
+    compared_with = {label: its.compared_with.label if its.compared_with else None for label, its in by_label.items()}
+    assert compared_with == {"base": None, "some": "base", "more": "some", "worse": "more"}
+    assert {label: its.is_significant for label, its in by_label.items()} == {"base": True, "some": True, "more": False, "worse": True}
     lead = by_label["more"].lead
     assert lead is not None
     assert lead.value == pytest.approx(1 / 18)
@@ -136,9 +136,9 @@ def test_an_arm_most_of_whose_cells_have_no_score_does_not_win(storage: Storage)
 def test_a_cost_that_is_not_told_or_the_same_for_all_is_no_cost(storage: Storage) -> None:
     trial(storage, "base", 0.5, 0.5)
     trial(storage, "other", 0.75, 0.75)
-    assert markets(arms(storage, "base", "other")) == []
+    assert cost_axes(arms(storage, "base", "other")) == []
     store_trial(storage, "tuned", rows({MIDDLE: 1.0}, trial="tuned"), trained=True)  # its log does not count tokens
-    assert markets(arms(storage, "base", "tuned")) == []
+    assert cost_axes(arms(storage, "base", "tuned")) == []
 
 
 def judged(storage: Storage, **spec: Any) -> SweepResults:
@@ -165,7 +165,7 @@ def test_what_a_scheduler_stopped_is_neither_missing_nor_finished(storage: Stora
 
 
 def test_every_trial_on_a_rung_has_its_scores_and_its_end(storage: Storage) -> None:
-    seen = {its.trial: its for its in climbs(judged(storage))}
+    seen = {its.trial: its for its in rung_histories(judged(storage))}
     assert list(seen) == [f"p{number}" for number in range(6)]
     assert seen["p2"].proxy_scores == {0: 0.2, 1: 0.2}
     assert seen["p2"].stop is not None
@@ -174,20 +174,20 @@ def test_every_trial_on_a_rung_has_its_scores_and_its_end(storage: Storage) -> N
 
 
 def test_agreement_is_taken_over_trials_with_both_scores(storage: Storage) -> None:
-    first, second = agreements(judged(storage))
+    first, second = rank_correlations(judged(storage))
     assert (first.rung, first.steps, first.num_trials, first.num_stopped) == (0, (10,), 3, 3)
     assert (second.rung, second.steps, second.num_trials, second.num_stopped) == (1, (30,), 3, 1)
     assert first.tau is not None
-    assert first.tau.value == pytest.approx(1 / 3)  # of three pairs one is swapped
+    assert first.tau == pytest.approx(1 / 3)  # of three pairs one is swapped
 
 
 @pytest.mark.parametrize("mode", ["max", "min"])
 def test_agreement_is_above_0_where_the_proxy_prefers_whom_the_objective_prefers(storage: Storage, mode: str) -> None:
     results = judged(storage, objective={"metric": "score", "mode": mode})
-    better, seen = objective_of(results).better, climbs(results)
-    for agreement in agreements(results):
-        both = [(its.proxy_scores[agreement.rung], its.value) for its in seen if its.value is not None]
+    better, seen = objective_of(results).better, rung_histories(results)
+    for correlation in rank_correlations(results):
+        both = [(its.proxy_scores[correlation.rung], its.value) for its in seen if its.value is not None]
         same = [better(one[0], other[0]) == better(one[1], other[1]) for one, other in itertools.combinations(both, 2)]
         assert (same.count(True), same.count(False)) == (2, 1)
-        assert agreement.tau is not None
-        assert agreement.tau.value == pytest.approx((2 - 1) / 3)
+        assert correlation.tau is not None
+        assert correlation.tau == pytest.approx((2 - 1) / 3)

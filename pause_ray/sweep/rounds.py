@@ -185,4 +185,6 @@ class Rounds:
         digests = [prepare(spec, cache=self._storage.cache, seen=self._seen).digest for spec in planned]
         if not digests or not all(map(self.is_finished, digests)):
             return None
-        return self._sweep.objective.learned([row for key in digests for row in Ledger(self._storage.trials / key / "cells.jsonl").rows()])
+        return self._sweep.objective.comparable_value(
+            [row for key in digests for row in Ledger(self._storage.trials / key / "cells.jsonl").rows()]
+        )

@@ -16,9 +16,9 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from pause_ray.compare import ObjectiveSpec
 from pause_ray.errors import SpecError
 from pause_ray.needle.proxy import proxy_suite
-from pause_ray.objective import ObjectiveSpec
 from pause_ray.spec import JsonObject, Spec, check_path, digest, inline_files, read_yaml, with_overrides
 from pause_ray.sweep.algorithms import AlgorithmSpec, GridAlgorithm, RandomAlgorithm, SchedulerSpec
 from pause_ray.sweep.draws import corners, drawn_points, grid_points
@@ -362,7 +362,7 @@ def _check_search(sweep: SweepSpec, points: Sequence[JsonObject], planned: Seque
             raise SpecError(f"{origin}: constraints: {constraint.words}: no trial has both values; correct it, or drop it")
     ours = [trial.spec for trial in planned if trial.arm == sweep.arm]
     metric = sweep.objective.metric
-    if not any(sweep.objective.is_produced_by(spec.eval, replicate=spec.replicate, seed=spec.data_seed) for spec in ours):
+    if not any(sweep.objective.is_measured_by(spec.eval, replicate=spec.replicate, seed=spec.data_seed) for spec in ours):
         raise SpecError(
             f"{origin}: objective.metric {metric}: no task of arm {sweep.arm} asks cells that count for it; choose another metric, or "
             "other depths in eval"

@@ -20,7 +20,7 @@ from pause_ray.best import exported
 from pause_ray.errors import StorageError
 from pause_ray.findings import headline, noise_words, notes
 from pause_ray.labels import condition_labels
-from pause_ray.ranking import agreements, best
+from pause_ray.ranking import best, rank_correlations
 from pause_ray.results import Condition, Contrast, SweepResults, read_trial, results_of
 from pause_ray.search_record import SEARCH_LOG, Rung, SearchRecord
 from pause_ray.spec import JsonObject, digest
@@ -194,7 +194,7 @@ def _sweep_run(results: SweepResults) -> Run:
             "trials_finished": float(len(results.trials)),
             "trials_stopped": float(results.num_stopped),
             **({f"best_{found.objective.metric}": found.value} if found else {}),
-            **{f"proxy_rank_agreement/rung {its.rung}": its.tau.value for its in agreements(results) if its.tau},
+            **{f"proxy_rank_agreement/rung {its.rung}": its.tau for its in rank_correlations(results) if its.tau is not None},
             **_contrast_metrics(results),
         },
         files=files,
