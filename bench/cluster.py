@@ -38,15 +38,16 @@ import ray.cluster_utils
 from rich.console import Console
 from tables import as_table
 
-from pause_ray.engines.engine import Completion, EngineError, HfEngineSpec, LoadedAs, ModelSpec, Step
-from pause_ray.engines.model_source import resolve_model
-from pause_ray.engines.scripted import ScriptedEngine
-from pause_ray.needle.answer import Condition
-from pause_ray.needle.fleet import Fleet, ScoringJob
-from pause_ray.needle.ledger import CellResult, Ledger
-from pause_ray.needle.task import Cell, cells
-from pause_ray.spec import read_yaml
-from pause_ray.storage import Storage
+from pause_ray.core.spec import read_yaml
+from pause_ray.core.storage import Storage
+from pause_ray.evaluation.answer import Condition
+from pause_ray.evaluation.ledger import CellResult, Ledger
+from pause_ray.evaluation.scoring_pool import Fleet, ScoringJob
+from pause_ray.evaluation.suite import Cell, cells
+from pause_ray.inference.engine import Completion, EngineError, HfEngineSpec, LoadedAs, Step
+from pause_ray.inference.scripted import ScriptedEngine
+from pause_ray.models.sources import resolve_model
+from pause_ray.models.spec import ModelSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("scripted", "model", "shards")
@@ -224,7 +225,7 @@ def row_of(kind: str, nodes: int, items: int, seconds: float, spent: Spent, **mo
 
 def scoring_job(folder: Path, *, model_dir: Path, num_cells: int) -> tuple[ScoringJob, list[Cell]]:
     """The stock needle at even depths of three lengths."""
-    from tests.needle.tiny import make_suite
+    from tests.evaluation.tiny import make_suite
 
     count = max(2, num_cells // len(LENGTHS))
     suite = make_suite(
@@ -249,8 +250,8 @@ def scoring_job(folder: Path, *, model_dir: Path, num_cells: int) -> tuple[Scori
 
 def write_shards(bench: Bench, *, model_dir: Path, rows: int) -> Row:
     """Rows of ``needle_sft`` at 512 tokens, by tasks of Ray Data on the nodes; a small set before starts the tasks' processes."""
-    from pause_ray.corpus.shards import ShardJob, build_shards
-    from pause_ray.corpus.spec import CorpusSpec
+    from pause_ray.data.pipeline import ShardJob, build_shards
+    from pause_ray.data.spec import CorpusSpec
     from pause_ray.text.pauses import PausePolicy
     from pause_ray.text.prompts import PromptSpec
 
@@ -275,7 +276,7 @@ def write_shards(bench: Bench, *, model_dir: Path, rows: int) -> Row:
 
 def measure(bench: Bench, arguments: argparse.Namespace, *, model_dir: Path | None, say: Callable[[Row], None]) -> list[Row]:
     """Every kind of work on every size of the cluster, from the smallest."""
-    from tests.needle.tiny import STOCK, make_haystack_folder, make_tokenizer_folder
+    from tests.evaluation.tiny import STOCK, make_haystack_folder, make_tokenizer_folder
 
     make_haystack_folder(bench.folder / "essays")
     tiny = make_tokenizer_folder(bench.folder / "tokenizer")

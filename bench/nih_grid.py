@@ -27,19 +27,19 @@ import transformers
 from rich.console import Console
 from tables import as_table
 
-from pause_ray.engines.attention import flop_counter
-from pause_ray.engines.cost import ModelShape
-from pause_ray.engines.engine import EngineError, HfEngineSpec, LoadedAs, ModelSpec, default_chunk_tokens, grain_of
-from pause_ray.engines.hf import HfEngine
-from pause_ray.engines.model_source import resolve_model
-from pause_ray.engines.rows import RowsCache
-from pause_ray.engines.weights import load_base
-from pause_ray.needle.answer import Asked, Reader, planned
-from pause_ray.needle.haystack import load_haystack, prompt_builder
-from pause_ray.needle.task import SuiteSpec, cells
-from pause_ray.spec import inline_files, read_yaml
-from pause_ray.storage import Storage
-from pause_ray.text.tokens import ModelTokenizer, resolve_marker
+from pause_ray.core.spec import inline_files, read_yaml
+from pause_ray.core.storage import Storage
+from pause_ray.evaluation.answer import Asked, Reader, planned
+from pause_ray.evaluation.haystack import load_haystack, prompt_builder
+from pause_ray.evaluation.suite import SuiteSpec, cells
+from pause_ray.inference.engine import EngineError, HfEngineSpec, LoadedAs, default_chunk_tokens, grain_of
+from pause_ray.inference.hf import HfEngine
+from pause_ray.inference.kv_cache import RowsCache, flop_counter
+from pause_ray.models.shape import ModelShape
+from pause_ray.models.sources import resolve_model
+from pause_ray.models.spec import ModelSpec
+from pause_ray.models.weights import load_base
+from pause_ray.text.tokenizer import ModelTokenizer, resolve_marker
 
 TABLE_COLUMNS = 130
 ROOT = Path(__file__).resolve().parents[1]

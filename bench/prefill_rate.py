@@ -24,9 +24,9 @@ import transformers
 from rich.console import Console
 from tables import as_table
 
-from pause_ray.engines.cost import ModelShape
-from pause_ray.engines.engine import Completion, HfEngineSpec, LoadedAs, Step
-from pause_ray.engines.hf import HfEngine
+from pause_ray.inference.engine import Completion, HfEngineSpec, LoadedAs, Step
+from pause_ray.inference.hf import HfEngine
+from pause_ray.models.shape import ModelShape
 from pause_ray.text.prompts import BuiltPrompt
 
 SHAPES = {

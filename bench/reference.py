@@ -111,13 +111,13 @@ def read_sweep(storage: Path) -> dict[str, Any]:
 
 def prompts(cache: Path) -> dict[str, str]:
     """Pauses, length and a digest of the token ids of prompts over all suites."""
-    from pause_ray.engines.engine import ModelSpec
-    from pause_ray.engines.model_source import resolve_model
-    from pause_ray.needle.haystack import ask, load_haystack, prompt_builder
-    from pause_ray.needle.task import SuiteSpec, cells
-    from pause_ray.spec import inline_files, read_yaml
+    from pause_ray.core.spec import inline_files, read_yaml
+    from pause_ray.evaluation.haystack import ask, load_haystack, prompt_builder
+    from pause_ray.evaluation.suite import SuiteSpec, cells
+    from pause_ray.models.sources import resolve_model
+    from pause_ray.models.spec import ModelSpec
     from pause_ray.text.pauses import PausePolicy
-    from pause_ray.text.tokens import ModelTokenizer, resolve_marker
+    from pause_ray.text.tokenizer import ModelTokenizer, resolve_marker
     from pause_ray.trial.spec import FILE_FIELDS
 
     model = ModelSpec.parse(read_yaml(ROOT / "sweeps" / "quickstart.yaml")["trial"]["model"], origin="quickstart")

@@ -78,11 +78,12 @@ def resident_mib() -> int:
 
 def run_one(*, trials: int, cells: int, folder: Path, with_mlflow: bool) -> Row:
     """One sweep in this process."""
-    from pause_ray.cli.tracker import Tracker
-    from pause_ray.report import write_report
-    from pause_ray.storage import Storage
-    from pause_ray.sweep.run import run_sweep
+    from pause_ray.cli.terminal import warn
+    from pause_ray.core.storage import Storage
+    from pause_ray.report.html import write_report
+    from pause_ray.sweep.runner import run_sweep
     from pause_ray.sweep.spec import read_sweep
+    from pause_ray.tracking.live import Tracker
     from tests.sweep.stub_processes import stub_every_process
     from tests.sweep.stubs import write_stub_sweep
 
@@ -111,7 +112,7 @@ def run_one(*, trials: int, cells: int, folder: Path, with_mlflow: bool) -> Row:
             tracker.trial_ended(sweep_folder)
 
     started = time.perf_counter()
-    with Tracker(storage) as tracker:
+    with Tracker(storage, warn=warn) as tracker:
         sent = tracker._tried
         tracker._tried = lambda send: _timed_send(sent, send, row)
         began[0] = started
@@ -147,12 +148,12 @@ def _timed_send(sent: Callable[[Callable[[], None]], bool], send: Callable[[], N
 
 def answering_alone(sweep: object, storage: object) -> float:
     """Seconds per cell of reading the text, building prompts and answering by the rule, in this process."""
-    from pause_ray.engines.engine import LoadedAs
-    from pause_ray.needle.answer import Condition, Reader, answer_cells, planned
-    from pause_ray.needle.haystack import load_haystack, prompt_builder
-    from pause_ray.storage import Storage
+    from pause_ray.core.storage import Storage
+    from pause_ray.evaluation.answer import Condition, Reader, answer_cells, planned
+    from pause_ray.evaluation.haystack import load_haystack, prompt_builder
+    from pause_ray.inference.engine import LoadedAs
     from pause_ray.sweep.spec import SweepSpec, expand
-    from pause_ray.text.tokens import ModelTokenizer
+    from pause_ray.text.tokenizer import ModelTokenizer
     from pause_ray.trial.prepare import prepare
     from tests.sweep.stubs import make_stub_engine
 

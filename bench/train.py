@@ -36,15 +36,15 @@ from prefill_rate import SHAPES, make_model
 from rich.console import Console
 from tables import as_table
 
-from pause_ray.engines.cost import ModelShape
-from pause_ray.engines.engine import ModelSpec
-from pause_ray.engines.model_source import resolve_model
-from pause_ray.rows import NO_LOSS, PackedRow, rows_to_table, seal, write_rows
-from pause_ray.spec import read_yaml
-from pause_ray.storage import Storage
-from pause_ray.train.loop import num_labelled
-from pause_ray.train.spec import LoraSpec, TrainSpec
-from pause_ray.train.telemetry import model_flops_utilization, step_flops
+from pause_ray.core.spec import read_yaml
+from pause_ray.core.storage import Storage
+from pause_ray.data.shards import NO_LOSS, PackedRow, rows_to_table, seal, write_rows
+from pause_ray.models.shape import ModelShape
+from pause_ray.models.sources import resolve_model
+from pause_ray.models.spec import ModelSpec
+from pause_ray.training.batching import num_labelled
+from pause_ray.training.metrics import model_flops_utilization, step_flops
+from pause_ray.training.spec import LoraSpec, TrainSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = Path(__file__).with_name("train_sides.py")
@@ -119,7 +119,7 @@ def write_case(workload: Workload, folder: Path) -> Path:
     import peft
     import safetensors.torch
 
-    from pause_ray.train.model import load_trainable
+    from pause_ray.training.model import load_trainable
 
     shards = folder / "shards"
     shards.mkdir()
@@ -182,7 +182,7 @@ def _row(workload: Workload, side: str, runs: Sequence[dict[str, Any]]) -> Row:
 
 
 def _tokens_of_first_step(workload: Workload) -> int:
-    from pause_ray.train.loop import rows_of_step
+    from pause_ray.training.batching import rows_of_step
 
     train = workload.train
     first = rows_of_step(0, num_rows=len(workload.rows), rows_per_step=train.rows_per_step, seed=SEED)

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pause_ray.rows import NO_LOSS, PackedRow, ShardSet
-from pause_ray.train.loop import collate, deal, learning_rate, num_labelled, rows_of_step
-from pause_ray.train.spec import TrainSpec
-from pause_ray.train.telemetry import peak_memory_bytes
+from pause_ray.data.shards import NO_LOSS, PackedRow, ShardSet
+from pause_ray.training.batching import collate, deal, learning_rate, num_labelled, rows_of_step
+from pause_ray.training.metrics import peak_memory_bytes
+from pause_ray.training.spec import TrainSpec
 
 LOOK_SECONDS = 0.01
 """Between two looks at the training log of ``fit``, so that steps are timed from outside."""
@@ -91,11 +91,11 @@ class Clock:
 
 def pause_ray(case: Case, *, num_workers: int = 0) -> dict[str, Any]:
     """``fit``; with workers, on a Ray that has been started before the clock."""
-    from pause_ray import cluster
-    from pause_ray.storage import Storage
-    from pause_ray.train import launch, training_log
+    from pause_ray.core import ray_cluster
+    from pause_ray.core.storage import Storage
+    from pause_ray.training import launch, metrics
 
-    training_log.POLL_SECONDS = LOOK_SECONDS
+    metrics.POLL_SECONDS = LOOK_SECONDS
     job = launch.TrainJob(
         train=case.train,
         model_dir=case.model_dir,
@@ -106,7 +106,7 @@ def pause_ray(case: Case, *, num_workers: int = 0) -> dict[str, Any]:
         seed=case.seed,
         threads=case.threads,
     )
-    with tempfile.TemporaryDirectory() as place, cluster.connection() if num_workers else contextlib.nullcontext():
+    with tempfile.TemporaryDirectory() as place, ray_cluster.connection() if num_workers else contextlib.nullcontext():
         clock = Clock.start()
         launch.fit(
             job,
@@ -121,8 +121,8 @@ def pause_ray(case: Case, *, num_workers: int = 0) -> dict[str, Any]:
 
 def step(case: Case) -> dict[str, Any]:
     """Model, loss and order of this project in the plainest loop."""
-    from pause_ray.train.loss import LossModel, tensors
-    from pause_ray.train.model import load_trainable
+    from pause_ray.training.loss import LossModel, tensors
+    from pause_ray.training.model import load_trainable
 
     torch.set_num_threads(case.threads)
     train = case.train
@@ -248,7 +248,7 @@ def bare_start(case: Case) -> dict[str, Any]:
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    from pause_ray import cluster
+    from pause_ray.core import ray_cluster
 
     ids = case.rows()[0][0][0].input_ids.astype(np.int64)[None]
 
@@ -272,7 +272,7 @@ def bare_start(case: Case) -> dict[str, Any]:
         engine.step()
         Path(config["done"]).write_text(str(loss.item()))
 
-    with tempfile.TemporaryDirectory() as place, cluster.connection(), _wait_for(Path(place) / "done") as clock:
+    with tempfile.TemporaryDirectory() as place, ray_cluster.connection(), _wait_for(Path(place) / "done") as clock:
         on_gpu = torch.cuda.is_available()
         if not on_gpu:
             os.environ["DS_ACCELERATOR"] = "cpu"

@@ -20,10 +20,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from pause_ray.needle.judge import JudgeSpec
-from pause_ray.needle.task import SuiteSpec
-from pause_ray.plan import GpuTable
+from pause_ray.evaluation.scorers import JudgeSpec
+from pause_ray.evaluation.suite import SuiteSpec
 from pause_ray.sweep.spec import SweepSpec
+from pause_ray.trial.needs import GpuTable
 from pause_ray.trial.spec import TrialSpec
 
 TARGET = Path(__file__).with_name("configuration.md")

@@ -21,10 +21,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 BEGUN_FIRST = (
     "sweep/test_whole_sweep.py",
     "sweep/test_robust_sweep.py",
-    "train/test_faults.py",
+    "training/test_faults.py",
     "sweep/test_lost_nodes.py",
     "cluster_files/test_cluster_document.py",
-    "test_submission.py",
+    "cli/test_submission.py",
     "sweep/test_governed.py",
     "real/test_exactness.py",
     "real/test_memory.py",
@@ -47,9 +47,9 @@ def cache() -> Path:
 @pytest.fixture(scope="session")
 def model_dir(cache: Path) -> Path:
     """SmolLM2-135M-Instruct as safetensors, converted once from the package index."""
-    from pause_ray.engines.engine import ModelSpec
-    from pause_ray.engines.model_source import resolve_model
-    from pause_ray.spec import read_yaml
+    from pause_ray.core.spec import read_yaml
+    from pause_ray.models.sources import resolve_model
+    from pause_ray.models.spec import ModelSpec
 
     model = read_yaml(ROOT / "sweeps" / "quickstart.yaml")["trial"]["model"]
     return resolve_model(ModelSpec.parse(model, origin="quickstart"), cache=cache)

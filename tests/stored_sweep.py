@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pause_ray.needle.ledger import CellResult, FactResult, Ledger
-from pause_ray.storage import Storage, write_json
+from pause_ray.core.storage import Storage, write_json
+from pause_ray.evaluation.ledger import CellResult, FactResult, Ledger
 
 Grid = Mapping[tuple[int, float], float | None]
 """(context_tokens, depth_percent) → score, or None for a cell that could not be scored."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pause_ray.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER, TRAINING_LOG, seal
-from pause_ray.storage import write_text
+from pause_ray.core.storage import write_text
+from pause_ray.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER, TRAINING_LOG, seal
 
 
 def store_checkpoint(folder: Path) -> Path:

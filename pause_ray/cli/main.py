@@ -14,11 +14,11 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from pause_ray import __version__
-from pause_ray.cli import clusters, making, planning, reading, sweeping, watching
+from pause_ray.cli import cluster, plan, results, run, status, sweep
 from pause_ray.cli.terminal import app, err
-from pause_ray.errors import UserError
+from pause_ray.core.errors import UserError
 
-__all__ = ["app", "clusters", "main", "making", "planning", "reading", "sweeping", "watching"]
+__all__ = ["app", "cluster", "main", "plan", "results", "run", "status", "sweep"]
 
 
 def _version(wanted: bool) -> None:

@@ -11,15 +11,16 @@ import time
 from collections import deque
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from pause_ray.spec import JsonObject
-from pause_ray.train.telemetry import step_words
+from pause_ray.core.errors import SpecError
+from pause_ray.core.spec import JsonObject, read_yaml
+from pause_ray.training.metrics import step_words
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,7 +32,15 @@ app = typer.Typer(
 out = Console()
 """Results."""
 err = Console(stderr=True)
+
+
 """Progress, warnings and errors: one console for all three, so that a message does not tear a progress bar."""
+
+
+def warn(message: str) -> None:
+    """Print a warning to standard error."""
+    err.print(message, style="yellow", highlight=False, markup=False)
+
 
 DEFAULT_STORAGE = "runs"
 RECENT_STEPS = 20
@@ -96,3 +105,34 @@ def program(name: str) -> str:
         return name
     path = Path(sys.executable).parent / name
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+Kind = Literal["sweep", "trial", "suite"]
+_EXAMPLES: dict[Kind, str] = {"sweep": "sweeps/quickstart.yaml", "trial": "sweeps/quickstart.yaml", "suite": "eval/suites/single.yaml"}
+
+
+def expect(path: Path, *kinds: Kind) -> None:
+    """Refuse a file that describes something else.
+
+    Raises:
+        SpecError: naming what it is and what is needed.
+    """
+    kind = kind_of(path)
+    if kind not in kinds:
+        raise SpecError(f"{path}: is a {kind}, and a {' or '.join(kinds)} is needed; give a file such as {_EXAMPLES[kinds[0]]}")
+
+
+def kind_of(path: Path) -> Kind:
+    """What a file describes.
+
+    Raises:
+        SpecError: none of these.
+    """
+    fields = read_yaml(path).keys()
+    kinds: dict[str, Kind] = {"trial": "sweep", "model": "trial", "eval": "trial", "task": "suite"}
+    for field, kind in kinds.items():
+        if field in fields:
+            return kind
+    raise SpecError(
+        f"{path}: describes no sweep (no trial in it), no trial (no model) and no suite (no task); its fields: {', '.join(fields)}"
+    )

@@ -18,18 +18,16 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, HyperBandScheduler, MedianStoppingRule, TrialScheduler
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pause_ray.search_record import Rung, SearchRecord, Stop
-from pause_ray.storage import is_complete
-from pause_ray.sweep.algorithms import SchedulerSpec
+from pause_ray.core.storage import is_complete
 from pause_ray.sweep.governed_trial import CELLS, ENDED, IS_NEW, PROXY_SCORE, RUNG, SECONDS, STEP, TIME, TOKENS, GovernedTrial
-from pause_ray.sweep.log import SearchLog
-from pause_ray.sweep.places import Places
 from pause_ray.sweep.progress import TrialState
-from pause_ray.sweep.rounds import SweepTrial
+from pause_ray.sweep.resources import Places
 from pause_ray.sweep.rungs import Schedule
-from pause_ray.sweep.spec import SweepSpec
-from pause_ray.sweep.tuning import INTERRUPTED, AfterTrial, Asking, Shared, one_trial, tuned
-from pause_ray.trial.proxy import proxy_lengths
+from pause_ray.sweep.search import SweepTrial
+from pause_ray.sweep.search_log import Rung, SearchLog, SearchRecord, Stop
+from pause_ray.sweep.spec import SchedulerSpec, SweepSpec
+from pause_ray.sweep.trainable import INTERRUPTED, AfterTrial, Asking, Shared, one_trial, tuned
+from pause_ray.trial.early_stopping import proxy_lengths
 
 HEAD = "node:__internal_head__"
 """A resource of which every cluster has exactly one."""

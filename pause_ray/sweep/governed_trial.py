@@ -14,16 +14,16 @@ from typing import Any
 import ray
 from ray import tune
 
-from pause_ray.checkpoint import Checkpoint
-from pause_ray.needle.proxy import proxy_suite
-from pause_ray.search_record import Rung
-from pause_ray.sweep.board import Reports
+from pause_ray.evaluation.proxy import proxy_suite
+from pause_ray.models.checkpoint import Checkpoint
 from pause_ray.sweep.progress import PAUSED
+from pause_ray.sweep.reporter import Reports
 from pause_ray.sweep.rungs import Schedule
-from pause_ray.sweep.tuning import SCORE, Shared, TuneTrial, guarded
-from pause_ray.train.launch import train_digest
+from pause_ray.sweep.search_log import Rung
+from pause_ray.sweep.trainable import SCORE, Shared, TuneTrial, guarded
+from pause_ray.training.launch import train_digest
+from pause_ray.trial.early_stopping import TrainingInBackground, score_proxy
 from pause_ray.trial.run import make_shards, run_training, training_job
-from pause_ray.trial.rungs import TrainingInBackground, score_proxy
 
 PROXY_SCORE, TIME, RUNG, IS_NEW, ENDED = "proxy_score", "rung_time", "rung", "rung_is_new", "trial_ended"
 """Of a result: what schedulers compare, when on their clock, at which rung, whether the log lacks it, whether it is the trial's last."""

@@ -12,25 +12,114 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from ray.exceptions import RayError
 
-from pause_ray import cluster
-from pause_ray.errors import StorageError, UserError
-from pause_ray.live_status import FleetSize, LiveStatus, RunningTrial, Trained
-from pause_ray.needle.fleet import Fleet
-from pause_ray.needle.ledger import Ledger
-from pause_ray.needle.tally import FleetState
-from pause_ray.spec import JsonObject
-from pause_ray.storage import Storage, is_complete
-from pause_ray.sweep import metrics
-from pause_ray.sweep.board import Reason
-from pause_ray.sweep.counts import Cells, Speedometer, States, StepCounts, Work, idle_share
-from pause_ray.sweep.places import Places
+from pause_ray.core import ray_cluster
+from pause_ray.core.errors import StorageError, UserError
+from pause_ray.core.spec import JsonObject
+from pause_ray.core.storage import Storage, is_complete
+from pause_ray.evaluation.cell_scheduler import FleetState
+from pause_ray.evaluation.ledger import Ledger
+from pause_ray.evaluation.scoring_pool import Fleet
 from pause_ray.sweep.progress import ENDED, QUEUED, WAITING, SweepProgress, TrialState
-from pause_ray.sweep.rounds import Rounds, SweepTrial
+from pause_ray.sweep.reporter import Reason
+from pause_ray.sweep.resources import Places
+from pause_ray.sweep.search import Rounds, SweepTrial
+from pause_ray.sweep.status import Cells, FleetSize, LiveStatus, RunningTrial, Speedometer, States, StepCounts, Trained, Work, idle_share
+
+STATES = (
+    "to_come",
+    "waiting",
+    "starting",
+    "text",
+    "training",
+    "proxy",
+    "paused",
+    "queued",
+    "scoring",
+    "rechecking",
+    "done",
+    "failed",
+    "stopped",
+)
+"""Of trials: stages as ``progress.TrialState`` has them, and those that have not begun."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One series, or one for each value of its labels."""
+
+    name: str
+    meaning: str
+    labels: tuple[str, ...] = ()
+    """Beside ``sweep``."""
+    counts: bool = False
+    """It only rises; Prometheus takes its rate."""
+
+    @property
+    def exported(self) -> str:
+        """What Ray makes of the name."""
+        return f"ray_{self.name}" + ("_total" if self.counts else "")
+
+
+CELLS = Metric(
+    "pause_ray_cells", "Cells answered; asked: for the ledger (grid), again in other shapes (recheck), by a proxy", ("asked",), counts=True
+)
+UNSCORED_CELLS = Metric("pause_ray_unscored_cells", "Of the answered cells, those that could not be scored", ("asked",), counts=True)
+PREFILLED_TOKENS = Metric("pause_ray_prefilled_tokens", "Prompt tokens that went through the model", ("asked",), counts=True)
+DECODED_TOKENS = Metric("pause_ray_decoded_tokens", "Tokens of answers", ("asked",), counts=True)
+TRAINED_STEPS = Metric("pause_ray_trained_steps", "Optimizer steps, each step of a trial once", counts=True)
+TRAINED_TOKENS = Metric("pause_ray_trained_tokens", "Tokens of those steps, without padding", counts=True)
+CELLS_LEFT = Metric("pause_ray_cells_left", "Cells that trials to come and running ones have not answered yet")
+TRIALS = Metric("pause_ray_trials", "Trials by state", ("state",))
+SCORING_ACTORS = Metric("pause_ray_scoring_actors", "Scoring actors: busy, idle, or coming (starting, or without room)", ("state",))
+GPUS = Metric("pause_ray_gpus", "GPUs of the cluster as Ray counts them")
+GPU_IDLE_SHARE = Metric("pause_ray_gpu_idle_share", "Share of the GPUs, 0 to 1, that nobody holds or whose holder waits")
+METRICS = (
+    CELLS,
+    UNSCORED_CELLS,
+    PREFILLED_TOKENS,
+    DECODED_TOKENS,
+    TRAINED_STEPS,
+    TRAINED_TOKENS,
+    CELLS_LEFT,
+    TRIALS,
+    SCORING_ACTORS,
+    GPUS,
+    GPU_IDLE_SHARE,
+)
+
+
+class Exported:
+    """All metrics of one sweep. Ray must be initialised; it sends them on every ten seconds, and when the driver leaves."""
+
+    def __init__(self, sweep: str) -> None:
+        """``sweep`` is the label of all of them."""
+        from ray.util.metrics import Counter, Gauge
+
+        self._labels = {"sweep": sweep}
+        self._series = {
+            metric: (Counter if metric.counts else Gauge)(metric.name, metric.meaning, ("sweep", *metric.labels)) for metric in METRICS
+        }
+        self._counted: dict[tuple[Metric, tuple[tuple[str, str], ...]], float] = {}
+
+    def show(self, metric: Metric, value: float, **labels: str) -> None:
+        """What is so now; must be told again at least every twenty seconds, or Ray forgets it."""
+        self._series[metric].set(value, tags=self._labels | labels)
+
+    def count(self, metric: Metric, total: float, **labels: str) -> None:
+        """Let a counter come up to what has been counted; a total that is less than before was begun anew."""
+        key = (metric, tuple(sorted(labels.items())))
+        before = self._counted.get(key, 0)
+        self._counted[key] = total
+        more = total - before if total >= before else total
+        if more:
+            self._series[metric].inc(more, tags=self._labels | labels)
+
 
 log = logging.getLogger("pause_ray")
 
@@ -103,7 +192,7 @@ class Heartbeat:
         self._rounds, self._storage, self._places = rounds, storage, places
         self._fleet, self._progress = fleet, progress
         self._failures, self._given_up, self._ended_by = failures, given_up, ended_by
-        self._exported = metrics.Exported(rounds.folder.name)
+        self._exported = Exported(rounds.folder.name)
         self._work = Work(settled={"stopped": len(rounds.left_out()), "done": rounds.num_finished()})
         self._arms: Mapping[str, str] = {}
         """Trial → its arm, of those that are expected."""
@@ -170,8 +259,8 @@ class Heartbeat:
         pending: str | None = None
         try:
             fleet = self._fleet.state(timeout_seconds=ASK_SECONDS)
-            free_gpus, gpus = cluster.free_gpus(), cluster.total_gpus()
-            pending = cluster.pending_requests()
+            free_gpus, gpus = ray_cluster.free_gpus(), ray_cluster.total_gpus()
+            pending = ray_cluster.pending_requests()
         except RayError as error:
             log.debug("a part of the cluster does not answer: %s", error)
         states = self._progress.look()
@@ -234,23 +323,23 @@ class Heartbeat:
     def _export(self, states: States, status: LiveStatus, fleet: FleetState | None) -> None:
         exported, failed = self._exported, status.failures
         by_state = self._work.by_state(states, failed=failed)
-        for name in metrics.STATES:
-            exported.show(metrics.TRIALS, by_state[name], state=name)
-        exported.show(metrics.CELLS_LEFT, self._work.cells_left(states, failed=failed))
+        for name in STATES:
+            exported.show(TRIALS, by_state[name], state=name)
+        exported.show(CELLS_LEFT, self._work.cells_left(states, failed=failed))
         if status.gpus is not None:
-            exported.show(metrics.GPUS, status.gpus)
+            exported.show(GPUS, status.gpus)
         if status.gpu_idle_share is not None:
-            exported.show(metrics.GPU_IDLE_SHARE, status.gpu_idle_share)
+            exported.show(GPU_IDLE_SHARE, status.gpu_idle_share)
         if status.fleet is not None:
             for name in ("busy", "idle", "coming"):
-                exported.show(metrics.SCORING_ACTORS, getattr(status.fleet, name), state=name)
+                exported.show(SCORING_ACTORS, getattr(status.fleet, name), state=name)
         for asked, its in (fleet.answered if fleet else {}).items():
-            exported.count(metrics.CELLS, its.cells, asked=asked)
-            exported.count(metrics.UNSCORED_CELLS, its.unscored_cells, asked=asked)
-            exported.count(metrics.PREFILLED_TOKENS, its.prefilled_tokens, asked=asked)
-            exported.count(metrics.DECODED_TOKENS, its.decoded_tokens, asked=asked)
-        exported.count(metrics.TRAINED_STEPS, self._steps.new.steps)
-        exported.count(metrics.TRAINED_TOKENS, self._steps.new.tokens)
+            exported.count(CELLS, its.cells, asked=asked)
+            exported.count(UNSCORED_CELLS, its.unscored_cells, asked=asked)
+            exported.count(PREFILLED_TOKENS, its.prefilled_tokens, asked=asked)
+            exported.count(DECODED_TOKENS, its.decoded_tokens, asked=asked)
+        exported.count(TRAINED_STEPS, self._steps.new.steps)
+        exported.count(TRAINED_TOKENS, self._steps.new.tokens)
 
 
 def _trained_before(rounds: Rounds) -> dict[str, Trained]:

@@ -15,11 +15,11 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pause_ray.engines.engine import HfEngineSpec
-from pause_ray.needle.task import Cell, cells
-from pause_ray.needle.walk import by_position, new_tokens
-from pause_ray.spec import JsonObject, digest
-from pause_ray.train.telemetry import step_words
+from pause_ray.core.spec import JsonObject, digest
+from pause_ray.evaluation.prefix_plan import by_position, new_tokens
+from pause_ray.evaluation.suite import Cell, cells
+from pause_ray.inference.engine import HfEngineSpec
+from pause_ray.training.metrics import step_words
 from pause_ray.trial.spec import TrialSpec
 
 TRAINED_TOKEN_COST = 3.0

@@ -10,9 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pause_ray.search_record import Rung, SearchRecord
-from pause_ray.sweep.algorithms import SchedulerSpec
-from pause_ray.sweep.spec import PlannedTrial, SweepSpec
+from pause_ray.sweep.search_log import Rung, SearchRecord
+from pause_ray.sweep.spec import PlannedTrial, SchedulerSpec, SweepSpec
 
 
 class Planned(Protocol):

@@ -9,21 +9,97 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pause_ray.compare import ObjectiveSpec
-from pause_ray.errors import SpecError
-from pause_ray.needle.proxy import proxy_suite
-from pause_ray.spec import JsonObject, Spec, check_path, digest, inline_files, read_yaml, with_overrides
-from pause_ray.sweep.algorithms import AlgorithmSpec, GridAlgorithm, RandomAlgorithm, SchedulerSpec
-from pause_ray.sweep.draws import corners, drawn_points, grid_points
-from pause_ray.sweep.space import ABSENT, DOMAIN_FIELDS, Constraint, Domain, value_at
+from pause_ray.core.errors import SpecError
+from pause_ray.core.spec import JsonObject, Spec, check_path, digest, inline_files, read_yaml, with_overrides
+from pause_ray.evaluation.compare import ObjectiveSpec
+from pause_ray.evaluation.proxy import proxy_suite
+from pause_ray.sweep.search_space import ABSENT, DOMAIN_FIELDS, Constraint, Domain, corners, drawn_points, grid_points, value_at
 from pause_ray.trial.spec import FILE_FIELDS, TrialSpec
+
+
+class GridAlgorithm(Spec):
+    """Every combination of the listed values."""
+
+    kind: Literal["grid"] = "grid"
+
+
+class RandomAlgorithm(Spec):
+    """Points drawn independently of each other, none twice; all are known before anything runs."""
+
+    kind: Literal["random"]
+    points: int = Field(ge=1)
+    """How many."""
+    seed: int = Field(default=0, ge=0)
+    """Of the draws; no trial's own."""
+
+
+class TpeAlgorithm(Spec):
+    """Points near those that did well: a tree-structured Parzen estimator (Bergstra et al. 2011, NeurIPS), Optuna's through Ray Tune."""
+
+    kind: Literal["tpe"]
+    points: int = Field(ge=2)
+    """How many in all."""
+    seed: int = Field(default=0, ge=0)
+    """Of the draws; no trial's own."""
+    random_points: int = Field(default=8, ge=1)
+    """How many are drawn at random before anything is learned from their values."""
+    at_a_time: int = Field(default=1, ge=1)
+    """How many are asked for, and run, before the next are chosen: as many trials can run side by side."""
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> Self:
+        if self.random_points >= self.points:
+            raise ValueError(
+                f"random_points {self.random_points} of points {self.points}: nothing is left to choose by what was learned; "
+                "lower random_points, or use kind: random"
+            )
+        if self.at_a_time >= self.points:
+            raise ValueError(
+                f"at_a_time {self.at_a_time} of points {self.points}: all are asked for before the first value is known; "
+                "lower at_a_time, or use kind: random"
+            )
+        return self
+
+
+AlgorithmSpec = Annotated[GridAlgorithm | RandomAlgorithm | TpeAlgorithm, Field(discriminator="kind")]
+
+
+class ProxySpec(Spec):
+    """The cheap look at an adapter that is still being trained: keyed facts in one context, each asked for."""
+
+    facts: int = Field(default=16, ge=2)
+    """Facts in the context, evenly spaced; one question for each."""
+    context_tokens: tuple[int, ...] | None = Field(default=None, min_length=1)
+    """Lengths of the context; null: the suite's longest that fits."""
+
+
+class SchedulerSpec(Spec):
+    """Ends trainings early whose intermediate adapters answer worse than others' did after as many steps."""
+
+    kind: Literal["asha", "hyperband", "median"]
+    """``asha``: goes on with the best 1/``reduction`` at each rung (Li et al. 2020, arXiv 1810.05934); ``hyperband``: the same in
+    brackets that wait for each other (Li et al. 2018, arXiv 1603.06560); ``median``: ends what is below the median of the others'
+    running means (Golovin et al. 2017)."""
+    rungs: int = Field(default=3, ge=1)
+    """How often a training is looked at."""
+    reduction: int = Field(default=3, ge=2)
+    """How many times as many steps lie before a rung as before the one below it."""
+    proxy: ProxySpec = ProxySpec()
+    """What is asked at a rung."""
+
+    def steps(self, total: int) -> tuple[int, ...]:
+        """The steps of a training of ``total`` steps after which it is looked at, ascending; the end is none of them."""
+        return tuple(math.ceil(total / self.reduction ** (self.rungs - rung)) for rung in range(self.rungs))
+
 
 PLACES_NOT_SEARCHED = ("replicate", "resources")
 """Set by the sweep itself, or without effect on the result; the same for every arm."""
@@ -399,3 +475,35 @@ def _check_scheduler(scheduler: SchedulerSpec, governed: Sequence[TrialSpec], *,
                 f"{spec.train.steps}, which has room for {len(room)}, at steps {room}; lower rungs or reduction, or train longer"
             )
         proxy_suite(spec.eval, facts=scheduler.proxy.facts, context_tokens=scheduler.proxy.context_tokens or spec.eval.context_tokens)
+
+
+MOST_VALUE_CHARS = 40
+"""Of a searched value."""
+
+
+def condition_labels(entries: Sequence[JsonObject]) -> dict[str, str]:
+    """Trial digest → arm and point of each of a sweep's trials, as ``sweep.json`` lists them.
+
+    A path is shortened to its last part where that is unique among the sweep's paths, a value to a few digits or characters
+    where that tells it from the others of its path.
+    """
+    values: dict[str, dict[str, str]] = {}
+    for entry in entries:
+        for path, value in entry["point"].items():
+            values.setdefault(path, {})[digest([value])] = _value_words(value)
+    leaves = Counter(path.rsplit(".", 1)[-1] for path in values)
+    names = {path: leaf if leaves[leaf := path.rsplit(".", 1)[-1]] == 1 else path for path in values}
+    for path, words in values.items():
+        often = Counter(words.values())
+        values[path] = {key: text if often[text] == 1 else f"{text}~{key[:6]}" for key, text in words.items()}
+    return {
+        entry["digest"]: " ".join(
+            [entry["arm"], *(f"{names[path]}={values[path][digest([value])]}" for path, value in entry["point"].items())]
+        )
+        for entry in entries
+    }
+
+
+def _value_words(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= MOST_VALUE_CHARS else f"{text[: MOST_VALUE_CHARS - 1]}…"

@@ -12,12 +12,19 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from ray.tune.search.optuna import OptunaSearch
 
-from pause_ray.spec import JsonObject, digest
-from pause_ray.sweep.algorithms import TpeAlgorithm
-from pause_ray.sweep.draws import check_enough, drawn_points
-from pause_ray.sweep.log import SearchLog
-from pause_ray.sweep.space import Domain, IntDomain, LogUniformDomain, QuantisedDomain, UniformDomain, rounded
-from pause_ray.sweep.spec import SweepSpec, allows
+from pause_ray.core.spec import JsonObject, digest
+from pause_ray.sweep.search_log import SearchLog
+from pause_ray.sweep.search_space import (
+    Domain,
+    IntDomain,
+    LogUniformDomain,
+    QuantisedDomain,
+    UniformDomain,
+    check_enough,
+    drawn_points,
+    rounded,
+)
+from pause_ray.sweep.spec import SweepSpec, TpeAlgorithm, allows
 
 SUGGESTIONS = 50
 """In a row that were asked for before or are not valid; then the next point is drawn at random. In a small space the estimator would

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-from pause_ray.errors import ModelError
+from pause_ray.core.errors import ModelError
 
 if TYPE_CHECKING:
     from jinja2 import Environment, Template

@@ -19,8 +19,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from pause_ray.errors import TextError
-from pause_ray.spec import Spec
+from pause_ray.core.errors import TextError
+from pause_ray.core.spec import Spec
 from pause_ray.text.segments import DocumentRules, split
 
 

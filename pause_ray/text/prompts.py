@@ -6,21 +6,36 @@ The same code builds evaluation prompts and ``needle_sft`` training rows. Knows 
 from __future__ import annotations
 
 import functools
+import os
 import re
+import secrets
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import model_validator
 
-from pause_ray.errors import TextError
-from pause_ray.spec import Spec
-from pause_ray.text.insertion import REACH_TOKENS, Beginning, Insertion, TokenText, put_in
+from pause_ray.core.errors import TextError
+from pause_ray.core.spec import Spec, digest
+from pause_ray.core.storage import space_errors
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.segments import DocumentRules, detect_paragraph_rule, split
-from pause_ray.text.tokens import Marker, ModelTokenizer, TokenDocument, cut, put_pauses
+from pause_ray.text.tokenizer import (
+    REACH_TOKENS,
+    Beginning,
+    Insertion,
+    Marker,
+    ModelTokenizer,
+    TokenDocument,
+    TokenText,
+    cut,
+    put_in,
+    put_pauses,
+)
 
 _KEPT_DOCUMENTS = 8
 """Encoded contexts that are kept: prompts with the same texts at the same places are asked one after the other. 13 bytes a token."""
@@ -338,3 +353,44 @@ def _tokens_of(document: TokenDocument, start: int, end: int) -> tuple[int, int]
     holding = int(np.searchsorted(starts, start, side="right")) - 1
     first = int(np.searchsorted(starts, starts[holding]))
     return first, int(np.searchsorted(starts, end - 1, side="right")) - 1
+
+
+FORMAT = 1
+"""Part of the digest; raised when the same text begins to be read differently."""
+LONG_CHARS = 100_000
+"""Tokenising fewer takes less than a tenth of a second, not much longer than reading a file."""
+
+
+def read_long(text: str, *, tokenizer: ModelTokenizer, folder: Path) -> TokenText:
+    """``TokenText.of``, from ``folder`` if the text is long and was read before.
+
+    Raises:
+        TextError: a control token is in the text.
+        StorageError: disk full or not writable.
+    """
+    if len(text) < LONG_CHARS:
+        return TokenText.of(text, tokenizer=tokenizer)
+    path = folder / f"{digest([FORMAT, tokenizer.digest, text])}.npz"
+    kept = _load(path)
+    if kept is not None:
+        return TokenText(text, *kept)
+    read = TokenText.of(text, tokenizer=tokenizer)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    with space_errors(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with scratch.open("wb") as file:
+                np.savez(file, ids=read.ids, starts=read.starts)
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
+    return read
+
+
+def _load(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """Ids and starts, or None if there is no such file or it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays["ids"], arrays["starts"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None

@@ -10,11 +10,12 @@ from __future__ import annotations
 import bisect
 import itertools
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pause_ray.errors import TextError
+from pause_ray.core.errors import TextError
 
 Unit = Literal["paragraph", "sentence", "tokens"]
 ParagraphRule = Literal["blank_line", "newline", "glued"]
@@ -193,3 +194,13 @@ def _ends_a_sentence(text: str, stop: int, following: int) -> bool:
         line = text.rfind("\n", 0, stop) + 1
         return text[line:stop].strip() != word  # the number of a list item
     return word.casefold() not in _ABBREVIATIONS
+
+
+def plain(text: str) -> str:
+    """``folded`` text with every run of white space one blank and none at the ends."""
+    return " ".join(folded(text).split())
+
+
+def folded(text: str) -> str:
+    """Text without letter case and Unicode compatibility forms (NFKC)."""
+    return unicodedata.normalize("NFKC", text).casefold()

@@ -9,18 +9,18 @@ import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pause_ray.checkpoint import Checkpoint
-from pause_ray.corpus.shards import Evaluation, ShardJob, shards_digest
-from pause_ray.corpus.spec import CorpusSpec
-from pause_ray.engines.engine import HfEngineSpec
-from pause_ray.engines.model_source import model_digest, model_limit_tokens, read_config, resolve_model, row_limit_tokens
-from pause_ray.errors import ModelError, SpecError
-from pause_ray.needle.haystack import Haystack, ask, check_fits, check_lengths, load_haystack, prompt_builder
-from pause_ray.needle.task import Cell, cells, known_facts
-from pause_ray.spec import JsonObject, digest
-from pause_ray.storage import MANIFEST
-from pause_ray.text.tokens import Marker, ModelTokenizer, resolve_marker
-from pause_ray.train.launch import FORMAT as TRAINING_FORMAT
+from pause_ray.core.errors import ModelError, SpecError
+from pause_ray.core.spec import JsonObject, digest
+from pause_ray.core.storage import MANIFEST
+from pause_ray.data.pipeline import Evaluation, ShardJob, shards_digest
+from pause_ray.data.spec import CorpusSpec
+from pause_ray.evaluation.haystack import Haystack, ask, check_fits, check_lengths, load_haystack, prompt_builder
+from pause_ray.evaluation.suite import Cell, cells, known_facts
+from pause_ray.inference.engine import HfEngineSpec
+from pause_ray.models.checkpoint import Checkpoint
+from pause_ray.models.sources import model_digest, model_limit_tokens, read_config, resolve_model, row_limit_tokens
+from pause_ray.text.tokenizer import Marker, ModelTokenizer, resolve_marker
+from pause_ray.training.launch import FORMAT as TRAINING_FORMAT
 from pause_ray.trial.spec import TrialSpec
 
 TRIAL_FORMAT = 2

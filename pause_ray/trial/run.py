@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Protocol
 
 from pause_ray import __version__
-from pause_ray.checkpoint import Checkpoint
-from pause_ray.corpus.shards import build_shards
-from pause_ray.engines.engine import HfEngineSpec, LoadedAs, depends_on_shapes
-from pause_ray.logs import trial_words
-from pause_ray.needle.actor import ScoringJob
-from pause_ray.needle.answer import Condition
-from pause_ray.needle.fleet import Fleet
-from pause_ray.needle.ledger import CellResult, Ledger
-from pause_ray.rows import ShardSet
-from pause_ray.spec import JsonObject
-from pause_ray.storage import MANIFEST, Storage, exclusive, is_complete, lock_of, write_json
-from pause_ray.train.launch import TrainJob, fit, steps_on_storage
+from pause_ray.core.process import trial_words
+from pause_ray.core.spec import JsonObject
+from pause_ray.core.storage import MANIFEST, Storage, exclusive, is_complete, lock_of, write_json
+from pause_ray.data.pipeline import build_shards
+from pause_ray.data.shards import ShardSet
+from pause_ray.evaluation.answer import Condition
+from pause_ray.evaluation.ledger import CellResult, Ledger
+from pause_ray.evaluation.scoring_actor import ScoringJob
+from pause_ray.evaluation.scoring_pool import Fleet
+from pause_ray.inference.engine import HfEngineSpec, LoadedAs, depends_on_shapes
+from pause_ray.models.checkpoint import Checkpoint
+from pause_ray.training.launch import TrainJob, fit, steps_on_storage
 from pause_ray.trial.prepare import PreparedTrial
 from pause_ray.trial.spec import Resources
 

@@ -7,13 +7,14 @@ from typing import Annotated, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from pause_ray.corpus.spec import CorpusSpec
-from pause_ray.engines.engine import EndpointSpec, EngineSpec, HfEngineSpec, ModelSpec
-from pause_ray.needle.task import SuiteSpec
-from pause_ray.spec import JsonObject, Spec, check_path, inline_files, read_yaml, with_overrides
+from pause_ray.core.spec import JsonObject, Spec, check_path, inline_files, read_yaml, with_overrides
+from pause_ray.data.spec import CorpusSpec
+from pause_ray.evaluation.suite import SuiteSpec
+from pause_ray.inference.engine import EndpointSpec, EngineSpec, HfEngineSpec
+from pause_ray.models.spec import ModelSpec
 from pause_ray.text.pauses import PausePolicy
-from pause_ray.train.loop import share
-from pause_ray.train.spec import TrainSpec
+from pause_ray.training.batching import share
+from pause_ray.training.spec import TrainSpec
 
 _SUITE_FILE_FIELDS = ("task.needles", "task.groups")
 FILE_FIELDS = ("eval", *(f"eval.{field}" for field in _SUITE_FILE_FIELDS), "corpus.facts")

@@ -1,4 +1,4 @@
-"""Who may import whom, how large things may be, what must load fast. A change here is a change of the architecture."""
+"""The layers of packages, the sizes of files and functions, and what must load fast. A change here changes the architecture."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,66 +17,45 @@ PACKAGE = ROOT / "pause_ray"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"sweep", "report", "status", "tracking", "ledger_comparison", "preflight", "submission"},
-    {"sections", "heatmaps", "ledger_files", "best"},
-    {"figures", "findings"},
-    {"ranking"},
-    {"results"},
-    {"places", "search_record", "live_status", "labels"},
-    {"trial", "compare", "plan"},
-    {"corpus", "train", "needle"},
-    {"engines", "cluster"},
-    {"checkpoint"},
-    {"rows", "documents", "text", "node_look"},
-    {"packages", "source_files"},
-    {"storage", "spec"},
-    {"errors", "statistics", "words", "interruption", "logs"},
+    {"tracking", "planning"},
+    {"report"},
+    {"sweep"},
+    {"trial"},
+    {"evaluation"},
+    {"inference", "training"},
+    {"models", "data"},
+    {"text"},
+    {"core"},
 ]
-"""From top to bottom; a module imports only from lines below its own (and from its own package)."""
+"""Packages from top to bottom; a module imports only from its own package and from lines below it."""
 
-ENGINE = {f"engines.{name}" for name in ("hf", "weights", "greedy", "kv", "rows", "attention")}
-"""The engine in this project's own processes."""
-
-_MODEL = {f"engines.{name}" for name in ("weights", "gguf", "greedy", "kv", "rows", "attention")}
-_TRAINED = {f"train.{name}" for name in ("model", "partition", "loss", "attention")}
-_TRAINING = {f"train.{name}" for name in ("state", "telemetry", "steps", "worker", "export", "crew")}
 HEAVY = {
     "ray": {
-        "preflight",
-        "node_look",
-        "submission",
-        "cluster",
-        "corpus.streaming",
-        "train.worker",
-        "train.recovery",
-        "train.launch",
-        "needle.broker",
-        "needle.fleet",
-        "sweep.execution",
-        "sweep.board",
-        "sweep.watch",
-        "sweep.governed",
-        "sweep.heartbeat",
-        "sweep.metrics",
-        "sweep.governed_trial",
-        "sweep.tpe",
-        "sweep.tuning",
+        "cli",
+        "planning",
+        "sweep",
+        "core.ray_cluster",
+        "core.node_probe",
+        "data.pipeline",
+        "training.launch",
+        "training.worker",
+        "evaluation.scoring_pool",
     },
     "optuna": {"sweep.tpe"},
-    "mlflow": {"tracking.store", "tracking.models"},
-    "torch": _MODEL | _TRAINED | _TRAINING | {"engines.hf"},
-    "transformers": _MODEL | _TRAINED,
-    "peft": {"engines.hf", "engines.weights", "train.model", "train.partition", "train.loss", "train.export"},
-    "scipy": {"statistics"},
-    "deepspeed": {"train.worker", "train.partition", "train.attention", "train.state"},
+    "mlflow": {"tracking.store"},
+    "torch": {"inference", "training", "models.sources", "models.weights"},
+    "transformers": {"inference", "training", "models.sources", "models.weights"},
+    "peft": {"inference.hf", "training", "models.weights"},
+    "deepspeed": {"training"},
+    "scipy": {"evaluation.statistics"},
 }
-"""External package → the modules that import it anywhere in their code."""
+"""The only packages or modules that may import a heavy library anywhere in their code."""
 
 PROCESS_BORDERS = {
-    "sweep.tuning",  # a trial's process: what went wrong is kept and the sweep goes on
-    "train.training_log",  # a thread: raised again by the one that started it
-    "trial.rungs",  # likewise
-    "storage",  # tokenizers and safetensors raise Rust's errors, whose class says nothing; all but a full disk go on
+    "sweep.trainable",  # a trial's process: the error is kept and the sweep goes on
+    "training.metrics",  # a thread: raised again by the one that started it
+    "trial.early_stopping",  # likewise
+    "core.storage",  # tokenizers and safetensors raise Rust's errors, whose class says nothing; all but a full disk go on
     "tracking.store",  # another system, whose client raises whatever its transport raised
 }
 FILE_LINES, FUNCTION_LINES = 600, 80
@@ -87,6 +67,7 @@ def module_name(path: Path) -> str:
 
 
 MODULES = {module_name(path): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
 def imports(tree: ast.AST) -> list[str]:
@@ -99,59 +80,59 @@ def imports(tree: ast.AST) -> list[str]:
     return found
 
 
-def layer_of(name: str) -> int | None:
-    top = name.split(".")[0]
-    return next((index for index, layer in enumerate(LAYERS) if top in layer), None)
-
-
 def functions(tree: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name != "__init__"])
-def test_a_module_imports_only_from_layers_below_its_own(name: str) -> None:
-    own = layer_of(name)
-    assert own is not None, f"{name} stands on no line of LAYERS"
-    for imported in imports(MODULES[name]):
-        if not imported.startswith("pause_ray."):
-            continue
-        target = imported.removeprefix("pause_ray.")
-        if target.split(".")[0] == name.split(".")[0] or target == "__version__":
-            continue
-        other = layer_of(target)
-        assert other is not None, f"{name} imports {imported}, which stands on no line of LAYERS"
-        assert other > own, f"{name} imports {imported}, which is not on a lower line"
+def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    return (function.end_lineno or function.lineno) - function.lineno + 1
 
 
-@pytest.mark.parametrize("package", sorted(HEAVY))
-def test_heavy_packages_are_imported_only_where_they_belong(package: str) -> None:
-    importers = {name for name, tree in MODULES.items() if any(found.split(".")[0] == package for found in imports(tree))}
-    assert importers == HEAVY[package]
+def test_every_module_belongs_to_a_package_of_the_layers() -> None:
+    assert [name for name in MODULES if name != "__init__" and name.split(".")[0] not in LEVELS] == []
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_files_and_functions_can_be_read_in_one_sitting(name: str) -> None:
-    source = (PACKAGE / (name.replace(".", "/") + ".py")).read_text()
-    assert source.count("\n") <= FILE_LINES
-    for function in functions(MODULES[name]):
-        length = (function.end_lineno or function.lineno) - function.lineno + 1
-        assert length <= FUNCTION_LINES, f"{name}.{function.name} has {length} lines"
+def test_a_package_imports_only_from_layers_below_its_own() -> None:
+    upwards = []
+    for name, tree in MODULES.items():
+        own = name.split(".")[0]
+        for imported in imports(tree):
+            target = imported.removeprefix("pause_ray.").split(".")[0]
+            if imported.startswith("pause_ray.") and own in LEVELS and target not in (own, "__version__") and LEVELS[target] <= LEVELS[own]:
+                upwards.append(f"{name} imports {imported}")
+    assert upwards == []
+
+
+def test_no_two_modules_have_one_name() -> None:
+    """A specification is called ``spec`` in every package, and modules of ``cli`` are called as their verb."""
+    names = Counter(name.split(".")[-1] for name in MODULES if not name.startswith("cli."))
+    assert [name for name, count in names.items() if count > 1 and name not in ("__init__", "spec")] == []
+
+
+@pytest.mark.parametrize("library", sorted(HEAVY))
+def test_heavy_libraries_are_imported_only_where_they_belong(library: str) -> None:
+    importers = {name for name, tree in MODULES.items() if any(found.split(".")[0] == library for found in imports(tree))}
+    assert {name for name in importers if name not in HEAVY[library] and name.split(".")[0] not in HEAVY[library]} == set()
+    assert importers
+
+
+def test_files_and_functions_can_be_read_in_one_sitting() -> None:
+    long_files = [path.name for path in PACKAGE.rglob("*.py") if path.read_text().count("\n") > FILE_LINES]
+    long_functions = [f"{name}.{each.name}" for name, tree in MODULES.items() for each in functions(tree) if length(each) > FUNCTION_LINES]
+    assert (long_files, long_functions) == ([], [])
 
 
 def test_the_median_function_is_short() -> None:
-    lengths = [(f.end_lineno or f.lineno) - f.lineno + 1 for tree in MODULES.values() for f in functions(tree)]
-    assert statistics.median(lengths) <= 12
+    assert statistics.median(length(each) for tree in MODULES.values() for each in functions(tree)) <= 12
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_names_say_something_about_the_domain(name: str) -> None:
-    classes = [node.name for node in ast.walk(MODULES[name]) if isinstance(node, ast.ClassDef)]
-    for word in [name, *classes]:
-        assert not any(empty in word.lower() for empty in EMPTY_NAMES), word
+def test_names_say_something_about_the_domain() -> None:
+    classes = [node.name for tree in MODULES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    assert [word for word in [*MODULES, *classes] if any(empty in word.lower() for empty in EMPTY_NAMES)] == []
 
 
 def test_broad_excepts_that_end_an_error_stand_only_at_process_borders() -> None:
-    """One whose last word is a plain ``raise`` ends none: it only gives those it knows another name."""
+    """A broad except whose last statement is a plain ``raise`` ends no error: it only renames those that it knows."""
     broad = {
         name
         for name, tree in MODULES.items()
@@ -162,7 +143,7 @@ def test_broad_excepts_that_end_an_error_stand_only_at_process_borders() -> None
     assert broad <= PROCESS_BORDERS
 
 
-def test_the_command_line_loads_no_heavy_package() -> None:
+def test_the_command_line_loads_no_heavy_library() -> None:
     code = f"import sys, pause_ray.cli.main; print([name for name in {sorted(HEAVY)} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
@@ -173,7 +154,7 @@ def test_what_runs_on_an_accelerator_needs_neither_ray_nor_deepspeed_nor_mlflow(
     code = (
         "import sys\n"
         "for name in ('ray', 'deepspeed', 'mlflow'): sys.modules[name] = None\n"
-        "import pause_ray.engines.hf, pause_ray.needle.walk, pause_ray.train.model, pause_ray.train.loop\n"
+        "import pause_ray.inference.hf, pause_ray.evaluation.prefix_plan, pause_ray.training.model, pause_ray.training.batching\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -26,7 +26,7 @@ from tests.cluster_files.autoscaler import ROOT
 from tests.cluster_files.document import RUN_HERE, blocks
 from tests.cluster_files.ports import free_ports
 from tests.cluster_files.test_local import end
-from tests.engines.endpoint_server import EndpointServer, completion
+from tests.inference.endpoint_server import EndpointServer, completion
 from tests.sweep.tiny_sweep import answers, write_model, write_sweep
 from tests.tracking.mlflow_server import PASSWORD, USER, MlflowServer, what_auth_lacks
 

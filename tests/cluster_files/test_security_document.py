@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pause_ray.errors import ModelError, SourceError, SpecError
-from pause_ray.packages import parse_package_source
+from pause_ray.core.errors import ModelError, SourceError, SpecError
+from pause_ray.core.files import parse_package_source
 from pause_ray.sweep.spec import expand, read_sweep
 from tests.cluster_files.autoscaler import CLUSTER, ROOT
-from tests.needle.tiny import make_tokenizer_folder
+from tests.evaluation.tiny import make_tokenizer_folder
 
 TEXT = (ROOT / "docs" / "security.md").read_text()
 PACKAGE = sorted((ROOT / "pause_ray").rglob("*.py"))
@@ -51,7 +51,7 @@ def test_no_model_brings_code() -> None:
 
 
 def test_a_model_that_brings_code_is_told_of_and_its_code_is_not_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from pause_ray.engines.model_source import check_model_folder
+    from pause_ray.models.sources import check_model_folder
 
     folder = make_tokenizer_folder(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
@@ -65,7 +65,7 @@ def test_a_model_that_brings_code_is_told_of_and_its_code_is_not_run(tmp_path: P
 
 @pytest.mark.torch
 def test_a_model_whose_kind_only_its_own_code_knows_is_refused(tmp_path: Path) -> None:
-    from pause_ray.engines.weights import empty_base, load_base
+    from pause_ray.models.weights import empty_base, load_base
 
     ran = tmp_path / "ran"
     (tmp_path / "modeling_own.py").write_text(f"open({str(ran)!r}, 'w')")
@@ -106,10 +106,10 @@ def test_no_package_leads_out_of_its_folder(source: str) -> None:
 
 
 def test_only_weights_and_texts_are_fetched_from_a_hub() -> None:
-    from pause_ray.engines import model_source
+    from pause_ray.models import sources
 
-    assert model_source._HUB_FILES
-    assert not any(pattern.endswith((".py", ".bin", ".pt", ".pkl", "*")) for pattern in model_source._HUB_FILES)
+    assert sources._HUB_FILES
+    assert not any(pattern.endswith((".py", ".bin", ".pt", ".pkl", "*")) for pattern in sources._HUB_FILES)
 
 
 def test_nothing_of_other_peoples_is_unpickled() -> None:
@@ -117,11 +117,11 @@ def test_nothing_of_other_peoples_is_unpickled() -> None:
     readers = {
         name for name, call in calls() if re.fullmatch(r"(pickle|cloudpickle)\.loads?|torch\.load|joblib\.load", ast.unparse(call.func))
     }
-    assert readers <= {"execution.py"}
+    assert readers <= {"runner.py"}
 
 
 def test_a_ray_of_its_own_has_no_dashboard() -> None:
-    starts = [call for name, call in calls() if ast.unparse(call.func) == "ray.init" and name == "cluster.py"]
+    starts = [call for name, call in calls() if ast.unparse(call.func) == "ray.init" and name == "ray_cluster.py"]
     local = [call for call in starts if any(isinstance(word.value, ast.Constant) and word.value.value == "local" for word in call.keywords)]
     assert local
     for call in local:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pause_ray.needle.tally import Asked
-from pause_ray.sweep.metrics import METRICS, STATES
+from pause_ray.evaluation.cell_scheduler import Asked
+from pause_ray.sweep.heartbeat import METRICS, STATES
 from tests.cluster_files.autoscaler import CLUSTER, ROOT
 
 DASHBOARD: dict[str, Any] = json.loads((CLUSTER / "grafana" / "pause_ray.json").read_text())

@@ -14,7 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from pause_ray.cli.main import app
-from pause_ray.engines.published import PUBLISHED
+from pause_ray.models.shape import PUBLISHED
 from tests.cluster_files.autoscaler import ROOT
 from tests.cluster_files.document import ELSEWHERE, FOLDER, PAGES, RUN_HERE, TEXT, Block, blocks
 from tests.content.stand_in import write_stand_in

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from docs import generate_configuration
-from pause_ray.spec import Spec
+from pause_ray.core.spec import Spec
 
 
 def test_the_committed_page_is_current() -> None:

@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 
-from pause_ray.corpus.facts import shared_with_evaluation
-from pause_ray.corpus.spec import FactFile, FactSpec
-from pause_ray.needle.haystack import ask, load_haystack, prompt_builder
-from pause_ray.needle.task import SuiteSpec, ask_for, cells, known_facts
-from pause_ray.needle.tasks.stock import NeedleFile, NeedleGroupFile
-from pause_ray.spec import inline_files, read_yaml
+from pause_ray.core.spec import inline_files, read_yaml
+from pause_ray.data.spec import FactFile, FactSpec, shared_with_evaluation
+from pause_ray.evaluation.haystack import ask, load_haystack, prompt_builder
+from pause_ray.evaluation.suite import SuiteSpec, ask_for, cells, known_facts
+from pause_ray.evaluation.tasks.stock import NeedleFile, NeedleGroupFile
 from pause_ray.sweep.spec import expand, read_sweep
-from pause_ray.text.plain import plain
-from pause_ray.text.tokens import ModelTokenizer, resolve_marker
+from pause_ray.text.segments import plain
+from pause_ray.text.tokenizer import ModelTokenizer, resolve_marker
 
 EVAL = Path(__file__).resolve().parents[2] / "eval"
 STOCK = NeedleFile.parse(read_yaml(EVAL / "needles" / "stock.yaml"), origin="stock.yaml")

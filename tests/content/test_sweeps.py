@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pause_ray.cli.main import app
-from pause_ray.engines.published import PUBLISHED
-from pause_ray.spec import JsonObject, parse_assignments, read_yaml
+from pause_ray.core.spec import JsonObject, parse_assignments, read_yaml
+from pause_ray.models.shape import PUBLISHED
 from pause_ray.sweep.spec import PlannedTrial, SweepSpec, expand, read_sweep
 from pause_ray.trial.spec import TrialSpec
 from tests.content.stand_in import write_stand_in
@@ -118,9 +118,9 @@ def test_placements_have_about_as_many_pauses_but_for_those_that_cannot() -> Non
 
 @pytest.mark.real
 def test_placements_that_are_compared_have_the_same_rate_on_the_essays(model_dir: Path, cache: Path) -> None:
-    from pause_ray.needle.haystack import load_haystack
+    from pause_ray.evaluation.haystack import load_haystack
     from pause_ray.text.pauses import insert
-    from pause_ray.text.tokens import ModelTokenizer
+    from pause_ray.text.tokenizer import ModelTokenizer
 
     found = {name: only(specs) for name, specs in arms("placement").items()} | {"laptop": only(arms("laptop")["random_placement"])}
     essays = load_haystack(found["paragraphs"].eval, cache=cache, seed=0, replicate=0)

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from pause_ray.engines.engine import Completion, EngineError, HfEngineSpec, LoadedAs, Step
-from tests.engines.prompt_steps import step_of, walk_of
-from tests.engines.test_hf import prompts
-from tests.engines.tiny_model import KINDS, make_model
+from pause_ray.inference.engine import Completion, EngineError, HfEngineSpec, LoadedAs, Step
+from tests.inference.prompt_steps import step_of, walk_of
+from tests.inference.test_hf import prompts
+from tests.inference.tiny_model import KINDS, make_model
 
 torch = pytest.importorskip("torch")
-hf = pytest.importorskip("pause_ray.engines.hf")
-weights = pytest.importorskip("pause_ray.engines.weights")
+hf = pytest.importorskip("pause_ray.inference.hf")
+weights = pytest.importorskip("pause_ray.models.weights")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
@@ -46,8 +46,7 @@ def test_in_bfloat16_answers_and_margins_are_equal_whatever_is_kept(tmp_path: Pa
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_of_flash_attention_are_those_of_the_plainest(tmp_path: Path, kind: str) -> None:
-    from pause_ray.engines.attention import use_path_attention
-    from pause_ray.engines.kv import path_cache
+    from pause_ray.inference.kv_cache import path_cache, use_path_attention
 
     model = weights.load_base(make_model(tmp_path / "model", kind=kind), dtype="bfloat16", marker=None, device="cuda:0")
     ids = torch.as_tensor(prompts(1)[0], device="cuda:0")[None]

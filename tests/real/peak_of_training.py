@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pause_ray.rows import NO_LOSS, PackedRow
-from pause_ray.storage import Storage
-from pause_ray.train.launch import TrainJob, fit
-from pause_ray.train.spec import TrainSpec
-from tests.train.tiny_llama import make_model, make_rows, make_shards
+from pause_ray.core.storage import Storage
+from pause_ray.data.shards import NO_LOSS, PackedRow
+from pause_ray.training.launch import TrainJob, fit
+from pause_ray.training.spec import TrainSpec
+from tests.training.tiny_llama import make_model, make_rows, make_shards
 
 
 def resident_bytes(field: str) -> int:

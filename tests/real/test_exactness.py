@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from pause_ray.engines.engine import Completion, HfEngineSpec, LoadedAs, Reuse
-from pause_ray.needle.answer import Asked, Reader, planned
-from pause_ray.needle.haystack import load_haystack, prompt_builder
-from pause_ray.needle.task import SuiteSpec, cells
-from pause_ray.spec import inline_files
+from pause_ray.core.spec import inline_files
+from pause_ray.evaluation.answer import Asked, Reader, planned
+from pause_ray.evaluation.haystack import load_haystack, prompt_builder
+from pause_ray.evaluation.suite import SuiteSpec, cells
+from pause_ray.inference.engine import Completion, HfEngineSpec, LoadedAs, Reuse
 from pause_ray.text.pauses import PausePolicy
-from pause_ray.text.tokens import ModelTokenizer, resolve_marker
+from pause_ray.text.tokenizer import ModelTokenizer, resolve_marker
 from pause_ray.trial.spec import FILE_FIELDS
 
 pytestmark = pytest.mark.real
@@ -57,7 +57,7 @@ def reader_of(suite: SuiteSpec, model_dir: Path, cache: Path) -> Reader:
 
 @pytest.mark.parametrize("name", SUITES if FULL else STAND_INS)
 def test_answers_are_the_same_however_they_are_computed(name: str, model_dir: Path, cache: Path, real_engine: object) -> None:
-    from pause_ray.engines.hf import HfEngine
+    from pause_ray.inference.hf import HfEngine
 
     engine = real_engine
     assert isinstance(engine, HfEngine)
@@ -89,6 +89,6 @@ def completion_of(asked: Asked, outcome: object) -> Completion:
 
 @pytest.fixture(scope="module")
 def real_engine() -> object:
-    from pause_ray.engines.hf import HfEngine
+    from pause_ray.inference.hf import HfEngine
 
     return HfEngine(HfEngineSpec())

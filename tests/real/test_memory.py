@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from pause_ray.engines.cost import ModelShape
-from pause_ray.train.memory import Workers, plan_memory
-from pause_ray.train.spec import TrainSpec
+from pause_ray.models.shape import ModelShape
+from pause_ray.training.memory import Workers, plan_memory
+from pause_ray.training.spec import TrainSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES: dict[str, tuple[int, dict[str, Any]]] = {

@@ -17,25 +17,24 @@ from typing import Any
 
 import ray
 
-from pause_ray.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STOP, TRAINING_LOG, Checkpoint, rung_folder, seal
-from pause_ray.engines.engine import Completion, EngineError, LoadedAs, Step
-from pause_ray.engines.scripted import ScriptedEngine
-from pause_ray.errors import SpecError, StoppedError
-from pause_ray.needle.fleet import Fleet
-from pause_ray.needle.ledger import Ledger
-from pause_ray.needle.proxy import proxy_suite
-from pause_ray.needle.task import SuiteSpec, cells
-from pause_ray.search_record import SearchRecord
-from pause_ray.spec import JsonObject, read_yaml, with_overrides
-from pause_ray.storage import Storage, is_complete, read_json_lines, write_json
+from pause_ray.core.errors import SpecError, StoppedError
+from pause_ray.core.spec import JsonObject, read_yaml, with_overrides
+from pause_ray.core.storage import Storage, is_complete, read_json_lines, write_json
+from pause_ray.evaluation.ledger import Ledger
+from pause_ray.evaluation.proxy import proxy_suite
+from pause_ray.evaluation.scoring_pool import Fleet
+from pause_ray.evaluation.suite import SuiteSpec, cells
+from pause_ray.inference.engine import Completion, EngineError, LoadedAs, Step
+from pause_ray.inference.scripted import ScriptedEngine
+from pause_ray.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STOP, TRAINING_LOG, Checkpoint, rung_folder, seal
 from pause_ray.sweep.governed import run_governed
-from pause_ray.sweep.log import SearchLog
-from pause_ray.sweep.places import Places
-from pause_ray.sweep.rounds import SweepTrial
+from pause_ray.sweep.reporter import start_board
+from pause_ray.sweep.resources import Places
 from pause_ray.sweep.rungs import governed
+from pause_ray.sweep.search import SweepTrial
+from pause_ray.sweep.search_log import SearchLog, SearchRecord
 from pause_ray.sweep.spec import SweepSpec, expand
-from pause_ray.sweep.tuning import Shared
-from pause_ray.sweep.watch import start_board
+from pause_ray.sweep.trainable import Shared
 from pause_ray.trial.prepare import prepare
 from tests.sweep.stubs import write_stub_sweep
 
@@ -183,7 +182,7 @@ class Stubbed(Mapping[str, SweepTrial]):
 
 
 def _unpacked(trials: Mapping[str, SweepTrial], root: Path, held: Mapping[int, int]) -> Stubbed:
-    from pause_ray.train import launch
+    from pause_ray.training import launch
 
     def by_rule(config: dict[str, Any]) -> None:
         train_by_rule(config["assignment"], root=root, held=held)

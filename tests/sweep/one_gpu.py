@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pause_ray.storage import Storage
+from pause_ray.core.storage import Storage
 from pause_ray.sweep.spec import read_sweep
 from tests.sweep.stub_processes import FEW_CPUS, use_stubs
 from tests.sweep.stubs import write_adapter, write_stub_sweep
@@ -49,7 +49,7 @@ def train_holding(
 
 def use_holding_stubs(told: Path) -> None:
     use_stubs(cell_seconds=0.05, step_seconds=0.0)
-    from pause_ray.train import launch
+    from pause_ray.training import launch
 
     launch.run_workers = functools.partial(train_holding, told=told)
 
@@ -57,7 +57,7 @@ def use_holding_stubs(told: Path) -> None:
 def main(folder: Path, resources: dict[str, Any]) -> None:
     import ray
 
-    from pause_ray.sweep.run import run_sweep
+    from pause_ray.sweep.runner import run_sweep
 
     changes = {f"trial.resources.{name}": value for name, value in resources.items()}
     sweep = read_sweep(write_stub_sweep(folder, max_concurrent_trials=3, **changes), {})

@@ -22,7 +22,7 @@ class _Launcher(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != "pause_ray.train.launch":
+        if name != "pause_ray.training.launch":
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         assert spec is not None
@@ -47,9 +47,9 @@ def use_stubs(*, cell_seconds: float, step_seconds: float) -> None:
 
         return make_stub_engine(cell_seconds=cell_seconds)
 
-    stub = types.ModuleType("pause_ray.engines.hf")
+    stub = types.ModuleType("pause_ray.inference.hf")
     stub.HfEngine = make_engine  # type: ignore[attr-defined]
-    sys.modules["pause_ray.engines.hf"] = stub
+    sys.modules["pause_ray.inference.hf"] = stub
     sys.meta_path.insert(0, _Launcher(step_seconds))
 
 
@@ -57,8 +57,8 @@ def stub_every_process(*, cell_seconds: float = 0.0, step_seconds: float = 0.0) 
     """From now on Ray's processes begin with ``use_stubs``."""
     import ray
 
-    from pause_ray import cluster
+    from pause_ray.core import ray_cluster
 
-    cluster.LOCAL_LOGICAL_CPUS = FEW_CPUS
+    ray_cluster.LOCAL_LOGICAL_CPUS = FEW_CPUS
     start, hook = ray.init, functools.partial(use_stubs, cell_seconds=cell_seconds, step_seconds=step_seconds)
     ray.init = lambda **how: start(**how, runtime_env={"worker_process_setup_hook": lambda: hook()})

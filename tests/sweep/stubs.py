@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pause_ray.engines.engine import Completion, EngineError, LoadedAs, Step
-from pause_ray.engines.scripted import ScriptedEngine
-from pause_ray.errors import SpecError
-from tests.needle.tiny import STOCK, WORDS, make_haystack_folder, make_text, make_tokenizer_folder
+from pause_ray.core.errors import SpecError
+from pause_ray.inference.engine import Completion, EngineError, LoadedAs, Step
+from pause_ray.inference.scripted import ScriptedEngine
+from tests.evaluation.tiny import STOCK, WORDS, make_haystack_folder, make_text, make_tokenizer_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 FAILING_RANK, HANGING_RANK, KILLING_RANK = 13, 17, 19
@@ -49,8 +49,8 @@ class StubEngine(ScriptedEngine):
 
 def write_adapter(train: Callable[[dict[str, Any]], None], config: dict[str, Any], *, step_seconds: float, **placement: Any) -> None:
     """Stands for Ray Train's workers: a row of the log per step, then an adapter that the spec and the seed decide."""
-    from pause_ray.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STOP, TRAINING_LOG
-    from pause_ray.errors import StoppedError
+    from pause_ray.core.errors import StoppedError
+    from pause_ray.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STOP, TRAINING_LOG
 
     assignment = config["assignment"]
     lora = assignment.train.lora
@@ -96,7 +96,7 @@ def write_model(folder: Path) -> Path:
 
 def write_stub_sweep(folder: Path, *, name: str = "stubbed", **changes: Any) -> Path:
     """A sweep of two ranks, a baseline and untuned pauses; ``changes`` are dotted paths of it."""
-    from pause_ray.spec import with_overrides
+    from pause_ray.core.spec import with_overrides
 
     if not (folder / "model").exists():
         write_model(folder / "model")
@@ -141,17 +141,17 @@ def write_stub_sweep(folder: Path, *, name: str = "stubbed", **changes: Any) -> 
 def main() -> None:
     """``pause-ray`` with stubs in its trials: ``python -m tests.sweep.stubs [--cell-seconds S …] -- sweep FILE …``."""
     from pause_ray.cli.main import main as pause_ray
-    from pause_ray.corpus import shards
+    from pause_ray.data import pipeline
     from tests.sweep.stub_processes import stub_every_process
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--cell-seconds", type=float, default=0.0)
     parser.add_argument("--step-seconds", type=float, default=0.0)
-    parser.add_argument("--unit-tokens", type=int, default=shards.TOKENS_PER_UNIT, help="of training text that one task makes")
+    parser.add_argument("--unit-tokens", type=int, default=pipeline.TOKENS_PER_UNIT, help="of training text that one task makes")
     parser.add_argument("command", nargs="+")
     arguments = parser.parse_args()
     stub_every_process(cell_seconds=arguments.cell_seconds, step_seconds=arguments.step_seconds)
-    shards.TOKENS_PER_UNIT = arguments.unit_tokens
+    pipeline.TOKENS_PER_UNIT = arguments.unit_tokens
     sys.argv = ["pause-ray", *arguments.command]
     pause_ray()
 

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from pause_ray.live_status import FleetSize, Speed, Trained
-from pause_ray.needle.tally import Answered
-from pause_ray.sweep.counts import Cells, Speedometer, StepCounts, Work, idle_share
-from pause_ray.sweep.metrics import STATES
+from pause_ray.evaluation.cell_scheduler import Answered
+from pause_ray.sweep.heartbeat import STATES
 from pause_ray.sweep.progress import ENDED, PAUSED, QUEUED, WAITING, TrialState
+from pause_ray.sweep.status import Cells, FleetSize, Speed, Speedometer, StepCounts, Trained, Work, idle_share
 
 NUMBER, ANSWERED = 10, 4
 

@@ -6,10 +6,19 @@ import math
 
 import pytest
 
-from pause_ray.errors import SpecError
-from pause_ray.spec import JsonObject, digest
-from pause_ray.sweep.draws import corners, drawn_points, every_point, grid_points, size_of
-from pause_ray.sweep.space import ChoiceDomain, GridDomain, IntDomain, UniformDomain
+from pause_ray.core.errors import SpecError
+from pause_ray.core.spec import JsonObject, digest
+from pause_ray.sweep.search_space import (
+    ChoiceDomain,
+    GridDomain,
+    IntDomain,
+    UniformDomain,
+    corners,
+    drawn_points,
+    every_point,
+    grid_points,
+    size_of,
+)
 
 LISTED = {"a": GridDomain(grid=(1, 2, 3)), "b": ChoiceDomain(choice=("x", "y"))}
 OPEN = {"a": UniformDomain(uniform=(0.0, 1.0)), "b": IntDomain(int=(1, 10))}

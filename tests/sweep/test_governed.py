@@ -16,14 +16,13 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial
 
-from pause_ray.search_record import Rung, SearchRecord
-from pause_ray.storage import Storage, write_json
+from pause_ray.core.storage import Storage, write_json
 from pause_ray.sweep.governed import Verdicts, _judge, _Minutes
 from pause_ray.sweep.governed_trial import TIME, GovernedTrial
-from pause_ray.sweep.log import SearchLog
-from pause_ray.sweep.rounds import SweepTrial
 from pause_ray.sweep.rungs import Schedule
-from pause_ray.sweep.tuning import Shared
+from pause_ray.sweep.search import SweepTrial
+from pause_ray.sweep.search_log import Rung, SearchLog, SearchRecord
+from pause_ray.sweep.trainable import Shared
 from tests.sweep.judged import FAILING_RANK, LENGTH, Judged, happened, judge, num_groups, sweep_of, trials_of, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]

@@ -17,12 +17,12 @@ pytest.importorskip("ray")
 
 from ray.exceptions import GetTimeoutError  # noqa: E402
 
-from pause_ray.live_status import LiveStatus  # noqa: E402
-from pause_ray.needle.tally import Answered, FleetState  # noqa: E402
-from pause_ray.storage import Storage  # noqa: E402
-from pause_ray.sweep import heartbeat, metrics  # noqa: E402
+from pause_ray.core.storage import Storage  # noqa: E402
+from pause_ray.evaluation.cell_scheduler import Answered, FleetState  # noqa: E402
+from pause_ray.sweep import heartbeat  # noqa: E402
 from pause_ray.sweep.heartbeat import PENDING_SECONDS, Heartbeat, PendingNotice  # noqa: E402
 from pause_ray.sweep.progress import SweepProgress, TrialState  # noqa: E402
+from pause_ray.sweep.status import LiveStatus  # noqa: E402
 
 CELLS = 12
 ROW = {"step": 1, "tokens": 100}
@@ -42,10 +42,10 @@ class Broker:
 class Told(dict[tuple[str, str], float]):
     """What went to Prometheus: (name, state) → the last value."""
 
-    def show(self, metric: metrics.Metric, value: float, **labels: str) -> None:
+    def show(self, metric: heartbeat.Metric, value: float, **labels: str) -> None:
         self[metric.name, labels.get("state", "")] = value
 
-    def count(self, metric: metrics.Metric, total: float, **labels: str) -> None:
+    def count(self, metric: heartbeat.Metric, total: float, **labels: str) -> None:
         self[metric.name, ""] = total
 
 
@@ -92,8 +92,8 @@ def test_a_missed_answer_of_the_broker_makes_no_speed_and_no_number_of_gpus(tmp_
     beat._exported = shown = cast(Any, Told())
     beat._beat()
     assert (said(tmp_path).fleet, said(tmp_path).gpus, said(tmp_path).gpu_idle_share) == (None, None, None)
-    assert not {metrics.GPUS.name, metrics.GPU_IDLE_SHARE.name, metrics.CELLS.name} & {name for name, _ in shown}
-    assert shown[metrics.CELLS_LEFT.name, ""] == 4 * CELLS
+    assert not {heartbeat.GPUS.name, heartbeat.GPU_IDLE_SHARE.name, heartbeat.CELLS.name} & {name for name, _ in shown}
+    assert shown[heartbeat.CELLS_LEFT.name, ""] == 4 * CELLS
 
 
 def test_trials_of_an_arm_that_was_given_up_are_not_to_come(tmp_path: Path) -> None:
@@ -101,8 +101,8 @@ def test_trials_of_an_arm_that_was_given_up_are_not_to_come(tmp_path: Path) -> N
     shown = cast(Any, beat._exported)
     beat._beat()
     assert said(tmp_path).given_up == {"bad": "3 of them have failed"}
-    assert [shown[metrics.TRIALS.name, state] for state in ("to_come", "scoring", "stopped")] == [2, 1, 1]
-    assert shown[metrics.CELLS_LEFT.name, ""] == 2 * CELLS + CELLS - 2, "the one that runs goes on"
+    assert [shown[heartbeat.TRIALS.name, state] for state in ("to_come", "scoring", "stopped")] == [2, 1, 1]
+    assert shown[heartbeat.CELLS_LEFT.name, ""] == 2 * CELLS + CELLS - 2, "the one that runs goes on"
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from pause_ray.storage import Storage
+from pause_ray.core.storage import Storage
 
 ray = pytest.importorskip("ray")
 from ray import tune  # noqa: E402
 
-from pause_ray.sweep.tuning import NOT_YET, Asking, EndsIdle, tuned  # noqa: E402
+from pause_ray.sweep.trainable import NOT_YET, Asking, EndsIdle, tuned  # noqa: E402
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 ALL_CPUS, EACH = 8, 3

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pause_ray.sweep.budget import Budget, BudgetMeter
-from pause_ray.sweep.line import WaitingLine
+from pause_ray.sweep.queue import Budget, BudgetMeter, WaitingLine
 
 
 def line_of(start: object = None, **arms: int) -> WaitingLine:

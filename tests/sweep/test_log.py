@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pause_ray.errors import StorageError
-from pause_ray.sweep.log import SearchLog
+from pause_ray.core.errors import StorageError
+from pause_ray.sweep.search_log import SearchLog
 
 ASKED = {"event": "asked", "round": 0, "points": [{"pauses.every": 1}]}
 TOLD = {"event": "told", "point": {"pauses.every": 1}, "value": None}

@@ -22,8 +22,8 @@ from typing import Any
 import psutil
 import pytest
 
-from pause_ray.rows import ShardSet
-from pause_ray.spec import JsonObject
+from pause_ray.core.spec import JsonObject
+from pause_ray.data.shards import ShardSet
 from tests.real_cluster import RAY, RealCluster, raylet, running_cluster, wait_for_nodes
 from tests.sweep.stubs import KILLING_RANK, ROOT, write_stub_sweep
 from tests.sweep.tiny_sweep import answers

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from pause_ray.needle.ledger import Ledger
-from pause_ray.results import read_results
-from pause_ray.storage import Storage
+from pause_ray.core.storage import Storage
+from pause_ray.evaluation.ledger import Ledger
+from pause_ray.report.results import read_results
 from tests.sweep.stubs import FAILING_RANK, HANGING_RANK, ROOT, write_stub_sweep
 from tests.sweep.tiny_sweep import answers
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from pause_ray.needle.ledger import Ledger
-from pause_ray.spec import JsonObject
-from pause_ray.storage import Storage, write_json
-from pause_ray.sweep.rounds import Rounds
+from pause_ray.core.spec import JsonObject
+from pause_ray.core.storage import Storage, write_json
+from pause_ray.evaluation.ledger import Ledger
+from pause_ray.sweep.search import Rounds
 from pause_ray.sweep.spec import read_sweep
-from tests.needle.answered_rows import row
-from tests.needle.tiny import STOCK
+from tests.evaluation.answered_rows import row
+from tests.evaluation.tiny import STOCK
 from tests.sweep.stubs import write_stub_sweep
 
 ASHA = {"kind": "asha", "rungs": 2, "reduction": 2}

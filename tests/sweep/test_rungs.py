@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 
-from pause_ray.errors import SpecError
-from pause_ray.search_record import Rung, SearchRecord, Stop
-from pause_ray.spec import JsonObject, with_overrides
-from pause_ray.sweep.algorithms import SchedulerSpec
-from pause_ray.sweep.log import SearchLog
+from pause_ray.core.errors import SpecError
+from pause_ray.core.spec import JsonObject, with_overrides
 from pause_ray.sweep.rungs import Schedule, governed
-from pause_ray.sweep.spec import PlannedTrial, SweepSpec, expand
+from pause_ray.sweep.search_log import Rung, SearchLog, SearchRecord, Stop
+from pause_ray.sweep.spec import PlannedTrial, SchedulerSpec, SweepSpec, expand
 
 ASHA = SchedulerSpec(kind="asha", rungs=3, reduction=3)
 NEEDLE = {"needle": "The map is under the drum.", "question": "Where is the map?", "keywords": ["drum"]}

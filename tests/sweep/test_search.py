@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pause_ray.errors import SpecError
-from pause_ray.spec import JsonObject
-from pause_ray.sweep.algorithms import TpeAlgorithm
-from pause_ray.sweep.log import SearchLog
-from pause_ray.sweep.rounds import Search
-from pause_ray.sweep.spec import SweepSpec, expand, known_points
+from pause_ray.core.errors import SpecError
+from pause_ray.core.spec import JsonObject
+from pause_ray.sweep.search import Search
+from pause_ray.sweep.search_log import SearchLog
+from pause_ray.sweep.spec import SweepSpec, TpeAlgorithm, expand, known_points
 from tests.sweep.test_spec import SWEEP
 
 SPACE: JsonObject = {

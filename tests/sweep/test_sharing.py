@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from pause_ray import cluster
-from pause_ray.errors import SpecError
-from pause_ray.spec import JsonObject, with_overrides
-from pause_ray.sweep.places import Places
+from pause_ray.core import ray_cluster
+from pause_ray.core.errors import SpecError
+from pause_ray.core.spec import JsonObject, with_overrides
+from pause_ray.sweep.resources import Places
 from pause_ray.sweep.spec import SweepSpec, expand
 from tests.sweep.test_spec import SWEEP
 
@@ -26,13 +26,13 @@ def places_of(monkeypatch: pytest.MonkeyPatch, *, cpus: float, gpus: float, node
     """What is decided for the small sweep on a cluster of equal nodes that cannot grow; ``changes`` are of ``resources`` or the sweep."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     node = {"CPU": cpus / nodes, "GPU": gpus / nodes}
-    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": cpus, "GPU": gpus})
+    monkeypatch.setattr(ray_cluster.ray, "cluster_resources", lambda: {"CPU": cpus, "GPU": gpus})
     monkeypatch.setattr(
-        cluster.ray,
+        ray_cluster.ray,
         "nodes",
         lambda: [{"Alive": True, "NodeID": str(n), "NodeManagerAddress": str(n), "Resources": node} for n in range(nodes)],
     )
-    monkeypatch.setattr(cluster.ray._private.state.state, "get_cluster_config", lambda: None)
+    monkeypatch.setattr(ray_cluster.ray._private.state.state, "get_cluster_config", lambda: None)
     overrides = {name if name == "max_concurrent_trials" else f"trial.resources.{name}": value for name, value in changes.items()}
     sweep = SweepSpec.parse(with_overrides(SWEEP, overrides), origin="test")
     return Places.of(sweep, [trial.spec for trial in expand(sweep)])

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
-from pause_ray.errors import SpecError
-from pause_ray.spec import JsonObject, Spec, with_overrides
-from pause_ray.spec import _inner_specs as inner_specs
-from pause_ray.sweep.algorithms import SchedulerSpec
-from pause_ray.sweep.space import DOMAIN_FIELDS
-from pause_ray.sweep.spec import SweepSpec, expand, known_points, read_sweep
+from pause_ray.core.errors import SpecError
+from pause_ray.core.spec import JsonObject, Spec, with_overrides
+from pause_ray.core.spec import _inner_specs as inner_specs
+from pause_ray.sweep.search_space import DOMAIN_FIELDS
+from pause_ray.sweep.spec import SchedulerSpec, SweepSpec, expand, known_points, read_sweep
 from pause_ray.trial.spec import TrialSpec
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from pause_ray import cluster
-from pause_ray.spec import with_overrides
-from pause_ray.sweep.places import Places
+from pause_ray.core import ray_cluster
+from pause_ray.core.spec import with_overrides
+from pause_ray.sweep.resources import Places
 from pause_ray.sweep.spec import SweepSpec, expand
 from tests.sweep.test_spec import SWEEP
 
@@ -29,11 +29,11 @@ def labels_on(monkeypatch: pytest.MonkeyPatch, *nodes: Node, can_come: bool = Fa
     ]
     total = {"CPU": sum(cpus for _, cpus in nodes), "GPU": gpus * len(nodes)}
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: total)
-    monkeypatch.setattr(cluster.ray, "nodes", lambda: there)
-    monkeypatch.setattr(cluster.ray._private.state.state, "get_cluster_config", lambda: None)
-    monkeypatch.setattr(cluster, "has_all_its_nodes", lambda: False)
-    monkeypatch.setattr(cluster, "can_place", lambda bundle, *, number, labels: asked.append(number) or can_come)
+    monkeypatch.setattr(ray_cluster.ray, "cluster_resources", lambda: total)
+    monkeypatch.setattr(ray_cluster.ray, "nodes", lambda: there)
+    monkeypatch.setattr(ray_cluster.ray._private.state.state, "get_cluster_config", lambda: None)
+    monkeypatch.setattr(ray_cluster, "has_all_its_nodes", lambda: False)
+    monkeypatch.setattr(ray_cluster, "can_place", lambda bundle, *, number, labels: asked.append(number) or can_come)
     overrides = {name if name == "max_concurrent_trials" else f"trial.resources.{name}": value for name, value in changes.items()}
     sweep = SweepSpec.parse(with_overrides(SWEEP, overrides), origin="test")
     places = Places.of(sweep, [trial.spec for trial in expand(sweep)])
@@ -85,7 +85,7 @@ def test_a_trial_that_trains_on_a_gpu_itself_goes_where_gpus_are(monkeypatch: py
 
 
 def test_tune_holds_a_trials_place_on_those_nodes_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pause_ray.sweep.tuning import one_trial
+    from pause_ray.sweep.trainable import one_trial
 
     sweep = SweepSpec.parse(SWEEP, origin="test")
     places = Places(
@@ -98,12 +98,12 @@ def test_tune_holds_a_trials_place_on_those_nodes_and_nothing_else(monkeypatch: 
 
 
 def test_of_a_lost_process_a_users_mistake_is_told_and_anything_else_with_its_trace() -> None:
-    from pause_ray.cluster import without_package
-    from pause_ray.sweep.tuning import why_lost
+    from pause_ray.core.ray_cluster import without_package
+    from pause_ray.sweep.trainable import why_lost
 
     account = "The actor died because of an error raised in its creation task\n  File x\n"
     unseen = "/mnt/runs: not seen by b; give --storage another path"
-    assert why_lost(f"{account}pause_ray.errors.StorageError: {unseen}") == (unseen, None)
+    assert why_lost(f"{account}pause_ray.core.errors.StorageError: {unseen}") == (unseen, None)
     without = "ModuleNotFoundError: No module named 'peft'"
     assert why_lost(account + without) == (without_package(without), None)
     out_of_memory = "Task was killed due to the node running low on memory."

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pause_ray.cli.main import app
-from pause_ray.errors import SpecError
+from pause_ray.core.errors import SpecError
 from tests.sweep.stubs import write_stub_sweep
 from tests.sweep.test_robust_sweep import ledgers, run_to_its_end, whole_lines
 

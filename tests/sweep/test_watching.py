@@ -16,11 +16,11 @@ import requests
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from pause_ray.checkpoint import read_training_log
-from pause_ray.needle.ledger import Ledger
-from pause_ray.status import SweepStatus, sweep_status
-from pause_ray.storage import Storage
-from pause_ray.sweep.metrics import METRICS
+from pause_ray.core.storage import Storage
+from pause_ray.evaluation.ledger import Ledger
+from pause_ray.models.checkpoint import read_training_log
+from pause_ray.report.overview import SweepStatus, sweep_status
+from pause_ray.sweep.heartbeat import METRICS
 from tests.cluster_files.autoscaler import CLUSTER
 from tests.real_cluster import RealCluster, running_cluster
 from tests.sweep.stubs import ROOT, write_stub_sweep

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from pause_ray.needle.ledger import CellResult, Ledger
-from tests.train.tiny_llama import make_model
+from pause_ray.evaluation.ledger import CellResult, Ledger
+from tests.training.tiny_llama import make_model
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("river", "stone", "paper", "light", "garden", "window", "letter", "morning", "engine", "silver", "market", "bridge")

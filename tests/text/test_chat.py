@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from pause_ray.errors import ModelError, TextError
+from pause_ray.core.errors import ModelError, TextError
 from pause_ray.text.chat import ChatTemplate
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.prompts import PromptSpec
-from pause_ray.text.tokens import ModelTokenizer, resolve_marker
+from pause_ray.text.tokenizer import ModelTokenizer, resolve_marker
 from tests.text.conftest import CHATML, byte_level, write_model_folder
 
 

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pause_ray.text.insertion import REACH_TOKENS, Beginning, Insertion, TokenText, put_in
-from pause_ray.text.tokens import Encoding, ModelTokenizer
+from pause_ray.text.tokenizer import REACH_TOKENS, Beginning, Encoding, Insertion, ModelTokenizer, TokenText, put_in
 from tests.text.conftest import SPECIAL, write_model_folder
 from tests.text.texts import texts as any_text
 

@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pause_ray.text import kept_tokens
-from pause_ray.text.insertion import TokenText
-from pause_ray.text.kept_tokens import LONG_CHARS, read_long
-from pause_ray.text.tokens import Encoding, ModelTokenizer
-from tests.needle.tiny import make_text, make_tokenizer_folder
+from pause_ray.text import prompts
+from pause_ray.text.prompts import LONG_CHARS, read_long
+from pause_ray.text.tokenizer import Encoding, ModelTokenizer, TokenText
+from tests.evaluation.tiny import make_text, make_tokenizer_folder
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +59,6 @@ def test_a_damaged_file_is_replaced(damage: bytes, tokenizer: ModelTokenizer, tm
 
 def test_another_format_is_another_file(tokenizer: ModelTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read_long(LONG, tokenizer=tokenizer, folder=tmp_path)
-    monkeypatch.setattr(kept_tokens, "FORMAT", kept_tokens.FORMAT + 1)
+    monkeypatch.setattr(prompts, "FORMAT", prompts.FORMAT + 1)
     read_long(LONG, tokenizer=tokenizer, folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2

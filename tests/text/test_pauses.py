@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pause_ray.errors import SpecError, TextError
+from pause_ray.core.errors import SpecError, TextError
 from pause_ray.text.pauses import PausePolicy, insert, strip
 from pause_ray.text.segments import detect_paragraph_rule
 from tests.text.texts import policies, texts

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pause_ray.errors import SpecError, TextError
+from pause_ray.core.errors import SpecError, TextError
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.prompts import BuiltPrompt, HiddenText, PromptBuilder, PromptSpec
 from pause_ray.text.segments import detect_paragraph_rule, join_documents, sentence_starts
-from pause_ray.text.tokens import ModelTokenizer, resolve_marker
+from pause_ray.text.tokenizer import ModelTokenizer, resolve_marker
 
 NEEDLE = "The blue key lies under the third bell."
 QUESTION = "Where is the blue key?"

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pause_ray.errors import TextError
+from pause_ray.core.errors import TextError
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.prompts import BuiltPrompt, HiddenText, PromptBuilder, PromptSpec
 from pause_ray.text.segments import sentence_starts
-from pause_ray.text.tokens import ModelTokenizer, cut, encode_document, resolve_marker
+from pause_ray.text.tokenizer import ModelTokenizer, cut, encode_document, resolve_marker
 from tests.text.test_prompts import HAYSTACK, NEEDLE, POLICIES, QUESTION, TOTAL, context_ids, haystack_of
 
 TEXTS = (NEEDLE, "A grey horse waits at the mill.", "At noon, the bell rings four times!")
@@ -101,7 +101,7 @@ def test_the_context_is_the_beginning_of_the_whole_text_with_its_facts_and_pause
 
 
 def pauses_of(built: BuiltPrompt, tokenizer: ModelTokenizer, policy: PausePolicy | None) -> np.ndarray:
-    from pause_ray.corpus.packing import pause_mask
+    from pause_ray.data.packing import pause_mask
 
     context = built.ids[built.prefix_tokens : end_of_context(built)]
     return pause_mask(context, group_ids=resolve_marker(tokenizer, policy).group_ids)

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pause_ray.documents import SourceSpec, read_documents
-from pause_ray.errors import TextError
+from pause_ray.core.errors import TextError
+from pause_ray.data.documents import SourceSpec, read_documents
 from pause_ray.text.segments import EVIDENCE_CHARS, detect_paragraph_rule, join_documents, sentence_starts, split
 from tests.text.texts import texts
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pause_ray.storage import Storage
+from pause_ray.core.storage import Storage
 
 
 @pytest.fixture(scope="session")

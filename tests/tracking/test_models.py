@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from pause_ray.best import export_best
-from pause_ray.errors import TrackingError
-from pause_ray.storage import Storage, read_json, write_json
+from pause_ray.core.errors import TrackingError
+from pause_ray.core.storage import Storage, read_json, write_json
+from pause_ray.report.best import export_best
+from pause_ray.tracking.runs import log_sweep
 from pause_ray.tracking.store import tracking_uri
-from pause_ray.tracking.sweeps import log_sweep
-from pause_ray.trial.answering import Answerer
-from tests.engines.tiny_model import make_model
+from pause_ray.trial.ask import Answerer
+from tests.inference.tiny_model import make_model
 from tests.stored_sweep import rows, store_sweep, store_trial
-from tests.trial.test_answering import CONTEXT, QUESTION, spec_of
-from tests.trial.test_answering import export as export_tiny
+from tests.trial.test_ask import CONTEXT, QUESTION, spec_of
+from tests.trial.test_ask import export as export_tiny
 
 pytestmark = [pytest.mark.mlflow, pytest.mark.torch]
 ASK = """

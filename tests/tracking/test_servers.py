@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pause_ray.best import export_best
 from pause_ray.cli.main import app
-from pause_ray.errors import TrackingError
-from pause_ray.report import write_report
-from pause_ray.storage import Storage, is_complete, read_json, write_json
-from pause_ray.tracking.sweeps import log_sweep
+from pause_ray.core.errors import TrackingError
+from pause_ray.core.storage import Storage, is_complete, read_json, write_json
+from pause_ray.report.best import export_best
+from pause_ray.report.html import write_report
+from pause_ray.tracking.runs import log_sweep
 from tests.stored_sweep import rows, rung_event, stop_event, store_search, store_sweep, store_trial
 from tests.sweep.stubs import ROOT, write_stub_sweep
 from tests.tracking.mlflow_server import PASSWORD, USER, MlflowServer, postgres, what_auth_lacks, what_postgres_lacks

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from pause_ray.cli import tracker as tracker_module
-from pause_ray.cli.tracker import Tracker
-from pause_ray.errors import StoppedError
-from pause_ray.storage import Storage, read_json, write_json
+from pause_ray.cli.terminal import warn
+from pause_ray.core.errors import StoppedError
+from pause_ray.core.storage import Storage, read_json, write_json
+from pause_ray.tracking import live as tracker_module
+from pause_ray.tracking.live import Tracker
+from pause_ray.tracking.runs import Training
 from pause_ray.tracking.store import tracking_uri
-from pause_ray.tracking.training import Training
 from tests.stored_sweep import rows, store_sweep, store_trial
 
 pytestmark = pytest.mark.mlflow
@@ -51,7 +52,7 @@ def last_step(storage: Storage) -> float | None:
 
 
 def test_steps_arrive_while_the_command_runs(storage: Storage) -> None:
-    with Tracker(storage, send_seconds=0.01) as tracker:
+    with Tracker(storage, warn=warn, send_seconds=0.01) as tracker:
         tracker.step(TRAINING, row(1))
         until(lambda: last_step(storage) == 1.0)
         tracker.step(TRAINING, row(2))
@@ -64,7 +65,7 @@ def test_a_command_that_fails_sends_its_last_steps_and_says_how_it_ended(
     storage: Storage, raised: type[BaseException], status: str
 ) -> None:
     with pytest.raises(raised):
-        with Tracker(storage) as tracker:
+        with Tracker(storage, warn=warn) as tracker:
             tracker.step(TRAINING, row(1))
             tracker.step(TRAINING, row(2))
             raise raised
@@ -74,12 +75,12 @@ def test_a_command_that_fails_sends_its_last_steps_and_says_how_it_ended(
 
 def test_a_command_that_is_to_end_at_once_sends_nothing_unless_it_has_begun_to(storage: Storage) -> None:
     with pytest.raises(KeyboardInterrupt):
-        with Tracker(storage) as tracker:
+        with Tracker(storage, warn=warn) as tracker:
             tracker.step(TRAINING, row(1))
             raise KeyboardInterrupt
     assert not runs(storage), "MLflow, which takes long to load, was not asked"
     with pytest.raises(KeyboardInterrupt):
-        with Tracker(storage, send_seconds=0.01) as tracker:
+        with Tracker(storage, warn=warn, send_seconds=0.01) as tracker:
             tracker.step(TRAINING, row(1))
             until(lambda: last_step(storage) == 1.0)
             raise KeyboardInterrupt
@@ -90,7 +91,7 @@ def test_a_command_that_is_to_end_at_once_sends_nothing_unless_it_has_begun_to(s
 def test_a_training_that_a_command_leaves_unfinished_failed_unless_the_user_stopped_it(
     storage: Storage, interrupted: bool, status: str
 ) -> None:
-    with Tracker(storage) as tracker:
+    with Tracker(storage, warn=warn) as tracker:
         tracker.step(TRAINING, row(1))
         tracker.interrupted = interrupted
     assert [run.info.status for run in runs(storage)] == [status]
@@ -102,7 +103,7 @@ def test_a_server_that_is_away_is_said_once_and_holds_nothing_up(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", absent_server)
     monkeypatch.setattr(tracker_module, "RETRY_SECONDS", 0.0)
     said: list[str] = []
-    with Tracker(storage, send_seconds=0.01) as tracker:
+    with Tracker(storage, warn=warn, send_seconds=0.01) as tracker:
         started = time.monotonic()
         for number in range(1, 1001):
             tracker.step(TRAINING, row(number))
@@ -123,7 +124,7 @@ def test_trials_arrive_while_the_sweep_runs_and_their_ends_hold_nothing_up(stora
         found = runs(storage, "demo")
         return {run.data.tags["pause_ray.digest"] for run in found if run.info.status == "FINISHED"}
 
-    with Tracker(storage, send_seconds=0.01) as tracker:
+    with Tracker(storage, warn=warn, send_seconds=0.01) as tracker:
         started = time.monotonic()
         for _ in range(1000):
             tracker.trial_ended(folder)
@@ -144,7 +145,7 @@ def test_trials_that_could_not_be_sent_are_sent_when_the_server_is_back(
     folder = store_sweep(storage, [("a", "baseline", {}, 0)])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", absent_server)
     monkeypatch.setattr(tracker_module, "RETRY_SECONDS", 0.0)
-    with Tracker(storage, send_seconds=0.01) as tracker:
+    with Tracker(storage, warn=warn, send_seconds=0.01) as tracker:
         tracker.trial_ended(folder)
         until(lambda: tracker._warned)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{storage.root / 'mlflow.db'}")

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-from pause_ray.checkpoint import Checkpoint, seal
-from pause_ray.spec import JsonObject
-from pause_ray.storage import Storage, write_json
+from pause_ray.core.spec import JsonObject
+from pause_ray.core.storage import Storage, write_json
+from pause_ray.models.checkpoint import Checkpoint, seal
+from pause_ray.tracking.runs import LiveTrainings, Training, log_sweep, log_training
 from pause_ray.tracking.store import tracking_uri
-from pause_ray.tracking.sweeps import log_sweep
-from pause_ray.tracking.training import LiveTrainings, Training, log_training
-from pause_ray.train.telemetry import step_record
+from pause_ray.training.metrics import step_record
 from tests.stored_sweep import rows, store_sweep, store_trial
 
 pytestmark = pytest.mark.mlflow
@@ -175,6 +174,6 @@ def test_a_training_of_its_own_has_a_run_from_its_first_step_to_its_end(storage:
     assert steps_of(storage, done) == [1, 2, 3]
     assert steps_of(storage, done, "training_validation_loss") == [3]
     assert done.data.metrics["training_validation_loss"] == 1.25
-    assert done.data.tags["pause_ray.checkpoint"] == str(checkpoint.folder)
+    assert done.data.tags["pause_ray.models.checkpoint"] == str(checkpoint.folder)
     artifacts = {item.path for item in client_of(storage).list_artifacts(done.info.run_id)}
     assert artifacts == {"manifest.json", "training.jsonl", "adapter_config.json"}

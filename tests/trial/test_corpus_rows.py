@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pause_ray.errors import SpecError
-from pause_ray.spec import with_overrides
+from pause_ray.core.errors import SpecError
+from pause_ray.core.spec import with_overrides
 from pause_ray.trial.spec import TrialSpec
 from tests.sweep.test_spec import SWEEP
 

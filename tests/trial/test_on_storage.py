@@ -6,20 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from pause_ray.checkpoint import RunningTraining, training_folder
-from pause_ray.corpus.shards import ShardJob
-from pause_ray.needle.ledger import Ledger
-from pause_ray.rows import ShardSet
-from pause_ray.storage import Storage
-from pause_ray.text.tokens import Marker
-from pause_ray.train.launch import train_digest
+from pause_ray.core.storage import Storage
+from pause_ray.data.pipeline import ShardJob
+from pause_ray.data.shards import ShardSet
+from pause_ray.evaluation.ledger import Ledger
+from pause_ray.models.checkpoint import RunningTraining, training_folder
+from pause_ray.text.tokenizer import Marker
+from pause_ray.training.launch import train_digest
 from pause_ray.trial.prepare import PreparedTrial
 from pause_ray.trial.run import shares_on_storage, training_job
 from pause_ray.trial.spec import TrialSpec
-from tests.needle.answered_rows import row
-from tests.needle.tiny import make_suite
-from tests.train.tiny_llama import make_rows, make_shards
+from tests.evaluation.answered_rows import row
+from tests.evaluation.tiny import make_suite
 from tests.trained import store_checkpoint
+from tests.training.tiny_llama import make_rows, make_shards
 
 pytestmark = pytest.mark.ray  # is imported, not started
 STEPS = 8

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pause_ray.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER, TRAINING_LOG, seal
-from pause_ray.errors import UserError
-from pause_ray.spec import JsonObject, read_yaml, with_overrides
+from pause_ray.core.errors import UserError
+from pause_ray.core.spec import JsonObject, read_yaml, with_overrides
+from pause_ray.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER, TRAINING_LOG, seal
 from pause_ray.text.prompts import PromptSpec
-from pause_ray.text.tokens import ModelTokenizer
+from pause_ray.text.tokenizer import ModelTokenizer
 from pause_ray.trial.spec import TrialSpec
 from tests.sweep.tiny_sweep import write_model, write_sweep
 
@@ -78,8 +78,8 @@ def test_a_model_folder_without_a_tokenizer_is_told_how_to_get_one(trial: JsonOb
 
 
 def test_an_adapter_that_was_trained_on_documents_of_the_haystack_is_refused(trial: JsonObject, tmp_path: Path) -> None:
-    from pause_ray.engines.model_source import model_digest
-    from pause_ray.needle.haystack import load_haystack
+    from pause_ray.evaluation.haystack import load_haystack
+    from pause_ray.models.sources import model_digest
 
     model_dir = Path(trial["model"]["source"])
     suite = TrialSpec.parse(trial, origin="test").eval

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
-from pause_ray.checkpoint import (
+from pause_ray.core.errors import ModelError, SpecError, TextError, TrainingError
+from pause_ray.core.storage import building
+from pause_ray.evaluation.proxy import proxy_suite
+from pause_ray.models.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     TRAINING_LOG,
@@ -19,14 +22,10 @@ from pause_ray.checkpoint import (
     seal,
     training_folder,
 )
-from pause_ray.errors import ModelError, SpecError, TextError, TrainingError
-from pause_ray.needle.proxy import proxy_suite
-from pause_ray.storage import building
+from pause_ray.trial.early_stopping import TrainingInBackground, proxy_lengths
 from pause_ray.trial.prepare import PreparedTrial, prepare
-from pause_ray.trial.proxy import proxy_lengths
-from pause_ray.trial.rungs import TrainingInBackground
 from pause_ray.trial.spec import TrialSpec
-from tests.needle.tiny import make_haystack_folder, make_suite, make_tokenizer_folder
+from tests.evaluation.tiny import make_haystack_folder, make_suite, make_tokenizer_folder
 
 
 @pytest.fixture(scope="module")

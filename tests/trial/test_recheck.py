@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from pause_ray.needle.ledger import CellResult, Ledger
-from pause_ray.needle.task import Cell
-from pause_ray.spec import JsonObject
-from pause_ray.text.tokens import Marker
+from pause_ray.core.spec import JsonObject
+from pause_ray.evaluation.ledger import CellResult, Ledger
+from pause_ray.evaluation.suite import Cell
+from pause_ray.text.tokenizer import Marker
 from pause_ray.trial.spec import TrialSpec
-from tests.needle.answered_rows import row
-from tests.needle.tiny import make_suite
+from tests.evaluation.answered_rows import row
+from tests.evaluation.tiny import make_suite
 
 prepare = pytest.importorskip("pause_ray.trial.prepare")
 run = pytest.importorskip("pause_ray.trial.run")

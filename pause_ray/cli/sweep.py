@@ -1,0 +1,276 @@
+"""The verb sweep: says what a sweep would take, or runs it, logs and reports it, and tells how to go on."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from pause_ray.cli.terminal import DEFAULT_STORAGE, AsJson, Sets, SpecFile, StorageRoot, app, err, expect, out, print_json, program, warn
+from pause_ray.core.errors import SpecError
+from pause_ray.core.format import count, duration, money
+from pause_ray.core.spec import parse_assignments
+from pause_ray.core.storage import Storage
+from pause_ray.inference.engine import EndpointSpec
+from pause_ray.sweep.spec import SweepSpec, listed_trials, read_sweep
+from pause_ray.tracking.live import Tracker
+
+if TYPE_CHECKING:
+    from pause_ray.planning.forecast import Effort, Step, SweepForecast, TrialOutlook
+    from pause_ray.sweep.queue import Budget
+    from pause_ray.sweep.runner import SweepOutcome
+    from pause_ray.tracking.runs import LoggedSweep
+    from pause_ray.trial.needs import Site
+
+Columns = list[tuple[str, Callable[["Effort"], str]]]
+"""Heading, and the words for an effort."""
+GPU_TABLE = "cluster/gpus.yaml"
+GPUS_PER_NODE = 8
+ASSUMED_MFU = 0.4
+ASSUMED_NETWORK_GB = 50.0
+"""Per second and machine; as for the verb plan, which can be told others."""
+
+
+@app.command()
+def sweep(
+    spec: SpecFile,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list every trial and step, and what is left to do.")] = False,
+    max_trials: Annotated[int | None, typer.Option(help="Start no more trials than this; the next command goes on.")] = None,
+    max_hours: Annotated[float | None, typer.Option(help="Start no trial after so long.")] = None,
+    max_cost: Annotated[float | None, typer.Option(help="Start no trial after so much, by the prices of --gpu and engine.prices.")] = None,
+    gpu: Annotated[str | None, typer.Option(help=f"Name in {GPU_TABLE}: for the times of --dry-run, and the price of --max-cost.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many of them, in all; default: 1.")] = None,
+    set_: Sets = None,
+    as_json: AsJson = False,
+    storage: StorageRoot = DEFAULT_STORAGE,
+) -> None:
+    """Run every trial of a sweep, then compare and report them. Running it again resumes it.
+
+    Examples: `pause-ray sweep sweeps/quickstart.yaml --set trial.train.steps=30`;
+    what it will take: `pause-ray sweep sweeps/quickstart.yaml --dry-run --gpu H100 --gpus 8`;
+    a night of it: `pause-ray sweep sweeps/quickstart.yaml --max-hours 8`
+
+    On a cluster: `ray job submit --working-dir . -- python -m pause_ray sweep sweeps/quickstart.yaml --storage /mnt/shared/runs`
+    """
+    from pause_ray.sweep.queue import Budget
+
+    expect(spec, "sweep")
+    read = read_sweep(spec, parse_assignments(set_ or []))
+    limits = {"--max-trials": max_trials, "--max-hours": max_hours, "--max-cost": max_cost}
+    _refuse_without_effect(limits, dry_run=dry_run, gpu=gpu, gpus=gpus)
+    site = _site(gpu, gpus) if gpu else None
+    if dry_run:
+        _forecast(read, site=site, storage=storage, as_json=as_json)
+        return
+    price = _price_per_hour(read, site) if max_cost is not None else 0.0
+    budget = Budget(max_trials=max_trials, max_hours=max_hours, max_cost=max_cost, price_per_hour=price)
+    run_and_report(read, storage=storage, as_json=as_json, budget=budget)
+
+
+def _refuse_without_effect(limits: dict[str, float | None], *, dry_run: bool, gpu: str | None, gpus: int | None) -> None:
+    given = [option for option, limit in limits.items() if limit is not None]
+    if dry_run and given:
+        raise SpecError(f"--dry-run starts nothing, so {given[0]} has no effect; leave one of them out")
+    if gpus is not None and gpu is None:
+        raise SpecError(f"--gpus {gpus}: of which kind? Name it with --gpu, as in {GPU_TABLE}")
+    if gpu is not None and not dry_run and "--max-cost" not in given:
+        raise SpecError(f"--gpu {gpu}: has an effect with --dry-run or --max-cost only; trials take the GPUs that the cluster has")
+
+
+def _site(gpu: str, gpus: int | None) -> Site:
+    from pause_ray.trial.needs import Site, read_gpus
+
+    table = Path(GPU_TABLE)
+    if not table.is_file():
+        raise SpecError(f"--gpu {gpu}: no {GPU_TABLE} from {Path.cwd()}; run where the project's cluster folder is")
+    return Site(
+        gpu=read_gpus(table).choose(name=gpu, memory_gb=None),
+        gpus=gpus or 1,
+        gpus_per_node=GPUS_PER_NODE,
+        utilization=ASSUMED_MFU,
+        network_gb_per_second=ASSUMED_NETWORK_GB,
+    )
+
+
+def _price_per_hour(spec: SweepSpec, site: Site | None) -> float:
+    """Of the machines; 0 where an endpoint's answers are all that costs.
+
+    Raises:
+        SpecError: nothing has a price, or prices are in different currencies.
+    """
+    engines = (trial.spec.engine for trial in listed_trials(spec))
+    prices = [engine.prices for engine in engines if isinstance(engine, EndpointSpec) and engine.prices is not None]
+    currencies = {its.currency for its in prices} | ({site.gpu.currency} if site else set())
+    if not currencies:
+        raise SpecError("--max-cost: nothing has a price; name the GPUs with --gpu and --gpus, or give engine.prices")
+    if len(currencies) > 1:
+        raise SpecError(f"--max-cost: prices are in {' and '.join(sorted(currencies))}, which do not add up; give all in one currency")
+    return site.cost(3600) if site else 0.0
+
+
+def run_and_report(spec: SweepSpec, *, storage: str, as_json: bool, budget: Budget | None = None) -> None:
+    """Run a sweep, log and report it, and say what failed and what to do next."""
+    from pause_ray.report.best import export_best
+    from pause_ray.report.html import table, write_report
+    from pause_ray.report.results import read_results
+    from pause_ray.sweep.runner import run_sweep
+
+    root = Storage.open(storage)
+    command = shlex.join(["pause-ray", *sys.argv[1:]])
+    with Tracker(root, warn=warn) as tracker:
+        outcome = run_sweep(
+            spec,
+            storage=root,
+            console=err,
+            command=command,
+            after_step=tracker.step_of_trial,
+            after_trial=tracker.trial_ended,
+            budget=budget,
+        )
+        tracker.interrupted = outcome.interrupted
+        results = read_results(outcome.folder, root)
+        export_best(results, root)
+        path = write_report(results, root)
+        tracker.log(results)
+    if as_json:
+        told = {"finished": outcome.finished, "planned": outcome.planned, "stopped": outcome.left_out, "ended_by": outcome.ended_by}
+        print_json({"folder": str(outcome.folder), "report": str(path), **told})
+    else:
+        out.print(table(results, root))
+        _say_what_next(outcome.folder, path, root, tracker.logged)
+    _say_what_is_left(outcome)
+
+
+def _say_what_is_left(outcome: SweepOutcome) -> None:
+    """Failures and ends before the end, and the exit code that they mean; a budget that was reached is no failure."""
+    for failure in outcome.failures:
+        err.print(f"[red]{escape(failure.label)} failed:[/] {escape(failure.message)}", highlight=False)
+        if failure.trace:
+            err.print(failure.trace, highlight=False, markup=False)
+    for reason in (*outcome.given_up, *([outcome.ended_by] if outcome.ended_by else [])):
+        err.print(reason, highlight=False, markup=False, soft_wrap=True)
+    if outcome.is_complete:
+        return
+    err.print(f"{outcome.finished} of {outcome.planned} trials are finished; run the same command again to go on", highlight=False)
+    if outcome.interrupted:
+        raise typer.Exit(130)
+    if outcome.failures or not outcome.ended_by:
+        raise typer.Exit(1 if any(failure.trace for failure in outcome.failures) else 2)
+
+
+def _say_what_next(folder: Path, path: Path, storage: Storage, logged: LoggedSweep | None) -> None:
+    from pause_ray.tracking.store import tracking_uri, without_secrets
+
+    pause_ray = program("pause-ray")
+    # By looking: a job's copied working directory, and with it an absolute path to it, may be gone by now.
+    is_default = Path(DEFAULT_STORAGE).exists() and Path(DEFAULT_STORAGE).samefile(storage.root)
+    where = "" if is_default else f" --storage {shlex.quote(str(storage.root))}"
+    lines = [f"\nreport      {path}"]
+    if logged is None:
+        lines.append(f"to MLflow   {pause_ray} report {folder.name} --log{where}   (what it could not take is on storage)")
+    else:
+        uri = without_secrets(tracking_uri(storage))
+        page = f"#/experiments/{logged.experiment_id}/runs?workflowType=machine_learning"
+        local = [f"trials      {program('mlflow')} ui --backend-store-uri {uri}", f"            then open http://127.0.0.1:5000/{page}"]
+        lines += [f"trials      {uri}/{page}"] if uri.startswith("http") else local
+    changed = "--set trial.model.source=FOLDER_OR_HUB_ID --set trial.model.sha256=null"
+    lines.append(f"your model  {pause_ray} sweep sweeps/quickstart.yaml {changed}{where}")
+    lines.append(f"any model   {pause_ray} eval eval/suites/single.yaml --model FOLDER_OR_HUB_ID{where}")
+    for line in lines:
+        out.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _forecast(spec: SweepSpec, *, site: Site | None, storage: str, as_json: bool) -> None:
+    from pause_ray.planning.forecast import forecast_sweep
+
+    root = Storage.open(storage)
+    with err.status("checking models, texts and lengths") as status:
+        found = forecast_sweep(
+            spec,
+            storage=root,
+            site=site,
+            showing=lambda done, of: status.update(f"looking at trials: {done} of {of}"),
+        )
+    if as_json:
+        print_json(found.as_json())
+        return
+    currency = site.gpu.currency if site else "cost"
+    out.print(_table(found, currency=currency))
+    for line in _remarks(found, spec):
+        out.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _table(found: SweepForecast, *, currency: str) -> Table:
+    """A line per trial, and under it one per step that is not done."""
+    table = Table(show_footer=True, box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = [*found.trials, *found.example]
+    columns: Columns = [("tokens", _tokens), ("PFLOP", _petaflops), ("time", _time)]
+    if any(trial.left.cost is not None for trial in shown):
+        columns.append((currency, _cost))
+    table.add_column("trial", footer="all that is left", overflow="fold")
+    table.add_column("done")
+    for heading, words in columns:
+        table.add_column(heading, justify="right", footer=words(found.left))
+    for trial in found.trials:
+        _add_trial(table, trial, columns, times="")
+    for trial in found.example:
+        _add_trial(table, trial, columns, times=f"{found.points_to_come} × such as ")
+    return table
+
+
+def _add_trial(table: Table, trial: TrialOutlook, columns: Columns, *, times: str) -> None:
+    over = trial.state in ("finished", "stopped")
+    table.add_row(f"{times}{escape(trial.label)}", trial.state, *("" if over else words(trial.left) for _, words in columns))
+    for step in trial.steps:
+        if step.done < step.total and not over:
+            figures = ["" if step.made_by or step.name == "text" else words(step.left) for _, words in columns]
+            table.add_row(f"  {step.name}", _done(step), *figures, style="dim")
+
+
+def _done(step: Step) -> str:
+    unit = {"text": "rows", "training": "steps", "scoring": "cells"}[step.name]
+    if step.made_by is not None:
+        return "by another"
+    return f"{count(step.done)} of {count(step.total)} {unit}"
+
+
+def _tokens(effort: Effort) -> str:
+    return "–" if effort.tokens is None else count(effort.tokens)
+
+
+def _petaflops(effort: Effort) -> str:
+    return "–" if effort.flops is None else f"{effort.flops / 1e15:,.3g}"
+
+
+def _time(effort: Effort) -> str:
+    return "–" if effort.seconds is None else duration(effort.seconds)
+
+
+def _cost(effort: Effort) -> str:
+    return "–" if effort.cost is None else money(effort.cost)
+
+
+def _remarks(found: SweepForecast, spec: SweepSpec) -> list[str]:
+    """What the figures mean."""
+    states = [trial.state for trial in found.trials]
+    lines = [f"{states.count('finished')} of {len(states)} trials are finished, {states.count('begun')} begun."]
+    if any(step.made_by for trial in found.trials for step in trial.steps):
+        lines.append("By another: a trial above makes it for this one too.")
+    lines.append(f"Times: {found.pace}; one trial after another, without starting and loading.")
+    if found.points_to_come:
+        lines.append(f"{found.points_to_come} points are chosen by what comes of those before; each is taken to be like the example.")
+    if spec.scheduler is not None:
+        lines.append(
+            f"Scheduler {spec.scheduler.kind} will end some trainings early; the figures are for all of them going to the end, without "
+            f"the {spec.scheduler.rungs} looks of the proxy at each."
+        )
+    if any(trial.digest is None for trial in found.trials):
+        lines.append("The model's weights are not here yet, so nothing on storage was looked for.")
+    return [*lines, *(f"Does not fit: {misfit}" for misfit in found.misfits)]

@@ -1,0 +1,1 @@
+"""Specs, storage, errors, files and processes: what every other package stands on."""

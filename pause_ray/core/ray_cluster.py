@@ -1,0 +1,371 @@
+"""Connecting to Ray: the cluster this process belongs to, or one of its own on this machine. Knows no trial."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+import os
+import re
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ray
+from joblib import cpu_count
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray.autoscaler._private.util import format_readonly_node_type
+from ray.core.generated import autoscaler_pb2, common_pb2
+from ray.exceptions import RayError
+from ray.experimental import internal_kv
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+
+from pause_ray.core.errors import ClusterError, SpecError
+from pause_ray.core.node_probe import missing_package
+
+LOCAL_LOGICAL_CPUS = 8
+"""Ray's CPUs are a count of places, not of cores. A trial, its scoring actor, the progress board and shard tasks need
+places at the same time even on two cores; threads are capped where the computing is done."""
+LOCAL_OBJECT_STORE_BYTES = 512 * 1024**2
+"""Prompts and rows pass by path, so little goes through the object store."""
+HOST_AND_PORT = re.compile(r"\[?(?P<host>[^/]+?)\]?:(?P<port>\d{1,5})")
+ANSWER_SECONDS = 20
+"""For a head to take a connection."""
+OF_A_DASHBOARD = "is where jobs are handed in; unset it, or hand this in there: pause-ray submit FILE, or ray job submit"
+VERSION = re.compile(r"^\s+(Ray|Python): (\S+)$", re.MULTILINE)
+TRACEBACK = "Traceback (most recent call last):"
+TOKEN_WORDS = re.compile(r"\btoken\b|auth(entic|oriz)", re.IGNORECASE)
+WAITED_IN_VAIN = re.compile(r"(timed out|(failed|unable) to connect|deadline).*\bGCS\b", re.IGNORECASE)
+MARKET = "ray.io/market-type"
+STAYS: Mapping[str, str] = {MARKET: "on-demand"}
+"""Labels of nodes that nobody takes away."""
+NEVER_UP = "timed out during startup"
+"""Ray's words where its own processes take too long."""
+STATUS_SECONDS = 10
+"""Timeout of a request for the cluster's status."""
+AUTOSCALER_SECONDS = 20.0
+"""Time in which an autoscaler, which looks at requests every five seconds, must have looked at a new one."""
+IN_A_GROUP = "bundle_group_"
+"""Prefix of the resource by which Ray sends work to the nodes of a placement group that has its resources."""
+logger = logging.getLogger("pause_ray")
+
+
+@contextlib.contextmanager
+def connection() -> Iterator[None]:
+    """Ray for the duration of the block.
+
+    Joins the cluster of ``RAY_ADDRESS`` (set inside ``ray job submit``); without one starts a cluster on this machine
+    and stops it at the end. A connection that exists already is used and kept.
+
+    Raises:
+        ClusterError: there is no such cluster, it refuses, it is of other versions, or it does not come up here.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if address := os.environ.get("RAY_ADDRESS"):
+        if address.startswith(("http://", "https://")):
+            raise ClusterError(f"RAY_ADDRESS {address}: {OF_A_DASHBOARD}")
+        place, answers = HOST_AND_PORT.fullmatch(address), False
+        try:
+            if place:  # Ray would try for minutes
+                socket.create_connection((place["host"], int(place["port"])), timeout=ANSWER_SECONDS).close()
+                answers = True
+            ray.init(address="auto", **quiet)
+        except (OSError, OverflowError, RuntimeError, ValueError, RayError) as error:
+            raise ClusterError(f"RAY_ADDRESS {address}: {_why_not_joined(_told(error), answers=answers)}") from error
+    else:
+        # A thread that spins while it waits keeps the core from the one that it waits for, in another process too.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        try:
+            ray.init(
+                address="local",  # not one that happens to run on this machine
+                num_cpus=max(LOCAL_LOGICAL_CPUS, cpu_count()),
+                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                **quiet,
+            )
+        except Exception as error:
+            if NEVER_UP in str(error):  # Ray has no class of its own for it
+                raise ClusterError(
+                    "Ray has not come up on this machine within half a minute, which happens where others keep all cores busy; "
+                    "run the same command again when there is less to do here"
+                ) from error
+            raise
+    try:
+        yield
+    finally:
+        _shut_down()
+
+
+def _shut_down() -> None:
+    """Leave Ray, with nothing of it left for a garbage collection in another thread."""
+    # Tune leaves cycles that hold object references. If a thread (that imports MLflow, say) happens to collect one while Ray's client is
+    # being taken down, Ray ends the process: exit code 1, no traceback.
+    gc.collect()
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        gc.enable()
+
+
+def hold_shared_actor_here() -> None:
+    """Make the actor here that Ray Data and Ray Train share, which outlives both.
+
+    It is made where either is first used, and Ray does not take a node away that any actor is on: a training in a trial's process
+    would hold its node for as long as the cluster lives.
+    """
+    from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator  # Ray 2.60
+
+    get_or_create_autoscaling_coordinator()
+
+
+def _told(error: BaseException | None) -> str:
+    """What an error and those that it came of say, in lines; of a traceback in one of them its last."""
+    lines = []
+    while error is not None:
+        before, _, traceback = str(error).partition(TRACEBACK)
+        lines += [before, *traceback.strip().splitlines()[-1:]]
+        error = error.__cause__
+    return "\n".join(lines)
+
+
+def _why_not_joined(told: str, *, answers: bool) -> str:
+    """In one line, with a remedy, what Ray tells in many; of a wrong token it tells nothing but that it has waited in vain."""
+    versions = VERSION.findall(told)
+    if "Version mismatch" in told and len(versions) == 4:
+        theirs, ours = " and ".join(" ".join(each) for each in versions[:2]), " and ".join(" ".join(each) for each in versions[2:])
+        return f"the cluster has {theirs}, and this machine {ours}; use one image, or constraints.txt, on both"
+    words = " ".join(told.split())
+    if TOKEN_WORDS.search(words) or (answers and WAITED_IN_VAIN.search(words)):
+        return (
+            "what answers there does not let this process in: the cluster's token is missing here or is another one, or it is no head; "
+            "put the token (on the head: ray get-auth-token) into RAY_AUTH_TOKEN or ~/.ray/auth_token, with RAY_AUTH_MODE=token "
+            f"({words})"
+        )
+    return (
+        f"{'this process cannot join the cluster there' if answers else 'no Ray cluster answers there'} ({words}); run this on one of its "
+        "nodes, or submit it to the head's dashboard (pause-ray submit); without RAY_ADDRESS it runs on this machine alone"
+    )
+
+
+def without_package(told: str) -> str | None:
+    """In one line, with a remedy, that a process could not begin for want of a package; None if Ray told something else."""
+    package = missing_package(told)
+    if package is None:
+        return None
+    return (
+        f"a node of the cluster has no {package}: use one image on all nodes (cluster/Dockerfile makes it); "
+        "pause-ray check --cluster says of every node what it lacks"
+    )
+
+
+def check_room(needed: Mapping[str, float], *, remedy: str = "lower train_workers, or what each of them takes") -> None:
+    """Refuse what a cluster of this machine has no room for, since Ray would wait for it for ever.
+
+    One that was joined may grow: as far as its autoscaler says, and where it does not say, it is only warned.
+
+    Args:
+        needed: ``CPU`` and ``GPU`` → how many are held at the same time.
+        remedy: What can be done.
+
+    Raises:
+        SpecError: naming both numbers.
+    """
+    for name, number in needed.items():
+        has = total(name)
+        if number <= has:
+            continue
+        _tell(f"resources: training and scoring hold {number:g} {name}s at a time, and the cluster has {has:g}", remedy)
+
+
+def check_nodes(takers: Mapping[str, Mapping[str, float]]) -> None:
+    """Refuse what no node can ever give in one piece.
+
+    Args:
+        takers: Who takes it, for people → ``CPU`` and ``GPU`` and how many of each, all on one node.
+
+    Raises:
+        SpecError: naming taker, resource and the largest node, where all nodes that there can be are known.
+    """
+    nodes = _possible_nodes()
+    for taker, takes in takers.items():
+        if any(_gives(node, takes) for node in nodes.values()):
+            continue
+        for name, number in takes.items():
+            largest = max(nodes, key=lambda node: nodes[node].get(name, 0), default=None)
+            has = nodes[largest].get(name, 0) if largest else 0
+            if has < number:
+                _tell(f"resources: {taker} takes {number:g} {name}s on one node, and the largest, {largest}, has {has:g}", "lower it")
+                break
+        else:
+            asked = " and ".join(f"{number:g} {name}s" for name, number in takes.items())
+            _tell(f"resources: {taker} takes {asked} on one node, and no node has both", "lower one of them")
+
+
+def _tell(problem: str, remedy: str) -> None:
+    if is_known_to_grow_no_further():
+        raise SpecError(f"{problem}; {remedy}{', or start nodes that have it' if os.environ.get('RAY_ADDRESS') else ''}")
+    logger.warning("%s; waiting until it has grown; if it cannot, %s", problem, remedy)
+
+
+def _autoscaler() -> Any | None:
+    """What an autoscaler has told Ray about the nodes that it can start, or None; those of ``ray up`` tell nothing."""
+    config = ray._private.state.state.get_cluster_config()
+    return config if config is not None and config.node_group_configs else None
+
+
+def _possible_nodes() -> dict[str, Mapping[str, float]]:
+    """Every node that there is, and a node of each kind that the autoscaler can start: name → all that it has."""
+    nodes: dict[str, Mapping[str, float]] = {
+        f"node {node['NodeManagerAddress']} {node['NodeID'][:6]}": node["Resources"] for node in ray.nodes() if node["Alive"]
+    }
+    kinds = getattr(_autoscaler(), "node_group_configs", ())
+    return nodes | {f"node type {kind.name}": dict(kind.resources) for kind in kinds if kind.max_count}
+
+
+def groups_without_room(holding: Mapping[str, float]) -> frozenset[str]:
+    """Placement groups of anybody that wait for something of which ``holding`` has some, and that a node could give.
+
+    Trials of Tune and workers of Ray Train come as placement groups. Freshly asked ones are among them for a moment.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return frozenset(
+        name
+        for name, group in placement_group_table().items()
+        if group["state"] in ("PENDING", "RESCHEDULING")
+        if any(bundle.get(resource) and held for bundle in group["bundles"].values() for resource, held in holding.items())
+        if all(any(_gives(node, bundle) for node in nodes) for bundle in group["bundles"].values())
+    )
+
+
+def _gives(node: Mapping[str, float], bundle: Mapping[str, float]) -> bool:
+    return all(node.get(name, 0) >= number for name, number in bundle.items())
+
+
+def tells_markets() -> bool:
+    """Whether any node says whether it stays."""
+    return any(MARKET in node.get("Labels", {}) for node in ray.nodes() if node["Alive"])
+
+
+def staying_nodes() -> list[Mapping[str, float]]:
+    """What each node has that says of itself that it stays."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and STAYS.items() <= node.get("Labels", {}).items()]
+
+
+def total(resource: str) -> float:
+    """``CPU`` or ``GPU`` of the cluster, those in use included; of an autoscaler that tells it, what there can be."""
+    grown = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return max(float(ray.cluster_resources().get(resource, 0)), float(grown.get(resource, 0)))
+
+
+def is_known_to_grow_no_further() -> bool:
+    """Whether ``total`` is all that there can ever be."""
+    return _autoscaler() is not None or has_all_its_nodes()
+
+
+def has_all_its_nodes() -> bool:
+    """Whether nothing starts more: it is this machine's own, or its head was given no file of nodes that it may start.
+
+    Such a head reports each node as a kind of its own.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        return True
+    kinds = _reported_kinds()
+    return bool(kinds) and kinds <= {format_readonly_node_type(node["NodeID"]) for node in ray.nodes()}
+
+
+def _reported_kinds() -> set[str]:
+    """Of the nodes that there are, as the head's monitor names them; none before it has looked for the first time."""
+    told = internal_kv._internal_kv_get(DEBUG_AUTOSCALING_STATUS)
+    return set(json.loads(told).get("autoscaler_report", {}).get("active_nodes", {})) if told else set()
+
+
+def free_gpus() -> float:
+    """GPUs of the cluster as it is now that nobody holds."""
+    return float(ray.available_resources().get("GPU", 0))
+
+
+def total_gpus() -> float:
+    """GPUs of the cluster as it is now, those in use included."""
+    return float(ray.cluster_resources().get("GPU", 0))
+
+
+def pending_requests() -> str | None:
+    """Return one line with the resource requests that Ray has not placed, in the words of ``ray status``; None where all are placed.
+
+    Requests within a placement group that has its resources are left out: more nodes would not help them. Ray does not say whose
+    requests these are, so those of other jobs are among them. Only an autoscaler of Ray's second version says what is infeasible.
+    """
+    status = _cluster_status()
+    state, autoscaler = status.cluster_resource_state, status.autoscaling_state
+    infeasible = {
+        *map(_request_words, autoscaler.infeasible_resource_requests),
+        *map(_group_words, autoscaler.infeasible_gang_resource_requests),
+    }
+    counts: Counter[tuple[str, str]] = Counter()
+    for entry in state.pending_resource_requests:
+        if not any(name.startswith(IN_A_GROUP) for name in entry.request.resources_bundle):
+            counts[_request_words(entry.request), "tasks/actors"] += entry.count
+    counts.update((_group_words(group), "placement groups") for group in state.pending_gang_resource_requests)
+    lines = (
+        f"{words}: {count}+ pending {kind}{' (infeasible)' if words in infeasible else ''}"
+        for (words, kind), count in sorted(counts.items())
+    )
+    return ", ".join(lines) or None
+
+
+def _cluster_status() -> Any:
+    reply = autoscaler_pb2.GetClusterStatusReply()
+    reply.ParseFromString(ray._private.worker.global_worker.gcs_client.get_cluster_status(timeout_s=STATUS_SECONDS))
+    return reply
+
+
+def _request_words(request: Any) -> str:
+    constraints = [constraint for selector in request.label_selectors for constraint in selector.label_constraints]
+    labels = sorted(
+        f"{its.label_key}{'!=' if its.operator == common_pb2.LABEL_OPERATOR_NOT_IN else '='}{'|'.join(its.label_values)}"
+        for its in constraints
+    )
+    return f"{dict(sorted(request.resources_bundle.items()))}{' on ' + ', '.join(labels) if labels else ''}"
+
+
+def _group_words(group: Any) -> str:
+    requests = (
+        group.bundle_selectors[0].resource_requests if group.bundle_selectors else group.requests
+    )  # the first alternative is preferred
+    return ", ".join(f"{words} * {number}" for words, number in sorted(Counter(map(_request_words, requests)).items()))
+
+
+def can_place(bundle: Mapping[str, float], *, number: int, labels: Mapping[str, str]) -> bool:
+    """Return whether nodes with these labels can hold ``bundle`` ``number`` times: now, or once the autoscaler has started them.
+
+    A placement group asks for it, and is removed when the answer is there. Without an answer within ``AUTOSCALER_SECONDS`` the
+    answer is no.
+    """
+    group = placement_group([dict(bundle)] * number, bundle_label_selector=[dict(labels)] * number)
+    asked_in: int | None = None
+    until = time.monotonic() + AUTOSCALER_SECONDS
+    try:
+        while time.monotonic() < until:
+            if group.wait(0.5):
+                return True
+            status = _cluster_status()
+            state, autoscaler = status.cluster_resource_state, status.autoscaling_state
+            if asked_in is None:
+                if _is_among(group.id.hex(), state.pending_gang_resource_requests):
+                    asked_in = state.cluster_resource_state_version
+            elif autoscaler.last_seen_cluster_resource_state_version > asked_in:
+                return not _is_among(group.id.hex(), autoscaler.infeasible_gang_resource_requests)
+        return False
+    finally:
+        remove_placement_group(group)
+
+
+def _is_among(group_id: str, groups: Any) -> bool:
+    return any(str(group.details).partition(":")[0] == group_id for group in groups)

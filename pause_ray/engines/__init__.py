@@ -1,1 +1,0 @@
-"""Ways to get text from a model."""

@@ -1,0 +1,1 @@
+"""Questions hidden in long contexts: asked, answered, graded, kept and compared."""

@@ -1,0 +1,188 @@
+"""Cells in, answered and graded cells out: prompts, their walk, the engine, the score. Knows no Ray and no files."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from pause_ray.evaluation.haystack import ask
+from pause_ray.evaluation.ledger import CellResult, FactResult
+from pause_ray.evaluation.prefix_plan import by_position, plan
+from pause_ray.evaluation.scorers import Score, Unscored, grade
+from pause_ray.evaluation.suite import Cell
+from pause_ray.inference.engine import Completion, Engine, EngineError, Reuse, Step
+from pause_ray.text.pauses import PausePolicy
+from pause_ray.text.prompts import BuiltPrompt, PromptBuilder
+from pause_ray.text.tokenizer import Marker, ModelTokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """What the ledger says about who was asked, beyond the cell itself."""
+
+    arm: str
+    model: str
+    """The model's source, as in the spec."""
+    adapter: str | None
+    """Digest of the checkpoint, or None for the base model."""
+    pauses: str
+    """The pause policy in a few words or as digest; ``none`` for no pauses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """Turns the cells of one haystack and policy into prompts, and answers back into text."""
+
+    builder: PromptBuilder
+    tokenizer: ModelTokenizer
+    policy: PausePolicy | None
+    marker: Marker
+    max_new_tokens: int
+
+    def prompts(self, cells: Sequence[Cell]) -> list[BuiltPrompt]:
+        """Prompt of each cell. The shortest and the longest are built first, so that a grid that cannot be built fails at once.
+
+        Raises:
+            TextError: a prompt cannot be built.
+        """
+        by_length = sorted(cells, key=lambda cell: cell.context_tokens)
+        built: dict[str, BuiltPrompt] = {}
+        for cell in (*by_length[:1], *by_length[-1:], *by_position(cells)):
+            if cell.id not in built:
+                built[cell.id] = ask(cell, self.builder)
+        return [built[cell.id] for cell in cells]
+
+    def step(self, cell: Cell, prompt: BuiltPrompt, *, keep_tokens: int, drafts: bool) -> Step:
+        """What an engine gets."""
+        draft = tuple(int(token) for token in self.tokenizer.encode(cell.draft).ids) if drafts and cell.draft else ()
+        return Step(prompt=prompt, keep_tokens=keep_tokens, draft_ids=draft, max_new_tokens=self.max_new_tokens)
+
+    def shown(self, completion: Completion) -> str:
+        """The answer's text with the markers that it copied, which an engine leaves out where they are entries of the vocabulary."""
+        token = self.marker.token
+        if token is None or token.token_id not in completion.ids:
+            return completion.text
+        edges = [-1, *(place for place, token_id in enumerate(completion.ids) if token_id == token.token_id), len(completion.ids)]
+        return token.text.join(self.tokenizer.decode(completion.ids[before + 1 : after]) for before, after in itertools.pairwise(edges))
+
+    def graded(self, cell: Cell, completion: Completion) -> Score | Unscored:
+        """The answer's score; a copied marker is no part of what was said, of whichever kind it is."""
+        said = completion.text.replace(self.policy.marker.strip(), "") if self.policy else completion.text
+        return grade(said, cell.facts, scorer=cell.scorer, labels=cell.labels, question=cell.question)
+
+
+class Asked(NamedTuple):
+    """A cell and the step that asks it."""
+
+    cell: Cell
+    step: Step
+
+
+def planned(cells: Sequence[Cell], *, reader: Reader, grain_tokens: int, reuse: Reuse = "full", drafts: bool = True) -> list[Asked]:
+    """The cells of one haystack in the order of their walk.
+
+    Raises:
+        TextError: a prompt cannot be built.
+    """
+    prompts = reader.prompts(cells)
+    lengths = [cell.context_tokens for cell in cells]
+    walk = plan([prompt.ids for prompt in prompts], reuse=reuse, grain_tokens=grain_tokens, lengths=lengths)
+    return [
+        Asked(cells[visit.prompt], reader.step(cells[visit.prompt], prompts[visit.prompt], keep_tokens=visit.keep_tokens, drafts=drafts))
+        for visit in walk.visits
+    ]
+
+
+def answer_cells(asked: Sequence[Asked], *, engine: Engine, reader: Reader, condition: Condition) -> Iterator[CellResult]:
+    """Ask the engine; results come as they are answered, in the order of ``asked`` where the engine keeps one.
+
+    Raises:
+        ModelError: a prompt is longer than the model takes, or the engine cannot be asked at all.
+    """
+    for place, outcome in engine.answer([step for _, step in asked]):
+        cell, step = asked[place]
+        yield _row(cell, step.prompt, outcome, reader=reader, condition=condition, engine=engine.name)
+
+
+@runtime_checkable
+class OtherwiseEngine(Engine, Protocol):
+    """An engine that can compute an answer in other shapes."""
+
+    def answer_otherwise(self, step: Step) -> Completion:
+        """The same prompt, cut and computed differently: equal up to the rounding of the precision.
+
+        Raises:
+            EngineError: no answer could be computed.
+        """
+
+
+def answer_otherwise(cells: Sequence[Cell], *, engine: OtherwiseEngine, reader: Reader, condition: Condition) -> list[CellResult]:
+    """The cells' results computed in other shapes, in their order; unscored where none could be computed.
+
+    Raises:
+        TextError: a prompt cannot be built.
+        ModelError: a prompt is longer than the model takes.
+    """
+    results = []
+    for cell, prompt in zip(cells, reader.prompts(cells), strict=True):
+        try:
+            outcome: Completion | EngineError = engine.answer_otherwise(reader.step(cell, prompt, keep_tokens=0, drafts=False))
+        except EngineError as error:
+            outcome = error
+        results.append(_row(cell, prompt, outcome, reader=reader, condition=condition, engine=engine.name))
+    return results
+
+
+def _row(
+    cell: Cell, prompt: BuiltPrompt, outcome: Completion | EngineError, *, reader: Reader, condition: Condition, engine: str
+) -> CellResult:
+    if isinstance(outcome, EngineError):
+        return _result(cell, prompt, None, Unscored(reason=str(outcome)), condition=condition, engine=engine)
+    shown = dataclasses.replace(outcome, text=reader.shown(outcome))
+    return _result(cell, prompt, shown, reader.graded(cell, outcome), condition=condition, engine=engine)
+
+
+def _result(
+    cell: Cell, prompt: BuiltPrompt, completion: Completion | None, verdict: Score | Unscored, *, condition: Condition, engine: str
+) -> CellResult:
+    scores = verdict.fact_scores if isinstance(verdict, Score) else (None,) * len(cell.facts)
+    return CellResult(
+        cell_id=cell.id,
+        task=cell.task,
+        arm=condition.arm,
+        replicate=cell.replicate,
+        sample=cell.sample,
+        seed=cell.seed,
+        model=condition.model,
+        adapter=condition.adapter,
+        pauses=condition.pauses,
+        context_tokens=cell.context_tokens,
+        prompt_tokens=prompt.prompt_tokens,
+        content_tokens=prompt.content_tokens,
+        num_pauses=prompt.num_pauses,
+        rule=prompt.rule,
+        depth_percent=cell.depth_percent,
+        needle_token=prompt.needle_token,
+        facts=tuple(
+            FactResult(text=fact.text, references=fact.references, depth_percent=fact.depth_percent, token=token, score=score)
+            for fact, token, score in zip(cell.facts, prompt.needle_tokens, scores, strict=True)
+        ),
+        question=cell.question,
+        references=cell.references,
+        labels=cell.labels,
+        response=completion.text if completion else None,
+        score=verdict.value if isinstance(verdict, Score) else None,
+        rubric=verdict.rubric if isinstance(verdict, Score) else None,
+        unscored_reason=verdict.reason if isinstance(verdict, Unscored) else None,
+        scorer=cell.scorer,
+        engine=engine,
+        prefilled_tokens=completion.prefilled_tokens if completion else 0,
+        decoded_tokens=completion.decoded_tokens if completion else 0,
+        seconds=completion.seconds if completion else 0.0,
+        margin=completion.margin if completion else None,
+        reference_margin=completion.reference_margin if completion else None,
+        cost=completion.cost if completion else None,
+    )

@@ -1,0 +1,226 @@
+"""The append-only record of answered cells: the truth that MLflow and the report are views of.
+
+One JSON object a line, on disk before ``append`` returns. Knows files, no model and no Ray. One process writes (the
+trial's lock sees to it); others may read at the same time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pause_ray.core.errors import StorageError
+from pause_ray.core.storage import space_errors
+
+log = logging.getLogger("pause_ray")
+
+UNKNOWN_TOKEN = -1
+"""Stands for a place in the prompt in rows that do not say where a fact landed, such as imported ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactResult:
+    """What became of one hidden fact."""
+
+    text: str
+    references: tuple[str, ...]
+    """Empty for a distractor."""
+    depth_percent: float
+    """Where it was to go."""
+    token: int
+    """Index in the prompt of its first token, or ``UNKNOWN_TOKEN``."""
+    score: float | None
+    """Share of its references that the answer contains; None without references or answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellResult:
+    """One answered cell. Scored: ``score`` and ``rubric`` are numbers; unscored: ``unscored_reason`` is text."""
+
+    cell_id: str
+    task: str
+    arm: str
+    replicate: int
+    sample: int = 0
+    """Which of the random samples of a length; 0 where depths are given."""
+    seed: int
+    model: str
+    adapter: str | None
+    pauses: str
+    context_tokens: int
+    prompt_tokens: int
+    content_tokens: int
+    num_pauses: int
+    rule: str
+    """What ends a paragraph in the documents that the context reads, ``+`` between several."""
+    depth_percent: float
+    """Of the first fact."""
+    needle_token: int
+    """Index in the prompt of the first fact's first token, or ``UNKNOWN_TOKEN``."""
+    facts: tuple[FactResult, ...]
+    """All that was hidden, the first fact first."""
+    question: str
+    references: tuple[str, ...]
+    """Of all facts."""
+    labels: tuple[str, ...] = ()
+    """All answers that the task knows, where the scorer needs them."""
+    response: str | None
+    score: float | None
+    rubric: int | None
+    unscored_reason: str | None
+    scorer: str
+    engine: str
+    prefilled_tokens: int
+    decoded_tokens: int
+    seconds: float
+    margin: float | None = None
+    """Smallest gap between the best and the second-best logit over the answer: how near it was to another answer."""
+    reference_margin: float | None = None
+    """Gap between the chosen token's logit and the reference's where the answer first leaves it; None if it never does."""
+    cost: float | None = None
+    """Of an endpoint's answer, where prices were given."""
+    transcript: str | None = None
+    """What a judge wrote."""
+
+    def __post_init__(self) -> None:
+        if (self.score is None) == (self.unscored_reason is None):
+            raise ValueError(f"cell {self.cell_id}: needs either a score or the reason why there is none")
+        if self.score is not None and not 0 <= self.score <= 1:
+            raise ValueError(f"cell {self.cell_id}: score {self.score} is outside 0 to 1")
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> CellResult:
+        """The inverse of ``row``.
+
+        Raises:
+            TypeError: a column is missing or unknown.
+            ValueError: neither or both of score and reason.
+        """
+        if not isinstance(row, dict) or not all(isinstance(fact, dict) for fact in row.get("facts", ())):
+            raise TypeError("not a mapping of columns")
+        facts = tuple(FactResult(**{**fact, "references": tuple(fact.get("references", ()))}) for fact in row.get("facts", ()))
+        lists: dict[str, Any] = {name: tuple(row[name]) for name in ("references", "labels") if name in row}
+        return cls(**{**row, **lists, "facts": facts})
+
+    def row(self) -> dict[str, Any]:
+        """Plain JSON data, one entry per column."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), ensure_ascii=False))
+        return plain
+
+
+class Ledger:
+    """``cells.jsonl`` of one trial.
+
+    A process that dies while appending leaves at most a last line without its end. Readers pass over it; the next
+    append cuts it off, and its cell counts as not asked. A cell that could not be scored counts as not done either: when
+    its trial is resumed it is asked again, and the later row stands for it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._scored: set[str] | None = None
+
+    def rows(self) -> list[CellResult]:
+        """The last complete row of every cell, oldest first; none if there is no file yet.
+
+        Raises:
+            StorageError: a line that is no row, which no interrupted run leaves behind, or a second row of a cell that was scored.
+        """
+        lines, half = self._lines()
+        if half:
+            log.warning("%s: the last line was not written to its end (%d bytes); its cell is asked again", self.path, len(half))
+        rows: dict[str, CellResult] = {}
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = CellResult.from_row(json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise StorageError(
+                    f"{self.path}: line {number} is no cell result ({error}); remove the line and run again, its cell is asked again"
+                ) from error
+            before = rows.pop(row.cell_id, None)
+            if before is not None and before.score is not None:
+                raise StorageError(f"{self.path}: line {number} has cell {row.cell_id} for the second time; remove one of the two lines")
+            rows[row.cell_id] = row
+        return list(rows.values())
+
+    def done_ids(self) -> frozenset[str]:
+        """Ids of the cells that need not be asked again: those with a score."""
+        return frozenset(row.cell_id for row in self.rows() if row.score is not None)
+
+    def append(self, result: CellResult) -> None:
+        """Add one row; on return it is on disk.
+
+        Raises:
+            StorageError: disk full or not writable; the ledger is then as it was before.
+            ValueError: the cell is already there with a score.
+        """
+        if self._scored is None:
+            self._scored = set(self.done_ids())
+            self._cut_half_line()
+        if result.cell_id in self._scored:
+            raise ValueError(f"cell {result.cell_id} is already in {self.path}")
+        line = json.dumps(result.row(), ensure_ascii=False, allow_nan=False) + "\n"
+        self._write(line.encode("utf-8"))
+        if result.score is not None:
+            self._scored.add(result.cell_id)
+
+    def _write(self, line: bytes) -> None:
+        with space_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        size = os.fstat(descriptor).st_size
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(descriptor, line[written:])
+            os.fsync(descriptor)
+        except OSError as error:
+            os.ftruncate(descriptor, size)
+            raise StorageError(
+                f"{self.path}: a row could not be written ({error.strerror}); free space and run again, answered cells are kept"
+            ) from error
+        finally:
+            os.close(descriptor)
+
+    def _cut_half_line(self) -> None:
+        _, half = self._lines()
+        if half:
+            with space_errors(self.path):
+                os.truncate(self.path, self.path.stat().st_size - len(half))
+
+    def _lines(self) -> tuple[list[bytes], bytes]:
+        """The complete lines, and the bytes after the last line's end."""
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return [], b""
+        *lines, half = data.split(b"\n")
+        return lines, half
+
+
+def to_parquet(rows: Sequence[CellResult], path: Path) -> None:
+    """The rows as one table, a column each, in the ledger's order.
+
+    Raises:
+        StorageError: disk full or not writable.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {"int": pa.int64(), "float": pa.float64(), "str": pa.string(), "tuple[str, ...]": pa.list_(pa.string())}
+
+    def columns(row: type[FactResult] | type[CellResult]) -> list[tuple[str, pa.DataType]]:
+        return [(field.name, kinds[str(field.type).removesuffix(" | None")]) for field in dataclasses.fields(row)]
+
+    kinds["tuple[FactResult, ...]"] = pa.list_(pa.struct(columns(FactResult)))
+    fields = columns(CellResult)
+    table = pa.Table.from_pylist([row.row() for row in rows], schema=pa.schema(fields))
+    with space_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, path)

@@ -1,0 +1,181 @@
+"""A grid as a plan: in which order prompts are computed, and how much of each the one before has computed already.
+
+The prompts of a grid are paths in a tree of tokens. The trunk is the paused haystack; a fact at some position is a branch;
+each context length is a stop on that branch, and the question after it a twig. Walking the tree depth first computes every
+node once and holds one path: keys and values of one prompt are all the memory that a grid needs. Sorted by their tokens,
+prompts stand in the order of such a walk, and each has its longest common beginning with its predecessor, so the plan needs
+no knowledge of facts, pauses or questions, and is right for every task.
+
+Pure: knows tokens, no engine, no torch and no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pause_ray.evaluation.suite import Cell
+from pause_ray.inference.engine import Reuse, grain_of
+from pause_ray.models.shape import ModelShape
+
+Ids = NDArray[np.int32]
+
+
+class Visit(NamedTuple):
+    """One prompt of a walk."""
+
+    prompt: int
+    """Which of the planned prompts."""
+    keep_tokens: int
+    """Leading tokens that it has in common with the visit before and that are not computed again."""
+    num_tokens: int
+    """All of the prompt's."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The visits of a plan, in their order."""
+
+    visits: tuple[Visit, ...]
+
+    @property
+    def asked_tokens(self) -> int:
+        """Of all prompts: what is computed where nothing is shared."""
+        return sum(visit.num_tokens for visit in self.visits)
+
+    @property
+    def prefilled_tokens(self) -> int:
+        """What is computed on this walk."""
+        return sum(visit.num_tokens - visit.keep_tokens for visit in self.visits)
+
+    @property
+    def longest_tokens(self) -> int:
+        """Of one prompt: as many keys and values are held at most, and those of its answer."""
+        return max((visit.num_tokens for visit in self.visits), default=0)
+
+
+def plan(prompts: Sequence[Ids], *, reuse: Reuse = "full", grain_tokens: int = 1, lengths: Sequence[int] = ()) -> Walk:
+    """The walk over ``prompts`` that computes least.
+
+    Args:
+        prompts: Token ids, each 1-D and not empty.
+        reuse: ``full``: every common beginning is computed once; ``depth``: only among prompts of one asked length, as a loop
+            over depths does; ``none``: nothing is shared.
+        grain_tokens: Only multiples of this are kept (``Engine.grain_tokens``).
+        lengths: Asked length of each prompt, for ``depth``.
+    """
+    keys = [prompt.astype(">u4").tobytes() for prompt in prompts]
+    groups = list(lengths) if reuse == "depth" else [0] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: (groups[index], keys[index]))
+    visits = list[Visit]()
+    for place, index in enumerate(order):
+        before = order[place - 1] if place else None
+        shares = before is not None and reuse != "none" and groups[before] == groups[index]
+        kept = reusable_tokens(prompts[before], prompts[index], grain_tokens=grain_tokens) if before is not None and shares else 0
+        visits.append(Visit(index, kept, len(prompts[index])))
+    return Walk(tuple(visits))
+
+
+def reusable_tokens(computed: Ids, prompt: Ids, *, grain_tokens: int) -> int:
+    """Leading tokens of ``prompt`` that need no computing right after ``computed``.
+
+    The last token is always computed, for its logits; so is a whole last chunk of ``computed``, which was computed together
+    with a draft of its answer where prompts are kept by chunks.
+    """
+    length = min(len(computed), len(prompt))
+    different = computed[:length] != prompt[:length]
+    shared = min(int(different.argmax()) if different.any() else length, length - 1)
+    return shared - shared % grain_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a walk takes, from the model's ``config.json`` alone."""
+
+    num_prompts: int
+    asked_tokens: int
+    prefilled_tokens: int
+    prefill_flops: int
+    """Floating-point operations (two per multiply-add) of the forward passes over prompts; attention counts every key that a
+    chunk of queries meets. Answers come on top: ``answer_flops`` each at most."""
+    answer_flops: int
+    """Of one answer of full length after the longest prompt, token by token."""
+    kv_bytes: int
+    """Keys and values of the longest prompt and its answer and, where answers go on together, of as many tokens again that are
+    their own: the most that are held at a time."""
+    weight_bytes: int
+
+
+def forecast(
+    walk: Walk,
+    shape: ModelShape,
+    *,
+    chunk_tokens: int,
+    decode_batch: int = 1,
+    max_new_tokens: int,
+    dtype: str,
+    quantize: str | None = None,
+) -> Forecast:
+    """Tokens, operations and memory of a walk, before anything is loaded."""
+    bytes_per_value = 4 if dtype == "float32" else 2
+    grain = grain_of(dtype=dtype, quantize=quantize, chunk_tokens=chunk_tokens)
+    longest = walk.longest_tokens
+    held = longest + max_new_tokens
+    if decode_batch > 1:
+        held += held + decode_batch * max_new_tokens
+    return Forecast(
+        num_prompts=len(walk.visits),
+        asked_tokens=walk.asked_tokens,
+        prefilled_tokens=walk.prefilled_tokens,
+        prefill_flops=sum(
+            shape.prompt_flops(prompt_tokens=visit.num_tokens, kept_tokens=visit.keep_tokens, chunk_tokens=chunk_tokens, grain_tokens=grain)
+            for visit in walk.visits
+        ),
+        answer_flops=sum(shape.forward_flops(new_tokens=1, past_tokens=longest + place, logit_rows=1) for place in range(max_new_tokens)),
+        kv_bytes=held * shape.kv_bytes_per_token(bytes_per_value),
+        weight_bytes=shape.weight_bytes(dtype, quantize),
+    )
+
+
+def by_position(cells: Iterable[Cell]) -> list[Cell]:
+    """Cells so that neighbours share much, without their prompts: by position of the first fact, then by length."""
+    return sorted(cells, key=lambda cell: (cell.replicate, cell.sample, cell.seed, _position(cell), cell.context_tokens, cell.id))
+
+
+def split_for_actors(cells: Sequence[Cell], *, num_actors: int) -> list[list[Cell]]:
+    """At most ``num_actors`` runs of neighbours, of about equal work, no cell left out or doubled."""
+    ordered = by_position(cells)
+    costs = new_tokens(ordered)
+    share = sum(costs) / num_actors
+    runs: list[list[Cell]] = [[] for _ in range(num_actors)]
+    done = 0.0
+    for cell, cost in zip(ordered, costs, strict=True):
+        runs[min(num_actors - 1, int((done + cost / 2) / share))].append(cell)
+        done += cost
+    return [run for run in runs if run]
+
+
+def new_tokens(cells: Sequence[Cell]) -> list[float]:
+    """About how many prompt tokens each cell adds to what its predecessor computed, for cells in the order ``by_position``."""
+    costs: list[float] = []
+    last_position, last_length = 0.0, 0
+    for cell in cells:
+        position = _position(cell)
+        shared = min(last_length, cell.context_tokens) if position == last_position else min(position, last_position, last_length)
+        costs.append(cell.context_tokens - shared)
+        last_position, last_length = position, cell.context_tokens
+    return costs
+
+
+def _position(cell: Cell) -> float:
+    """About how many tokens stand before the first fact that differs from cell to cell."""
+    first = cell.facts[0]
+    if len(cell.facts) > 1 and all(fact.position_tokens is not None for fact in cell.facts):
+        return cell.context_tokens  # the same facts in every cell: only the question differs
+    if first.position_tokens is not None:
+        return first.position_tokens
+    return min(fact.depth_percent for fact in cell.facts) / 100 * cell.context_tokens

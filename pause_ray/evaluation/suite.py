@@ -1,0 +1,308 @@
+"""What is asked: suites and their cells. Pure specs and their expansion; renders nothing, loads nothing.
+
+A suite is a task (what is hidden and asked, ``needle.tasks``) on a grid: context lengths × needle positions. Positions are
+percent of each length, as published; or one absolute lattice for all lengths; or random samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from pause_ray.core.spec import Spec, digest
+from pause_ray.data.documents import SourceSpec
+from pause_ray.evaluation.question import Fact, PlacedFact, Question
+from pause_ray.evaluation.tasks.combine import CombineTask
+from pause_ray.evaluation.tasks.key_value import KeyValueTask
+from pause_ray.evaluation.tasks.keyed import MOST_FACTS, KeyedTask
+from pause_ray.evaluation.tasks.ruler import RulerNiahTask, VariableTrackingTask
+from pause_ray.evaluation.tasks.stock import MultiTask, SingleTask
+from pause_ray.evaluation.tasks.uuids import UuidChainTask, UuidTask
+from pause_ray.text.prompts import PromptSpec
+
+TaskSpec = Annotated[
+    SingleTask | MultiTask | UuidTask | UuidChainTask | RulerNiahTask | VariableTrackingTask | KeyValueTask | KeyedTask | CombineTask,
+    Field(discriminator="kind"),
+]
+Scorer = Literal["keywords", "all", "exact", "string_match", "label", "furthest"]
+_SIGMOID_STEEPNESS = 0.1
+"""Per percent; the original's value, around 50 %."""
+_KEYED_CHARS_PER_TOKEN = 3
+"""Names and numbers make shorter tokens than prose."""
+
+
+class SuiteSpec(Spec):
+    """A task on a grid of context lengths × needle positions, and how to ask (``eval/suites/*.yaml``)."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """Short name; the ledger's ``task``."""
+    task: TaskSpec
+    """What is hidden and asked."""
+    scorer: Scorer = "keywords"
+    """From an answer to a score (``needle.score``). ``label`` is for task combine, ``furthest`` for task uuid_chain."""
+    haystack: tuple[SourceSpec, ...] = ()
+    """Documents that contexts are cut from, joined by blank lines in a seeded order. Empty: ``noise``, or the task's own lines."""
+    noise: str | None = None
+    """Sentences that are repeated for ever, instead of documents."""
+    context_tokens: tuple[int, ...] = Field(min_length=1)
+    """Asked lengths of the whole rendered prompt in the model's tokens (pauses aside under ``budget: content``). In YAML also
+    ``{from: 1000, to: 16000, count: 35}``, evenly spaced."""
+    depth_percent: tuple[float, ...] = ()
+    """Where the first fact goes, in percent of the context: 0 is its beginning, 100 its end. In YAML also
+    ``{from: 0, to: 100, count: 35, spacing: linear}``, or ``spacing: sigmoid``: denser at both ends."""
+    lattice_tokens: int | None = Field(default=None, ge=1)
+    """Instead of ``depth_percent``: the first fact stands at multiples of this many haystack tokens, the same at every length, and
+    at its end. Positions in common make a grid several times cheaper."""
+    samples: int | None = Field(default=None, ge=1)
+    """Instead of ``depth_percent``: this many questions per length, their facts at random positions."""
+    max_new_tokens: int = Field(default=48, ge=1)
+    """Longest answer."""
+    prompt: PromptSpec = PromptSpec()
+    """The chat around the context."""
+    repeat_haystack: bool = False
+    """Repeat the documents when they are shorter than the longest context; otherwise that is an error."""
+
+    @field_validator("context_tokens", "depth_percent", mode="before")
+    @classmethod
+    def _as_strict_tuple(cls, value: Any) -> Any:
+        """What a strict schema takes after a validator. Validators that are written last run first."""
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("context_tokens", mode="before")
+    @classmethod
+    def _spelt_out_lengths(cls, value: Any) -> Any:
+        return [round(length) for length in _spaced(value, low=None, spacings=("linear",))] if isinstance(value, dict) else value
+
+    @field_validator("depth_percent", mode="before")
+    @classmethod
+    def _spelt_out_depths(cls, value: Any) -> Any:
+        return [round(depth, 3) for depth in _spaced(value, low=0.0, spacings=("linear", "sigmoid"))] if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _grid_is_sane(self) -> Self:
+        for depth in self.depth_percent:
+            if not 0 <= depth <= 100:
+                raise ValueError(f"depth_percent {depth:g} is outside 0 to 100")
+        for tokens in self.context_tokens:
+            if tokens < 1:
+                raise ValueError(f"context_tokens {tokens} must be at least 1")
+        for name, values in (("context_tokens", self.context_tokens), ("depth_percent", self.depth_percent)):
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} names a value twice: {list(values)}")
+        axes = {"depth_percent": bool(self.depth_percent), "lattice_tokens": bool(self.lattice_tokens), "samples": bool(self.samples)}
+        if sum(axes.values()) != 1:
+            given = [name for name, is_given in axes.items() if is_given] or "none"
+            raise ValueError(f"needs one of depth_percent, lattice_tokens and samples, given: {given}")
+        return self
+
+    @model_validator(mode="after")
+    def _has_text_to_hide_in(self) -> Self:
+        has_own = self.task.has_filler
+        if sum((bool(self.haystack), self.noise is not None, has_own)) != 1:
+            own = f"the lines of task {self.task.kind}" if has_own else f"task {self.task.kind} has no lines of its own"
+            raise ValueError(f"facts need one text to be hidden in: haystack, or noise, or the task's lines ({own})")
+        if self.noise is not None and not self.noise.strip():
+            raise ValueError("noise is empty; write a few sentences")
+        return self
+
+    @model_validator(mode="after")
+    def _keyed_facts_have_depths(self) -> Self:
+        if isinstance(self.task, KeyedTask) and not 2 <= len(self.depth_percent) <= MOST_FACTS:
+            raise ValueError(
+                f"task keyed hides a fact at every depth of one context; give depth_percent, 2 to {MOST_FACTS} depths "
+                f"(here: {len(self.depth_percent)})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _task_has_what_the_scorer_reads(self) -> Self:
+        if self.scorer in ("label", "furthest") and self.scorer != self.task.label_scorer:
+            raise ValueError(f"scorer {self.scorer} reads labels that task {self.task.kind} does not have; use another, such as keywords")
+        return self
+
+    @property
+    def num_positions(self) -> dict[int, int]:
+        """Length → cells of one replicate at it."""
+        return {tokens: len(list(_positions(self, tokens))) for tokens in self.context_tokens}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One question: task × context length × needle position × replicate."""
+
+    task: str
+    context_tokens: int
+    depth_percent: float
+    """Of the first fact."""
+    replicate: int
+    sample: int
+    """Which of the random samples; 0 on other grids."""
+    seed: int
+    facts: tuple[PlacedFact, ...]
+    question: str
+    answer_prefix: str
+    draft: str
+    """A likely answer; not part of what is asked."""
+    labels: tuple[str, ...]
+    scorer: Scorer
+    identity: str
+    """Digest of all that changes the answer: suite, model, adapter, pauses, seed (given by the trial)."""
+
+    @functools.cached_property
+    def id(self) -> str:
+        """The resume key: same id, same question put to the same model."""
+        asked = dataclasses.asdict(self)
+        del asked["draft"]
+        return digest(asked)
+
+    @property
+    def words(self) -> str:
+        """For a line of a log: ``cell of 4096 tokens at depth 50 % (1c3e52d7)``."""
+        return f"cell of {self.context_tokens} tokens at depth {self.depth_percent:g} % ({self.id[:8]})"
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Of all facts."""
+        return tuple(reference for fact in self.facts for reference in fact.references)
+
+
+def cells(suite: SuiteSpec, *, identity: str, replicate: int, seed: int) -> list[Cell]:
+    """Every cell of one replicate, in the order length by length, position by position."""
+    return [
+        Cell(
+            task=suite.name,
+            context_tokens=tokens,
+            depth_percent=facts[0].depth_percent,
+            replicate=replicate,
+            sample=position.sample,
+            seed=seed,
+            facts=facts,
+            question=question.question,
+            answer_prefix=question.answer_prefix,
+            draft=question.draft,
+            labels=question.labels,
+            scorer=suite.scorer,
+            identity=identity,
+        )
+        for tokens in suite.context_tokens
+        for place, position in enumerate(_positions(suite, tokens))
+        for question in (ask_for(suite, seed=seed, replicate=replicate, sample=position.sample, place=place),)
+        for facts in (
+            _placed_by_key(suite, question, place=place, tokens=tokens)
+            if isinstance(suite.task, KeyedTask)
+            else _placed(question, position, seed=seed, replicate=replicate),
+        )
+    ]
+
+
+def ask_for(suite: SuiteSpec, *, seed: int, replicate: int, sample: int, place: int = 0) -> Question:
+    """The question of one replicate and sample; the same at every length and depth, so that these alone differ.
+
+    Only a keyed task asks for another of its facts at each depth, that of index ``place``.
+    """
+    draw = _random(seed, replicate, sample, "question")
+    if isinstance(suite.task, KeyedTask):
+        return suite.task.questions(draw, count=len(suite.depth_percent))[place]
+    return suite.task.question(draw, replicate=replicate)
+
+
+def known_facts(suite: SuiteSpec, *, seed: int, replicate: int) -> tuple[Fact, ...]:
+    """Every fact that an evaluation hides: of a file all of them, of a drawing task those of this replicate."""
+    if isinstance(suite.task, SingleTask | MultiTask):
+        return suite.task.known_facts()
+    if isinstance(suite.task, KeyedTask):
+        places = range(len(suite.depth_percent))
+        return tuple(ask_for(suite, seed=seed, replicate=replicate, sample=0, place=place).facts[0] for place in places)
+    drawn = [ask_for(suite, seed=seed, replicate=replicate, sample=sample) for sample in range(suite.samples or 1)]
+    return tuple(fact for question in drawn for fact in question.facts)
+
+
+@dataclass(frozen=True)
+class _Position:
+    """Where the first fact of a cell goes."""
+
+    depth_percent: float | None
+    """None: anywhere, drawn per sample."""
+    position_tokens: int | None
+    sample: int
+
+
+def _positions(suite: SuiteSpec, tokens: int) -> Iterator[_Position]:
+    if suite.samples is not None:
+        yield from (_Position(None, None, sample) for sample in range(suite.samples))
+    elif suite.lattice_tokens is not None:
+        for place in range(0, tokens, suite.lattice_tokens):
+            yield _Position(round(100 * place / tokens, 3), place, 0)
+        yield _Position(100.0, None, 0)
+    else:
+        yield from (_Position(depth, None, 0) for depth in suite.depth_percent)
+
+
+def _placed(question: Question, position: _Position, *, seed: int, replicate: int) -> tuple[PlacedFact, ...]:
+    """Depths for all facts. Drawn depths are the same at every length."""
+    draw = _random(seed, replicate, position.sample, "depths")
+    drawn = [round(100 * draw.random(), 1) for _ in question.facts]
+    first = position.depth_percent
+    if first is None:
+        depths = sorted(drawn) if question.in_order else drawn
+    elif question.in_order or question.spread == "spaced":
+        depths = [first + place * (100 - first) / len(drawn) for place in range(len(drawn))]
+    else:
+        depths = [first, *drawn[1:]]
+    return tuple(
+        PlacedFact(
+            text=fact.text,
+            references=fact.references,
+            depth_percent=round(depth, 3),
+            position_tokens=position.position_tokens if place == 0 else None,
+        )
+        for place, (fact, depth) in enumerate(zip(question.facts, depths, strict=True))
+    )
+
+
+def _placed_by_key(suite: SuiteSpec, question: Question, *, place: int, tokens: int) -> tuple[PlacedFact, ...]:
+    """Facts at the same haystack tokens whichever of them is asked for; by depth, the question's own length would move them."""
+    others = [other for other in range(len(question.facts)) if other != place]
+    chars = [len(fact.text) + 1 for fact in question.facts]
+    chat = [suite.prompt.system or "", suite.prompt.before, suite.prompt.user_after(question="", instruction=None)]
+    room = max(
+        0, tokens - (sum(chars) + 2 * max(chars) + sum(map(len, chat))) // _KEYED_CHARS_PER_TOKEN
+    )  # a question has up to two facts' words
+    return tuple(
+        PlacedFact(
+            text=fact.text,
+            references=fact.references,
+            depth_percent=suite.depth_percent[at],
+            position_tokens=int(room * suite.depth_percent[at] / 100),
+        )
+        for fact, at in zip(question.facts, [place, *others], strict=True)
+    )
+
+
+def _random(*parts: object) -> random.Random:
+    return random.Random(digest([str(part) for part in parts]))  # noqa: S311 (drawn questions must be the same everywhere)
+
+
+def _spaced(wanted: dict[str, Any], *, low: float | None, spacings: tuple[str, ...]) -> list[float]:
+    """Values from ``{from, to, count, spacing}``; sigmoid after the original tester, whose end points are kept."""
+    unknown = set(wanted) - {"from", "to", "count", "spacing"}
+    begin, end, count, spacing = wanted.get("from", low), wanted.get("to"), wanted.get("count"), wanted.get("spacing", "linear")
+    numbers = [value for value in (begin, end) if isinstance(value, int | float) and not isinstance(value, bool)]
+    if unknown or len(numbers) != 2 or numbers[0] >= numbers[1] or type(count) is not int or count < 2 or spacing not in spacings:
+        raise ValueError(
+            f"spaced values need from < to, count of at least 2 and spacing {' or '.join(spacings)}, given {wanted}; "
+            "for example {from: 0, to: 100, count: 35}"
+        )
+    steps = [numbers[0] + (numbers[1] - numbers[0]) * place / (count - 1) for place in range(count)]
+    if spacing == "linear":
+        return steps
+    if numbers != [0, 100]:
+        raise ValueError(f"spacing sigmoid is a curve from 0 to 100 percent, given from {numbers[0]:g} to {numbers[1]:g}")
+    return [steps[0], *(100 / (1 + math.exp(-_SIGMOID_STEEPNESS * (step - 50))) for step in steps[1:-1]), steps[-1]]

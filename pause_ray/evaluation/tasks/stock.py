@@ -1,0 +1,128 @@
+"""Facts from a file, asked for one at a time or together.
+
+``single`` is the protocol of github.com/gkamradt/LLMTest_NeedleInAHaystack v0.1, ``multi`` its multi-needle variant and that of
+the pause-tuning paper (arXiv 2502.20405), where the score says which of the facts was told.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pause_ray.core.spec import Spec
+from pause_ray.evaluation.question import Fact, LabelScorer, Question
+from pause_ray.text.segments import plain
+
+
+class NeedleSpec(Spec):
+    """One fact, its question, and the keywords a right answer contains."""
+
+    needle: str = Field(min_length=1)
+    """The sentence that is hidden; inserted as a sentence of its own."""
+    question: str = Field(min_length=1)
+    """What is asked after the context."""
+    keywords: tuple[str, ...] = Field(min_length=1)
+    """The score is the share of these that the answer contains; letter case, white space and Unicode compatibility forms aside."""
+
+    @model_validator(mode="after")
+    def _question_does_not_answer(self) -> Self:
+        check_asked(self.question, {self.needle: self.keywords})
+        return self
+
+
+class NeedleFile(Spec):
+    """A file of needles (``eval/needles/*.yaml``)."""
+
+    needles: tuple[NeedleSpec, ...] = Field(min_length=1)
+    """The needles; replicate r asks for needle r modulo their number."""
+
+
+class NeedleGroup(Spec):
+    """Several facts that one question asks for."""
+
+    question: str = Field(min_length=1)
+    """What is asked after the context."""
+    needles: dict[str, tuple[str, ...]] = Field(min_length=2)
+    """Sentence that is hidden → the keywords that tell it was found."""
+
+    @model_validator(mode="after")
+    def _question_does_not_answer(self) -> Self:
+        check_asked(self.question, self.needles)
+        return self
+
+    @model_validator(mode="after")
+    def _facts_are_told_apart(self) -> Self:
+        for needle, keywords in self.needles.items():
+            if not keywords:
+                raise ValueError(f"the needle {needle!r} has no keywords; give what tells that it was found")
+            for other in self.needles:
+                shared = [word for word in keywords if other != needle and plain(word) in plain(other)]
+                if shared:
+                    raise ValueError(f"the needle {other!r} tells the keywords {shared} of {needle!r}; facts could not be scored apart")
+        return self
+
+
+class NeedleGroupFile(Spec):
+    """A file of groups of needles (``eval/needles/*.yaml``)."""
+
+    groups: tuple[NeedleGroup, ...] = Field(min_length=1)
+    """The groups; replicate r asks for group r modulo their number."""
+
+
+class SingleTask(Spec):
+    """One fact of a file, hidden at the cell's depth; replicate r asks for fact r modulo their number."""
+
+    has_filler: ClassVar[bool] = False
+    label_scorer: ClassVar[LabelScorer | None] = None
+    kind: Literal["single"]
+    needles: NeedleFile
+    """In YAML, the path of a file."""
+
+    def question(self, draw: random.Random, *, replicate: int) -> Question:
+        """The replicate's fact; nothing is drawn."""
+        spec = self.needles.needles[replicate % len(self.needles.needles)]
+        return Question(facts=(Fact(text=spec.needle, references=spec.keywords),), question=spec.question, draft=spec.needle)
+
+    def known_facts(self) -> tuple[Fact, ...]:
+        """Of every replicate: none of them may occur in training text."""
+        return tuple(Fact(text=spec.needle, references=spec.keywords) for spec in self.needles.needles)
+
+
+class MultiTask(Spec):
+    """Several facts in one context and one question for all of them; scored per fact."""
+
+    has_filler: ClassVar[bool] = False
+    label_scorer: ClassVar[LabelScorer | None] = None
+    kind: Literal["multi"]
+    groups: NeedleGroupFile
+    """In YAML, the path of a file; replicate r asks for group r modulo their number."""
+    spread: Literal["random", "spaced"] = "spaced"
+    """Where the others go when the first has a depth. ``spaced``: evenly from there to the end, as in the original's multi-needle test."""
+
+    def question(self, draw: random.Random, *, replicate: int) -> Question:
+        """The replicate's group; nothing is drawn."""
+        group = self.groups.groups[replicate % len(self.groups.groups)]
+        facts = tuple(Fact(text=text, references=keywords) for text, keywords in group.needles.items())
+        draft = " ".join(fact.text for fact in facts)
+        return Question(facts=facts, question=group.question, draft=draft, spread=self.spread)
+
+    def known_facts(self) -> tuple[Fact, ...]:
+        """Of every replicate: none of them may occur in training text."""
+        return tuple(Fact(text=text, references=words) for group in self.groups.groups for text, words in group.needles.items())
+
+
+def check_asked(question: str, facts: dict[str, tuple[str, ...]]) -> None:
+    """Refuse a question that tells its answer, and a fact that does not hold it.
+
+    Raises:
+        ValueError: naming the keywords.
+    """
+    for needle, keywords in facts.items():
+        told = [word for word in keywords if plain(word) in plain(question)]
+        if told:
+            raise ValueError(f"the question already contains the keywords {told}; a model could answer without the context")
+        missing = [word for word in keywords if plain(word) not in plain(needle)]
+        if missing:
+            raise ValueError(f"the needle does not contain the keywords {missing}; no answer from it could score")

@@ -1,0 +1,1 @@
+"""Engines that answer prompts: Hugging Face models in this process, endpoints, scripted answers."""

@@ -1,0 +1,587 @@
+"""Greedy answers from a server that speaks the OpenAI protocol: vLLM, SGLang, TGI, ``transformers serve``, a vendor's.
+
+``completions`` sends the token ids that were counted. ``chat`` sends messages, and the server's own template and
+tokenizer make tokens of them. Precision, limits and the reuse of common prefixes are the server's; requests go out in the
+order of the steps, so that neighbours find each other's prefix in its cache. Knows no task.
+"""
+
+from __future__ import annotations
+
+import datetime
+import email.utils
+import json
+import logging
+import os
+import queue
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pause_ray.core.errors import ModelError
+from pause_ray.core.spec import JsonObject, digest
+from pause_ray.core.storage import file_sha256
+from pause_ray.inference.engine import Completion, EndpointSpec, EngineError, LoadedAs, Step
+from pause_ray.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from pause_ray.text.prompts import BuiltPrompt
+from pause_ray.text.tokenizer import ModelTokenizer
+
+OK = 200
+_BUSY = {408, 425, 429}
+"""Statuses below 500 that a later attempt may not get."""
+_LONGEST_PAUSE_SECONDS = 60.0
+_CONNECT_SECONDS = 30.0
+_LARGEST_BODY = 16 * 1024**2
+"""Bytes of one reply; an answer has a few thousand."""
+_QUOTED_CHARS = 240
+_SHORTEST_SECRET = 8
+"""Characters; what is shorter stands in for a key where a server wants none, such as ``EMPTY``, and may be a word of an answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What a server answered, whatever it was."""
+
+    status: int
+    """Of the HTTP reply; of its body where that holds an error with a status, as gateways send under 200."""
+    text: str
+    data: Any
+    """The body as JSON; None if it is none."""
+    location: str
+    """Where a redirect points to; usually empty."""
+    seconds: float
+    """Of the attempt that brought it."""
+
+    @property
+    def quoted(self) -> str:
+        """Status and message, short enough for one line."""
+        return f"{self.status}: {_shortened(_message(self.data) or self.text) or 'an empty body'}"
+
+
+class Connection:
+    """A base URL, how long to wait for it, and how often to try."""
+
+    def __init__(self, url: str, *, key_variable: str | None, timeout_seconds: float, retries: int, first_pause_seconds: float) -> None:
+        self.url = url.rstrip("/")
+        self._key_variable = key_variable
+        self._timeout_seconds = timeout_seconds
+        self._retries = retries
+        self._first_pause_seconds = first_pause_seconds
+
+    def check_key(self) -> None:
+        """Look whether there is a key that can be sent.
+
+        Raises:
+            ModelError: the variable is not set, or holds what cannot be a key.
+        """
+        key, variable = self._key(), self._key_variable
+        if variable is not None and not key:
+            raise ModelError(f"engine.key_variable: the environment variable {variable} is not set where {self.url} is asked; set it there")
+        if not (key.isascii() and key.isprintable()):
+            raise ModelError(f"engine.key_variable: {variable} holds characters that no key has, such as a line end; set it again")
+
+    def ask(
+        self,
+        path: str,
+        body: JsonObject | None = None,
+        *,
+        retries: int | None = None,
+        wants_json: bool = True,
+        stop: threading.Event | None = None,
+    ) -> Reply:
+        """POST ``body``, or GET, until the server gives an answer that is final.
+
+        Args:
+            path: Below the base URL.
+            body: JSON to send; None for GET.
+            retries: Attempts after the first; None for the connection's own number.
+            wants_json: A reply of 200 that is no whole JSON counts as lost on the way.
+            stop: Ends the waiting between attempts.
+
+        Raises:
+            EngineError: no final answer in any attempt, or the server asks to wait longer than an answer may take.
+        """
+        stop = stop or threading.Event()
+        retries = self._retries if retries is None else retries
+        for attempt in range(retries + 1):
+            reply, trouble, wanted_pause = self._attempt(path, body, wants_json=wants_json)
+            if reply is not None:
+                return reply
+            if attempt == retries or wanted_pause > self._timeout_seconds or stop.wait(max(wanted_pause, self._pause(attempt))):
+                break
+        patience = f", it asks to wait {wanted_pause:g} s" if wanted_pause else ""
+        raise EngineError(f"{self.url}/{path}: {trouble}{patience} (attempt {attempt + 1} of {retries + 1})")
+
+    def _attempt(self, path: str, body: JsonObject | None, *, wants_json: bool) -> tuple[Reply | None, str, float]:
+        """A final reply, or what went wrong and the pause that the server asks for, in seconds."""
+        import requests
+
+        started = time.monotonic()
+        try:
+            with requests.request(
+                "GET" if body is None else "POST",
+                f"{self.url}/{path}",
+                json=body,
+                auth=self._sign,
+                timeout=(min(_CONNECT_SECONDS, self._timeout_seconds), self._timeout_seconds),
+                stream=True,
+                allow_redirects=False,
+            ) as response:
+                content = self._read(response, deadline=started + self._timeout_seconds)
+        except requests.Timeout:
+            return None, f"no answer within {self._timeout_seconds:g} s", 0.0
+        except requests.RequestException as error:
+            return None, f"no connection, or it was lost ({self._blotted(_cause(error))})", 0.0
+        text = self._blotted(content.decode("utf-8", errors="replace"))
+        reply = Reply(
+            status=_status(response.status_code, _parsed(text)),
+            text=text,
+            data=_parsed(text),
+            location=self._blotted(response.headers.get("Location", "")),
+            seconds=time.monotonic() - started,
+        )
+        if reply.status in _BUSY or reply.status >= 500:
+            return None, reply.quoted, _seconds_to_wait(response.headers.get("Retry-After", ""))
+        if reply.status == OK and wants_json and reply.data is None:
+            return None, f"200 with a body that is no whole JSON ({_shortened(text) or 'empty'})", 0.0
+        return reply, "", 0.0
+
+    def _read(self, response: Any, *, deadline: float) -> bytes:
+        """The body; byte by byte, since a larger piece would wait for its last byte past any deadline."""
+        import requests
+
+        content = bytearray()
+        for byte in response.iter_content(1):
+            content += byte
+            if time.monotonic() > deadline:
+                raise requests.Timeout
+            if len(content) > _LARGEST_BODY:
+                raise requests.ConnectionError(f"a body of more than {_LARGEST_BODY} bytes")
+        return bytes(content)
+
+    def _pause(self, attempt: int) -> float:
+        """Twice as long each time, and never the same for two that wait."""
+        longest = min(_LONGEST_PAUSE_SECONDS, self._first_pause_seconds * 2.0**attempt)
+        return longest * (0.5 + random.random() / 2)  # noqa: S311 (spreads requests in time, changes no result)
+
+    def _key(self) -> str:
+        """Read when it is needed and kept nowhere, so that no dump of an object shows it."""
+        return os.environ.get(self._key_variable, "").strip() if self._key_variable else ""
+
+    def _sign(self, request: Any) -> Any:
+        # Given to requests as its ``auth``: otherwise it would put a password of ~/.netrc in the key's place.
+        if key := self._key():
+            request.headers["Authorization"] = f"Bearer {key}"
+        return request
+
+    def _blotted(self, text: str) -> str:
+        """``text`` without the key: a server may repeat it in what it answers."""
+        key = self._key()
+        return text.replace(key, "[key]") if len(key) >= _SHORTEST_SECRET else text
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _status(status: int, data: Any) -> int:
+    """``status``, or the one in the body of an error that came as 200."""
+    error = data.get("error") if isinstance(data, dict) else None
+    code = error.get("code") if isinstance(error, dict) else None
+    if status != OK or isinstance(code, bool) or not str(code).isdecimal():
+        return status
+    return int(str(code)) if 400 <= int(str(code)) < 600 else status
+
+
+def _message(data: Any) -> str:
+    """The part of an error body that is for people; vendors put it in different places."""
+    for name in ("error", "message", "detail"):
+        if isinstance(data, dict) and data.get(name):
+            return _message(data[name]) or str(data[name])
+    return ""
+
+
+def _seconds_to_wait(retry_after: str) -> float:
+    """Of a ``Retry-After`` header: seconds, or a date (RFC 9110, 10.2.3); 0 for none and for nonsense."""
+    try:
+        return max(0.0, float(retry_after))
+    except ValueError:
+        pass
+    try:
+        moment = email.utils.parsedate_to_datetime(retry_after)
+    except ValueError:
+        return 0.0
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=datetime.UTC)
+    return max(0.0, (moment - datetime.datetime.now(datetime.UTC)).total_seconds())
+
+
+def _cause(error: Exception) -> str:
+    """The innermost reason: requests wraps it in pools, URLs and retries that it did not make."""
+    inner: Any = error.args[0] if error.args else error
+    reason = getattr(inner, "reason", None) or inner
+    return _shortened(str(reason).rpartition(": ")[2]) or type(error).__name__
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _QUOTED_CHARS else f"{line[: _QUOTED_CHARS - 3]}..."
+
+
+log = logging.getLogger("pause_ray")
+
+_GREETING = "Hi"
+_CHAT_COUNT_TOLERANCE = 0.02
+"""Share by which a chat server's count may differ, beside a few tokens: text around a marker is tokenised anew there."""
+_FEW_TOKENS = 8
+_PATHS = {"completions": "completions", "chat": "chat/completions"}
+_NOT_ACCEPTED, _NOT_FOUND = {401, 403}, {404, 405}
+_PAYMENT = 402
+
+
+class EndpointEngine:
+    """One model on one server, asked by ``spec.concurrency`` threads.
+
+    A request that brings no answer is an ``EngineError`` for its cell, provided that the server then answers a question
+    of one token. If it does not, nothing after it would be answered either, and that is a ``ModelError``.
+    """
+
+    grain_tokens = 1
+    """The server decides what it reuses; ``keep_tokens`` and drafts mean nothing to it."""
+
+    def __init__(self, spec: EndpointSpec, *, first_pause_seconds: float = 0.5) -> None:
+        """``first_pause_seconds``: before the second attempt; each later pause is twice as long."""
+        self.name = f"endpoint:{spec.api}:{spec.model}"
+        self._spec = spec
+        self._connection = Connection(
+            spec.url,
+            key_variable=spec.key_variable,
+            timeout_seconds=spec.timeout_seconds,
+            retries=spec.retries,
+            first_pause_seconds=first_pause_seconds,
+        )
+        self._model: str | None = None
+        """Name of what is asked: the base, or an adapter."""
+        self._model_dir: Path | None = None
+        self._tokenizer: ModelTokenizer | None = None
+        self._greeting = threading.Lock()
+        self._counting = threading.Lock()
+        self._count_is_known = False
+
+    def use(self, wanted: LoadedAs) -> None:
+        """See that the server answers as ``wanted``; its precision is not in our hands.
+
+        Raises:
+            ModelError: no key, no server, unknown model, or an adapter or marker that the server cannot have.
+        """
+        self._connection.check_key()
+        if wanted.marker is not None and wanted.marker.added:
+            raise ModelError(
+                f"{self._spec.url}: a server has no row for the added marker {wanted.marker.text!r}; "
+                "use pauses.token: text or reserved, or engine: {kind: hf}"
+            )
+        if wanted.model_dir != self._model_dir:
+            self._tokenizer, self._model_dir = None, wanted.model_dir
+            _warn_of_penalties(wanted.model_dir)
+        model = self._spec.model if wanted.adapter_dir is None else self._loaded_adapter(wanted.adapter_dir)
+        if model != self._model:
+            self._greet(model)
+            self._model, self._count_is_known = model, False
+
+    def answer(self, steps: Sequence[Step]) -> Iterator[tuple[int, Completion | EngineError]]:
+        """Answers as they come, started in the order of ``steps`` and never more than ``concurrency`` at a time.
+
+        Raises:
+            ModelError: the server is gone, refuses the key or the model, or a prompt cannot be sent over this ``api``.
+        """
+        if self._model is None:
+            raise RuntimeError("EndpointEngine.answer before EndpointEngine.use")
+        if any(len(step.prompt.ids) for step in steps):
+            self._known_tokenizer()  # once, not once per thread
+        todo, taking, stop = iter(enumerate(steps)), threading.Lock(), threading.Event()
+        done: queue.SimpleQueue[tuple[int, Completion | EngineError | ModelError | None]] = queue.SimpleQueue()
+
+        def work() -> None:
+            while not stop.is_set():
+                with taking:
+                    following = next(todo, None)
+                if following is None:
+                    return
+                result: Completion | EngineError | ModelError | None = None
+                try:
+                    result = self._ask(following[1], stop)
+                except ModelError as error:
+                    result = error
+                finally:
+                    # In this order: who waits for a second attempt must not report before the reason to stop.
+                    done.put((following[0], result))
+                    if not isinstance(result, Completion | EngineError):
+                        stop.set()
+
+        # Daemons: an interrupted run must not wait for the answer of a server that hangs.
+        for _ in range(min(self._spec.concurrency, len(steps))):
+            threading.Thread(target=work, daemon=True).start()
+        try:
+            for _ in steps:
+                index, result = done.get()
+                if result is None:
+                    raise RuntimeError("a thread that asks the endpoint died; its traceback is above")
+                if isinstance(result, ModelError):
+                    raise result
+                yield index, result
+        finally:
+            stop.set()
+
+    def _ask(self, step: Step, stop: threading.Event) -> Completion | EngineError:
+        body = self._body(str(self._model), step)
+        try:
+            reply = self._connection.ask(_PATHS[self._spec.api], body, stop=stop)
+            if reply.status != OK:
+                self._check_admitted(reply, str(self._model))
+                return EngineError(f"{self._spec.url}: refused the prompt of {step.prompt.prompt_tokens} tokens ({reply.quoted})")
+            answer = _Answer.read(reply, self._spec.api)
+        except EngineError as error:
+            with self._greeting:
+                if not stop.is_set():
+                    self._greet(str(self._model), after=f" after {error}")
+            return error
+        if answer.finish_reason == "content_filter":
+            return EngineError(f"{self._spec.url}: its content filter stopped the answer")
+        self._compare_counts(answer, step.prompt)
+        return self._completion(answer, step, seconds=reply.seconds)
+
+    def _body(self, model: str, step: Step) -> JsonObject:
+        return {"model": model, **self._content(step.prompt), "max_tokens": step.max_new_tokens, "temperature": 0}
+
+    def _content(self, prompt: BuiltPrompt) -> JsonObject:
+        if self._spec.api == "completions":
+            return {"prompt": prompt.ids.tolist()}
+        if prompt.answer_prefix:
+            raise ModelError(
+                f"{self._spec.url}: a chat request cannot begin the answer (with {prompt.answer_prefix!r}); use engine.api: completions"
+            )
+        context = prompt.ids[prompt.prefix_tokens : len(prompt.ids) - prompt.suffix_tokens]
+        text = self._context_text(context) if len(context) else ""
+        user = {"role": "user", "content": f"{prompt.user_before}{text}{prompt.user_after}"}
+        return {"messages": [user] if prompt.system is None else [{"role": "system", "content": prompt.system}, user]}
+
+    def _context_text(self, context: NDArray[np.int32]) -> str:
+        """What the server's tokenizer makes these ids of again."""
+        tokenizer = self._known_tokenizer()
+        written = tokenizer.decode(context)
+        for token_id in tokenizer.chat_ids:
+            control = tokenizer.decode([token_id], skip_special_tokens=False)
+            if control and control in written:
+                raise ModelError(
+                    f"{self._spec.url}: the context contains the text {control}, which a chat server takes for a control token; "
+                    "use engine.api: completions, or remove it"
+                )
+        return tokenizer.decode(context, skip_special_tokens=False)
+
+    def _known_tokenizer(self) -> ModelTokenizer:
+        if self._tokenizer is None:
+            if self._model_dir is None:
+                raise RuntimeError("EndpointEngine has no tokenizer before EndpointEngine.use")
+            self._tokenizer = ModelTokenizer.load(self._model_dir)
+        return self._tokenizer
+
+    def _greet(self, model: str, *, after: str = "") -> None:
+        """Ask for one token.
+
+        Raises:
+            ModelError: it does not come.
+        """
+        if self._spec.api == "completions":
+            content: JsonObject = {"prompt": self._known_tokenizer().encode(_GREETING).ids.tolist()}
+        else:
+            content = {"messages": [{"role": "user", "content": _GREETING}]}
+        body = {"model": model, **content, "max_tokens": 1, "temperature": 0}
+        try:
+            reply = self._connection.ask(_PATHS[self._spec.api], body, retries=min(1, self._spec.retries))
+            if reply.status == OK:
+                _Answer.read(reply, self._spec.api)
+                return
+        except EngineError as error:
+            raise ModelError(
+                f"no answer to a question of one token{after}: {error}; is the server there, and is engine.url right?"
+            ) from error
+        self._check_admitted(reply, model)
+        hint = "a server that takes no token ids needs engine.api: chat" if self._spec.api == "completions" else "see what it asks for"
+        raise ModelError(f"{self._spec.url}: model {model} refuses a question of one token{after} ({reply.quoted}); {hint}{self._offer()}")
+
+    def _check_admitted(self, reply: Reply, model: str) -> None:
+        """Tell what holds for every request from what holds for this one.
+
+        Raises:
+            ModelError: no request will be answered.
+        """
+        url, variable = self._connection.url, self._spec.key_variable
+        if reply.status in _NOT_ACCEPTED:
+            remedy = (
+                f"check the key in {variable}" if variable else "name the environment variable that holds the key in engine.key_variable"
+            )
+            raise ModelError(f"{url}: does not let us in ({reply.quoted}); {remedy}")
+        if reply.status == _PAYMENT:
+            raise ModelError(f"{url}: wants to be paid first ({reply.quoted})")
+        if reply.status in _NOT_FOUND:
+            raise ModelError(
+                f"{url}: has no {_PATHS[self._spec.api]} or no model {model} ({reply.quoted}); "
+                f"check engine.url, engine.api and engine.model{self._offer()}"
+            )
+        if reply.status < 400:
+            to = f" to {reply.location}" if reply.location else ""
+            raise ModelError(f"{url}: answers {reply.status}{to} instead of an answer; give the server's own address in engine.url")
+
+    def _served(self) -> tuple[str, ...]:
+        """Names that the server lists; none where it keeps no list."""
+        try:
+            data = self._connection.ask("models", retries=0).data
+        except EngineError:
+            return ()
+        entries = data.get("data") if isinstance(data, dict) else None
+        return tuple(str(entry["id"]) for entry in entries or () if isinstance(entry, dict) and "id" in entry)
+
+    def _offer(self) -> str:
+        served = self._served()
+        return f"; it serves {', '.join(served[:8])}" if served else ""
+
+    def _loaded_adapter(self, folder: Path) -> str:
+        """The name under which the server answers with the adapter in ``folder``.
+
+        It names the adapter's content: servers keep keys and values by name, and a name that comes back with other weights
+        is answered from the old ones (vLLM issues 30931 and 42125).
+        """
+        if not self._spec.load_adapters:
+            raise ModelError(
+                f"{self._spec.url}: serves {self._spec.model} without the adapter {folder}; set engine.load_adapters: true "
+                "(vLLM: --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True), or use engine: {kind: hf}"
+            )
+        try:
+            config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
+            content = [config, file_sha256(folder / ADAPTER_WEIGHTS)]
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{folder}: no adapter can be read ({error}); train it again") from error
+        if config.get("trainable_token_indices"):
+            raise ModelError(
+                f"{folder}: has a trained marker row, which servers do not load; score it with engine: {{kind: hf}}, "
+                "or train with pauses.token: text"
+            )
+        name = f"pause-ray-{folder.name}-{digest(content)}"
+        if name in self._served():
+            return name
+        try:
+            reply = self._connection.ask("load_lora_adapter", {"lora_name": name, "lora_path": str(folder.absolute())}, wants_json=False)
+        except EngineError as error:
+            raise ModelError(f"the adapter {folder} was not loaded: {error}") from error
+        # Another process may have been quicker; then the server refuses, and lists the name.
+        if reply.status != OK and name not in self._served():
+            raise ModelError(
+                f"{self._spec.url}: did not load the adapter {folder} ({reply.quoted}); start the server with LoRA at run time "
+                "(vLLM: --enable-lora, --max-lora-rank, VLLM_ALLOW_RUNTIME_LORA_UPDATING=True) where it sees the storage root"
+            )
+        return name
+
+    def _compare_counts(self, answer: _Answer, prompt: BuiltPrompt) -> None:
+        if answer.prompt_tokens is None or not prompt.prompt_tokens:
+            return
+        with self._counting:
+            if self._count_is_known:
+                return
+            self._count_is_known = True
+        allowed = 0.0 if self._spec.api == "completions" else _FEW_TOKENS + _CHAT_COUNT_TOLERANCE * prompt.prompt_tokens
+        if abs(answer.prompt_tokens - prompt.prompt_tokens) > allowed:
+            log.warning(
+                "%s: counted %d tokens in a prompt of %d by the tokenizer in %s; lengths and depths are off where the server's "
+                "tokenizer or chat template is another",
+                self._spec.url,
+                answer.prompt_tokens,
+                prompt.prompt_tokens,
+                self._model_dir,
+            )
+
+    def _completion(self, answer: _Answer, step: Step, *, seconds: float) -> Completion:
+        prompt_tokens = step.prompt.prompt_tokens if answer.prompt_tokens is None else answer.prompt_tokens
+        decoded = self._counted(answer, step) if answer.completion_tokens is None else answer.completion_tokens
+        return Completion(
+            text=answer.text,
+            ids=(),
+            prefilled_tokens=max(0, prompt_tokens - answer.cached_tokens),
+            decoded_tokens=decoded,
+            seconds=seconds,
+            cost=self._cost(prompt_tokens, min(answer.cached_tokens, prompt_tokens), decoded),
+        )
+
+    def _counted(self, answer: _Answer, step: Step) -> int:
+        """Tokens of an answer whose length the server does not tell; 0 where no tokenizer is known, as of a chat judge."""
+        if answer.finish_reason == "length":
+            return step.max_new_tokens
+        known = self._model_dir is not None and (self._model_dir / "tokenizer.json").is_file()
+        return len(self._known_tokenizer().encode(answer.text).ids) if known else 0
+
+    def _cost(self, prompt_tokens: int, cached_tokens: int, decoded_tokens: int) -> float | None:
+        prices = self._spec.prices
+        if prices is None:
+            return None
+        cached_price = prices.input_per_million if prices.cached_input_per_million is None else prices.cached_input_per_million
+        fresh = (prompt_tokens - cached_tokens) * prices.input_per_million
+        return (fresh + cached_tokens * cached_price + decoded_tokens * prices.output_per_million) / 1e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answer:
+    """What a reply of 200 says."""
+
+    text: str
+    finish_reason: str | None
+    prompt_tokens: int | None
+    cached_tokens: int
+    completion_tokens: int | None
+
+    @classmethod
+    def read(cls, reply: Reply, api: str) -> _Answer:
+        """Raises ``EngineError`` if it holds no answer: an error under 200, no choices, no text."""
+        data = reply.data
+        choices = data.get("choices") if isinstance(data, dict) and not data.get("error") else None
+        choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+        holder = choice if api == "completions" else choice.get("message")
+        name = "text" if api == "completions" else "content"
+        if not isinstance(holder, dict) or not isinstance(holder.get(name), str | None) or name not in holder:
+            raise EngineError(f"the server sent no answer ({reply.quoted})")
+        usage = data.get("usage")
+        details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
+        return cls(
+            # null: all that was written is reasoning, or a tool's call, and no answer.
+            text=holder[name] or "",
+            finish_reason=choice.get("finish_reason"),
+            prompt_tokens=_count(usage, "prompt_tokens"),
+            cached_tokens=_count(details, "cached_tokens") or 0,
+            completion_tokens=_count(usage, "completion_tokens"),
+        )
+
+
+def _count(data: Any, name: str) -> int | None:
+    value = data.get(name) if isinstance(data, dict) else None
+    return value if type(value) is int and value >= 0 else None
+
+
+def _warn_of_penalties(model_dir: Path) -> None:
+    """Servers take defaults from the model's generation_config.json, and a penalty there changes greedy answers."""
+    file = model_dir / "generation_config.json"
+    settings = json.loads(file.read_bytes()) if file.is_file() else {}
+    penalty = settings.get("repetition_penalty")
+    if penalty not in (None, 1, 1.0):
+        log.warning(
+            "%s: sets repetition_penalty %s, which a server may apply by itself; for the plain greedy answer set it to 1 in the "
+            "server's folder, or start vLLM with --generation-config vllm",
+            file,
+            penalty,
+        )

@@ -1,1 +1,0 @@
-"""Questions hidden in haystacks, asked, graded and kept."""

@@ -1,0 +1,1 @@
+"""What a sweep needs and takes, before it is started."""

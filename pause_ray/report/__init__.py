@@ -1,0 +1,1 @@
+"""A sweep read back from storage, and its report."""

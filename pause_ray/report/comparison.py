@@ -1,0 +1,382 @@
+"""Arms given by name, each against the first: what ``pause-ray compare`` finds, as data, as JSON and as tables for a terminal.
+
+Knows no sweep plan and no report; the numbers are those of ``compare``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pause_ray.core.errors import StorageError, UserError
+from pause_ray.core.format import count, listed, number, p_value, signed, signed_percent, span
+from pause_ray.core.spec import JsonObject
+from pause_ray.core.storage import Storage
+from pause_ray.evaluation.compare import Comparison, Summary, compare_arms, explain_no_pairs, summarize
+from pause_ray.evaluation.grid import Axis, difference_fields
+from pause_ray.evaluation.ledger import CellResult, Ledger
+from pause_ray.evaluation.statistics import Estimate, Interval, holm
+from pause_ray.report.results import Condition, read_results, spent
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+
+LEDGER = "cells.jsonl"
+"""Of a trial."""
+
+
+@dataclass(frozen=True)
+class ArmRows:
+    """The rows of one arm, all its replicates."""
+
+    name: str
+    """As the user called it."""
+    ledgers: tuple[Path, ...]
+    """Where the rows are."""
+    rows: tuple[CellResult, ...]
+
+
+def find_arm(name: str, storage: Storage) -> ArmRows:
+    """The rows that ``name`` stands for.
+
+    Args:
+        name: A ledger file; a folder with ``cells.jsonl``; a folder of ledgers or of trials, the replicates of one arm; or the
+            name of a sweep or its beginning, a colon, and the label of an arm or its beginning.
+        storage: Where sweeps are looked for.
+
+    Raises:
+        UserError: no such thing, or several; says what there is.
+        StorageError: a ledger that cannot be read, or has no rows.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "sweep.json").is_file():
+        return _of_files(name, _ledgers_in(path))
+    if path.is_file():
+        return _of_files(name, [path])
+    sweep, colon, label = name.partition(":")
+    folder = find_sweep(sweep, storage) if colon or path.is_dir() or _sweeps_named(sweep, storage) else None
+    if folder is None:
+        raise UserError(
+            f"{name}: no such ledger file, trial folder or folder of ledgers, and not SWEEP:ARM; "
+            f"sweeps under {storage.sweeps}: {_known(storage)}"
+        )
+    condition = _condition(label, read_results(folder, storage).conditions, sweep=folder.name)
+    return ArmRows(name, tuple(trial.folder / LEDGER for trial in condition.trials), tuple(condition.rows))
+
+
+def find_sweep(name: str, storage: Storage) -> Path:
+    """A sweep's folder, given by its path or by the beginning of its name.
+
+    Raises:
+        UserError: none or several; says which there are.
+    """
+    if (Path(name) / "sweep.json").is_file():
+        return Path(name).absolute()
+    found = _sweeps_named(name, storage)
+    if len(found) == 1:
+        return found[0]
+    problem = "several sweeps begin so" if found else "no such sweep"
+    raise UserError(f"{name}: {problem} under {storage.sweeps}; there are: {_known(storage)}")
+
+
+def _sweeps_named(name: str, storage: Storage) -> list[Path]:
+    """Those that begin so; one whose name is just that, its digest aside, stands for itself."""
+    found = [path.parent for path in sorted(storage.sweeps.glob("*/sweep.json")) if path.parent.name.startswith(name)]
+    exact = [folder for folder in found if name in (folder.name, folder.name.rpartition("-")[0])]
+    return exact if len(exact) == 1 else found
+
+
+def _known(storage: Storage) -> str:
+    return ", ".join(path.parent.name for path in sorted(storage.sweeps.glob("*/sweep.json"))) or "none"
+
+
+def _condition(label: str, conditions: Sequence[Condition], *, sweep: str) -> Condition:
+    """The one that is called so, or begins so; at least one of its trials must be finished."""
+    found = [its for its in conditions if its.label == label] or [its for its in conditions if label and its.label.startswith(label)]
+    if len(found) != 1:
+        problem = "names no arm" if not label else "several arms begin so" if found else "no such arm"
+        listed = "; ".join(its.label for its in found or conditions)
+        raise UserError(f"{sweep}:{label}: {problem}; write the sweep's name, a colon and one of: {listed}")
+    if not found[0].trials:
+        raise UserError(f"{sweep}:{found[0].label}: none of its {found[0].num_planned} trials has finished; run the sweep again")
+    return found[0]
+
+
+def _ledgers_in(folder: Path) -> list[Path]:
+    """The folder's own ledger; or all of those in it, or in the trials in it."""
+    if (folder / LEDGER).is_file():
+        return [folder / LEDGER]
+    found = sorted(path for path in folder.glob("*.jsonl") if not path.name.startswith(".")) or sorted(folder.glob(f"*/{LEDGER}"))
+    if not found:
+        raise UserError(f"{folder}: has no ledger ({LEDGER} or other .jsonl files), nor has a folder in it")
+    return found
+
+
+def _of_files(name: str, paths: Sequence[Path]) -> ArmRows:
+    read = [(path, Ledger(path).rows()) for path in paths]
+    empty = [str(path) for path, rows in read if not rows]
+    if empty:
+        raise StorageError(f"{empty[0]}: has no rows yet")
+    arms = sorted({row.arm for _, rows in read for row in rows})
+    if len(paths) > 1 and len(arms) > 1:
+        raise UserError(f"{name}: holds ledgers of several arms ({', '.join(arms)}); name one of them, such as {paths[0]}")
+    _refuse_doubles(read)
+    for path, rows in read:
+        question, answers = Counter((*_cell(row), row.replicate) for row in rows).most_common(1)[0]
+        if answers > 1:
+            task, length, depth, _, replicate = question
+            raise UserError(
+                f"{path}: has {answers} answers of replicate {replicate} for {task} at {length} tokens and {depth:g} %"
+                f"{f' (arms: {listed(arms)})' if len(arms) > 1 else ''}; keep each arm and run in a ledger of its own"
+            )
+    return ArmRows(name, tuple(paths), tuple(row for rows in _numbered([rows for _, rows in read]) for row in rows))
+
+
+def _refuse_doubles(read: Sequence[tuple[Path, Sequence[CellResult]]]) -> None:
+    seen: dict[str, Path] = {}
+    for path, rows in read:
+        doubled = next((row.cell_id for row in rows if row.cell_id in seen), None)
+        if doubled:
+            raise UserError(f"{path} and {seen[doubled]} have the same rows (cell {doubled}); leave one of them out")
+        seen |= {row.cell_id: path for row in rows}
+
+
+def _numbered(ledgers: Sequence[Sequence[CellResult]]) -> list[list[CellResult]]:
+    """The rows as they are; where two ledgers answer the same cell of the same replicate, their replicates are counted through."""
+    cells = Counter((*_cell(row), row.replicate) for rows in ledgers for row in rows)
+    if max(cells.values()) == 1:
+        return [list(rows) for rows in ledgers]
+    runs = sorted({(place, row.replicate) for place, rows in enumerate(ledgers) for row in rows})
+    numbers = {run: number for number, run in enumerate(runs)}
+    return [[replace(row, replicate=numbers[place, row.replicate]) for row in rows] for place, rows in enumerate(ledgers)]
+
+
+def _cell(row: CellResult) -> tuple[str, int, float, int]:
+    return row.task, row.context_tokens, row.depth_percent, row.sample
+
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+NAMES_WIDTH, ARM_WIDTH = 36, 20
+"""Columns of a terminal: for the measures and the reference, and for each other arm."""
+
+
+@dataclass(frozen=True)
+class ComparedArm:
+    """One arm, and how it differs from the reference."""
+
+    letter: str
+    arm: ArmRows
+    summary: Summary
+    comparison: Comparison | None
+    """None for the reference, and where nothing pairs."""
+    corrected_p: float | None
+    """After Holm's correction for all arms that are compared."""
+    problem: str | None
+    """Why nothing pairs."""
+
+    @property
+    def label(self) -> str:
+        """Letter, and the arm if its rows agree on one."""
+        arms = {row.arm for row in self.arm.rows}
+        return f"{self.letter} {arms.pop()}" if len(arms) == 1 else self.letter
+
+    @property
+    def differs(self) -> bool:
+        """Whether the difference is more than chance would explain, by interval and by corrected p."""
+        return self.comparison is not None and self.corrected_p is not None and self.comparison.is_beyond_chance(self.corrected_p)
+
+
+@dataclass(frozen=True)
+class LedgerComparison:
+    """The reference and all others."""
+
+    reference: ComparedArm
+    others: tuple[ComparedArm, ...]
+
+    @property
+    def arms(self) -> tuple[ComparedArm, ...]:
+        """The reference first."""
+        return self.reference, *self.others
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know before believing the numbers."""
+        found = [f"{its.letter} cannot be compared: {its.problem}" for its in self.others if its.problem]
+        found += [f"{its.letter} against A: {text}" for its in self.others if its.comparison for text in its.comparison.warnings]
+        for its in self.others:
+            if its.comparison and its.comparison.num_unpaired:
+                found.append(f"{its.letter} against A: {its.comparison.num_unpaired} cells have no scored counterpart and are left out")
+        found += [
+            f"{its.letter}: {its.summary.num_unscored} of {its.summary.num_cells} cells are unscored"
+            for its in self.arms
+            if its.summary.num_unscored
+        ]
+        compared = [its.comparison for its in self.others if its.comparison]
+        if any(its.num_replicates == 1 for its in compared):
+            found.append("with one replicate, intervals speak of other cells of the same haystack and not of other haystacks and wordings")
+        return found
+
+
+def compare_ledgers(names: Sequence[str], storage: Storage) -> LedgerComparison:
+    """Find the arms and compare every one with the first.
+
+    Args:
+        names: At least two; see ``ledger_files.find_arm``.
+        storage: Where sweeps are looked for.
+
+    Raises:
+        UserError: fewer than two names, or more than 26; a name that stands for nothing or for several things.
+        StorageError: a ledger that cannot be read or has no rows.
+    """
+    if not 2 <= len(names) <= len(LETTERS):
+        raise UserError(
+            f"compare: takes 2 to {len(LETTERS)} arms, given {len(names)}; for example `pause-ray compare base.jsonl tuned.jsonl`"
+        )
+    first, *others = [find_arm(name, storage) for name in names]
+    found = [compare_arms(arm.rows, first.rows, num_comparisons=len(others)) for arm in others]
+    corrected = iter(holm([comparison.p for comparison in found if comparison]))
+    return LedgerComparison(
+        ComparedArm(LETTERS[0], first, summarize(first.rows), None, None, None),
+        tuple(
+            ComparedArm(
+                letter,
+                arm,
+                summarize(arm.rows),
+                comparison,
+                next(corrected) if comparison else None,
+                None if comparison else explain_no_pairs(arm.rows, first.rows),
+            )
+            for letter, arm, comparison in zip(LETTERS[1:], others, found, strict=False)
+        ),
+    )
+
+
+def comparison_json(result: LedgerComparison) -> JsonObject:
+    """Everything that was computed, for machines."""
+    return {
+        "arms": [
+            {
+                "letter": its.letter,
+                "name": its.arm.name,
+                "ledgers": [str(path) for path in its.arm.ledgers],
+                "summary": dataclasses.asdict(its.summary),
+                "spent": dataclasses.asdict(spent(its.arm.rows)),
+                "comparison": dataclasses.asdict(its.comparison) if its.comparison else None,
+                "cells": _cells(its, result.reference) if its.comparison else None,
+                "corrected_p": its.corrected_p,
+                "differs": its.differs,
+                "problem": its.problem,
+            }
+            for its in result.arms
+        ],
+        "notes": result.notes,
+    }
+
+
+def _cells(its: ComparedArm, reference: ComparedArm) -> list[JsonObject]:
+    """The paired difference at every length and depth."""
+    fields = difference_fields(its.arm.rows, reference.arm.rows, axis=Axis("percent"))
+    return [
+        {"context_tokens": length, "depth_percent": depth, **dataclasses.asdict(field)} for (length, depth), field in sorted(fields.items())
+    ]
+
+
+def comparison_view(result: LedgerComparison, *, width: int = 80) -> RenderableType:
+    """What was compared, measure by measure and length by length, and the notes.
+
+    Args:
+        result: Of ``compare_ledgers``.
+        width: Columns of the terminal; arms that do not fit side by side go into further tables.
+    """
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = [Text("\n".join(_legend(its) for its in result.arms)), ""]
+    abreast = max(1, (width - NAMES_WIDTH) // ARM_WIDTH)
+    for start in range(0, len(result.others), abreast):
+        shown = result.others[start : start + abreast]
+        parts += [_measure_table(result.reference, shown), "", _length_table(result.reference, shown), ""]
+    parts.append(Text("95 % intervals: r over replicates, c over cells of the same haystack. All are compared with A.", style="dim"))
+    return Group(*parts, *(Text(f"note: {note}") for note in result.notes))
+
+
+def _legend(its: ComparedArm) -> str:
+    models = sorted({row.model for row in its.arm.rows})
+    scorers = sorted({row.scorer for row in its.arm.rows})
+    replicates = its.summary.num_replicates
+    details = [", ".join(models), f"{replicates} replicate{'' if replicates == 1 else 's'}", f"scored by {', '.join(scorers)}"]
+    return f"{its.letter}  {its.arm.name}: {'; '.join(details)}"
+
+
+def _measure_table(reference: ComparedArm, others: Sequence[ComparedArm]) -> Table:
+    table = _table("", reference, others)
+    summaries = [its.summary for its in (reference, *others)]
+
+    def of_arms(name: str, text: Callable[[Summary], str]) -> None:
+        table.add_row(name, *(text(summary) for summary in summaries))
+
+    def of_pairs(name: str, text: Callable[[Comparison], str], *, style: str | None = None) -> None:
+        table.add_row(f"  {name}", "", *(text(its.comparison) if its.comparison else "–" for its in others), style=style)
+
+    def estimate(name: str, of: Callable[[Comparison], Estimate | None], shown: Callable[[float | None], str], unit: str = "") -> None:
+        of_pairs(name, lambda its: shown(found.value) if (found := of(its)) else "–")
+        of_pairs("", lambda its: _interval_words(found.interval, unit) if (found := of(its)) else "", style="dim")
+
+    of_arms("cells scored", lambda its: f"{count(its.num_scored)} of {count(its.num_cells)}")
+    of_pairs("paired questions", lambda its: count(its.num_pairs))
+    of_arms("mean score", lambda its: number(its.grand_mean))
+    estimate("difference", lambda its: its.effects.difference, signed)
+    of_pairs("p (sign flips)", lambda its: p_value(its.p))
+    table.add_row("  p corrected", "", *(p_value(its.corrected_p) for its in others))
+    table.add_row("  more than chance", "", *("yes" if its.differs else "no" if its.comparison else "–" for its in others), style="bold")
+    of_pairs(
+        "detectable from", lambda its: "–" if its.detectable is None else number(its.detectable) if its.detectable < 1 else "none there is"
+    )
+    estimate("paper's metric", lambda its: its.effects.relative, signed_percent, " %")
+    estimate("change of mean rubric", lambda its: its.effects.rubric_change, signed_percent, " %")
+    estimate("change of mean score", lambda its: its.effects.score_change, signed_percent, " %")
+    of_arms("exact recall", lambda its: number(its.exact_recall))
+    estimate("difference", lambda its: its.effects.exact_difference, signed)
+    of_arms("middle", lambda its: number(its.middle_mean))
+    of_arms("edges", lambda its: number(its.edge_mean))
+    estimate("gain middle − edges", lambda its: its.effects.middle_gain, signed)
+    return table
+
+
+def _length_table(reference: ComparedArm, others: Sequence[ComparedArm]) -> Table:
+    table = _table("context tokens", reference, others)
+    arms = (reference, *others)
+    for length in sorted({length for its in arms for length in its.summary.mean_by_length}):
+        table.add_row(count(length), *_length_cells(length, arms))
+    return table
+
+
+def _length_cells(length: int, arms: Sequence[ComparedArm]) -> Iterator[str]:
+    for its in arms:
+        mean = number(its.summary.mean_by_length.get(length))
+        difference = its.comparison.difference_by_length.get(length) if its.comparison else None
+        yield mean if difference is None else f"{mean}  {signed(difference)}"
+
+
+def _table(corner: str, reference: ComparedArm, others: Sequence[ComparedArm]) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column(corner, no_wrap=True)
+    for its in (reference, *others):
+        table.add_column(Text(its.label), justify="right", max_width=ARM_WIDTH)
+    return table
+
+
+def _interval_words(interval: Interval | None, unit: str) -> str:
+    if interval is None:
+        return "no interval"
+    return f"{span(interval.low, interval.high, digits=1 if unit else 2, signs=True, unit=unit)} {interval.unit[0]}"

@@ -1,0 +1,426 @@
+"""Lines and points of a sweep: profiles, recall by position, scores over costs, training curves. Knows how to draw, not what it means.
+
+matplotlib is imported when something is drawn, without pyplot, so drawing has no global state and needs no display.
+Lines have Okabe & Ito's eight colours (jfly.uni-koeln.de/color), each its own marker as well, so that they are told apart
+with any colour vision and in grey print. A condition looks the same in every figure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pause_ray.evaluation.compare import MIDDLE_PERCENT
+from pause_ray.evaluation.grid import BIN_PERCENT, Axis, Field, Place, Point, depth_profile, drawn_in_tenths, length_profile
+from pause_ray.report.ranking import CostAxis, PricedArm
+from pause_ray.report.results import Condition
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+LINE_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MOST_LINES = 6
+"""More lines than this in one figure cannot be followed."""
+MOST_UPRIGHT_TICKS, MOST_TICKS = 8, 18
+PAGE_WIDTH_INCHES = 10.6
+"""Wider figures are shrunk by the page, and their numbers with them."""
+MOST_MARKED_STEPS = 40
+MAX_NAMED_ARMS = 14
+"""Names that a legend beside a figure has room for."""
+COST_WORDS = {"overhead": "prompt tokens beyond the asked length (%)", "training": "tokens trained on"}
+PNG_DOTS_PER_INCH = 200
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 8.0,
+    "axes.titlesize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "svg.hashsalt": "pause_ray",
+    "pdf.fonttype": 42,
+    "text.parse_math": False,
+}
+
+
+def shown_as_lines(conditions: Sequence[Condition], *, at_most: int | None = None) -> dict[int, Condition]:
+    """A few, by their place in the sequence, which is their look: references and controls first, then the highest means.
+
+    Args:
+        conditions: All.
+        at_most: How many; None for as many as there are looks of lines.
+    """
+    controls = {its.against_control.other for its in conditions if its.against_control}
+
+    def rank(place: int) -> tuple[bool, float]:
+        condition = conditions[place]
+        mean = condition.summary.grand_mean if condition.summary else None
+        return not (condition.is_reference or condition.label in controls), -1.0 if mean is None else -mean - 1
+
+    return {place: conditions[place] for place in sorted(sorted(range(len(conditions)), key=rank)[: at_most or MOST_LINES])}
+
+
+def named_looks(conditions: Sequence[Condition], cost_axes: Sequence[CostAxis]) -> dict[str, int]:
+    """Return the looks of the arms that the cost figure names: references and controls, then the front, then the highest means."""
+    fronts = {arm.condition.label for cost_axis in cost_axes for arm in cost_axis.front}
+    controls = {its.against_control.other for its in conditions if its.against_control}
+
+    def rank(place: int) -> tuple[bool, bool, float]:
+        its = conditions[place]
+        mean = its.summary.grand_mean if its.summary else None
+        return not (its.is_reference or its.label in controls), its.label not in fronts, -1.0 if mean is None else -mean - 1
+
+    return {conditions[place].label: place for place in sorted(sorted(range(len(conditions)), key=rank)[:MAX_NAMED_ARMS])}
+
+
+def profiles(conditions: Mapping[int, Condition], *, axis: Axis) -> Figure:
+    """Mean score with its interval over context length and over depth, a line per condition (look → condition)."""
+    figure = blank_figure(width=PAGE_WIDTH_INCHES, height=3.3)
+    with style():
+        by_length, by_depth = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
+        lines = {look: length_profile(condition.rows) for look, condition in conditions.items()}
+        lengths = sorted({length for points in lines.values() for length in points})
+        in_tenths = drawn_in_tenths((row for condition in conditions.values() for row in condition.rows), axis=axis)
+        for nth, (look, condition) in enumerate(conditions.items()):
+            off = nth - (len(conditions) - 1) / 2  # equal lines stay visible side by side
+            places = {float(lengths.index(length)): point for length, point in lines[look].items()}
+            width = 1.8 if condition.is_reference else 1.1
+            _line(by_length, places, look=look, label=condition.label, shift=0.05 * off, width=width)
+            depths = depth_profile(condition.rows, axis=axis, in_tenths=in_tenths)
+            _line(by_depth, depths, look=look, label=None, shift=0.6 * off, width=width)
+        ticks = range(0, len(lengths), math.ceil(len(lengths) / MOST_TICKS))
+        words = [length_words(lengths)[tick] for tick in ticks]
+        by_length.set_xticks(ticks, words, rotation=0 if len(words) <= MOST_UPRIGHT_TICKS else 60)
+        by_length.set(xlabel="context length (tokens)", ylabel="mean score", ylim=(-0.04, 1.04))
+        by_depth.set(xlabel="depth of the needle (%, 0 = beginning)", xlim=(-4, 104), xticks=range(0, 101, 10))
+        by_depth.axvspan(*MIDDLE_PERCENT, color="#000000", alpha=0.04, linewidth=0)
+        _line_legend(figure, by_length)
+    return figure
+
+
+def recall_by_position(lines: Mapping[int, tuple[str, Mapping[float, Point]]]) -> Figure:
+    """Share of the hidden facts that answers tell, by the depth of the fact; look → label and percent → recall."""
+    figure = blank_figure(width=PAGE_WIDTH_INCHES, height=3.1)
+    with style():
+        axes = figure.subplots()
+        for nth, (look, (label, points)) in enumerate(lines.items()):
+            _line(axes, points, look=look, label=label, shift=0.5 * (nth - (len(lines) - 1) / 2), width=1.1)
+        axes.set(xlabel="depth of the fact (%, 0 = beginning)", ylabel="recall of facts")
+        axes.set(xlim=(-2, 102), ylim=(-0.04, 1.04), xticks=range(0, 101, 10))
+        axes.axvspan(*MIDDLE_PERCENT, color="#000000", alpha=0.04, linewidth=0)
+        _line_legend(figure, axes)
+    return figure
+
+
+def fronts(cost_axes: Sequence[CostAxis], looks: Mapping[str, int]) -> Figure:
+    """Draw the mean score with its interval over each kind of cost, a point per arm, and a staircase through the Pareto front.
+
+    Args:
+        cost_axes: The axes, one panel each.
+        looks: The look of each named arm by label; the others are grey.
+    """
+    figure = blank_figure(width=PAGE_WIDTH_INCHES, height=3.3)
+    with style():
+        panels = figure.subplots(1, len(cost_axes), sharey=True, squeeze=False)[0]
+        for axes, cost_axis in zip(panels, cost_axes, strict=True):
+            for arm in cost_axis.arms:
+                _draw_arm(axes, arm, look=looks.get(arm.condition.label))
+            stair = [(arm.cost, arm.score) for arm in cost_axis.front]
+            stair.append((max(arm.cost for arm in cost_axis.arms), stair[-1][1]))
+            axes.step(*zip(*stair, strict=True), where="post", color="#888888", linewidth=0.9, zorder=0)
+            axes.set(xlabel=COST_WORDS[cost_axis.kind], ylim=(-0.04, 1.04))
+            axes.margins(x=0.08)
+            axes.grid(axis="y", color="#dddddd", linewidth=0.5)
+        panels[0].set_ylabel("mean score")
+        _line_legend(figure, panels[0])
+    return figure
+
+
+def _draw_arm(axes: Axes, arm: PricedArm, *, look: int | None) -> None:
+    """Draw a point with its whisker, hollow where another arm dominates it."""
+    how = {"color": "#bbbbbb", "marker": ".", "linestyle": "none"} if look is None else _look(look)
+    if arm.interval is not None:
+        ends = (arm.interval.low, arm.interval.high)
+        axes.plot((arm.cost, arm.cost), ends, color=how["color"], linewidth=0.8, alpha=0.45, solid_capstyle="butt")
+    fill: dict[str, Any] = {} if arm.is_on_front else {"markerfacecolor": "white"}
+    label = None if look is None else arm.condition.label
+    axes.plot([arm.cost], [arm.score], **how, **fill, markersize=5, linewidth=1.1, label=label)
+
+
+def training_curves(conditions: Mapping[int, Condition]) -> Figure | None:
+    """Training loss over steps, one line per replicate, hollow where it is of held-out rows. None when nothing was trained."""
+    from matplotlib.ticker import MaxNLocator
+
+    if not any(trial.training for condition in conditions.values() for trial in condition.trials):
+        return None
+    figure = blank_figure(width=PAGE_WIDTH_INCHES, height=2.9)
+    with style():
+        axes = figure.subplots()
+        for index, condition in conditions.items():
+            for number, log in enumerate(trial.training for trial in condition.trials if trial.training):
+                look = _look(index) | {"marker": "" if len(log) > MOST_MARKED_STEPS else _look(index)["marker"], "markersize": 3}
+                curve = [(row["step"], row["loss"]) for row in log]
+                axes.plot(*zip(*curve, strict=True), **look, linewidth=1.1, label=condition.label if number == 0 else None)
+                held_out = [(row["step"], row["validation_loss"]) for row in log if "validation_loss" in row]
+                if held_out:
+                    hollow = _look(index) | {"linestyle": ":", "markersize": 6, "markerfacecolor": "none"}
+                    axes.plot(*zip(*held_out, strict=True), **hollow, linewidth=0.8)
+        axes.set(xlabel="optimizer step", ylabel="loss (nats per learned token)", ylim=(0, None))
+        axes.grid(axis="y", color="#dddddd", linewidth=0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _line_legend(figure, axes)
+    return figure
+
+
+def save(figure: Figure, stem: Path) -> str:
+    """Write ``stem.png``, ``stem.pdf`` and ``stem.svg`` (the folder must exist); the same figure gives the same bytes.
+
+    Returns:
+        The ``<svg>`` element.
+    """
+    save_png(figure, stem.with_suffix(".png"))
+    with style():
+        figure.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None, "Producer": None, "Creator": None})
+        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+    text = stem.with_suffix(".svg").read_text(encoding="utf-8")
+    return text[text.index("<svg") :]
+
+
+def save_png(figure: Figure, path: Path, *, dots_per_inch: int = PNG_DOTS_PER_INCH) -> None:
+    """Write the figure as pixels."""
+    with style():
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # the layout is found; finding it again for every format doubles the time
+        figure.savefig(path, dpi=dots_per_inch, metadata={"Software": None})
+
+
+def blank_figure(*, width: float, height: float) -> Figure:
+    """An empty figure of this size in inches."""
+    from matplotlib.figure import Figure
+
+    with style():
+        return Figure(figsize=(width, height), layout="constrained")
+
+
+def style() -> Any:
+    """A context in which all of a sweep's figures are drawn."""
+    import matplotlib as mpl
+
+    return mpl.rc_context(STYLE)
+
+
+def length_words(lengths: Sequence[int]) -> list[str]:
+    """Short where that tells them apart."""
+    short = [token_words(length) for length in lengths]
+    return short if len(set(short)) == len(short) else [f"{length:,}" for length in lengths]
+
+
+def token_words(count: int) -> str:
+    """``4K`` for 4,096 and 4,000, the number itself where neither fits."""
+    for size in (1024, 1000):
+        if count >= size and count % size == 0:
+            return f"{count // size}K"
+    return f"{count:,}"
+
+
+def _line(axes: Axes, points: Mapping[float, Point], *, look: int, label: str | None, shift: float, width: float) -> None:
+    """A line through the means, with whiskers for their intervals."""
+    for place, point in points.items():
+        if point.interval is not None:
+            axes.plot(
+                (place + shift, place + shift),
+                (point.interval.low, point.interval.high),
+                color=_look(look)["color"],
+                linewidth=0.8,
+                alpha=0.55,
+                solid_capstyle="butt",
+            )
+    if points:
+        line = [(place + shift, point.mean) for place, point in points.items()]
+        axes.plot(*zip(*line, strict=True), **_look(look), markersize=4, linewidth=width, label=label)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.5)
+
+
+def _look(index: int) -> dict[str, Any]:
+    """Colour, marker and dashes of the line at this place; unlike for the first 24."""
+    turn, place = divmod(index, len(LINE_COLOURS))
+    return {"color": LINE_COLOURS[place], "marker": MARKERS[place], "linestyle": ("-", "--", ":")[turn % 3]}
+
+
+def _line_legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=7.5, handlelength=2.4)
+
+
+MOST_PANELS_PER_ROW = 4
+MOST_WIDE_CELLS = 8
+"""Up to this many lengths or positions cells have room for two decimals, and scores for their range."""
+MOST_NUMBERED_CELLS = 20
+"""Up to this many lengths and positions numbers can be read at all."""
+BAR_INCHES = 0.8
+"""Width of the colour bar with its numbers."""
+UNSCORED, INK = "#f3f3f3", "#444444"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scale:
+    colours: str
+    least: float
+    most: float
+    words: str
+    """Format of a number with two decimals."""
+    legend: str
+
+
+def score_heatmaps(panels: Mapping[str, Mapping[Place, Field]], *, axis: Axis) -> Figure:
+    """One heatmap of scores per label, all on the scale 0 to 1."""
+    return _heatmaps(panels, axis, _Scale(colours="cividis", least=0.0, most=1.0, words="{:.2f}", legend="mean score"))
+
+
+def difference_heatmaps(panels: Mapping[str, Mapping[Place, Field]], *, axis: Axis) -> Figure:
+    """One heatmap of differences per label, all on one scale around zero; blue is better than the reference."""
+    sizes = [abs(field.value) for fields in panels.values() for field in fields.values() if field.value is not None]
+    bound = max(0.25, math.ceil(4 * max(sizes, default=0.0)) / 4)
+    return _heatmaps(panels, axis, _Scale(colours="RdBu", least=-bound, most=bound, words="{:+.2f}", legend="difference of scores"))
+
+
+def _heatmaps(panels: Mapping[str, Mapping[Place, Field]], axis: Axis, scale: _Scale) -> Figure:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    lengths = sorted({length for fields in panels.values() for length, _ in fields})
+    positions = _positions(panels, axis)
+    room, least_width = PAGE_WIDTH_INCHES - BAR_INCHES, max(2.2, _step(lengths, wide=0.5, numbered=0.3) * len(lengths) + 0.35)
+    columns = max(1, min(MOST_PANELS_PER_ROW, len(panels), int(room / least_width)))
+    panel_width = max(least_width, min(room / columns, _step(lengths, wide=0.8, numbered=0.3) * len(lengths) + 0.35))
+    rows = math.ceil(len(panels) / columns)
+    panel_height = max(1.5, _step(positions, wide=0.34, numbered=0.2) * len(positions) + 0.85)
+    figure = blank_figure(width=panel_width * columns + BAR_INCHES, height=panel_height * rows)
+    with style():
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        for axes, (label, fields) in zip(grid.flat, panels.items(), strict=False):
+            _heatmap(axes, fields, lengths=lengths, positions=positions, scale=scale)
+            _name_positions(axes, axis, lengths=lengths, positions=positions)
+            axes.set_title(_wrapped(label), loc="left")
+        for axes in list(grid.flat)[len(panels) :]:
+            axes.set_visible(False)
+        for number, axes in enumerate(grid.flat):
+            if number + columns >= len(panels):
+                axes.tick_params(labelbottom=True)
+                axes.set_xlabel("context length (tokens)")
+        for axes in grid[:, 0]:
+            axes.set_ylabel("needle position (tokens)" if axis.kind == "lattice" else "needle depth (%)")
+        bar = figure.colorbar(
+            ScalarMappable(Normalize(scale.least, scale.most), scale.colours),
+            ax=grid,
+            fraction=0.03,
+            pad=0.015,
+            aspect=20,
+            shrink=min(1.0, 2.2 / rows),
+            anchor=(0.0, 1.0),
+        )
+        bar.set_label(scale.legend)
+        bar.outline.set(linewidth=0.4)
+    return figure
+
+
+def _positions(panels: Mapping[str, Mapping[Place, Field]], axis: Axis) -> list[float]:
+    """From the beginning of a context down; steps of a lattice and bins without a fact have a row as well."""
+    found = {position for fields in panels.values() for _, position in fields}
+    if axis.kind == "percent" or not found:
+        return sorted(found)
+    step = BIN_PERCENT if axis.kind == "bins" else float(axis.lattice_tokens)
+    most = 100 - step if axis.kind == "bins" else max(found)
+    return [step * place for place in range(round(most / step) + 1)]
+
+
+def _heatmap(axes: Axes, fields: Mapping[Place, Field], *, lengths: list[int], positions: list[float], scale: _Scale) -> None:
+    from matplotlib.patches import Rectangle
+
+    values = [[_number(fields.get((length, position))) for length in lengths] for position in positions]
+    image = axes.imshow(values, cmap=scale.colours, vmin=scale.least, vmax=scale.most, aspect="auto", interpolation="nearest")
+    wide, tall = len(lengths) <= MOST_WIDE_CELLS, len(positions) <= MOST_WIDE_CELLS
+    numbered = max(len(lengths), len(positions)) <= MOST_NUMBERED_CELLS
+    size = min(8.0 if tall else 7.0, 34 / len(lengths)) if wide else 5.5
+    dots: dict[str, list[tuple[float, float]]] = {}
+    for (length, position), field in fields.items():
+        column, row = lengths.index(length), positions.index(position)
+        if field.value is None:
+            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=UNSCORED, edgecolor="#999999", hatch="////", linewidth=0))
+            text, ink = "n/s", INK
+        else:
+            text, ink = _words(field, scale.words, wide=wide, tall=tall), _ink(image, field.value)
+        if numbered:
+            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=ink, linespacing=1.0)
+        if field.uncertain:
+            dots.setdefault(ink, []).append((column + 0.42, row - 0.36))
+    for ink, places in dots.items():  # one element for all: of thousands, each takes a millisecond in each format
+        axes.plot(
+            *zip(*places, strict=True), linestyle="none", marker="o", markersize=2.4 if numbered else 1.5, markeredgewidth=0, color=ink
+        )
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xticks([place - 0.5 for place in range(1, len(lengths))], minor=True)
+    axes.set_yticks([place - 0.5 for place in range(1, len(positions))], minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.2 if numbered else 0.3)
+    axes.tick_params(which="minor", length=0)
+
+
+def _name_positions(axes: Axes, axis: Axis, *, lengths: list[int], positions: list[float]) -> None:
+    """Ticks; on a lattice also where a quarter and three quarters of each length are."""
+    columns, rows = range(0, len(lengths), _every(lengths)), range(0, len(positions), _every(positions))
+    words = length_words(lengths)
+    axes.set_xticks(columns, [words[place] for place in columns], rotation=0 if len(lengths) <= MOST_UPRIGHT_TICKS else 60)
+    axes.set_yticks(rows, [_position_words(positions[place], axis) for place in rows])
+    if axis.kind == "lattice":
+        for column, length in enumerate(lengths):
+            for percent in MIDDLE_PERCENT:
+                row = percent / 100 * length / axis.lattice_tokens
+                for side in (-0.5, 0.38):
+                    axes.plot((column + side, column + side + 0.12), (row, row), color="#D55E00", linewidth=1.6, solid_capstyle="butt")
+
+
+def _position_words(position: float, axis: Axis) -> str:
+    if axis.kind == "lattice":
+        return token_words(int(position))
+    return f"{position:.3g}" if axis.kind == "percent" else f"{position:.0f}–{position + BIN_PERCENT:.0f}"
+
+
+def _step(values: Sequence[float], *, wide: float, numbered: float) -> float:
+    """Inches of a cell."""
+    return wide if len(values) <= MOST_WIDE_CELLS else numbered if len(values) <= MOST_NUMBERED_CELLS else 0.12
+
+
+def _every(values: Sequence[float]) -> int:
+    return math.ceil(len(values) / MOST_TICKS)
+
+
+def _words(field: Field, words: str, *, wide: bool, tall: bool) -> str:
+    """Mean, a dagger where questions are missing, and the range of scores where there is room and spread."""
+    text = (words if wide else words.replace(".2f", ".1f")).format(field.value)
+    text = "0" if set(text) <= set("+-0.") and "+" in words else text
+    text += "†" if field.num_unscored else ""
+    text += f"\n{field.low:.1f}…{field.high:.1f}" if wide and tall and field.low != field.high and "+" not in words else ""
+    return text.replace("-", "−")
+
+
+def _number(field: Field | None) -> float:
+    return math.nan if field is None or field.value is None else field.value
+
+
+def _ink(image: Any, value: float) -> str:
+    """Black or white, whichever is read better on the cell's colour (relative luminance of WCAG 2, simplified)."""
+    red, green, blue, _ = image.cmap(image.norm(value))
+    return "#ffffff" if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.3 else "#111111"
+
+
+def _wrapped(label: str) -> str:
+    """The arm on one line and its point on the next."""
+    return label.replace(" ", "\n", 1) if len(label) > 22 else label

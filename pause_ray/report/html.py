@@ -1,0 +1,594 @@
+"""The report of a sweep: one HTML file without outside references, figures for papers, a CSV, a table for the terminal.
+
+Lays out what ``results`` and ``sections`` computed, ``findings`` said, ``figures`` and ``heatmaps`` drew. Reads storage only, so it
+can be written again at any time, for a sweep that is still running too.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import importlib.metadata
+import io
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pause_ray.core.format import count, duration, memory, money, number, p_value, percent, signed, signed_percent, span, title, value_range
+from pause_ray.core.spec import JsonObject
+from pause_ray.core.storage import Storage, space_errors, write_text
+from pause_ray.evaluation.compare import compare_arms, is_middle, recall_by_depth, summarize
+from pause_ray.evaluation.grid import Point, by_fact, difference_fields, drawn_in_tenths, score_fields
+from pause_ray.evaluation.ledger import CellResult
+from pause_ray.evaluation.statistics import BOOTSTRAP_UNITS, Estimate, Interval, min_replicates
+from pause_ray.report import figures
+from pause_ray.report.best import exported
+from pause_ray.report.findings import headline, noise_words, notes
+from pause_ray.report.ranking import (
+    RungHistory,
+    best,
+    cost_axes,
+    objective_of,
+    objective_words,
+    rank_correlations,
+    rung_histories,
+    trained_tokens,
+)
+from pause_ray.report.results import Condition, Contrast, SweepResults, results_of, spent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+
+SHOWN_QUESTIONS = 3
+SHOWN_ANSWER_CHARS = 280
+SHOWN_REASONS = 12
+SCORERS = {
+    "keywords": "share of the facts’ keywords that the answer contains",
+    "all": "1 if the answer contains all keywords, else 0",
+    "exact": "1 if the answer is the references and nothing else, else 0",
+    "string_match": "share of the references that occur in the answer (RULER’s string match)",
+    "label": "1 if the answer names the right label and no other (BABILong’s rule), else 0",
+    "furthest": "how far along the chain the answer got, 0 to 1",
+}
+
+
+def facts(results: SweepResults) -> list[tuple[str, str]]:
+    """What was asked of whom: name and value."""
+    rows = [row for condition in results.scored for row in condition.rows]
+    if not rows:
+        return [("Trials", results.progress)]
+    lengths = sorted({row.context_tokens for row in rows})
+    asked = sorted({num_asked(row) for row in rows if row.facts})
+    several = [("Facts per question", value_range([str(number) for number in asked], "").strip())] if asked not in ([], [1]) else []
+    precisions = sorted({_precision(trial.spec) for trial in results.trials} - {""})
+    return [
+        ("Trials", results.progress),
+        ("Model", ", ".join(sorted({row.model for row in rows}))),
+        *([("Precision", ", ".join(precisions))] if precisions else []),
+        ("Engine", ", ".join(sorted({row.engine for row in rows}))),
+        ("Task", ", ".join(sorted({row.task for row in rows}))),
+        *several,
+        ("Context", value_range([f"{length:,}" for length in lengths], "tokens")),
+        ("Needle positions", _positions(results, rows)),
+        ("Cells answered", f"{len(rows):,}"),
+        ("Replicates", str(len({row.replicate for row in rows}))),
+        ("Scorer", ", ".join(sorted({row.scorer for row in rows}))),
+    ]
+
+
+def num_asked(row: CellResult) -> int:
+    """How many of its hidden facts a question asks for."""
+    return sum(bool(fact.references) for fact in row.facts)
+
+
+def score_words(results: SweepResults) -> str:
+    """What the score of these answers means."""
+    scorers = sorted({row.scorer for condition in results.scored for row in condition.rows})
+    return "; ".join(SCORERS.get(scorer, f"as graded by {scorer}, 0 to 1") for scorer in scorers)
+
+
+def middle_and_edges(conditions: Sequence[Condition]) -> list[JsonObject]:
+    """Per condition that was asked in both: its summaries there, its differences to the reference there, and how these differ."""
+    found = []
+    parts = {condition.label: _by_place(condition.rows) for condition in conditions}
+    for condition in conditions:
+        middle, edges = parts[condition.label]
+        against = parts.get(condition.compared_to or "")
+        if middle and edges:
+            found.append(
+                {
+                    "condition": condition,
+                    "middle": summarize(middle),
+                    "edges": summarize(edges),
+                    "middle_comparison": compare_arms(middle, against[0]) if against else None,
+                    "edges_comparison": compare_arms(edges, against[1]) if against else None,
+                    "gain": condition.comparison.effects.middle_gain if condition.comparison else None,
+                }
+            )
+    return found
+
+
+def _by_place(rows: Sequence[CellResult]) -> tuple[list[CellResult], list[CellResult]]:
+    """Those whose first fact is in the middle of the context, and the others."""
+    middle = [row for row in rows if is_middle(row.depth_percent)]
+    return middle, [row for row in rows if not is_middle(row.depth_percent)]
+
+
+def proxy_cost(histories: Sequence[RungHistory]) -> JsonObject:
+    """What all rungs together took: ``cells``, ``prefilled_tokens`` and ``seconds``."""
+    rungs = [rung for history in histories for rung in history.rungs]
+    return {
+        "cells": sum(rung.num_cells for rung in rungs),
+        "prefilled_tokens": sum(rung.prefilled_tokens for rung in rungs),
+        "seconds": sum(rung.seconds for rung in rungs),
+    }
+
+
+def unscored(conditions: Sequence[Condition]) -> list[JsonObject]:
+    """Reasons why cells have no score, most frequent first, and how many of each condition's cells have it."""
+    counts = {condition.label: Counter(row.unscored_reason for row in condition.rows if row.score is None) for condition in conditions}
+    reasons = sum(counts.values(), Counter())
+    return [
+        {"reason": reason, "total": total, "by_condition": {label: its[reason] for label, its in counts.items() if its[reason]}}
+        for reason, total in reasons.most_common(SHOWN_REASONS)
+    ]
+
+
+def costs(conditions: Sequence[Condition]) -> list[JsonObject]:
+    """What each condition's training and answers took."""
+    found = []
+    for condition in conditions:
+        steps = [row for trial in condition.trials for row in trial.training]
+        losses = [trial.training[-1]["loss"] for trial in condition.trials if trial.training]
+        found.append(
+            {
+                "condition": condition,
+                "steps": len(steps),
+                "training": sum(row.get("seconds", 0.0) for row in steps),
+                "last_loss": sum(losses) / len(losses) if losses else None,
+                "answers": spent(condition.rows),
+                "currency": ", ".join(sorted({trial.currency for trial in condition.trials} - {""})),
+            }
+        )
+    return found
+
+
+def trainings(conditions: Sequence[Condition]) -> list[JsonObject]:
+    """How fast and within which memory each condition was trained; empty where logs do not say."""
+    found = []
+    for condition in conditions:
+        logs = [trial.training for trial in condition.trials if trial.training and "peak_memory_bytes" in trial.training[0]]
+        steps = [row for log in logs for row in log]
+        if not steps:
+            continue
+        tokens, seconds = sum(row["tokens"] for row in steps), sum(row["seconds"] for row in steps)
+        held_out = [values[-1] for log in logs if (values := [row["validation_loss"] for row in log if "validation_loss" in row])]
+        measured = [row for row in steps if "mfu" in row]
+        found.append(
+            {
+                "condition": condition,
+                "tokens": tokens,
+                "tokens_per_second": tokens / seconds,
+                "padding_share": 1 - tokens / sum(row["tokens"] / (1 - row["padding_share"]) for row in steps),
+                "mfu": sum(row["mfu"] * row["seconds"] for row in measured) / sum(row["seconds"] for row in measured) if measured else None,
+                "peak_memory_bytes": max(row["peak_memory_bytes"] for row in steps),
+                "validation_loss": sum(held_out) / len(held_out) if held_out else None,
+            }
+        )
+    return found
+
+
+def questions(results: SweepResults) -> list[JsonObject]:
+    """The cells on which the conditions' scores lie furthest apart, each with every condition's answer."""
+    by_place: dict[tuple[Any, ...], list[tuple[Condition, CellResult]]] = {}
+    for condition in results.scored:
+        for row in condition.rows:
+            place = (row.replicate, row.task, row.context_tokens, row.depth_percent, row.sample)
+            by_place.setdefault(place, []).append((condition, row))
+
+    def spread(answers: Sequence[tuple[Condition, CellResult]]) -> float:
+        scores = [row.score for _, row in answers if row.score is not None]
+        return max(scores) - min(scores) if scores else 0.0
+
+    chosen = sorted(by_place.items(), key=lambda item: (-spread(item[1]), item[0]))[:SHOWN_QUESTIONS]
+    return [
+        {"row": answers[0][1], "answers": [(condition.label, row, _shortened(row.response)) for condition, row in answers]}
+        for _, answers in sorted(chosen)
+    ]
+
+
+def corpora(results: SweepResults) -> list[JsonObject]:
+    """Each shard set once: which conditions it trained, plain statistics, histograms."""
+    found: dict[str, JsonObject] = {}
+    for condition in results.scored:
+        for trial in condition.trials:
+            if trial.corpus_stats:
+                name, stats = str(trial.manifest.get("shards")), trial.corpus_stats
+                corpus = found.setdefault(name, {"name": name, "used_by": {}, "stats": plain(stats), "histograms": histograms(stats)})
+                corpus["used_by"][condition.label] = None
+    return list(found.values())
+
+
+def plain(stats: JsonObject) -> dict[str, str]:
+    """Those of a corpus's statistics that are one value each, for people."""
+    return {title(name): _value(value) for name, value in stats.items() if not isinstance(value, dict | list)}
+
+
+def histograms(stats: JsonObject) -> list[tuple[str, list[tuple[str, float, float]]]]:
+    """Name → bars of (label, value, share of the highest), from counts by name or by ``from_tokens`` and ``to_tokens``."""
+    shown = []
+    for name, value in stats.items():
+        if isinstance(value, dict):
+            bars = [(str(label), height) for label, height in value.items()]
+        elif isinstance(value, list):
+            bars = [(f"{bin_['from_tokens']:,} to {bin_['to_tokens']:,}", bin_["rows"]) for bin_ in value]
+        else:
+            continue
+        highest = max((height for _, height in bars), default=0) or 1
+        shown.append((title(name), [(label, height, height / highest) for label, height in bars]))
+    return shown
+
+
+def answers_per_field(results: SweepResults) -> int:
+    """The most questions that one cell of a heatmap stands for."""
+    axis = results.axis
+    counts = Counter(
+        (condition.label, row.context_tokens, axis.position(fact))
+        for condition in results.scored
+        for row in condition.rows
+        for fact in by_fact(row, axis=axis)
+    )
+    return max(counts.values(), default=0)
+
+
+def _positions(results: SweepResults, rows: Sequence[CellResult]) -> str:
+    if results.axis.kind == "percent":
+        return value_range([f"{depth:g}" for depth in sorted({row.depth_percent for row in rows})], "%")
+    if results.axis.kind == "lattice":
+        return f"every {results.axis.lattice_tokens:,} tokens, and the end"
+    if not all(trial.suite.get("samples") for trial in results.trials):
+        return "of several grids, shown in tenths of the prompt"
+    return f"random, {1 + max(row.sample for row in rows)} per length"
+
+
+def _precision(spec: JsonObject) -> str:
+    model = spec.get("model") or {}
+    return " ".join(filter(None, [model.get("dtype"), model.get("quantize")])) if isinstance(model, dict) else ""
+
+
+def _shortened(text: str | None) -> str:
+    if text is None:
+        return ""
+    return text if len(text) <= SHOWN_ANSWER_CHARS else f"{text[:SHOWN_ANSWER_CHARS]} … ({len(text):,} characters)"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, int | float):
+        return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.3g}"
+    return str(value)
+
+
+SHOWN_ARMS, SHOWN_HISTORIES = 24, 200
+MOST_HEATMAPS = 24
+"""A heatmap takes a second to draw, and a thousand of them nobody looks at."""
+VERSIONED = ("ray", "torch", "transformers", "peft", "deepspeed", "mlflow", "polars", "pyarrow", "numpy")
+
+
+def write_report(sweep: Path | SweepResults, storage: Storage) -> Path:
+    """Write ``report.html``, ``arms.csv`` and ``figures/*.{png,pdf,svg}`` into the folder of a sweep, named or read already.
+
+    Raises:
+        StorageError: the sweep's or a trial's files are damaged, or the disk is full.
+    """
+    results = results_of(sweep, storage)
+    folder = results.folder / "figures"
+    with space_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        drawn = {name: figures.save(figure, folder / name) for name, figure in _draw(results).items()}
+    write_text(results.folder / "arms.csv", arms_csv(results))
+    path = results.folder / "report.html"
+    write_text(path, page(results, drawn))
+    return path
+
+
+def page(results: SweepResults, drawn: Mapping[str, str]) -> str:
+    """The report as HTML, with the figures (name → ``<svg>`` element) that were drawn for it."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    words = {"number": number, "signed": signed, "signed_percent": signed_percent, "count": count, "memory": memory}
+    environment.filters |= words | {"percent": percent, "money": money, "duration": duration, "title": title, "p_value": p_value}
+    environment.globals |= {"interval_words": _interval_words, "percent_words": _percent_words, "objective_words": objective_words}
+    return environment.get_template("report.html.jinja").render(_view(results, drawn))
+
+
+def arms_csv(results: SweepResults) -> str:
+    """One line per condition; numbers unrounded, empty where there is none."""
+    priced_arms = {(axis.kind, arm.condition.label): arm for axis in cost_axes(results) for arm in axis.arms}
+    columns = [
+        _csv_row(condition)
+        | {f"{kind}_front": "yes" if arm.is_on_front else "no" for (kind, label), arm in priced_arms.items() if label == condition.label}
+        for condition in results.conditions
+    ]
+    names = list(dict.fromkeys(name for row in columns for name in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(columns)
+    return buffer.getvalue()
+
+
+def table(sweep: Path | SweepResults, storage: Storage) -> Table:
+    """The arms of a sweep, named or read already, as a table for the terminal (80 columns are enough), with the finding as its caption.
+
+    Differences are against the sweep's reference; rows named ``A vs B`` hold those against its control.
+    p is corrected for the number of comparisons; ``n/s`` counts cells that could not be scored; bold arms differ by more than
+    chance would explain.
+
+    Raises:
+        StorageError: the sweep's or a trial's files are damaged.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    results = results_of(sweep, storage)
+    shown = Table(
+        title=escape(f"{results.name}: {results.progress}"),
+        caption=escape(headline(results) + _best_words(results)),
+        caption_justify="left",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    shown.add_column("arm", overflow="fold")
+    for column in ("score [95 %]", "difference [95 %]", "p corr.", "exact", "n/s"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for condition in results.conditions:
+        name, *cells = _terminal_row(condition)
+        shown.add_row(escape(name), *cells, style="bold" if condition.differs else None)
+    for contrast in results.control_contrasts:
+        name, *cells = _control_row(contrast)
+        shown.add_row(escape(name), *cells, style="bold" if contrast.differs else None)
+    return shown
+
+
+def _best_words(results: SweepResults) -> str:
+    """What the best arm is and that it was chosen; nothing where it goes without saying."""
+    found = best(results)
+    if found is None or len(results.scored) < 2:
+        return ""
+    chosen = f"the best of {len(results.scored)}, which looks better than it is"
+    return f"\nBest by {objective_words(found.objective)}: {found.condition.label}, {number(found.value)} ({chosen})."
+
+
+def corpus_table(stats: JsonObject) -> Table:
+    """The statistics of one shard set as a table for the terminal, histograms as a line each."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    shown = Table(title="training rows", title_justify="left", box=SIMPLE_HEAD, show_header=False, padding=(0, 1, 0, 0))
+    for name, value in plain(stats).items():
+        shown.add_row(name, value)
+    for name, bars in histograms(stats):
+        shown.add_row(name, ", ".join(f"{label}: {height:,.0f}" for label, height, _ in bars))
+    return shown
+
+
+def _interval_words(interval: Interval | None, *, signs: bool = False) -> str:
+    return "–" if interval is None else span(interval.low, interval.high, signs=signs)
+
+
+def _percent_words(interval: Interval | None) -> str:
+    """``−1.2 to +4.0 %``, of an interval in percent."""
+    return "" if interval is None else span(interval.low, interval.high, digits=1, signs=True, unit=" %")
+
+
+def _terminal_row(condition: Condition) -> list[str]:
+    summary, comparison = condition.summary, condition.comparison
+    if summary is None:
+        return [condition.label, "not finished" if condition.num_missing else "stopped early"]
+    missing = condition.num_missing
+    return [
+        condition.label + (f" ({missing} of {condition.num_planned} to come)" if missing else ""),
+        f"{number(summary.grand_mean)}{_bracketed(summary.interval)}",
+        "reference"
+        if condition.is_reference
+        else f"{signed(comparison.difference)}{_bracketed(comparison.interval, signs=True)}"
+        if comparison
+        else "",
+        p_value(condition.corrected_p) if comparison else "",
+        percent(summary.exact_recall),
+        str(summary.num_unscored),
+    ]
+
+
+def _control_row(contrast: Contrast) -> list[str]:
+    comparison = contrast.comparison
+    difference = f"{signed(contrast.difference)}{_bracketed(comparison.interval, signs=True)}"
+    return [f"{contrast.label} vs {contrast.other}", "", difference, p_value(contrast.corrected_p), "", ""]
+
+
+def _bracketed(interval: Interval | None, *, signs: bool = False) -> str:
+    """`` [0.44, 0.89]``, ready for a rich cell."""
+    return "" if interval is None else rf" \[{_interval_words(interval, signs=signs).replace(' to ', ', ')}]"
+
+
+def _draw(results: SweepResults) -> dict[str, Figure]:
+    """Name → figure, only those that have something to show."""
+    scored = _reference_first(results.scored)
+    drawn: dict[str, Figure] = {}
+    if not scored:
+        return drawn
+    axis = results.axis
+    shown = figures.shown_as_lines(scored, at_most=MOST_HEATMAPS).values()
+    drawn["heatmaps"] = figures.score_heatmaps({its.label: score_fields(its.rows, axis=axis) for its in shown}, axis=axis)
+    rows = {condition.label: condition.rows for condition in scored}
+    differences = {
+        its.label: difference_fields(rows[its.label], rows[its.against_reference.other], axis=axis)
+        for its in shown
+        if its.against_reference
+    }
+    if differences:
+        drawn["differences"] = figures.difference_heatmaps(differences, axis=axis)
+    lines = figures.shown_as_lines(scored)
+    drawn["profiles"] = figures.profiles(lines, axis=axis)
+    recall = {look: (condition.label, _recall(condition)) for look, condition in lines.items()}
+    if any(points for _, points in recall.values()):
+        drawn["recall"] = figures.recall_by_position(recall)
+    axes = cost_axes(results)
+    if axes:
+        drawn["fronts"] = figures.fronts(axes, figures.named_looks(scored, axes))
+    training = figures.training_curves(dict(enumerate(scored)))
+    if training is not None:
+        drawn["training"] = training
+    return drawn
+
+
+def _recall(condition: Condition) -> dict[float, Point]:
+    """Middle of each tenth of the prompt → recall of the facts there; empty where questions have one fact each."""
+    if all(num_asked(row) < 2 for row in condition.rows):
+        return {}
+    return {(its.low + its.high) / 2: Point(its.recall, its.interval) for its in recall_by_depth(condition.rows)}
+
+
+def _view(results: SweepResults, drawn: Mapping[str, str]) -> JsonObject:
+    conditions = _reference_first(results.conditions)
+    scored = [condition for condition in conditions if condition.summary]
+    histories = rung_histories(results)
+    bound = max((abs(edge) for contrast in [*results.contrasts, *results.control_contrasts] for edge in _reach(contrast)), default=1.0)
+    return {
+        "results": results,
+        "headline": headline(results),
+        "notes": notes(results),
+        "noise": noise_words(results),
+        "conditions": conditions,
+        "scored": scored,
+        "bound": max(0.1, bound),
+        "bootstrap_units": BOOTSTRAP_UNITS,
+        "enough": min_replicates(max(1, len(results.contrasts))),
+        "facts": facts(results),
+        "score_words": score_words(results),
+        "axis": results.axis,
+        "several": any(num_asked(row) > 1 for condition in scored for row in condition.rows),
+        "in_tenths": drawn_in_tenths((row for condition in scored for row in condition.rows), axis=results.axis),
+        "answers_per_field": answers_per_field(results),
+        "figures": {name: _data_uri(svg) for name, svg in drawn.items()},
+        "lines": len(figures.shown_as_lines(scored)),
+        "heatmaps": min(MOST_HEATMAPS, len(scored)),
+        "best": best(results),
+        "exported": exported(results.folder),
+        "objective": objective_of(results),
+        "cost_axes": cost_axes(results),
+        "shown_arms": SHOWN_ARMS,
+        "named_arms": figures.MAX_NAMED_ARMS,
+        "rung_histories": histories,
+        "shown_histories": SHOWN_HISTORIES,
+        "rank_correlations": rank_correlations(results),
+        "proxy_cost": proxy_cost(histories),
+        "places": middle_and_edges(scored),
+        "unscored": unscored(scored),
+        "questions": questions(results),
+        "corpora": corpora(results),
+        "costs": costs(scored),
+        "trainings": trainings(scored),
+        "versions": _versions(),
+        "made": results.description,
+        "spec_json": json.dumps(results.description.get("spec", {}), indent=2, ensure_ascii=False),
+    }
+
+
+def _versions() -> list[tuple[str, str]]:
+    found = []
+    for name in VERSIONED:
+        try:
+            found.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _csv_row(condition: Condition) -> JsonObject:
+    summary = condition.summary
+    row: JsonObject = {
+        "arm": condition.arm,
+        **condition.point,
+        "trials_planned": condition.num_planned,
+        "trials_finished": len(condition.trials),
+        "trials_stopped": condition.num_stopped,
+    }
+    if summary is not None:
+        answers = spent(condition.rows)
+        row |= {
+            "cells": summary.num_cells,
+            "unscored": summary.num_unscored,
+            "repeated": summary.num_repeated,
+            "cut_off": sum(trial.num_cut_off for trial in condition.trials),
+            "score": summary.grand_mean,
+            **_edges("score", summary.interval),
+            "exact_recall": summary.exact_recall,
+            **_edges("exact_recall", summary.exact_interval),
+            "middle": summary.middle_mean,
+            "edges": summary.edge_mean,
+            **{f"score_{length}_tokens": mean for length, mean in summary.mean_by_length.items()},
+            "prompt_overhead_percent": summary.prompt_overhead_percent,
+            "pauses_per_prompt": summary.pauses_per_prompt,
+            "prompt_tokens": answers.prompt_tokens,
+            "prefilled_tokens": answers.prefilled_tokens,
+            "decoded_tokens": answers.decoded_tokens,
+            "answering_seconds": answers.seconds,
+            "cost": answers.money,
+            "trained_tokens": trained_tokens(condition),
+        }
+    if condition.against_reference is not None:
+        row |= {"compared_to": condition.compared_to, **_contrast_columns(condition.against_reference)}
+    if condition.against_control is not None:
+        control = {f"control_{name}": value for name, value in _contrast_columns(condition.against_control).items()}
+        row |= {"control": condition.against_control.other, **control}
+    return row
+
+
+def _contrast_columns(contrast: Contrast) -> JsonObject:
+    comparison, effects = contrast.comparison, contrast.comparison.effects
+    return {
+        "pairs": comparison.num_pairs,
+        "difference": comparison.difference,
+        **_edges("difference", comparison.interval),
+        "p": comparison.p,
+        "p_corrected": contrast.corrected_p,
+        "detectable": comparison.detectable,
+        **_estimated("relative_percent", effects.relative),
+        **_estimated("rubric_change_percent", effects.rubric_change),
+        **_estimated("score_change_percent", effects.score_change),
+        **_estimated("exact_recall_difference", effects.exact_difference),
+        **_estimated("middle_gain", effects.middle_gain),
+    }
+
+
+def _estimated(name: str, estimate: Estimate | None) -> JsonObject:
+    return {} if estimate is None else {name: estimate.value, **_edges(name, estimate.interval)}
+
+
+def _edges(name: str, interval: Interval | None) -> JsonObject:
+    return {} if interval is None else {f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def _reach(contrast: Contrast) -> list[float]:
+    interval = contrast.comparison.interval
+    return [contrast.difference] if interval is None else [interval.low, interval.high]
+
+
+def _reference_first(conditions: Sequence[Condition]) -> list[Condition]:
+    return sorted(conditions, key=lambda condition: not condition.is_reference)
+
+
+def _data_uri(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode("ascii")

@@ -1,0 +1,317 @@
+"""How far the sweeps on a storage root are and what runs just now, from storage alone: no Ray, on any machine that sees the root.
+
+Trials, cells, steps and tokens are counted in ledgers and manifests; speeds, the fleet and failures are what the driver said of
+itself (``live_status``), with its age. Reads only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pause_ray.core.errors import StorageError
+from pause_ray.core.spec import JsonObject
+from pause_ray.core.storage import MANIFEST, Storage, holder_of, is_complete, read_json, read_json_lines
+from pause_ray.report.comparison import LEDGER
+from pause_ray.sweep.search_log import SearchRecord
+from pause_ray.sweep.spec import condition_labels
+from pause_ray.sweep.status import LiveStatus, RunningTrial, Trained
+
+LOCK = ".lock"
+"""Held by a sweep's driver."""
+STATES = ("finished", "running", "begun", "to come", "failed", "stopped")
+"""Of a trial: ``begun`` has results and does not run, ``failed`` did so in the last run, ``stopped`` was given up by a scheduler,
+or with its arm in the last run."""
+_AFTER_TRAINING = ("proxy", "queued", "scoring", "rechecking")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialStatus:
+    """One trial."""
+
+    digest: str
+    label: str
+    state: str
+    """One of ``STATES``."""
+    cells: int | None
+    """Asked of it; None in a sweep that does not say."""
+    cells_done: int
+    """With a score."""
+    cells_unscored: int
+    steps: int | None
+    """Of its training, 0 without one; None in a sweep that does not say."""
+    steps_done: int
+    trained_tokens: int
+    prefilled_tokens: int
+    decoded_tokens: int
+    last_sign: float | None
+    """When it left something on storage, in seconds since 1970; None if it has not."""
+    adapter: str | None
+    """Name of its folder, once the trial has answered with it; trials may share one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepStatus:
+    """One sweep."""
+
+    name: str
+    """Of its folder."""
+    folder: Path
+    trials: tuple[TrialStatus, ...]
+    driver: str | None
+    """Who runs it now, or None."""
+    live: LiveStatus | None
+    """The last thing that a driver said of itself."""
+    failures: Mapping[str, str]
+    """Label → why the trial failed in the last run."""
+    now: float
+    """When this was read, in seconds since 1970."""
+
+    @property
+    def by_state(self) -> dict[str, int]:
+        """State → trials, in the order of ``STATES``."""
+        found = Counter(trial.state for trial in self.trials)
+        return {state: found[state] for state in STATES if found[state]}
+
+    @property
+    def trained_tokens(self) -> int:
+        """An adapter that trials share was trained once."""
+        of_adapters: dict[str, int] = {}
+        for trial in self.trials:
+            if trial.adapter is not None:  # an unfinished one cannot tell of one that is gone
+                of_adapters[trial.adapter] = max(trial.trained_tokens, of_adapters.get(trial.adapter, 0))
+        return sum(of_adapters.values()) + sum(trial.trained_tokens for trial in self.trials if trial.adapter is None)
+
+    @property
+    def last(self) -> TrialStatus | None:
+        """The trial that left something on storage last."""
+        return max((trial for trial in self.trials if trial.last_sign is not None), key=lambda trial: trial.last_sign or 0.0, default=None)
+
+    def as_json(self) -> JsonObject:
+        """Plain data; ages are in seconds."""
+        last, live = self.last, self.live
+        return {
+            "name": self.name,
+            "folder": str(self.folder),
+            "trials": self.by_state,
+            "num_trials": len(self.trials),
+            "cells_done": sum(trial.cells_done for trial in self.trials),
+            "cells": _total(trial.cells for trial in self.trials),
+            "cells_unscored": sum(trial.cells_unscored for trial in self.trials),
+            "steps_done": sum(trial.steps_done for trial in self.trials),
+            "steps": _total(trial.steps for trial in self.trials),
+            "tokens": {
+                "prefilled": sum(trial.prefilled_tokens for trial in self.trials),
+                "decoded": sum(trial.decoded_tokens for trial in self.trials),
+                "trained": self.trained_tokens,
+            },
+            "failures": dict(self.failures),
+            "last": {"trial": last.label, "digest": last.digest, "age": self.age(last.last_sign)} if last else None,
+            "driver": self.driver,
+            "live": live.as_json() | {"age": live.age_seconds(self.now), "is_current": self.is_live} if live else None,
+        }
+
+    @property
+    def is_live(self) -> bool:
+        """Whether ``live`` is how things are."""
+        return self.is_of_driver and self.live is not None and self.live.is_current(self.now)
+
+    @property
+    def is_of_driver(self) -> bool:
+        """Whether ``live`` is a word of ``driver`` while it runs trials, and not of one before it."""
+        return _is_of(self.live, self.driver)
+
+    def age(self, moment: float | None) -> float | None:
+        """Seconds since then; clocks of machines may differ a little."""
+        return None if moment is None else round(max(0.0, self.now - moment), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepLine:
+    """One sweep of several, as briefly as can be said without reading its ledgers."""
+
+    name: str
+    finished: int
+    planned: int
+    left_out: int
+    """Stopped by a scheduler, or spared with those that were."""
+    driver: str | None
+    age: float
+    """Seconds since anything of it was written."""
+
+
+def _total(numbers: Iterable[int | None]) -> int | None:
+    """Their sum; None if one is not known."""
+    found = 0
+    for number in numbers:
+        if number is None:
+            return None
+        found += number
+    return found
+
+
+def sweep_folders(storage: Storage) -> list[Path]:
+    """Of every sweep on the root.
+
+    Raises:
+        StorageError: there is no such root, or no sweep on it.
+    """
+    folders = sorted(path.parent for path in storage.sweeps.glob("*/sweep.json"))
+    if not storage.root.is_dir():
+        raise StorageError(f"storage root {storage.root}: no such folder here; name the one of the sweep with --storage")
+    if not folders:
+        raise StorageError(f"storage root {storage.root}: no sweep was begun there; name another with --storage")
+    return folders
+
+
+def folder_of(spec: JsonObject, storage: Storage) -> Path:
+    """The folder of the sweep with this resolved spec; where its spec was changed since, the only one of its name.
+
+    Raises:
+        StorageError: as ``sweep_folders``; none is called so, or several are and none has this spec.
+    """
+    read = {folder: read_json(folder / "sweep.json") for folder in sweep_folders(storage)}
+    named = [folder for folder, sweep in read.items() if sweep["name"] == spec["name"]]
+    same = [folder for folder in named if read[folder]["spec"] == spec]
+    if len(same or named) == 1:
+        return (same or named)[0]
+    names = ", ".join(folder.name for folder in named or read)
+    problem = f"several sweeps are called {spec['name']}" if named else f"no sweep is called {spec['name']}"
+    raise StorageError(f"storage root {storage.root}: {problem}; name one of them: {names}")
+
+
+def overview(storage: Storage) -> list[SweepLine]:
+    """Every sweep on the root, the one that was worked on last first.
+
+    Raises:
+        StorageError: as ``sweep_folders``, or a file of a sweep is damaged.
+    """
+    return sorted((_line(folder, storage) for folder in sweep_folders(storage)), key=lambda line: line.age)
+
+
+def sweep_status(folder: Path, storage: Storage) -> SweepStatus:
+    """Everything that storage tells of one sweep.
+
+    Raises:
+        StorageError: a file is missing or damaged.
+    """
+    sweep, live, now = read_json(folder / "sweep.json"), LiveStatus.read(folder), time.time()
+    driver = _driver(folder, live, now=now)
+    labels = condition_labels(sweep["trials"])
+    running = {trial.digest: trial for trial in live.running} if live and _is_of(live, driver) else {}
+    left_out = _left_out(folder, sweep)
+    known = {entry["digest"]: f"{labels[entry['digest']]} #{entry['replicate']}" for entry in sweep["trials"]}
+    trials = tuple(
+        _trial(entry, storage, label=known[entry["digest"]], live=live, running=running.get(entry["digest"]), left_out=left_out)
+        for entry in sweep["trials"]
+    )
+    failed = {trial.digest for trial in trials if trial.state == "failed"}
+    return SweepStatus(
+        name=folder.name,
+        folder=folder,
+        trials=trials,
+        driver=driver,
+        live=live,
+        failures={known[key]: message for key, message in (live.failures if live else {}).items() if key in failed},
+        now=now,
+    )
+
+
+def _driver(folder: Path, live: LiveStatus | None, *, now: float) -> str | None:
+    """Who holds the sweep's lock; on a file system whose locks other machines do not see, who says that they run."""
+    return holder_of(folder / LOCK) or (live.driver if live and live.is_current(now) else None)
+
+
+def _is_of(live: LiveStatus | None, driver: str | None) -> bool:
+    """Whether the one who said ``live`` is ``driver``, which a lock names with more words, and has not ended its trials."""
+    return live is not None and driver is not None and live.ended is None and driver.split(",")[0] == live.driver
+
+
+def _left_out(folder: Path, sweep: JsonObject) -> set[str]:
+    return SearchRecord.read(folder).left_out(sweep["trials"], governed_arm=sweep["spec"].get("arm", ""))
+
+
+def _trial(
+    entry: JsonObject, storage: Storage, *, label: str, live: LiveStatus | None, running: RunningTrial | None, left_out: Collection[str]
+) -> TrialStatus:
+    key, folder = entry["digest"], storage.trials / entry["digest"]
+    rows = list({row["cell_id"]: row for row in read_json_lines(folder / LEDGER)}.values())
+    manifest = read_json(folder / MANIFEST) if is_complete(folder) else None
+    adapter = _adapter(rows, manifest)
+    trained = _trained(entry, adapter, manifest, storage, running=running, told=live.trained.get(key) if live else None)
+    signs = [path.stat().st_mtime for path in (folder / LEDGER, folder / MANIFEST) if path.is_file()]
+    if manifest is not None:
+        state = "finished"
+    elif running is not None:
+        state = "running"
+    elif key in left_out:
+        state = "stopped"
+    elif live and key in live.failures:
+        state = "failed"
+    elif live and entry["arm"] in live.given_up:
+        state = "stopped"
+    else:
+        state = "begun" if rows or trained.steps else "to come"
+    return TrialStatus(
+        digest=key,
+        label=label,
+        state=state,
+        cells=entry.get("cells"),
+        cells_done=sum(row["score"] is not None for row in rows),
+        cells_unscored=sum(row["score"] is None for row in rows),
+        steps=entry.get("steps"),
+        steps_done=trained.steps,
+        trained_tokens=trained.tokens,
+        prefilled_tokens=sum(row["prefilled_tokens"] for row in rows),
+        decoded_tokens=sum(row["decoded_tokens"] for row in rows),
+        last_sign=max(signs, default=None),
+        adapter=adapter,
+    )
+
+
+def _adapter(rows: Sequence[JsonObject], manifest: JsonObject | None) -> str | None:
+    """Which adapter it answers with: by its manifest, or by its answers."""
+    if manifest is not None and manifest.get("checkpoint"):
+        return Path(manifest["checkpoint"]).name
+    return next((row["adapter"] for row in rows if row["adapter"]), None)
+
+
+def _trained(
+    entry: JsonObject,
+    adapter: str | None,
+    manifest: JsonObject | None,
+    storage: Storage,
+    *,
+    running: RunningTrial | None,
+    told: Trained | None,
+) -> Trained:
+    """How far its training is: by its manifest, by the adapter that its answers name, or as the driver said."""
+    if entry.get("steps") == 0:  # it may answer with an adapter all the same
+        return Trained(steps=0, tokens=0)
+    if manifest is not None:
+        steps = manifest.get("training") or []
+        return Trained(steps=len(steps), tokens=sum(step.get("tokens", 0) for step in steps))
+    if adapter is not None and is_complete(storage.checkpoints / adapter):
+        log = read_json_lines(storage.checkpoints / adapter / "training.jsonl")
+        return Trained(steps=len(log), tokens=sum(step.get("tokens", 0) for step in log))
+    if told is None and running is not None and running.stage in _AFTER_TRAINING:
+        return Trained(steps=entry.get("steps") or 0, tokens=0)
+    return told or Trained(steps=0, tokens=0)
+
+
+def _line(folder: Path, storage: Storage) -> SweepLine:
+    sweep, live, now = read_json(folder / "sweep.json"), LiveStatus.read(folder), time.time()
+    manifests = [storage.trials / entry["digest"] / MANIFEST for entry in sweep["trials"]]
+    finished = {path.parent.name: path.stat().st_mtime for path in manifests if path.is_file()}
+    signs = [*finished.values(), (folder / "sweep.json").stat().st_mtime, *([live.written] if live else [])]
+    return SweepLine(
+        name=folder.name,
+        finished=len(finished),
+        planned=len(sweep["trials"]),
+        left_out=len(_left_out(folder, sweep) - finished.keys()),
+        driver=_driver(folder, live, now=now),
+        age=round(max(0.0, now - max(signs)), 1),
+    )

@@ -1,0 +1,424 @@
+"""A sweep read back from storage: its conditions, how each scored, how each differs from the reference and from the control.
+
+The reference is the arm that all others are compared with. The control is an arm that was tuned without pauses: only
+against it does a difference of a pause-tuned arm say something about pauses and not about tuning.
+The one place that reads sweep and trial folders for people; findings, figures, the report and MLflow are views of what is here.
+Only finished trials count: a ledger that is still growing pairs with nothing yet. Draws nothing and writes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pause_ray.core.errors import StorageError
+from pause_ray.core.spec import JsonObject
+from pause_ray.core.storage import MANIFEST, Storage, is_complete, read_json
+from pause_ray.evaluation.compare import Comparison, Summary, compare_arms, summarize
+from pause_ray.evaluation.grid import Axis, axis_of
+from pause_ray.evaluation.ledger import CellResult, Ledger
+from pause_ray.evaluation.statistics import holm
+from pause_ray.sweep.search_log import SearchRecord
+from pause_ray.sweep.spec import condition_labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """How often the same model gave another answer to the same prompt, because it was computed in other shapes."""
+
+    dtype: str
+    num_cells: int
+    """Asked a second time."""
+    num_answers_changed: int
+    num_scores_changed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """What answers cost."""
+
+    prompt_tokens: int
+    """Of all prompts that were answered."""
+    prefilled_tokens: int
+    """Of those that went through the model; the others were reused from the prompt before."""
+    decoded_tokens: int
+    seconds: float
+    money: float | None
+    """None where no prices were given."""
+
+    @property
+    def reused_share(self) -> float:
+        """Of the prompt tokens, 0 to 1."""
+        return 1 - self.prefilled_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+
+def spent(rows: Sequence[CellResult]) -> Spent:
+    """What the answers of these rows cost; a cell without an answer counts with its seconds and money only."""
+    answered = [row for row in rows if row.response is not None]
+    prices = [row.cost for row in rows if row.cost is not None]
+    return Spent(
+        prompt_tokens=sum(row.prompt_tokens for row in answered),
+        prefilled_tokens=sum(row.prefilled_tokens for row in answered),
+        decoded_tokens=sum(row.decoded_tokens for row in answered),
+        seconds=math.fsum(row.seconds for row in rows),
+        money=math.fsum(prices) if prices else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialResult:
+    """One finished trial."""
+
+    digest: str
+    arm: str
+    point: JsonObject
+    """Searched dotted paths and their values, those that apply to the arm."""
+    replicate: int
+    seed: int
+    folder: Path
+    spec: JsonObject
+    """Resolved trial spec."""
+    manifest: JsonObject
+    rows: tuple[CellResult, ...]
+
+    @property
+    def suite(self) -> JsonObject:
+        """Resolved suite spec."""
+        return self.spec.get("eval") or {}
+
+    @property
+    def training(self) -> list[JsonObject]:
+        """One row per optimizer step, with at least ``step`` and ``loss``; empty for an untrained arm."""
+        return list(self.manifest.get("training") or ())
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether an adapter answers, not the base model alone."""
+        return bool(self.spec.get("train") or self.spec.get("adapter"))
+
+    @property
+    def has_pauses(self) -> bool:
+        """Whether its texts have pauses."""
+        return self.spec.get("pauses") is not None
+
+    @property
+    def num_cut_off(self) -> int:
+        """Answers that reached ``max_new_tokens`` without an end."""
+        most = self.suite.get("max_new_tokens")
+        return 0 if most is None else sum(row.decoded_tokens >= most for row in self.rows)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether it was trained on documents or facts that it is asked about."""
+        return bool(self.manifest.get("evaluation_overlap"))
+
+    @property
+    def corpus_stats(self) -> JsonObject:
+        """Statistics of the training corpus; empty for an untrained arm."""
+        return dict(self.manifest.get("corpus_stats") or {})
+
+    @property
+    def noise(self) -> Noise | None:
+        """Measured on a sample of its cells; None where nothing was asked twice."""
+        found = self.manifest.get("noise")
+        if not found or not found["cells"]:
+            return None
+        return Noise(
+            dtype=found["dtype"],
+            num_cells=found["cells"],
+            num_answers_changed=found["answers_changed"],
+            num_scores_changed=found["scores_changed"],
+        )
+
+    @property
+    def currency(self) -> str:
+        """Of its rows' cost; empty where no prices were given."""
+        prices = (self.spec.get("engine") or {}).get("prices") or {}
+        return str(prices.get("currency", ""))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Stage → wall-clock seconds of the session that finished it; what an interrupted one took is not in them."""
+        return dict(self.manifest.get("seconds") or {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """How one condition differs from another."""
+
+    label: str
+    """Of the condition."""
+    other: str
+    """Label of the condition that it is compared with."""
+    comparison: Comparison
+    corrected_p: float
+    """``comparison.p`` after Holm's correction for the contrasts of its kind: with the reference, or with the control."""
+
+    @property
+    def difference(self) -> float:
+        """Of mean scores; above zero: the condition is better than the other."""
+        return self.comparison.difference
+
+    @property
+    def differs(self) -> bool:
+        """Whether the difference is more than chance would explain, by interval and by corrected p."""
+        return self.comparison.is_beyond_chance(self.corrected_p)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """An arm at one point of the search: what the replicates have in common."""
+
+    arm: str
+    point: JsonObject
+    label: str
+    """For people: ``pause_tuned every=2 rank=16``."""
+    num_planned: int
+    """Trials: one per replicate."""
+    num_stopped: int
+    """Those that a scheduler stopped, or that it spared because no trial of their point was worth going on with."""
+    trials: tuple[TrialResult, ...]
+    """The finished ones."""
+    summary: Summary | None
+    """None until a trial has finished."""
+    is_reference: bool
+    """Belongs to the arm that the others are compared with."""
+    against_reference: Contrast | None
+    """None for the reference itself, and until both have finished trials."""
+    against_control: Contrast | None
+    """Only for conditions tuned with pauses: what the pauses add beyond tuning."""
+
+    @property
+    def num_missing(self) -> int:
+        """Trials that are still to come."""
+        return self.num_planned - self.num_stopped - len(self.trials)
+
+    @property
+    def rows(self) -> list[CellResult]:
+        """Of all finished replicates."""
+        return [row for trial in self.trials for row in trial.rows]
+
+    @property
+    def compared_to(self) -> str | None:
+        """Label of the reference condition that this one is compared with."""
+        return self.against_reference.other if self.against_reference else None
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """With the reference."""
+        return self.against_reference.comparison if self.against_reference else None
+
+    @property
+    def corrected_p(self) -> float | None:
+        """Of the comparison with the reference."""
+        return self.against_reference.corrected_p if self.against_reference else None
+
+    @property
+    def differs(self) -> bool:
+        """Whether the difference to the reference is more than chance would explain."""
+        return self.against_reference is not None and self.against_reference.differs
+
+    @property
+    def is_pause_tuned(self) -> bool:
+        """Whether it was trained and its texts have pauses; False until a trial has finished."""
+        return any(trial.is_trained and trial.has_pauses for trial in self.trials)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResults:
+    """All of a sweep that is finished."""
+
+    folder: Path
+    name: str
+    digest: str
+    description: JsonObject
+    """``sweep.json``."""
+    reference_arm: str
+    control_arm: str | None
+    """The arm tuned without pauses that pause-tuned ones are compared with; None where the sweep names none."""
+    conditions: tuple[Condition, ...]
+    labels: Mapping[str, str]
+    """Digest of every planned trial → label of its condition."""
+    search: SearchRecord
+    """What a scheduler saw and did."""
+
+    @property
+    def trials(self) -> list[TrialResult]:
+        """Finished trials, condition by condition."""
+        return [trial for condition in self.conditions for trial in condition.trials]
+
+    @property
+    def axis(self) -> Axis:
+        """Of the needle's positions; the one that fits all finished trials."""
+        return axis_of(trial.suite for trial in self.trials)
+
+    @property
+    def noise(self) -> list[Noise]:
+        """Measured in the finished trials, summed by precision."""
+        measured = [noise for trial in self.trials if (noise := trial.noise)]
+        return [
+            Noise(
+                dtype=dtype,
+                num_cells=sum(its.num_cells for its in measured if its.dtype == dtype),
+                num_answers_changed=sum(its.num_answers_changed for its in measured if its.dtype == dtype),
+                num_scores_changed=sum(its.num_scores_changed for its in measured if its.dtype == dtype),
+            )
+            for dtype in sorted({its.dtype for its in measured})
+        ]
+
+    @property
+    def num_planned(self) -> int:
+        """Trials of the sweep."""
+        return sum(condition.num_planned for condition in self.conditions)
+
+    @property
+    def scored(self) -> list[Condition]:
+        """Conditions with at least one finished trial."""
+        return [condition for condition in self.conditions if condition.summary is not None]
+
+    @property
+    def compared(self) -> list[Condition]:
+        """Conditions with a comparison."""
+        return [condition for condition in self.conditions if condition.comparison is not None]
+
+    @property
+    def contrasts(self) -> list[Contrast]:
+        """With the reference."""
+        return [condition.against_reference for condition in self.conditions if condition.against_reference]
+
+    @property
+    def control_contrasts(self) -> list[Contrast]:
+        """With the control."""
+        return [condition.against_control for condition in self.conditions if condition.against_control]
+
+    @property
+    def num_stopped(self) -> int:
+        """Trials that are not run to their ends, as a scheduler decided."""
+        return sum(condition.num_stopped for condition in self.conditions)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is to come."""
+        return all(condition.num_missing == 0 for condition in self.conditions)
+
+    @property
+    def progress(self) -> str:
+        """``7 of 7 trials finished``, ``5 of 9 trials finished, 4 stopped early``."""
+        stopped = f", {self.num_stopped} stopped early" if self.num_stopped else ""
+        return f"{len(self.trials)} of {self.num_planned} trials finished{stopped}"
+
+
+def results_of(sweep: Path | SweepResults, storage: Storage) -> SweepResults:
+    """What was read already, or ``read_results`` of a folder: a comparison of two arms takes 40 ms, and a sweep may have a thousand."""
+    return sweep if isinstance(sweep, SweepResults) else read_results(sweep, storage)
+
+
+def read_results(sweep_folder: Path, storage: Storage) -> SweepResults:
+    """Read a sweep's folder and the folders of its finished trials.
+
+    Raises:
+        StorageError: a file is missing or damaged, or a ledger does not have the cells that its manifest says.
+    """
+    sweep = read_json(sweep_folder / "sweep.json")
+    control = sweep.get("control")
+    search = SearchRecord.read(sweep_folder)
+    left_out = search.left_out(sweep["trials"], governed_arm=sweep["spec"].get("arm", ""))
+    labels = condition_labels(sweep["trials"])
+    planned: dict[str, list[JsonObject]] = {}
+    for entry in sweep["trials"]:
+        planned.setdefault(labels[entry["digest"]], []).append(entry)
+    finished = {
+        label: tuple(read_trial(entry, storage) for entry in entries if is_complete(storage.trials / entry["digest"]))
+        for label, entries in planned.items()
+    }
+    points = {label: entries[0]["point"] for label, entries in planned.items()}
+    arms = {label: entries[0]["arm"] for label, entries in planned.items()}
+    references = {label: point for label, point in points.items() if arms[label] == sweep["compare_to"]}
+    controls = {label: point for label, point in points.items() if arms[label] == control and control != sweep["compare_to"]}
+    others = {label: point for label, point in points.items() if label not in references}
+    paused = {
+        label: point
+        for label, point in points.items()
+        if label not in controls and any(trial.is_trained and trial.has_pauses for trial in finished[label])
+    }
+    rows = {label: [row for trial in trials for row in trial.rows] for label, trials in finished.items()}
+    with_reference = _contrasts(others, references, rows)
+    with_control = _contrasts(paused, controls, rows)
+    conditions = tuple(
+        Condition(
+            arm=arms[label],
+            point=points[label],
+            label=label,
+            num_planned=len(entries),
+            num_stopped=sum(entry["digest"] in left_out and not is_complete(storage.trials / entry["digest"]) for entry in entries),
+            trials=finished[label],
+            summary=summarize(rows[label]) if rows[label] else None,
+            is_reference=label in references,
+            against_reference=with_reference.get(label),
+            against_control=with_control.get(label),
+        )
+        for label, entries in planned.items()
+    )
+    return SweepResults(
+        folder=sweep_folder,
+        name=sweep["name"],
+        digest=sweep["digest"],
+        description=sweep,
+        reference_arm=sweep["compare_to"],
+        control_arm=control,
+        conditions=conditions,
+        labels=labels,
+        search=search,
+    )
+
+
+def _contrasts(
+    points: Mapping[str, JsonObject], others: Mapping[str, JsonObject], rows: Mapping[str, list[CellResult]]
+) -> dict[str, Contrast]:
+    """Label → its contrast with its counterpart among ``others``; without those that have none or nothing to pair."""
+    counterparts = {label: _counterpart(point, others) for label, point in points.items()}
+    wanted = {label: other for label, other in counterparts.items() if other and rows[label] and rows[other]}
+    found = {label: compare_arms(rows[label], rows[other], num_comparisons=len(wanted)) for label, other in wanted.items()}
+    comparisons = {label: comparison for label, comparison in found.items() if comparison is not None}
+    corrected = holm([comparison.p for comparison in comparisons.values()])
+    return {
+        label: Contrast(label=label, other=wanted[label], comparison=comparison, corrected_p=p)
+        for (label, comparison), p in zip(comparisons.items(), corrected, strict=True)
+    }
+
+
+def read_trial(entry: JsonObject, storage: Storage) -> TrialResult:
+    """A finished trial, as ``sweep.json`` lists it.
+
+    Raises:
+        StorageError: a file is missing or damaged, or the ledger does not have the cells that its manifest says.
+    """
+    folder = storage.trials / entry["digest"]
+    trial = TrialResult(
+        digest=entry["digest"],
+        arm=entry["arm"],
+        point=entry["point"],
+        replicate=entry["replicate"],
+        seed=entry["seed"],
+        folder=folder,
+        spec=read_json(folder / "spec.json"),
+        manifest=read_json(folder / MANIFEST),
+        rows=tuple(Ledger(folder / "cells.jsonl").rows()),
+    )
+    found, expected = len(trial.rows), trial.manifest["num_cells"]
+    if found != expected:
+        remedy = (
+            f"remove {MANIFEST} and run the sweep again: only the missing cells are asked"
+            if found < expected
+            else ("remove the folder and run the sweep again: its cells are asked anew")
+        )
+        raise StorageError(f"{folder}: cells.jsonl has {found} cells and {MANIFEST} says {expected}; {remedy}")
+    return trial
+
+
+def _counterpart(point: JsonObject, others: Mapping[str, JsonObject]) -> str | None:
+    """The one of ``others`` that agrees with ``point`` on every path that both have, if there is just one."""
+    agreeing = [label for label, other in others.items() if all(other[path] == point[path] for path in other.keys() & point.keys())]
+    return agreeing[0] if len(agreeing) == 1 else None

@@ -1,0 +1,152 @@
+"""What of the cluster training and scoring get, and what they hold at a time. Knows how large the cluster is; starts nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pause_ray.core import ray_cluster
+from pause_ray.inference.engine import HfEngineSpec
+from pause_ray.sweep.spec import SweepSpec
+from pause_ray.trial.prepare import PreparedTrial
+from pause_ray.trial.spec import Resources, TrialSpec
+
+log = logging.getLogger("pause_ray")
+
+GPU_FIELDS = ("train_gpus_per_worker", "scoring_gpus_per_actor")
+"""Of ``Resources``: what is decided by the cluster as it is now where the spec leaves it open."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """What of the cluster training and scoring get; what the spec leaves open is decided here."""
+
+    resources: Resources
+    train_gpus: float
+    """Of each training worker."""
+    scoring_gpus: float
+    """Of each scoring actor."""
+    trains: bool
+    """Whether any trial does."""
+    concurrent_trials: int = 1
+    trial_labels: Mapping[str, str] = field(default_factory=dict)
+    """Of the nodes that trials' own processes run on; none where they may run anywhere."""
+
+    @classmethod
+    def of(cls, sweep: SweepSpec, trials: Sequence[TrialSpec]) -> Places:
+        """Shares of the cluster as it is now, for trials that all have the same resources.
+
+        Raises:
+            SpecError: they can never have them.
+        """
+        resources, gpus = trials[0].resources, ray_cluster.total("GPU")  # the same for all trials of a sweep
+        here = any(isinstance(trial.engine, HfEngineSpec) for trial in trials)
+        share = min(1.0, gpus / 2 if here else gpus)
+        train = share if resources.train_gpus_per_worker is None else resources.train_gpus_per_worker
+        scoring = share * here if resources.scoring_gpus_per_actor is None else resources.scoring_gpus_per_actor
+        open_fields = [name for name in GPU_FIELDS if getattr(resources, name) is None]
+        if here and not gpus and open_fields and not ray_cluster.is_known_to_grow_no_further():
+            named = " and ".join(f"resources.{name}" for name in open_fields)
+            log.warning("the cluster has no GPU now, so none is asked for; if it can start machines with GPUs, say how many with %s", named)
+        if train and not resources.train_workers and resources.scoring_bounds[0] < resources.scoring_bounds[1]:
+            # Tune holds what a trial's own process has until the trial is scored, which may need that very GPU.
+            resources = resources.model_copy(update={"train_workers": 1})
+        places = cls(resources=resources, train_gpus=train, scoring_gpus=scoring, trains=any(trial.train for trial in trials))
+        places.check()
+        places = dataclasses.replace(places, concurrent_trials=places.trials_at_a_time(sweep.max_concurrent_trials, gpus=gpus))
+        return dataclasses.replace(places, trial_labels=places.labels_for_trials(min(places.concurrent_trials, len(trials))))
+
+    def placed(self, trial: PreparedTrial) -> PreparedTrial:
+        """The trial with the resources that were decided here; its results and its identity are the same."""
+        return dataclasses.replace(trial, spec=trial.spec.model_copy(update={"resources": self.resources}))
+
+    def of_one_trial(self) -> dict[str, float]:
+        """Tune's bundle: the trial trains in its own process, or only drives a worker group that has its own bundles."""
+        if self.resources.train_workers:
+            return {"cpu": 1}
+        return {"cpu": self.resources.train_cpus_per_worker, "gpu": self.train_gpus}
+
+    def held_at_a_time(self) -> dict[str, float]:
+        """What one trial holds with the actors that stay, and with its fewest workers or the one actor that it cannot do without."""
+        trial, beside = self._trial(), self._beside_trials()
+        return {name: trial[name] + beside[name] for name in trial}
+
+    def check(self) -> None:
+        """Refuse what would be waited for for ever.
+
+        Raises:
+            SpecError: no node can give one of the pieces, or the cluster not all that is held at a time.
+        """
+        takers = {"a trial": self._trial(), "a scoring actor": self._actor()}
+        if self.trains and self.resources.train_workers:
+            takers["a training worker"] = self._worker()
+        ray_cluster.check_nodes(takers)
+        fewest, most = self.resources.scoring_bounds
+        remedy = "lower train_workers or scoring_actors, or what each of them takes"
+        if fewest == most:
+            remedy += f", or let training and scoring take turns with scoring_actors: {{min: 0, max: {most}}}"
+        ray_cluster.check_room(self.held_at_a_time(), remedy=remedy)
+
+    def trials_at_a_time(self, wanted: int | None, *, gpus: float) -> int:
+        """Trials that Tune may place side by side; by default as many as can train while one actor scores.
+
+        Never so many that their own processes leave no room for what each of them waits for, on a cluster that cannot grow.
+        """
+        if wanted is None:
+            per_trial = self.train_gpus * max(1, self.resources.worker_bounds[1])
+            wanted = max(1, int((gpus - self.scoring_gpus * max(1, self.resources.scoring_bounds[0])) // per_trial)) if per_trial else 1
+        trial, beside = self._trial(), self._beside_trials()
+        fitting = max(1, min(int((ray_cluster.total(name) - beside[name]) // trial[name]) for name in trial if trial[name]))
+        if wanted <= fitting:
+            return wanted
+        if ray_cluster.is_known_to_grow_no_further():
+            return fitting
+        log.warning(
+            "%d trials at a time leave no room for training workers and scoring actors until the cluster has grown; "
+            "with max_concurrent_trials: %d they need not wait",
+            wanted,
+            fitting,
+        )
+        return wanted
+
+    def labels_for_trials(self, number: int) -> Mapping[str, str]:
+        """``cluster.STAYS`` where nodes that stay have room for so many trials, now or as soon as they have come; else none.
+
+        Actors that stay may sit there too. A trial that is lost with its node begins again, so nothing has to wait for such nodes.
+        """
+        if not ray_cluster.tells_markets():
+            return {}
+        trial, actor = self._trial(), self._actor()
+        nodes = ray_cluster.staying_nodes()
+        taken_by_actor = max((math.ceil(actor[name] / trial[name]) for name in trial if trial[name]), default=0)
+        wanted = number + self.resources.scoring_bounds[0] * taken_by_actor
+        there = sum(min(int(node.get(name, 0) // trial[name]) for name in trial if trial[name]) for node in nodes)
+        bundle = {name: amount for name, amount in trial.items() if amount}
+        if there >= wanted or (
+            not ray_cluster.is_known_to_grow_no_further() and ray_cluster.can_place(bundle, number=wanted, labels=ray_cluster.STAYS)
+        ):
+            return ray_cluster.STAYS
+        log.warning("nodes that stay have no room for %d trials beside scoring; a trial that is lost with its node begins again", number)
+        return {}
+
+    def _trial(self) -> dict[str, float]:
+        bundle = self.of_one_trial()
+        return {"CPU": bundle["cpu"], "GPU": bundle.get("gpu", 0)}
+
+    def _worker(self) -> dict[str, float]:
+        return {"CPU": self.resources.train_cpus_per_worker, "GPU": self.train_gpus}
+
+    def _actor(self) -> dict[str, float]:
+        return {"CPU": self.resources.scoring_cpus_per_actor, "GPU": self.scoring_gpus}
+
+    def _beside_trials(self) -> dict[str, float]:
+        """What must be free beside trials so that one of them can always go on: the actors that stay, and a worker group or an actor."""
+        worker, actor = self._worker(), self._actor()
+        fewest_workers = self.resources.worker_bounds[0] * self.trains
+        fewest_actors = self.resources.scoring_bounds[0]
+        return {
+            name: max(fewest_workers * worker[name] + fewest_actors * actor[name], max(1, fewest_actors) * actor[name]) for name in worker
+        }

@@ -1,0 +1,554 @@
+"""Token ids of texts, chats and markers. Knows a model's tokenizer and chat template, not its weights.
+
+A text is tokenised once, as a whole and without pauses; marker groups are then put between its tokens. So the content
+tokens are the same under every pause policy, and an arm differs from another in its pauses only.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pause_ray.core.errors import ModelError, TextError
+from pause_ray.core.spec import digest
+from pause_ray.text.chat import ChatTemplate
+from pause_ray.text.pauses import PausePolicy, insert
+from pause_ray.text.segments import DocumentRules
+
+_WHITE_SPACE = np.array([code for code in range(0x3001) if chr(code).isspace()], dtype=np.uint32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarkerToken:
+    """A marker that is one vocabulary entry: ``added`` (needs a new embedding row) or ``reserved`` (row exists)."""
+
+    text: str
+    token_id: int
+    added: bool
+    initial_ids: tuple[int, ...]
+    """The marker's text in ordinary tokens; the mean of their rows is an added row's value before training."""
+
+
+@dataclass(frozen=True)
+class Marker:
+    """A marker group in token ids."""
+
+    group_ids: tuple[int, ...]
+    """Empty when there are no pauses."""
+    token: MarkerToken | None
+    """None when the marker is ordinary text or there is none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encoding:
+    """Tokens of a text, without special tokens."""
+
+    ids: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    """Character at which each token starts, white space before it included; ascending, not always unique."""
+
+
+class ModelTokenizer:
+    """A model's fast tokenizer and chat template, from its folder."""
+
+    def __init__(self, source: str, template: ChatTemplate | None, end_ids: tuple[int, ...]) -> None:
+        from tokenizers import Tokenizer
+
+        self._source = source
+        self._template = template
+        self._ends = end_ids
+        # Two of them: one object cannot treat "<|im_end|>" as text in a document and as a token in a template.
+        self._plain, self._control = Tokenizer.from_str(source), Tokenizer.from_str(source)
+        self._plain.encode_special_tokens = True
+        for tokenizer in (self._plain, self._control):
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+
+    def __reduce__(self) -> tuple[type[Self], tuple[object, ...]]:
+        # A Tokenizer's own pickle forgets encode_special_tokens.
+        return type(self), (self._source, self._template, self._ends)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read ``tokenizer.json``, the chat template and the end tokens of a model folder.
+
+        Raises:
+            ModelError: no tokenizer, or a file that is no JSON.
+        """
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise ModelError(
+                f"{folder}: has no tokenizer.json; make one with transformers: "
+                f"AutoTokenizer.from_pretrained(MODEL).save_pretrained({str(folder)!r})"
+            )
+        content = _read_settings(file)
+        if "model" not in content:
+            raise ModelError(f"{file}: holds no tokenizer model; fetch the model again")
+        settings = _read_settings(folder / "tokenizer_config.json")
+        ends = _end_ids(folder, settings, entries=content.get("added_tokens", []))
+        return cls(file.read_text(encoding="utf-8"), ChatTemplate.find(folder, settings), ends)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Identity of all that turns text into ids: tokenizer, chat template, end tokens."""
+        template = self._template
+        return digest([self._source, template.source if template else None, dict(template.names) if template else None, list(self._ends)])
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """The id that a new entry would get."""
+        return max(self._control.get_vocab(with_added_tokens=True).values()) + 1
+
+    @functools.cached_property
+    def _special(self) -> dict[str, int]:
+        """Control tokens by their text, longest first."""
+        special = {token.content: token_id for token_id, token in self._control.get_added_tokens_decoder().items() if token.special}
+        return dict(sorted(special.items(), key=lambda item: -len(item[0])))
+
+    @functools.cached_property
+    def _forbidden(self) -> NDArray[np.int64]:
+        """Ids that a document must not produce: control tokens, except the one for unknown characters."""
+        return np.array(sorted({*self._special.values(), *self._ends} - {self._unknown_id}), dtype=np.int64)
+
+    def encode(self, text: str) -> Encoding:
+        """Tokens of ``text`` as ordinary text: ``<|im_end|>`` in it is ten characters, not the end of a turn.
+
+        Raises:
+            TextError: the tokenizer makes a control token out of the text although it was told not to, or the text
+                holds half a surrogate pair.
+        """
+        try:
+            encoding = self._plain.encode(text, add_special_tokens=False)
+        except TypeError as error:
+            half = re.search("[\ud800-\udfff]", text)
+            raise TextError(f"the text holds half a surrogate pair at character {half and half.start()}; repair its encoding") from error
+        ids = np.array(encoding.ids, dtype=np.int32)
+        starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
+        control = np.flatnonzero(np.isin(ids, self._forbidden))
+        if control.size:
+            token = self._control.id_to_token(int(ids[control[0]]))
+            raise TextError(f"the text contains the control token {token} at character {starts[control[0]]}; remove it from the text")
+        return Encoding(ids, np.maximum.accumulate(starts) if starts.size else starts)
+
+    def decode(self, ids: Sequence[int] | NDArray[np.int32], *, skip_special_tokens: bool = True) -> str:
+        """Text of ``ids``; an id outside the vocabulary, such as an added marker's, is left out."""
+        text: str = self._control.decode([int(token_id) for token_id in ids], skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_id(self, text: str) -> int | None:
+        """The id of ``text`` if the vocabulary has it as one entry, special or not."""
+        ids: list[int] = self._control.encode(text, add_special_tokens=False).ids
+        return ids[0] if len(ids) == 1 and ids[0] != self._unknown_id else None
+
+    @functools.cached_property
+    def chat_ids(self) -> frozenset[int]:
+        """Ids that have a meaning: control tokens of the chat template, beginning and end tokens."""
+        frame = {token_id for side in self.chat_frame(None, "a", "a") for token_id in side}
+        return frozenset(frame & {*self._special.values()}) | {*self.end_ids, *self.leading_ids}
+
+    @functools.cached_property
+    def unused(self) -> tuple[str, ...]:
+        """Entries that the model's makers kept free, judged by their names."""
+        return tuple(text for text in self._special if re.search(r"reserved|unused|dummy|placeholder", text))
+
+    def chat_frame(
+        self, system: str | None, user_before: str, user_after: str, *, marker: MarkerToken | None = None
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Token ids before and after a context that stands in the user's message.
+
+        The model's chat template is rendered as transformers does, ready for the assistant's answer, and split at the
+        context. A model without a template gets system message, text and context as plain text, after the tokens that
+        its tokenizer puts before every text. ``marker`` is recognised in the texts as its token.
+
+        Raises:
+            ModelError: the template refuses the messages or does not pass the context through.
+            TextError: a text contains a control token.
+        """
+        for text in (system or "", user_before, user_after):
+            found = [token for token in self._special if token in text and (marker is None or token != marker.text)]
+            if found:
+                raise TextError(f"the prompt text {_shortened(text)!r} contains the control token {found[0]}; remove it")
+        if self._template is None:
+            head = f"{system}\n\n" if system else ""
+            return (*self.leading_ids, *self._framed(head + user_before, marker)), self._framed(user_after, marker)
+        before, after = self._template.render_around(system, user_before, user_after)
+        return self._framed(before, marker), self._framed(after, marker)
+
+    @functools.cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids at which an answer ends."""
+        return tuple(sorted({*self._ends, self.answer_end_id}))
+
+    @functools.cached_property
+    def answer_end_id(self) -> int:
+        """The token that ends an assistant's turn: what an answer is trained to end with.
+
+        Raises:
+            ModelError: neither template nor configuration names one.
+        """
+        if self._template is not None:
+            for token_id in self._control.encode(self._template.after_answer(), add_special_tokens=False).ids[:4]:
+                if token_id in self._special.values() or token_id in self._ends:
+                    return int(token_id)
+        if not self._ends:
+            raise ModelError("the model has no end token: give eos_token_id in its generation_config.json or config.json")
+        return self._ends[0]
+
+    @functools.cached_property
+    def leading_ids(self) -> tuple[int, ...]:
+        """What the tokenizer puts before every text, such as a beginning-of-sequence token."""
+        bare = self._control.encode("a", add_special_tokens=False).ids
+        full = self._control.encode("a", add_special_tokens=True).ids
+        return tuple(full[: next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)])
+
+    def _framed(self, text: str, marker: MarkerToken | None) -> tuple[int, ...]:
+        """Tokens of a rendered template, in which control tokens and the marker are tokens."""
+        if marker is None:
+            return tuple(self._control.encode(text, add_special_tokens=False).ids)
+        ids: list[int] = []
+        for part in re.split(f"({re.escape(marker.text)})", text):
+            ids += [marker.token_id] if part == marker.text else self._control.encode(part, add_special_tokens=False).ids
+        return tuple(ids)
+
+    @functools.cached_property
+    def _unknown_id(self) -> int | None:
+        model = json.loads(self._source)["model"]
+        if model["type"] == "Unigram":
+            return None if model["unk_id"] is None else int(model["unk_id"])
+        unknown = model.get("unk_token")
+        return None if unknown is None else self._control.token_to_id(unknown)
+
+
+def resolve_marker(tokenizer: ModelTokenizer, policy: PausePolicy | None) -> Marker:
+    """The token ids of one marker group.
+
+    Raises:
+        ModelError: ``added`` but already in the vocabulary; ``reserved`` but not one entry of it, or one that the chat uses.
+    """
+    if policy is None:
+        return Marker((), None)
+    ordinary = tuple(int(token_id) for token_id in tokenizer.encode(policy.marker).ids)
+    if policy.token == "text":
+        return Marker(tuple(int(token_id) for token_id in tokenizer.encode(policy.group).ids), None)
+    existing = tokenizer.token_id(policy.marker)
+    if policy.token == "added":
+        if existing is not None:
+            raise ModelError(
+                f"pauses.marker {policy.marker!r} is already entry {existing} of the vocabulary; use token: reserved or another marker"
+            )
+        token = MarkerToken(text=policy.marker, token_id=tokenizer.vocab_size, added=True, initial_ids=ordinary)
+    else:
+        hint = f", such as {tokenizer.unused[0]!r}" if tokenizer.unused else ""
+        if existing is None:
+            raise ModelError(
+                f"pauses.marker {policy.marker!r} is {len(ordinary)} tokens of this model, not one; token: reserved needs an entry of the "
+                f"vocabulary{hint}; or use token: added"
+            )
+        if existing in tokenizer.chat_ids:
+            raise ModelError(f"pauses.marker {policy.marker!r} has a meaning in this model's chats; choose an unused entry{hint}")
+        token = MarkerToken(text=policy.marker, token_id=existing, added=False, initial_ids=ordinary)
+    return Marker((token.token_id,) * policy.count, token)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenDocument:
+    """Content tokens with marker groups between them."""
+
+    ids: NDArray[np.int32]
+    is_pause: NDArray[np.bool_]
+    """Same length as ``ids``."""
+    content_starts: NDArray[np.int64]
+    """Character at which each content token's visible part starts."""
+
+    @property
+    def num_content(self) -> int:
+        """Tokens that are not pauses."""
+        return len(self.content_starts)
+
+    @property
+    def num_pauses(self) -> int:
+        """Marker groups; no two touch, so each run is one."""
+        return int(np.count_nonzero(np.diff(self.is_pause.astype(np.int8), prepend=0) == 1))
+
+
+def encode_document(
+    text: str,
+    *,
+    tokenizer: ModelTokenizer,
+    policy: PausePolicy | None,
+    marker: Marker,
+    seed: int,
+    rules: DocumentRules | None = None,
+) -> TokenDocument:
+    """Tokenise ``text`` once and put marker groups between its tokens.
+
+    A group goes before the first token whose visible part starts at or after the group's offset; groups that would
+    fall between the same two tokens are one.
+
+    Args:
+        text: Text without the marker.
+        tokenizer: Of the model.
+        policy: Where groups go, or None for no pauses.
+        marker: ``resolve_marker(tokenizer, policy)``.
+        seed: Of a random placement.
+        rules: Of the documents that ``text`` was joined from (``segments.join_documents``); None for one document.
+
+    Raises:
+        TextError: the marker or a control token is in the text.
+    """
+    encoding = tokenizer.encode(text)
+    starts = visible_starts(text, encoding.starts)
+    return put_pauses(text, encoding.ids, starts, policy=policy, marker=marker, seed=seed, rules=rules)
+
+
+def put_pauses(
+    text: str,
+    ids: NDArray[np.int32],
+    starts: NDArray[np.int64],
+    *,
+    policy: PausePolicy | None,
+    marker: Marker,
+    seed: int,
+    rules: DocumentRules | None = None,
+) -> TokenDocument:
+    """What ``encode_document`` does with a text that is tokenised already.
+
+    Args:
+        text: Text without the marker.
+        ids: Its tokens.
+        starts: ``visible_starts`` of them.
+        policy: Where groups go, or None for no pauses.
+        marker: ``resolve_marker(tokenizer, policy)``.
+        seed: Of a random placement.
+        rules: Of the documents that ``text`` was joined from; None for one document.
+
+    Raises:
+        TextError: the marker is in the text.
+    """
+    if policy is None:
+        return TokenDocument(ids, np.zeros(len(ids), dtype=np.bool_), starts)
+    paused = insert(text, policy, token_starts=starts.tolist(), seed=seed, rules=rules)
+    places = np.unique(np.searchsorted(starts, np.array(paused.offsets, dtype=np.int64)))
+    group = np.array(marker.group_ids, dtype=np.int32)
+    at = np.repeat(places, len(group))
+    is_pause = np.insert(np.zeros(len(ids), dtype=np.bool_), at, values=True)
+    return TokenDocument(np.insert(ids, at, np.tile(group, len(places))), is_pause, starts)
+
+
+def visible_starts(text: str, starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each token, its first character that is no white space; a token of white space alone keeps its start."""
+    if not starts.size:
+        return starts
+    blank = np.isin(np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32), _WHITE_SPACE)
+    # next_visible[i]: the first visible character at or after i
+    positions = np.where(blank, len(text), np.arange(len(text)))
+    next_visible = np.append(np.minimum.accumulate(positions[::-1])[::-1], len(text))
+    ends = np.append(starts[1:], len(text))
+    visible = next_visible[starts]
+    return np.where(visible < np.maximum(ends, starts + 1), visible, starts)
+
+
+def cut(document: TokenDocument, *, tokens: int, budget: Literal["content", "total"]) -> TokenDocument:
+    """The beginning of a document, ending in a content token; a group is kept whole or not at all.
+
+    Args:
+        document: Any.
+        tokens: ``content``: content tokens to keep, with the groups before them. ``total``: at most so many tokens in all.
+        budget: What ``tokens`` counts.
+    """
+    content = np.flatnonzero(~document.is_pause)
+    kept = min(tokens, len(content)) if budget == "content" else int(np.searchsorted(content, tokens))
+    length = int(content[kept - 1]) + 1 if kept > 0 else 0
+    return TokenDocument(document.ids[:length], document.is_pause[:length], document.content_starts[: max(kept, 0)])
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one if there is no file."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ModelError(f"{file}: is no JSON ({error}); fetch the model again") from error
+    return data if isinstance(data, dict) else {}
+
+
+def _end_ids(folder: Path, settings: dict[str, Any], *, entries: list[dict[str, Any]]) -> tuple[int, ...]:
+    """End-of-sequence ids, from the first file that names one; the generation settings know best."""
+    for name in ("generation_config.json", "config.json"):
+        value = _read_settings(folder / name).get("eos_token_id")
+        if value is not None:
+            return tuple(int(token_id) for token_id in (value if isinstance(value, list) else [value]))
+    token = settings.get("eos_token")
+    text = token["content"] if isinstance(token, dict) else token
+    return tuple(entry["id"] for entry in entries if entry["content"] == text)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+REACH_TOKENS = 64
+"""Further away than this a text does not change how another is tokenised: words, numbers and runs of marks are shorter."""
+_AGREEING_TOKENS = 32
+"""So many tokens in a row must be the same before a window counts as back in step."""
+_BLANK = re.compile(r"\s")
+"""Must stand before them: tokenizers that cut a run of digits or letters from its beginning start afresh after a blank."""
+_CHARS_PER_TOKEN = 5
+"""First guess of how many characters to take; English prose has 4 to 4.5 per token."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenText:
+    """A text and its tokens."""
+
+    text: str
+    ids: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    """Character at which each token's visible part starts; ascending, not always unique."""
+
+    @classmethod
+    def of(cls, text: str, *, tokenizer: ModelTokenizer) -> TokenText:
+        """Tokenise ``text`` as a whole."""
+        encoding = tokenizer.encode(text)
+        return cls(text, encoding.ids, visible_starts(text, encoding.starts))
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """A text to put in."""
+
+    offset: int
+    """Before the character at this offset of the text without insertions."""
+    text: str
+
+
+class Beginning:
+    """How a text begins, in tokens; reads on as far as it is asked to, and no more than twice as far."""
+
+    def __init__(self, whole: str, *, tokenizer: ModelTokenizer, read: Callable[[str], TokenText] | None = None) -> None:
+        """``read`` does what ``TokenText.of`` does, which is the default."""
+        self._whole = whole
+        self._read = read or functools.partial(TokenText.of, tokenizer=tokenizer)
+        self.read = TokenText.of("", tokenizer=tokenizer)
+        """What was read up to now, with up to ``REACH_TOKENS`` tokens at its end that may be others in the whole."""
+
+    @property
+    def is_all(self) -> bool:
+        """Whether nothing is left to read."""
+        return len(self.read.text) == len(self._whole)
+
+    def first(self, tokens: int) -> TokenText:
+        """The first ``tokens`` tokens of the whole text, or all if it has fewer."""
+        chars = max((tokens + REACH_TOKENS) * _CHARS_PER_TOKEN, 2 * len(self.read.text))
+        while not self.is_all and len(self.read.ids) < tokens + REACH_TOKENS:
+            self.read = self._read(self._whole[:chars])
+            chars *= 2
+        if tokens >= len(self.read.ids):
+            return self.read
+        return TokenText(self.read.text[: int(self.read.starts[tokens])], self.read.ids[:tokens], self.read.starts[:tokens])
+
+
+def put_in(base: TokenText, insertions: Sequence[Insertion], *, tokenizer: ModelTokenizer) -> TokenText:
+    """``base`` with texts put in, tokenised as if it had been written that way.
+
+    Args:
+        base: A text and its tokens.
+        insertions: By ascending offset; at one offset, in the order in which they are to stand.
+        tokenizer: Of ``base``.
+
+    Raises:
+        TextError: a control token comes about.
+    """
+    edges = [0, *(insertion.offset for insertion in insertions), len(base.text)]
+    parts = [base.text[begin:end] for begin, end in itertools.pairwise(edges)]
+    text = parts[0] + "".join(insertion.text + part for insertion, part in zip(insertions, parts[1:], strict=True))
+    ids, starts, done, shift = list[NDArray[np.int32]](), list[NDArray[np.int64]](), 0, 0
+    for group in _neighbours(base, insertions):
+        window = _Window.around(group, base)
+        chars = sum(len(insertion.text) for insertion in group)
+        begin, end = window.begin_char + shift, window.end_char + shift + chars
+        middle = _in_step(window, base, TokenText.of(text[begin:end], tokenizer=tokenizer), chars=chars)
+        if middle is None:
+            return TokenText.of(text, tokenizer=tokenizer)
+        ids += [base.ids[done : window.splice_from], middle.ids]
+        starts += [base.starts[done : window.splice_from] + shift, middle.starts + begin]
+        done, shift = window.splice_to, shift + chars
+    ids.append(base.ids[done:])
+    starts.append(base.starts[done:] + shift)
+    return TokenText(text, np.concatenate(ids), np.concatenate(starts))
+
+
+def _neighbours(base: TokenText, insertions: Sequence[Insertion]) -> Iterator[list[Insertion]]:
+    """Insertions in groups so far apart that the windows of two do not meet."""
+    group, last = list[Insertion](), 0
+    for insertion in insertions:
+        token = _token_at(base, insertion.offset)
+        if group and token - last > 4 * REACH_TOKENS:
+            yield group
+            group = []
+        group.append(insertion)
+        last = token
+    if group:
+        yield group
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Tokens of the base around some insertions: read from ``begin_char`` to ``end_char``, replaced between the two splices."""
+
+    begin_char: int
+    last_offset: int
+    """Of the insertions."""
+    splice_from: int
+    splice_to: int
+    end_char: int
+
+    @classmethod
+    def around(cls, group: Sequence[Insertion], base: TokenText) -> _Window:
+        """Two reaches on either side are read and one is replaced; at an end of the text, all up to there."""
+        size = len(base.ids)
+        left, right = _token_at(base, group[0].offset), _token_at(base, group[-1].offset)
+        is_inner, goes_on = left >= 2 * REACH_TOKENS, right + 2 * REACH_TOKENS < size
+        return cls(
+            begin_char=int(base.starts[left - 2 * REACH_TOKENS]) if is_inner else 0,
+            last_offset=group[-1].offset,
+            splice_from=_token_at(base, int(base.starts[left - REACH_TOKENS])) if is_inner else 0,
+            splice_to=_token_at(base, int(base.starts[right + REACH_TOKENS])) if goes_on else size,
+            end_char=int(base.starts[right + 2 * REACH_TOKENS]) if goes_on else len(base.text),
+        )
+
+
+def _in_step(window: _Window, base: TokenText, read: TokenText, *, chars: int) -> TokenText | None:
+    """What replaces the base's tokens between the splices, or None if the window's tokens do not agree with them there."""
+    first, last = 0, len(read.ids)
+    if window.splice_from > 0:
+        char, offset = int(base.starts[window.splice_from]), window.begin_char
+        first = _token_at(read, char - offset)
+        if not _BLANK.search(base.text, window.begin_char, char) or not _agree(base, window.splice_from, read, first, offset=offset):
+            return None
+    if window.splice_to < len(base.ids):
+        char, offset = int(base.starts[window.splice_to]), window.begin_char - chars
+        last = _token_at(read, char - offset)
+        if not _BLANK.search(base.text, window.last_offset, char) or not _agree(base, window.splice_to, read, last, offset=offset):
+            return None
+    return TokenText("", read.ids[first:last], read.starts[first:last])
+
+
+def _agree(base: TokenText, token: int, read: TokenText, place: int, *, offset: int) -> bool:
+    """Whether the tokens from ``token`` in the base are those from ``place`` in a window that begins at ``offset``."""
+    size = _AGREEING_TOKENS
+    same_ids = np.array_equal(base.ids[token : token + size], read.ids[place : place + size])
+    return same_ids and np.array_equal(base.starts[token : token + size] - offset, read.starts[place : place + size])
+
+
+def _token_at(text: TokenText, char: int) -> int:
+    """The first token whose visible part starts at or after ``char``."""
+    return int(np.searchsorted(text.starts, char))

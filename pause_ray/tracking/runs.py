@@ -1,0 +1,551 @@
+"""A sweep in MLflow: a parent run per sweep, a child run per trial that finished or was stopped, the best one as a model.
+
+Everything sent is read back from the sweep's and trials' folders, so it can be sent again: what is there already is
+skipped, what was sent in part or while a trial was training is completed, nothing is sent twice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pause_ray.core.errors import StorageError
+from pause_ray.core.format import number, p_value, signed, span
+from pause_ray.core.spec import JsonObject, digest
+from pause_ray.core.storage import MANIFEST, Storage, is_complete, read_json
+from pause_ray.evaluation.compare import summarize
+from pause_ray.evaluation.grid import axis_of, score_fields
+from pause_ray.evaluation.ledger import to_parquet
+from pause_ray.models.checkpoint import ADAPTER_CONFIG, TRAINING_LOG, Checkpoint
+from pause_ray.report import figures
+from pause_ray.report.best import FOLDER as BEST
+from pause_ray.report.best import exported
+from pause_ray.report.findings import headline, noise_words, notes
+from pause_ray.report.ranking import best, rank_correlations
+from pause_ray.report.results import Condition, Contrast, SweepResults, TrialResult, read_trial, results_of, spent
+from pause_ray.sweep.search_log import SEARCH_LOG, Rung, SearchRecord, Stop
+from pause_ray.sweep.spec import condition_labels
+from pause_ray.tracking.store import Run, Sender, connected
+from pause_ray.training.metrics import training_series
+
+CONTENT_FIELDS = ("eval.task.needles", "eval.task.groups", "eval.noise", "corpus.facts")
+"""Parts of a trial that are text, not parameters; sent as a digest, and whole in ``spec.json``."""
+CORPUS_METRICS = ("documents", "rows", "pauses_per_1k_tokens", "longest_stretch_tokens")
+"""Of the training text's statistics; all of them are in the trial's ``manifest.json``."""
+MOST_PARAM_CHARS = 500
+CONTENT_VERSION = 7
+"""Raised when other values are sent for the same files, so that runs logged before are brought up to date."""
+HEATMAP_DOTS_PER_INCH = 100
+
+
+def flattened(spec: Mapping[str, Any], *, prefix: str = "") -> dict[str, str]:
+    """A trial spec as MLflow parameters: dotted path → short text; resources are left out, long content is a digest."""
+    found: dict[str, str] = {}
+    for name, value in spec.items():
+        path = f"{prefix}{name}"
+        if path == "resources":
+            continue
+        if path in CONTENT_FIELDS and value is not None:
+            found[path] = f"digest {digest(value)}"
+        elif isinstance(value, Mapping) and value:
+            found |= flattened(value, prefix=f"{path}.")
+        elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            found |= flattened({str(index): item for index, item in enumerate(value)}, prefix=f"{path}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            found[path] = text if len(text) <= MOST_PARAM_CHARS else text[: MOST_PARAM_CHARS - 1] + "…"
+    return found
+
+
+def trial_name(label: str, replicate: int) -> str:
+    """Of a trial's run, from its condition's label."""
+    return f"{label} #{replicate}"
+
+
+def content_of(trial: TrialResult, *, label: str, rungs: Sequence[Rung]) -> str:
+    """Digest of all that a trial's run is made from: its files, the names that the sweep gives it, and its rungs."""
+    files = [digest((trial.folder / name).read_bytes()) for name in ("spec.json", "cells.jsonl", MANIFEST)]
+    return digest([CONTENT_VERSION, trial_name(label, trial.replicate), trial.arm, len(rungs), *files])
+
+
+def trial_run(trial: TrialResult, *, label: str, rungs: Sequence[Rung], scratch: Path) -> Run:
+    """The run of a finished trial; files that are made for it are put into ``scratch``."""
+    folder = scratch / trial.digest
+    folder.mkdir()
+    to_parquet(trial.rows, folder / "cells.parquet")
+    name = trial_name(label, trial.replicate)
+    axis = axis_of([trial.suite])
+    drawn = figures.score_heatmaps({name: score_fields(trial.rows, axis=axis)}, axis=axis)
+    figures.save_png(drawn, folder / "heatmap.png", dots_per_inch=HEATMAP_DOTS_PER_INCH)
+    files = (trial.folder / "spec.json", trial.folder / MANIFEST, folder / "cells.parquet", folder / "heatmap.png")
+    return Run(
+        kind="trial",
+        name=name,
+        digest=trial.digest,
+        content=content_of(trial, label=label, rungs=rungs),
+        status="FINISHED",
+        started_ms=started_ms(trial),
+        ended_ms=ended_ms(trial),
+        tags={"pause_ray.arm": trial.arm, "pause_ray.version": str(trial.manifest.get("version", ""))},
+        params=flattened(trial.spec),
+        metrics={name: float(value) for name, value in _metrics(trial).items() if value is not None},
+        series={**training_series(trial.training), **_proxy_series(rungs)},
+        files=[(path, "") for path in files],
+    )
+
+
+def stopped_run(entry: JsonObject, stop: Stop, *, label: str, rungs: Sequence[Rung], storage: Storage, at_ms: int) -> Run:
+    """The run of a trial that a scheduler stopped: no cells, only what the proxy said.
+
+    Args:
+        entry: The trial in ``sweep.json``.
+        stop: By whom and where.
+        label: Of its condition.
+        rungs: Those that it reached.
+        storage: Where its spec is.
+        at_ms: When the search last wrote something down.
+    """
+    path = storage.trials / entry["digest"] / "spec.json"
+    name = trial_name(label, entry["replicate"])
+    return Run(
+        kind="trial",
+        name=name,
+        digest=entry["digest"],
+        content=digest([CONTENT_VERSION, name, entry["arm"], "stopped", stop.rung, stop.by, len(rungs)]),
+        status="KILLED",
+        started_ms=at_ms - int(1000 * sum(rung.seconds for rung in rungs)),
+        ended_ms=at_ms,
+        tags={"pause_ray.arm": entry["arm"], "pause_ray.stopped": f"at rung {stop.rung} by {stop.by}, on the proxy"},
+        params=flattened(read_json(path)) if path.is_file() else {},
+        series=_proxy_series(rungs),
+    )
+
+
+def _proxy_series(rungs: Sequence[Rung]) -> dict[str, list[tuple[int, float]]]:
+    points = [(rung.step, rung.proxy_score) for rung in rungs if rung.proxy_score is not None]
+    return {"proxy_score": points} if points else {}
+
+
+def _metrics(trial: TrialResult) -> dict[str, float | None]:
+    summary, answers, noise = summarize(trial.rows), spent(trial.rows), trial.noise
+    return {
+        "score": summary.grand_mean,
+        "score_middle": summary.middle_mean,
+        "score_edges": summary.edge_mean,
+        "exact_recall": summary.exact_recall,
+        **{f"score_at_{length}_tokens": mean for length, mean in summary.mean_by_length.items()},
+        "unscored_share": summary.unscored_share,
+        "cells": float(summary.num_cells),
+        "prompt_overhead_percent": summary.prompt_overhead_percent,
+        "pauses_per_prompt": summary.pauses_per_prompt,
+        "prompt_tokens": float(answers.prompt_tokens),
+        "prefilled_tokens": float(answers.prefilled_tokens),
+        "reused_share": answers.reused_share,
+        "decoded_tokens": float(answers.decoded_tokens),
+        "answering_seconds": answers.seconds,
+        "cost": answers.money,
+        "noise_answers_changed_share": noise.num_answers_changed / noise.num_cells if noise else None,
+        "noise_scores_changed_share": noise.num_scores_changed / noise.num_cells if noise else None,
+        **{f"corpus_{name}": trial.corpus_stats.get(name) for name in CORPUS_METRICS},
+    }
+
+
+def changed_ms(path: Path) -> int:
+    """When a file was last written, in milliseconds of Unix time."""
+    return int(path.stat().st_mtime * 1000)
+
+
+def ended_ms(trial: TrialResult) -> int:
+    """When it was finished."""
+    return changed_ms(trial.folder / MANIFEST)
+
+
+def started_ms(trial: TrialResult) -> int:
+    """When the session that finished it began with it."""
+    return ended_ms(trial) - int(1000 * trial.seconds.get("total", 0.0))
+
+
+MOST_CONTRASTS = 8
+"""Of each kind, as metrics of the parent run; all of them are in ``arms.csv``."""
+MOST_METRIC_CHARS, DIGEST_CHARS = 200, 6
+MOST_DESCRIPTION_CHARS = 7800
+"""MLflow cuts a longer text off, in the middle of a word."""
+MORE_CHARS = 60
+"""What it takes to say how many arms are left out."""
+WAITING = "MLflow: waiting for %s"
+logger = logging.getLogger("pause_ray")
+
+
+class LoggedSweep(NamedTuple):
+    """Where a sweep is in MLflow."""
+
+    experiment_id: str
+    run_id: str
+    """Of the parent run."""
+    model: str | None
+    """URI of its best trial as a registered model; None where none was exported, or nothing was trained."""
+
+
+def log_sweep(sweep: Path | SweepResults, storage: Storage, *, uri: str | None = None) -> LoggedSweep:
+    """Bring MLflow up to date with what the sweep has on storage, with its report and its exported best trial where there are such.
+
+    Args:
+        sweep: Folder with ``sweep.json``, or what was read of it.
+        storage: Where the trials are.
+        uri: As in ``tracking_uri``.
+
+    Raises:
+        TrackingError: the server cannot be reached or refuses; what was sent stays and the next call goes on.
+        StorageError: the sweep's or a trial's files are damaged.
+    """
+    results = results_of(sweep, storage)
+    parent = _sweep_run(results)
+    with _sending(results.name, storage, uri=uri) as sender:
+        parent_id = sender.send(parent)
+        logged = sender.logged_children(parent_id)
+        for condition in results.conditions:
+            for trial in condition.trials:
+                rungs = _rungs(results.search, trial.digest)
+                if logged.get(trial.digest) != content_of(trial, label=condition.label, rungs=rungs):
+                    with tempfile.TemporaryDirectory(prefix="pause_ray-") as scratch:
+                        run = trial_run(trial, label=condition.label, rungs=rungs, scratch=Path(scratch))
+                        sender.send(run, parent_id=parent_id)
+        for run in _stopped_runs(results, storage):
+            if logged.get(run.digest) != run.content:
+                sender.send(run, parent_id=parent_id)
+        model = _register_best(sender, results, parent_id=parent_id)
+    return LoggedSweep(sender.experiment_id, parent_id, model)
+
+
+def log_finished(sweep_folder: Path, storage: Storage, *, sent: set[str], uri: str | None = None) -> None:
+    """Send the runs of trials that have finished since, and of no other; costs nothing for those that were sent.
+
+    Args:
+        sweep_folder: Folder with ``sweep.json``.
+        storage: Where the trials are.
+        sent: Digests of trials that need not be looked at again; is added to.
+        uri: As in ``tracking_uri``.
+
+    Raises:
+        TrackingError: as ``log_sweep``.
+        StorageError: a trial's files are damaged; the others were sent.
+    """
+    sweep = read_json(sweep_folder / "sweep.json")
+    entries = [entry for entry in sweep["trials"] if entry["digest"] not in sent and is_complete(storage.trials / entry["digest"])]
+    if not entries:
+        return
+    labels, search = condition_labels(sweep["trials"]), SearchRecord.read(sweep_folder)
+    damaged: StorageError | None = None
+    with _sending(sweep["name"], storage, uri=uri) as sender:
+        parent_id = sender.send(growing_sweep(sweep))
+        logged = {} if sent else sender.logged_children(parent_id)
+        for entry in entries:
+            key = entry["digest"]
+            try:
+                trial, rungs = read_trial(entry, storage), _rungs(search, key)
+                if logged.get(key) != content_of(trial, label=labels[key], rungs=rungs):
+                    with tempfile.TemporaryDirectory(prefix="pause_ray-") as scratch:
+                        sender.send(trial_run(trial, label=labels[key], rungs=rungs, scratch=Path(scratch)), parent_id=parent_id)
+            except StorageError as error:
+                damaged = error
+            sent.add(key)
+    if damaged is not None:
+        raise damaged
+
+
+def growing_sweep(sweep: JsonObject) -> Run:
+    """The run of a sweep of which more is to come."""
+    now = int(time.time() * 1000)
+    return Run(kind="sweep", name=sweep["name"], digest=sweep["digest"], content=None, status="RUNNING", started_ms=now, ended_ms=now)
+
+
+def _sending(name: str, storage: Storage, *, uri: str | None) -> AbstractContextManager[Sender]:
+    return connected(storage, experiment=name, uri=uri, waiting=lambda holder: logger.warning(WAITING, holder))
+
+
+def _rungs(search: SearchRecord, trial: str) -> list[Rung]:
+    return [rung for rung in search.rungs if rung.trial == trial]
+
+
+def _stopped_runs(results: SweepResults, storage: Storage) -> Iterator[Run]:
+    """Of trials that were stopped and have no cells; those that were spared with them never began."""
+    finished = {trial.digest for trial in results.trials}
+    for entry in results.description["trials"]:
+        key = entry["digest"]
+        if key in results.search.stops and key not in finished:
+            yield stopped_run(
+                entry,
+                results.search.stops[key],
+                label=results.labels[key],
+                rungs=_rungs(results.search, key),
+                storage=storage,
+                at_ms=changed_ms(results.folder / SEARCH_LOG),
+            )
+
+
+def _register_best(sender: Sender, results: SweepResults, *, parent_id: str) -> str | None:
+    """The exported trial as a registered model, under the run that it came from."""
+    manifest, folder = exported(results.folder), results.folder / BEST
+    if manifest is None or manifest["checkpoint"] is None:
+        return None
+    run_id = sender.child(parent_id, manifest["trial"])
+    if run_id is None:
+        return None
+    uri = sender.register(
+        f"pause_ray-{results.name}",
+        run_id=run_id,
+        folder=folder,
+        content=digest([results.digest, manifest["trial"], manifest["checkpoint"]]),
+        tags={"pause_ray.sweep": results.digest, "pause_ray.trial": manifest["trial"], "pause_ray.arm": manifest["arm"]},
+    )
+    sender.tag(parent_id, {"pause_ray.model": uri})
+    return uri
+
+
+def _sweep_run(results: SweepResults) -> Run:
+    ends = [ended_ms(trial) for trial in results.trials]
+    files = [(results.folder / name, "") for name in ("sweep.json", "report.html", "arms.csv", SEARCH_LOG)]
+    files += [(path, "figures") for path in sorted((results.folder / "figures").glob("*.png"))]
+    files = [(path, folder) for path, folder in files if path.is_file()]
+    description, found = _description(results), best(results)
+    return Run(
+        kind="sweep",
+        name=results.name,
+        digest=results.digest,
+        content=digest([CONTENT_VERSION, description, *(digest(path.read_bytes()) for path, _ in files)]),
+        status="FINISHED" if results.is_finished else "RUNNING",
+        started_ms=min((started_ms(trial) for trial in results.trials), default=changed_ms(results.folder / "sweep.json")),
+        ended_ms=max(ends, default=0),
+        tags={
+            "mlflow.note.content": description,
+            "mlflow.source.name": str(results.description.get("command", "")),
+            "pause_ray.compare_to": results.reference_arm,
+            "pause_ray.control": results.control_arm or "",
+            "pause_ray.version": str(results.description.get("version", "")),
+            "pause_ray.report.best": found.condition.label if found else "",
+        },
+        metrics={  # not parameters, which MLflow never changes: a search that learns as it goes asks for more
+            "arms": float(len(results.conditions)),
+            "trials_planned": float(results.num_planned),
+            "trials_finished": float(len(results.trials)),
+            "trials_stopped": float(results.num_stopped),
+            **({f"best_{found.objective.metric}": found.value} if found else {}),
+            **{f"proxy_rank_agreement/rung {its.rung}": its.tau for its in rank_correlations(results) if its.tau is not None},
+            **_contrast_metrics(results),
+        },
+        files=files,
+    )
+
+
+def _description(results: SweepResults) -> str:
+    """Markdown that MLflow shows on the sweep's page; where there is no room for all, the reference and the best arms are shown."""
+    above = [headline(results), "", "| arm | score | difference | 95 % interval | p (corrected) | unscored |", "|---|---|---|---|---|---|"]
+    below: list[str] = []
+    if results.control_contrasts:
+        below += ["", f"| against {results.control_arm} | difference | 95 % interval | p (corrected) |", "|---|---|---|---|"]
+        below += [f"| {_cell(contrast.label)} | {_measured(contrast)} |" for contrast in results.control_contrasts[:MOST_CONTRASTS]]
+    said = [f"- {note}" for note in [*noise_words(results), *notes(results)]]
+    below += ["", *_fitting(said, room=MOST_DESCRIPTION_CHARS // 3)]
+    end = ["", "The whole report is the artifact `report.html`."]
+    rows = [_row(condition) for condition in sorted(results.conditions, key=_shown_first)]
+    room = MOST_DESCRIPTION_CHARS - sum(len(line) + 1 for line in [*above, *below, *end])
+    shown = rows if sum(len(row) + 1 for row in rows) <= room else _fitting(rows, room=room - MORE_CHARS)
+    more = [f"| … {len(rows) - len(shown)} more, in `arms.csv` | | | | | |"] if len(shown) < len(rows) else []
+    return "\n".join([*above, *shown, *more, *below, *end])
+
+
+def _fitting(lines: Sequence[str], *, room: int) -> list[str]:
+    """As many of the first lines as have room."""
+    found = []
+    for line in lines:
+        room -= len(line) + 1
+        if room < 0:
+            break
+        found.append(line)
+    return found
+
+
+def _shown_first(condition: Condition) -> tuple[bool, float]:
+    mean = condition.summary.grand_mean if condition.summary else None
+    return not condition.is_reference, 1.0 if mean is None else -mean
+
+
+def _row(condition: Condition) -> str:
+    summary = condition.summary
+    nothing = "not finished" if condition.num_missing else "stopped early"
+    score = nothing if summary is None else number(summary.grand_mean)
+    unscored = f"{summary.num_unscored} of {summary.num_cells}" if summary else ""
+    measured = _measured(condition.against_reference, otherwise="reference" if condition.is_reference else "")
+    return f"| {_cell(condition.label)} | {score} | {measured} | {unscored} |"
+
+
+def _cell(text: str) -> str:
+    """As one cell of a Markdown table: a marker such as ``<|pause|>`` has its ends in it."""
+    return text.replace("|", r"\|")
+
+
+def _measured(contrast: Contrast | None, *, otherwise: str = "") -> str:
+    """Difference, interval and p as three Markdown cells."""
+    if contrast is None:
+        return f"{otherwise} | | "
+    interval = contrast.comparison.interval
+    words = span(interval.low, interval.high, signs=True) if interval else ""
+    return f"{signed(contrast.difference)} | {words} | {p_value(contrast.comparison.p)} ({p_value(contrast.corrected_p)})"
+
+
+def _contrast_metrics(results: SweepResults) -> dict[str, float]:
+    """Differences of the sweep's conditions, under their labels."""
+    found: dict[str, float] = {}
+    for kind, contrasts in (("difference", results.contrasts), ("against_control", results.control_contrasts)):
+        for contrast in contrasts[:MOST_CONTRASTS]:
+            label = metric_label(contrast.label)
+            found |= {f"{kind}/{label}": contrast.difference, f"{kind}_p/{label}": contrast.corrected_p}
+    return found
+
+
+def metric_label(label: str) -> str:
+    """A condition's label in the characters that MLflow allows; no two labels become one.
+
+    ``every=2`` is ``every-2``; a label that has more to it than names and plain values gets a digest.
+    """
+    if re.fullmatch(r"\w+( [\w.]+=[\w.\-]+)*", label, flags=re.ASCII) and len(label) <= MOST_METRIC_CHARS:
+        return label.replace("=", "-")
+    plain = re.sub(r"[^\w\-. ]", "-", label, flags=re.ASCII)[:MOST_METRIC_CHARS].strip()
+    return f"{plain} {digest(label)[:DIGEST_CHARS]}"
+
+
+EXPERIMENT = "training"
+"""Of trainings that belong to no sweep."""
+CURVES_VERSION = 1
+"""As that of ``tracking.trials``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Which run a training's rows go to, and what that run holds from its beginning."""
+
+    experiment: str
+    run: Run
+    parent: Run | None
+    """The sweep's run."""
+
+    @classmethod
+    def of_trial(cls, sweep_folder: Path, trial: str, storage: Storage) -> Training:
+        """The training of a sweep's trial, by the trial's digest.
+
+        One that is trained beside another before its own turn has no ``spec.json`` yet: its parameters come with its log.
+
+        Raises:
+            StorageError: the sweep's files are missing, or damaged, or the trial's are.
+        """
+        sweep = read_json(sweep_folder / "sweep.json")
+        entry = next(entry for entry in sweep["trials"] if entry["digest"] == trial)
+        name = trial_name(condition_labels(sweep["trials"])[trial], entry["replicate"])
+        file = storage.trials / trial / "spec.json"
+        spec = read_json(file) if file.is_file() else {}
+        return cls(
+            experiment=sweep["name"],
+            run=_growing("trial", name=name, key=trial, spec=spec, tags={"pause_ray.arm": entry["arm"]}),
+            parent=growing_sweep(sweep),
+        )
+
+    @classmethod
+    def alone(cls, spec: JsonObject, *, name: str, checkpoint: str) -> Training:
+        """The training of a resolved trial spec that belongs to no sweep; ``checkpoint`` is the adapter's digest."""
+        run = _growing("training", name=f"{name} {checkpoint[:8]}", key=checkpoint, spec=spec, tags={})
+        return cls(experiment=EXPERIMENT, run=run, parent=None)
+
+
+def _growing(kind: str, *, name: str, key: str, spec: JsonObject, tags: dict[str, str]) -> Run:
+    now = _now_ms()
+    return Run(
+        kind=kind, name=name, digest=key, content=None, status="RUNNING", started_ms=now, ended_ms=now, tags=tags, params=flattened(spec)
+    )
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+class LiveTrainings:
+    """Sends rows of trainings that are running. For one process; not for several threads at once."""
+
+    def __init__(self, storage: Storage, *, uri: str | None = None) -> None:
+        """Of the store that ``tracking_uri`` names; it is not asked before there is something to send."""
+        self._storage = storage
+        self._uri = uri
+        self._run_ids: dict[str, str] = {}
+        self._experiments: dict[str, str] = {}
+        self._known: dict[tuple[str, str], set[int]] = {}
+        """(run id, series) → steps that have arrived."""
+
+    def send(self, training: Training, rows: Sequence[JsonObject]) -> None:
+        """Append what is new in ``rows``; a run that was given up goes on, one that is whole has them already.
+
+        Raises:
+            TrackingError: the store cannot be reached or refuses; the same rows can be sent again.
+        """
+        with connected(self._storage, experiment=training.experiment, uri=self._uri, waiting=lambda _: None) as sender:
+            key = training.run.digest
+            if key not in self._run_ids:
+                parent_id = sender.send(training.parent) if training.parent else None
+                self._run_ids[key] = sender.send(training.run, parent_id=parent_id)
+                self._experiments[key] = training.experiment
+            if not sender.is_whole(self._run_ids[key]):
+                self._append(sender, self._run_ids[key], training_series(rows))
+
+    def _append(self, sender: Sender, run_id: str, series: Mapping[str, list[tuple[int, float]]]) -> None:
+        for name in series:
+            if (run_id, name) not in self._known:
+                self._known[run_id, name] = sender.steps(run_id, name)
+        points = [(name, step, value) for name, values in series.items() for step, value in values if step not in self._known[run_id, name]]
+        sender.append(run_id, points, at_ms=_now_ms())
+        for name, step, _ in points:
+            self._known[run_id, name].add(step)
+
+    def end(self, *, status: str) -> None:
+        """Close the runs that nobody has finished meanwhile.
+
+        Args:
+            status: ``FAILED``, or ``KILLED`` for those that the user stopped.
+
+        Raises:
+            TrackingError: the store cannot be reached or refuses.
+        """
+        for key, run_id in self._run_ids.items():
+            with connected(self._storage, experiment=self._experiments[key], uri=self._uri, waiting=lambda _: None) as sender:
+                sender.end(run_id, status=status)
+
+
+def log_training(training: Training, checkpoint: Checkpoint, storage: Storage, *, uri: str | None = None) -> None:
+    """Bring the run of a training that belongs to no sweep up to date with its checkpoint, and finish it.
+
+    Raises:
+        TrackingError: the store cannot be reached or refuses; what was sent stays and the next call goes on.
+    """
+    log = checkpoint.losses()
+    ended_ms = int((checkpoint.folder / MANIFEST).stat().st_mtime * 1000)
+    its = training.run
+    run = Run(
+        kind=its.kind,
+        name=its.name,
+        digest=its.digest,
+        content=digest([CURVES_VERSION, its.name, read_json(checkpoint.folder / MANIFEST)]),
+        status="FINISHED",
+        started_ms=ended_ms - int(1000 * sum(row["seconds"] for row in log)),
+        ended_ms=ended_ms,
+        tags={"pause_ray.models.checkpoint": str(checkpoint.folder)},
+        params=its.params,
+        series=training_series(log),
+        files=[(checkpoint.folder / name, "") for name in (MANIFEST, TRAINING_LOG, ADAPTER_CONFIG)],
+    )
+    with connected(storage, experiment=training.experiment, uri=uri, waiting=lambda _: None) as sender:
+        sender.send(run)

@@ -1,1 +1,0 @@
-"""Packed rows become a checkpoint."""

@@ -1,0 +1,1 @@
+"""Fine-tuning with Ray Train and DeepSpeed: from shards to an adapter."""

@@ -1,0 +1,196 @@
+"""Attention of documents that lie end to end in one row, each to itself alone. Knows tensors, transformers' interface and process groups.
+
+transformers makes a mask of tokens × tokens for such a row, which keeps fast kernels away and takes memory with the square of the
+row's length. Here each document is a causal attention of its own on a view of the row, without any mask. Where workers share the
+tokens of a row, they exchange tokens for heads before and back after (DeepSpeed Ulysses, arXiv 2309.14509), so that each of them
+sees whole documents with a part of the heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import transformers
+from torch.distributed import ProcessGroup
+from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from pause_ray.core.errors import ModelError
+
+NAME = "pause_ray_documents"
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+"""Of transformers' configs: what a layer here may attend to."""
+BLOCK = 512
+"""Queries at a time where a mask is needed: one of block × (window + block) then serves all of a document."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tokens of one forward pass belong together; travels to every layer as the model's keyword argument ``layout``."""
+
+    documents: tuple[tuple[int, int], ...]
+    """First token and the one after the last of each document, one behind the other from 0; what follows the last sees nothing."""
+    group: ProcessGroup | None = None
+    """Workers that hold equal parts of the tokens, in rank order; None where this one holds them all."""
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How a layer weighs what a token may see."""
+
+    scale: float | None
+    dropout: float
+    window: int | None
+    """Tokens that a query sees, itself included; None for all before it."""
+    softcap: float | None
+    """Gemma 2's bound of the scores."""
+
+
+def sequence_group(size: int) -> ProcessGroup | None:
+    """The workers that share rows with this one: ``size`` neighbours in rank. None for one. Every worker must call it."""
+    if size == 1:
+        return None
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    groups = [torch.distributed.new_group(list(range(first, first + size))) for first in range(0, world, size)]
+    own: ProcessGroup = groups[rank // size]
+    return own
+
+
+def use_document_attention(model: transformers.PreTrainedModel) -> None:
+    """Let ``model`` attend this way; every forward pass must then be given a ``layout``.
+
+    Raises:
+        ModelError: a kind of model whose attention cannot be exchanged, or does more than look back.
+    """
+    transformers.AttentionInterface.register(NAME, _attend)
+    model.set_attn_implementation(NAME)
+    config = model.config.get_text_config()
+    others = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
+    if config._attn_implementation != NAME or others:
+        kind = f"layers of type {', '.join(sorted(others))}" if others else "an attention that cannot be exchanged"
+        raise ModelError(f"model type {config.model_type} has {kind}, which training does not know; choose another model")
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    *,
+    layout: Layout,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of ``query`` [1, heads, tokens, width] as [1, tokens, heads, width]; keys and values may have fewer heads."""
+    unknown = [name for name in ("s_aux", "position_bias") if others.get(name) is not None]
+    if unknown or attention_mask is not None or not getattr(module, "is_causal", True):
+        what = unknown[0] if unknown else "a mask of its own"
+        raise ModelError(f"{type(module).__name__} attends with {what}, which training does not know; choose another model")
+    rule = _Rule(scaling, dropout, sliding_window, softcap)
+    query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+    if layout.group is None:
+        return _by_document(query, key, value, layout.documents, rule), None
+    return _across_workers(query, key, value, layout.documents, rule, layout.group), None
+
+
+def _by_document(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: tuple[tuple[int, int], ...], rule: _Rule
+) -> torch.Tensor:
+    """All [1, tokens, heads, width]; tokens after the last document get zeros."""
+    lengths = [end - begin for begin, end in documents]
+    lengths.append(query.shape[1] - sum(lengths))
+    # Split, not sliced: the gradient of each slice would be a tensor of the whole row.
+    parts = zip(*(torch.split(states.transpose(1, 2), lengths, dim=2) for states in (query, key, value)), strict=True)
+    seen = []
+    for length, (own_query, own_key, own_value) in zip(lengths[:-1], parts, strict=False):
+        whole = rule.softcap is None and (rule.window is None or length <= rule.window)
+        seen.append((_causal if whole else _in_blocks)(own_query, own_key, own_value, rule))
+    together = torch.cat(seen, dim=2).transpose(1, 2)
+    return pad(together, (0, 0, 0, 0, 0, lengths[-1])) if lengths[-1] else together
+
+
+def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: _Rule) -> torch.Tensor:
+    """One document [1, heads, tokens, width] by the kernels that need no mask."""
+    grouped = query.shape[1] > key.shape[1]
+    return scaled_dot_product_attention(query, key, value, dropout_p=rule.dropout, is_causal=True, scale=rule.scale, enable_gqa=grouped)
+
+
+def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: _Rule) -> torch.Tensor:
+    """One document whose tokens do not see all before them, or not by the plain rule: memory grows with its length, not the square."""
+    tokens, groups = query.shape[2], query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    seen = []
+    for begin in range(0, tokens, BLOCK):
+        end = min(begin + BLOCK, tokens)
+        first = 0 if rule.window is None else max(0, begin - rule.window + 1)
+        block = query[:, :, begin:end], key[:, :, first:end], value[:, :, first:end]
+        if rule.softcap is None:
+            mask = _kept_mask(end - begin, end - first, rule.window, query.device, query.dtype)
+            seen.append(scaled_dot_product_attention(*block, attn_mask=mask, dropout_p=rule.dropout, scale=rule.scale))
+        else:
+            seen.append(checkpoint(_capped, *block, rule, use_reentrant=False))
+    return torch.cat(seen, dim=2)
+
+
+def _mask(queries: int, keys: int, window: int | None, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """What to add to the scores of the last ``queries`` of ``keys`` tokens, (queries, keys)."""
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    return torch.zeros(queries, keys, device=device, dtype=dtype).masked_fill_(hidden, -torch.inf)
+
+
+_kept_mask = lru_cache(maxsize=8)(_mask)
+"""For windows: every layer, and every block but the first and the last, wants the same."""
+
+
+def _capped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: _Rule) -> torch.Tensor:
+    """Attention with bounded scores, which no kernel of torch has; made again in the backward pass, as is the mask."""
+    scale, cap = query.shape[3] ** -0.5 if rule.scale is None else rule.scale, float(rule.softcap or 0)
+    mask = _mask(query.shape[2], key.shape[2], rule.window, query.device, query.dtype)
+    scores = torch.tanh(query @ key.transpose(2, 3) * (scale / cap)) * cap + mask
+    weights = torch.dropout(scores.softmax(dim=3, dtype=torch.float32).to(query.dtype), rule.dropout, train=True)
+    return weights @ value
+
+
+def _across_workers(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: tuple[tuple[int, int], ...],
+    rule: _Rule,
+    group: ProcessGroup,
+) -> torch.Tensor:
+    """This worker's tokens [1, tokens, heads, width] to all tokens of the group that they may see."""
+    from deepspeed.sequence.layer import DistributedAttention
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return _by_document(query, key, value, documents, rule)
+
+    exchange = DistributedAttention(attend, group, scatter_idx=2, gather_idx=1)
+    seen: torch.Tensor = exchange(*even_heads(query, key, value, workers=group.size()), 0)
+    return seen[:, :, : query.shape[2]].contiguous()
+
+
+def even_heads(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, workers: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Heads that ``workers`` can share equally, each with the keys of its queries; heads are dimension 2.
+
+    Where the workers are more than the key heads, those are repeated; what is missing to equal shares is filled with zeros, so
+    that no worker has more heads than the largest share of an uneven division.
+    """
+    heads, groups = query.shape[2], key.shape[2]
+    if groups % workers and groups < workers:
+        times = workers // groups if not (workers % groups or heads % workers) else heads // groups
+        key, value = (states.repeat_interleave(times, dim=2) for states in (key, value))
+        groups *= times
+    spare = -groups % workers
+    key, value = (pad(states, (0, 0, 0, spare)) for states in (key, value))
+    return pad(query, (0, 0, 0, spare * (heads // groups))), key, value

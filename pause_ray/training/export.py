@@ -1,0 +1,205 @@
+"""A checkpoint and its base model → a plain model folder, which transformers and servers load without this project. Knows no Ray.
+
+One file of the base is read, merged and written at a time: a model takes no more memory than its largest file.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from pause_ray.core.errors import CheckpointError, ModelError, StorageError
+from pause_ray.core.spec import JsonObject
+from pause_ray.core.storage import MANIFEST, building, file_sha256, read_json, space_errors, write_json
+from pause_ray.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER, TOKENIZER_COMPANIONS, Checkpoint
+from pause_ray.models.sources import read_config
+from pause_ray.models.weights import INDEX, StoredWeights, empty_base, start_marker_row
+from pause_ray.text.tokenizer import MarkerToken
+
+CONFIG = "config.json"
+PREFIX = "base_model.model."
+"""PEFT's, before the name that a tensor has in the model."""
+ROW = ".token_adapter.trainable_tokens_delta"
+
+BASE = "base_model_name_or_path"
+"""Where an adapter's configuration says what it was trained on."""
+Progress = Callable[[int, int], None]
+"""Called with (files done, files in all)."""
+
+
+def base_of(checkpoint: Checkpoint) -> str:
+    """Folder or hub id of the base model, as it was while training.
+
+    Raises:
+        CheckpointError: the adapter's configuration names none, or one that is not there any more.
+    """
+    path = checkpoint.folder / ADAPTER_CONFIG
+    source = read_json(path).get(BASE)
+    remedy = "give it with --model FOLDER_OR_HUB_ID"
+    if not source or not isinstance(source, str):
+        raise CheckpointError(f"{path}: names no base model; {remedy}")
+    if Path(source).is_absolute() and not Path(source).is_dir():
+        raise CheckpointError(f"{path}: the base model was in {source} while training, and is not there now; {remedy}")
+    return source
+
+
+def check_target(folder: Path) -> None:
+    """Refuse a folder that a model cannot be put into, before anything is fetched or read.
+
+    Raises:
+        StorageError: it holds something, or stands below a file.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise StorageError(f"{folder}: holds something already; name a folder that does not exist")
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise StorageError(f"{folder}: {above} is a file; name a folder that does not exist")
+
+
+def export_model(checkpoint: Checkpoint, *, model_dir: Path, folder: Path, dtype: str | None, progress: Progress) -> None:
+    """Merge adapter and marker of ``checkpoint`` into the base model and write it, with its tokenizer, into ``folder``.
+
+    Sums are made in float32 and rounded once. Beside the model stands a manifest that says what it was made of.
+
+    Args:
+        checkpoint: Adapter, marker and tokenizer.
+        model_dir: The base model that it was trained on.
+        folder: Must not exist yet, or be empty.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps what the base has.
+        progress: Called after every file.
+
+    Raises:
+        CheckpointError: the adapter cannot be read, or has parts that fit no weight of the base.
+        ModelError: the base cannot be read, or its weights are quantised.
+        StorageError: ``folder`` holds something or cannot be written, or the disk is full.
+    """
+    check_target(folder)
+    config = _base_config(model_dir)
+    base = empty_base(model_dir, dtype="float32", marker=checkpoint.marker)
+    stored = StoredWeights(model_dir, base)
+    merge = _Merge(checkpoint, rows=base.get_input_embeddings().weight.shape[0])
+    merge.check_fits(stored)
+    tables = _table_names(base)
+    with building(folder) as scratch, space_errors(folder):
+        places: dict[str, str] = {}
+        for number, (file, names) in enumerate(sorted(stored.files.items())):
+            tensors = {}
+            for name, known in names.items():
+                tensor = stored.read_stored(file, name)
+                merged = merge.apply(known, tensor, is_table=known in tables) if known else tensor
+                wanted = getattr(torch, dtype) if dtype and tensor.is_floating_point() else tensor.dtype
+                tensors[name] = merged.to(wanted).contiguous()
+            safetensors.torch.save_file(tensors, scratch / file, metadata={"format": "pt"})
+            places |= dict.fromkeys(names, file)
+            progress(number + 1, len(stored.files))
+        if len(stored.files) > 1:
+            size = sum((scratch / file).stat().st_size for file in stored.files)
+            write_json(scratch / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})
+        write_json(scratch / CONFIG, _exported_config(config, rows=merge.rows, dtype=dtype))
+        for name in (TOKENIZER, *TOKENIZER_COMPANIONS):
+            if (checkpoint.folder / name).is_file():
+                shutil.copyfile(checkpoint.folder / name, scratch / name)
+        write_json(scratch / MANIFEST, _origin(checkpoint, dtype=dtype))
+
+
+class _Merge:
+    """What an adapter adds to each weight of its base."""
+
+    def __init__(self, checkpoint: Checkpoint, *, rows: int) -> None:
+        """Read the adapter; ``rows`` is how many the vocabulary tables shall have."""
+        folder = checkpoint.folder
+        try:
+            self._config = peft.PeftConfig.from_pretrained(str(folder))
+            weights = peft.load_peft_weights(str(folder), device="cpu")
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise CheckpointError(f"adapter {folder}: cannot be read ({' '.join(str(error).split())}); train it again") from error
+        self.rows, self._marker, self._folder = rows, checkpoint.marker, folder
+        self._parts: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in weights.items():
+            layer, part = _split(key)
+            self._parts.setdefault(f"{layer}.weight", {})[part] = tensor.float()
+        factor = self._config.lora_alpha
+        self._scale = factor / math.sqrt(self._config.r) if self._config.use_rslora else factor / self._config.r
+
+    def check_fits(self, stored: StoredWeights) -> None:
+        """Every part of the adapter belongs to a weight that is there."""
+        strangers = sorted(name for name in self._parts if name not in stored)
+        if strangers:
+            raise CheckpointError(f"adapter {self._folder}: was made for another base model: {strangers[0]} has no counterpart")
+
+    @torch.no_grad()
+    def apply(self, name: str, tensor: torch.Tensor, *, is_table: bool) -> torch.Tensor:
+        """The weight ``name`` with everything that belongs to it, in float32 where something changed."""
+        parts = self._parts.get(name, {})
+        if "lora_A" in parts:
+            return self._with_factors(tensor.float(), parts)
+        if is_table and self._marker is not None:
+            return self._with_marker(tensor.float(), self._marker, parts.get(ROW))
+        return tensor
+
+    def _with_factors(self, weight: torch.Tensor, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        merged = weight.addmm(parts["lora_B"], parts["lora_A"], alpha=self._scale)
+        if "lora_magnitude_vector" in parts:
+            merged *= (parts["lora_magnitude_vector"] / merged.norm(dim=1)).unsqueeze(1)
+        return merged
+
+    def _with_marker(self, table: torch.Tensor, marker: MarkerToken, row: torch.Tensor | None) -> torch.Tensor:
+        grown = torch.zeros(self.rows, *table.shape[1:])
+        grown[: len(table)] = table
+        start_marker_row(grown, marker)
+        if row is not None:
+            grown[marker.token_id] = row[0]
+        return grown
+
+
+def _split(key: str) -> tuple[str, str]:
+    """Model's layer and adapter's part of a key such as ``base_model.model.model.layers.0.mlp.up_proj.lora_A.weight``."""
+    name = key.removeprefix(PREFIX)
+    if name.endswith(ROW):
+        return name.removesuffix(ROW), ROW
+    layer, _, part = name.removesuffix(".weight").rpartition(".")
+    return layer, part
+
+
+def _table_names(base: Any) -> set[str]:
+    layers = (base.get_input_embeddings(), base.get_output_embeddings())
+    return {
+        f"{path}.{leaf}" for path, module in base.named_modules() if module in layers for leaf, _ in module.named_parameters(recurse=False)
+    }
+
+
+def _base_config(model_dir: Path) -> JsonObject:
+    config = read_config(model_dir / CONFIG)
+    if "quantization_config" in config:
+        raise ModelError(
+            f"{model_dir}: its weights are quantised, so an adapter cannot be merged into them; export onto the plain base model"
+        )
+    return config
+
+
+def _exported_config(config: JsonObject, *, rows: int, dtype: str | None) -> JsonObject:
+    """The base's configuration with the tables' new size and the new precision; a multimodal model has them in its text part."""
+    precision = {"dtype": dtype} if dtype else {}
+    text = {**config["text_config"], "vocab_size": rows, **precision} if "text_config" in config else None
+    changed = {**config, **({"text_config": text} if text else {"vocab_size": rows}), **precision}
+    if dtype:
+        changed.pop("torch_dtype", None)  # the name it had before
+    return changed
+
+
+def _origin(checkpoint: Checkpoint, *, dtype: str | None) -> JsonObject:
+    return {
+        "made_by": "pause-ray export",
+        "base_digest": checkpoint.base_digest,
+        "adapter_sha256": file_sha256(checkpoint.folder / ADAPTER_WEIGHTS),
+        "marker": checkpoint.marker.text if checkpoint.marker else None,
+        "dtype": dtype,
+    }

@@ -1,0 +1,406 @@
+"""Shards → checkpoint: starts Ray Train's workers, follows the training log, seals what they leave. Runs no model itself."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ray.train
+
+from pause_ray.core.errors import PauseRayError, SpecError, StoppedError, TrainingError
+from pause_ray.core.process import first_signal_asks
+from pause_ray.core.spec import JsonObject, digest
+from pause_ray.core.storage import Storage, building, exclusive, is_complete, lock_of
+from pause_ray.data.shards import ShardSet
+from pause_ray.models.checkpoint import STOP, TRAINING_LOG, Checkpoint, RunningTraining, copy_tokenizer, seal, training_folder
+from pause_ray.models.shape import ModelShape
+from pause_ray.models.sources import row_limit_tokens
+from pause_ray.text.tokenizer import MarkerToken, ModelTokenizer
+from pause_ray.training.batching import check_corpus, check_heads, share
+from pause_ray.training.metrics import Progress, following
+from pause_ray.training.spec import Assignment, Rungs, TrainSpec
+
+FRUITLESS_ATTEMPTS = 3
+"""Attempts in a row that were lost without a new checkpoint, after which training gives up."""
+
+
+class Recovery(ray.train.UserCallback):  # type: ignore[misc]
+    """Lives in Ray Train's controller; an exception that it raises ends the training, otherwise the workers are started again."""
+
+    def __init__(self, running: RunningTraining) -> None:
+        """Of the training whose checkpoints lie there."""
+        self._running = running
+        self._last_step: int | None = None
+        self._fruitless = 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Decide after workers have failed.
+
+        Raises:
+            Exception: what a worker raised, where trying again would raise it again.
+            TrainingError: workers were lost too often without getting further.
+        """
+        for failure in worker_exceptions.values():
+            if isinstance(failure, PauseRayError) or not _may_be_the_machine(failure):
+                raise failure
+        lost = [getattr(failure, "health_check_failure", failure) for failure in worker_exceptions.values()]
+        if any(getattr(failure, "preempted", False) for failure in lost):
+            return  # announced, and told again until the node is gone
+        step = self._running.last_step()
+        self._fruitless = 1 if step != self._last_step else self._fruitless + 1
+        self._last_step = step
+        if self._fruitless >= FRUITLESS_ATTEMPTS:
+            told = "; ".join(f"worker {rank}: {_last_line(failure)}" for rank, failure in worker_exceptions.items())
+            raise TrainingError(
+                f"workers were lost {self._fruitless} times in a row after step {step} ({told}); look at their nodes, "
+                "give them more memory, or set train.checkpoint_every to fewer steps; the same command goes on"
+            )
+
+
+def run_config(running: RunningTraining, *, name: str, storage: str) -> ray.train.RunConfig:
+    """Ray Train's settings for a training that survives its workers; ``storage`` is where it keeps its own notes."""
+    return ray.train.RunConfig(
+        name=name,
+        storage_path=storage,
+        failure_config=ray.train.FailureConfig(max_failures=-1),  # Recovery decides
+        callbacks=[Recovery(running)],
+    )
+
+
+def cause_of(error: Exception) -> Exception:
+    """What a worker or ``Recovery`` raised, where it is an error of ours or of the disk; otherwise a ``TrainingError``."""
+    failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
+    for failure in failures:
+        raised = getattr(failure, "_base_exc", failure)
+        if isinstance(raised, ray.train.TrainingFailedError):
+            return cause_of(raised)
+        if isinstance(raised, PauseRayError | OSError):
+            return raised
+    return TrainingError(f"Ray Train gave up: {error}")
+
+
+def _last_line(failure: Exception) -> str:
+    return (str(failure).strip() or repr(failure)).splitlines()[-1]
+
+
+def _may_be_the_machine(failure: Exception) -> bool:
+    """Lost workers, which Ray tells in exceptions of its own, and unreachable peers and broken GPUs, of which torch's are RuntimeErrors."""
+    return isinstance(failure, RuntimeError) or type(failure).__module__.startswith("ray.")
+
+
+FORMAT = 3
+"""Part of the digest; raised when the same job begins to give another adapter."""
+POLL_SECONDS = 0.5
+"""Between two looks whether a training is asked to end; a step takes seconds."""
+RAY_FOLDER = "ray"
+"""Ray Train's own notes inside the scratch folder, removed with it: the checkpoint is what must survive."""
+Stage = Callable[[Literal["waiting", "training"]], None]
+"""Called with ``waiting`` before another process that trains the same adapter is waited for, and with ``training`` when it begins here."""
+log = logging.getLogger("pause_ray")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """Everything that decides an adapter, and how many threads may compute it."""
+
+    train: TrainSpec
+    model_dir: Path
+    """Base model: config.json, tokenizer.json, *.safetensors."""
+    base_digest: str
+    """``model_digest`` of that folder."""
+    shards: Path
+    """Folder of a complete shard set."""
+    marker: MarkerToken | None
+    """Whose embedding row is trained, or None."""
+    policy: JsonObject | None
+    """The resolved pause policy of the shards, for the record; None without pauses."""
+    seed: int
+    """Of row order and of the adapter's first values."""
+    threads: int | None
+    """Threads of one worker on a CPU; None divides the machine's cores among the workers on it."""
+
+
+def train_digest(job: TrainJob) -> str:
+    """Identity of the adapter: what is trained on what, with which seed; not where.
+
+    Raises:
+        SourceError: the shard set is missing or damaged.
+    """
+    return _digest(_identity(job, ShardSet.open(job.shards)))
+
+
+def steps_on_storage(job: TrainJob, *, storage: Storage) -> int:
+    """Optimizer steps that ``fit`` need not take any more: all of a finished adapter's, else those of its last checkpoint.
+
+    Raises:
+        SourceError: as for ``train_digest``.
+    """
+    folder = storage.checkpoints / train_digest(job)
+    if is_complete(folder):
+        return job.train.steps
+    return RunningTraining(folder=training_folder(folder), belongs_to={}).last_step()
+
+
+def _digest(identity: JsonObject) -> str:
+    return digest([FORMAT, *identity.values()])
+
+
+def _identity(job: TrainJob, shards: ShardSet) -> JsonObject:
+    """What decides the adapter, as plain JSON data."""
+    rows = [entry["sha256"] for entry in shards.manifest["shards"]]
+    marker = dataclasses.asdict(job.marker) if job.marker else None
+    identity = {"train": job.train.identity(), "model": job.base_digest, "shards": rows, "marker": marker, "seed": job.seed}
+    plain: JsonObject = json.loads(json.dumps(identity))
+    return plain
+
+
+def fit(
+    job: TrainJob,
+    *,
+    storage: Storage,
+    num_workers: int | tuple[int, int],
+    cpus_per_worker: float,
+    gpus_per_worker: float,
+    progress: Progress,
+    stage: Stage | None = None,
+    rungs: Sequence[int] = (),
+    stop: threading.Event | None = None,
+) -> Checkpoint:
+    """Train, go on with a training that was stopped, or find the finished checkpoint of the same job.
+
+    The training's own checkpoints (``train.checkpoint_every``) are gone when it is finished. SIGTERM or Ctrl-C, or ``stop``, makes one
+    after the running step and ends.
+
+    Args:
+        job: What to train.
+        storage: Where the checkpoint goes, under its digest.
+        num_workers: Ray Train workers; 0 trains in this process, on its GPU if it has one, without starting Ray. A
+            smallest and a largest number lets Ray Train use what the cluster has, from one attempt to the next.
+        cpus_per_worker: Logical CPUs of each worker.
+        gpus_per_worker: GPUs of each worker; 0 trains on the CPU.
+        progress: Called for every optimizer step, those that a checkpoint already has included.
+        stage: Called when it turns out who trains; what it raises ends the call.
+        rungs: Steps after which the adapter is also left in ``checkpoint.rung_folder``, there until the job is asked for without rungs.
+        stop: Asks the training to end, from another thread.
+
+    Raises:
+        SpecError: rows per step that the workers cannot share, layers that the model lacks, fewer rows than a step takes, or rows
+            longer than the model.
+        SourceError: a missing or damaged shard set.
+        ModelError: a model folder that cannot be loaded.
+        CheckpointError: a checkpoint whose files were changed, or that is of another training.
+        StorageError: disk full or not writable.
+        StoppedError: SIGTERM or Ctrl-C came, or ``stop`` was set; a checkpoint was written.
+        TrainingError: loss, gradient or validation loss is not a number, or workers were lost again and again.
+    """
+    _check_workers(job.train, num_workers)
+    shards = ShardSet.open(job.shards)
+    folder = storage.checkpoints / _digest(_identity(job, shards))
+    with exclusive(lock_of(folder), waiting=functools.partial(_wait_for, stage=stage)):
+        failures: list[Exception] = []
+        if not is_complete(folder):
+            if stage is not None:
+                stage("training")
+            if stop is not None and stop.is_set():
+                raise StoppedError("training was asked to end before it began; the same command begins it")
+            _check_job(job, shards)
+            with (
+                _making(job, shards, folder=folder, on_gpu=gpus_per_worker > 0 if num_workers else None, rungs=rungs) as assignment,
+                following(assignment.folder / TRAINING_LOG, steps=job.train.steps, progress=progress, failures=failures),
+                _stoppable(assignment.folder / STOP, asked=stop),
+            ):
+                run_workers(
+                    _train_on_worker,
+                    {"assignment": assignment},
+                    running=assignment.running,
+                    notes=assignment.folder,
+                    num_workers=num_workers,
+                    cpus_per_worker=cpus_per_worker,
+                    gpus_per_worker=gpus_per_worker,
+                )
+        # Also what is left of one whose training was killed before it came to this.
+        RunningTraining(folder=training_folder(folder), belongs_to={}).finish(keep_rungs=bool(rungs))
+        if failures:
+            raise failures[0]
+        return Checkpoint.open(folder)
+
+
+def _wait_for(holder: str, *, stage: Stage | None) -> None:
+    """Say that ``holder`` trains the same adapter, before it is waited for."""
+    log.info("waiting for %s, which trains the same adapter", holder)
+    if stage is not None:
+        stage("waiting")
+
+
+@contextlib.contextmanager
+def _making(job: TrainJob, shards: ShardSet, *, folder: Path, on_gpu: bool | None, rungs: Sequence[int]) -> Iterator[Assignment]:
+    """What a worker is told to train so that the checkpoint ``folder`` exists when the block ends well; hold its lock.
+
+    Args:
+        job: What to train.
+        shards: Its rows.
+        folder: Of the checkpoint.
+        on_gpu: As in ``Assignment``.
+        rungs: As in ``fit``.
+
+    Raises:
+        CheckpointError: a checkpoint of the training itself is damaged or of another one; or the block left no adapter.
+        StorageError: disk full or not writable.
+    """
+    tokenizer_digest = ModelTokenizer.load(job.model_dir).digest
+    belongs_to = _identity(job, shards) | {"tokenizer": tokenizer_digest}
+    running = RunningTraining(folder=training_folder(folder).absolute(), belongs_to=belongs_to)
+    saved = running.latest()
+    if saved:
+        log.info("going on after step %d of %d, from %s", saved.step, job.train.steps, saved.folder)
+    with building(folder) as scratch:
+        copy_tokenizer(job.model_dir, scratch, marker=job.marker)
+        spec = {"train": job.train.resolved(), "pauses": job.policy, "shards": job.shards.name, "seed": job.seed}
+        yield Assignment(
+            train=job.train,
+            model_dir=job.model_dir.absolute(),
+            shards=job.shards.absolute(),
+            marker=job.marker,
+            seed=job.seed,
+            threads=job.threads,
+            on_gpu=on_gpu,
+            folder=scratch.absolute(),
+            running=running,
+            rungs=Rungs(steps=tuple(rungs), base_digest=job.base_digest, tokenizer_digest=tokenizer_digest, spec=spec) if rungs else None,
+        )
+        shutil.rmtree(scratch / RAY_FOLDER, ignore_errors=True)
+        (scratch / STOP).unlink(missing_ok=True)
+        seal(
+            scratch,
+            base_digest=job.base_digest,
+            tokenizer_digest=tokenizer_digest,
+            marker=job.marker,
+            spec=spec,
+            document_digests=shards.document_digests(),
+        )
+
+
+def _check_job(job: TrainJob, shards: ShardSet) -> None:
+    """Refuse a corpus or a number of sharers that does not fit the model, before anything starts."""
+    check_corpus(
+        job.train,
+        num_rows=shards.num_rows,
+        longest_row_tokens=shards.longest_row_tokens(),
+        limit_tokens=row_limit_tokens(job.model_dir),
+    )
+    if job.train.sequence_parallel > 1:
+        check_heads(job.train, num_heads=ModelShape.load(job.model_dir).num_heads)
+
+
+def _check_workers(train: TrainSpec, num_workers: int | tuple[int, int]) -> None:
+    """Refuse what only shows when workers have started.
+
+    Raises:
+        SpecError: rows that do not go round, or elastic workers that would start over or could not form groups.
+    """
+    if isinstance(num_workers, int):
+        share(train, num_workers=max(1, num_workers))
+        return
+    fewest, most = num_workers
+    if train.checkpoint_every is None:
+        raise SpecError(
+            f"{fewest} to {most} workers start again whenever their number changes; set train.checkpoint_every, or they begin at step 1"
+        )
+    if train.sequence_parallel > 1:
+        raise SpecError(f"train.sequence_parallel {train.sequence_parallel} needs full groups; give a fixed number of workers")
+    if most > train.rows_per_step:
+        raise SpecError(f"{most} workers, but only {train.rows_per_step} rows per step; allow fewer workers")
+
+
+def run_workers(
+    train: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    *,
+    running: RunningTraining,
+    notes: Path,
+    num_workers: int | tuple[int, int],
+    cpus_per_worker: float,
+    gpus_per_worker: float,
+) -> None:
+    """Let Ray Train run ``train(config)`` on every worker, again and again as long as ``Recovery`` has it so.
+
+    Args:
+        train: Imports what it needs itself: this process has no model library.
+        config: What it is called with.
+        running: Tells whether attempts get further.
+        notes: Folder for Ray Train's own notes.
+        num_workers: As in ``fit``.
+        cpus_per_worker: As in ``fit``.
+        gpus_per_worker: As in ``fit``.
+    """
+    for noisy in ("ray.train", "bitsandbytes"):  # a line per report; a note on a kernel that only 4-bit models use
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    resources: dict[str, float] = {"CPU": cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
+    trainer = TorchTrainer(
+        train,
+        train_loop_config=config,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources if num_workers else None
+        ),
+        run_config=run_config(running, name=RAY_FOLDER, storage=str(notes)),
+    )
+    # Ray Train 2.60 would answer Ctrl-C by sys.exit, now and for as long as the process lives; it is ours to answer (_stoppable).
+    trainer._register_sigint_handler = lambda controller: None
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise cause_of(error) from error
+
+
+def _train_on_worker(config: dict[str, Any]) -> None:
+    """Import the model libraries where they are needed: in a worker's process, which this module's need not be."""
+    from pause_ray.training.worker import train_on_worker
+
+    train_on_worker(config)
+
+
+@contextlib.contextmanager
+def _stoppable(stop: Path, *, asked: threading.Event | None) -> Iterator[None]:
+    """Make a first SIGTERM or Ctrl-C, and ``asked``, write the file ``stop``; only a process's main thread can take signals."""
+
+    def ask() -> None:
+        stop.touch()
+        log.info("writing a checkpoint after the running step, then stopping; once more stops at once")
+
+    with _passing_on(asked, stop), first_signal_asks(ask):
+        yield
+
+
+@contextlib.contextmanager
+def _passing_on(asked: threading.Event | None, stop: Path) -> Iterator[None]:
+    """Write the file ``stop`` as soon as ``asked`` is set."""
+    if asked is None:
+        yield
+        return
+    ended = threading.Event()
+
+    def wait() -> None:
+        while not ended.wait(POLL_SECONDS):
+            if asked.is_set():
+                stop.touch()
+                return
+
+    thread = threading.Thread(target=wait, name="training-stop", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -1,0 +1,425 @@
+"""The memory that a fine-tuning takes, part by part, from sizes alone. Pure: no torch, no model, no GPU.
+
+What a step holds is what autograd keeps of a decoder layer with frozen weights and adapters (every norm's float32 input, the
+adapters' inputs, queries, keys, values and their result, the parts of the MLP), the trained weights with gradients and AdamW's
+state as DeepSpeed's stages divide them, the logits of one chunk of learned tokens, and buffers. Peaks measured for the small
+model are within 15 % of it (``tests/real/test_memory.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass
+
+from pause_ray.core.errors import SpecError
+from pause_ray.models.shape import BYTES, ModelShape
+from pause_ray.training.batching import share
+from pause_ray.training.deepspeed import LIVE_BUCKETS, WHOLE_ELEMENTS
+from pause_ray.training.spec import TrainSpec
+
+ROOM = 0.9
+"""Share of a GPU that a plan may fill: the rest is lost between the blocks of torch's allocator."""
+DOUBT = 0.15
+"""How far a plan may be off: a training starts, in the last stage it may use, unless it cannot fit even so."""
+CHUNK_LOGITS = 2**24
+"""Logits that exist at a time (``train.loss``)."""
+BLOCK = 512
+"""Queries at a time in layers whose attention needs a mask (``train.attention``)."""
+HEAP_HOLES = 0.85
+"""On CPUs, of the activations: glibc's heap cannot give a freed aligned block to a request of the same size, so what a layer needs for
+a moment leaves holes between what is kept. Measured with glibc 2.36; ``MALLOC_MMAP_THRESHOLD_=262144`` avoids them at the price of
+time."""
+GPU_RUNTIME_BYTES = 1_000_000_000
+"""CUDA context, kernels, cuBLAS workspace and NCCL's buffers in each GPU: an allowance."""
+GPU_PROCESS_BYTES = 3_000_000_000
+"""Resident memory of one worker with torch, CUDA, DeepSpeed and Ray loaded: an allowance."""
+CPU_PROCESS_BYTES = 700_000_000
+"""The same without CUDA, as measured."""
+NVME_BUFFER_BYTES = 1_000_000_000
+"""DeepSpeed's page-locked buffers of one worker that moves parameters to a local disk: five of 10⁸ 16-bit numbers."""
+
+
+PARTS = (
+    "weights",
+    "gathered weights",
+    "adapter",
+    "gradients",
+    "optimizer",
+    "activations",
+    "heap holes",
+    "logits",
+    "buffers",
+    "runtime",
+)
+"""What a worker's memory is divided into; a plan has those that are not empty."""
+HOST_PARTS = ("processes", "training", "loading", "offloaded")
+"""The same of a machine's. ``loading`` is over before ``offloaded`` begins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Who trains."""
+
+    number: int
+    per_node: int
+    on_gpu: bool = True
+    """One GPU each, or processes on CPUs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes by part. Parts of a name never overlap, and all are there at the peak unless said otherwise."""
+
+    stage: int
+    """ZeRO stage."""
+    worker: dict[str, int]
+    """In one GPU; for workers on CPUs in one process, beyond what its imports take."""
+    host: dict[str, int]
+    """In one machine. ``loading`` is over before ``offloaded`` begins."""
+    reading_bytes: int = 0
+    """Of a worker on a CPU under stage 3, before training begins: weights twice, in the mapped files and dealt out, and one table on
+    its way. The files' pages are given back when others need the room."""
+
+    @property
+    def worker_bytes(self) -> int:
+        """Peak of one worker."""
+        return max(sum(self.worker.values()), self.reading_bytes)
+
+    @property
+    def host_bytes(self) -> int:
+        """Peak of one machine."""
+        phases = ("loading", "offloaded")
+        return sum(size for part, size in self.host.items() if part not in phases) + max(self.host.get(part, 0) for part in phases)
+
+
+def plan_memory(
+    train: TrainSpec,
+    *,
+    shape: ModelShape,
+    workers: Workers,
+    stage: int,
+    longest_row_tokens: int,
+    learned_tokens: int | None = None,
+) -> MemoryPlan:
+    """What one worker and one machine hold at the peak.
+
+    Args:
+        train: What is trained.
+        shape: Of the base model.
+        workers: Who trains.
+        stage: ZeRO stage; the spec's own is not looked at.
+        longest_row_tokens: Pauses included.
+        learned_tokens: Of one row; None where all may be.
+    """
+    rows = share(train, num_workers=max(workers.number, train.sequence_parallel), even=False).micro_rows
+    tokens = math.ceil(rows * longest_row_tokens / train.sequence_parallel)
+    learned = tokens if learned_tokens is None else min(tokens, rows * learned_tokens)
+    sizes = _Sizes(train, shape, workers, stage, tokens=tokens, learned=learned, longest=longest_row_tokens)
+    return MemoryPlan(stage=stage, worker=sizes.worker(), host=sizes.host(), reading_bytes=sizes.reading())
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """The parts of a plan, in bytes."""
+
+    train: TrainSpec
+    shape: ModelShape
+    workers: Workers
+    stage: int
+    _: KW_ONLY
+    tokens: int
+    """In one worker's forward pass."""
+    learned: int
+    """Of them, how many have a loss."""
+    longest: int
+    """Tokens of the longest row, of which a worker may hold a part."""
+
+    def worker(self) -> dict[str, int]:
+        activations = self._activations
+        sizes = (
+            0 if self._parameters_away else self._weights_share,
+            self._gathered,
+            self._adapter,
+            self._gradients,
+            0 if self._optimizer_away else self._optimizer,
+            activations,
+            0 if self.workers.on_gpu else round(HEAP_HOLES * activations),
+            self._logits,
+            self._buffers,
+            GPU_RUNTIME_BYTES if self.workers.on_gpu else 0,
+        )
+        return {part: size for part, size in zip(PARTS, sizes, strict=True) if size}
+
+    def host(self) -> dict[str, int]:
+        here = min(self.workers.per_node, self.workers.number)
+        if not self.workers.on_gpu:
+            return {"processes": here * CPU_PROCESS_BYTES, "training": here * max(sum(self.worker().values()), self.reading())}
+        parts = {"processes": here * GPU_PROCESS_BYTES, "loading": here * self._loading, "offloaded": here * self._offloaded}
+        return {part: size for part, size in parts.items() if size}
+
+    def reading(self) -> int:
+        if self.workers.on_gpu or self.stage < 3:
+            return 0
+        return self._weights + self._weights_share + self.shape.vocab_size * self.shape.hidden_size * self._value
+
+    @property
+    def _value(self) -> int:
+        return BYTES[self.train.precision]
+
+    @property
+    def _weights(self) -> int:
+        norms = self.shape.num_layers * (self.shape.norm_weights + self.shape.bias_weights) * self._value
+        return self.shape.weight_bytes(self.train.precision, self.train.quantize) + norms
+
+    @property
+    def _weights_share(self) -> int:
+        return math.ceil(self._weights / self.workers.number) if self.stage == 3 else self._weights
+
+    @property
+    def _parameters_away(self) -> bool:
+        return self.train.zero.offload_parameters != "none" and self.stage == 3
+
+    @property
+    def _optimizer_away(self) -> bool:
+        return self.train.zero.offload_optimizer != "none" and self.stage > 0
+
+    @property
+    def _gathered(self) -> int:
+        if self.stage < 3 or (self.workers.number == 1 and not self._parameters_away):
+            return 0
+        return min(self._weights, LIVE_BUCKETS * self.train.zero.bucket_elements * self._value)
+
+    @property
+    def _targets(self) -> dict[str, tuple[int, int]]:
+        chosen = self.train.lora.targets
+        return {name: size for name, size in self.shape.linear_layers.items() if chosen is None or name in chosen}
+
+    @property
+    def _trained(self) -> int:
+        return self.shape.lora_parameters(self.train.lora.rank, targets=self.train.lora.targets, dora=self.train.lora.dora)
+
+    @property
+    def _adapter(self) -> int:
+        if self.stage < 3:
+            return self._trained * self._value
+        matrices = [self.train.lora.rank * width for size in self._targets.values() for width in size]
+        whole = self.shape.num_layers * sum(size for size in matrices if size <= WHOLE_ELEMENTS)
+        return (whole + math.ceil((self._trained - whole) / self.workers.number)) * self._value
+
+    @property
+    def _gradients(self) -> int:
+        return math.ceil(self._trained / (self.workers.number if self.stage >= 2 else 1)) * self._value
+
+    @property
+    def _optimizer(self) -> int:
+        """Two moments; a float32 master copy, and gradients in float32 for the step, where the trained weights are not their own master."""
+        own_master = self.stage == 0 and self.train.precision == "float32"
+        per_weight = 8 if own_master else 16
+        return math.ceil(self._trained / (self.workers.number if self.stage else 1)) * per_weight
+
+    @property
+    def _activations(self) -> int:
+        """What is kept of all layers, and what one needs for a moment."""
+        shape, value = self.shape, self._value
+        sizes = {masked: self._kept_of_a_layer(masked=masked) for masked in (False, True)}
+        layers = [sizes[self._masked(window)] for window in shape.windows]
+        kept = shape.num_layers * shape.hidden_size * value + max(layers) if self.train.gradient_checkpointing else sum(layers)
+        widest = max(outputs for _, outputs in shape.linear_layers.values())
+        top = shape.hidden_size * (4 + value)
+        dequantized = max(inputs * outputs for inputs, outputs in shape.linear_layers.values()) if self.train.quantize else 0
+        heads = math.ceil(shape.num_heads / self.train.sequence_parallel)
+        scores = heads * min(BLOCK, self.longest) * self.longest * (value + 8) if shape.caps_scores else 0
+        return self.tokens * (kept + top + 3 * widest * value) + dequantized * value + scores
+
+    @property
+    def _logits(self) -> int:
+        """Of one chunk in the model's precision and in float32, and the gradients of all learned hidden states."""
+        rows = min(self.learned, max(1, CHUNK_LOGITS // self.shape.vocab_size))
+        return rows * self.shape.vocab_size * (self._value + 8) + 2 * self.learned * self.shape.hidden_size * self._value
+
+    def _masked(self, window: int | None) -> bool:
+        """Whether a layer's attention needs a mask, and so one key and value for every query head."""
+        return self.shape.caps_scores or (window is not None and window < self.longest)
+
+    def _kept_of_a_layer(self, *, masked: bool) -> int:
+        """Bytes per token that autograd keeps of one layer for the way back."""
+        shape, lora, value = self.shape, self.train.lora, self._value
+        queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        norms = 4 * (shape.num_norms * shape.hidden_size + (queries + keys if shape.normalizes_heads else 0))  # float32 always
+        attention = value * (2 * queries + 2 * (keys + queries if masked else keys))
+        mlp = value * 3 * shape.intermediate_size
+        adapters = sum(value * (lora.rank + (2 * outputs if lora.dora else 0)) for _, outputs in self._targets.values())
+        if lora.dropout:  # each layer's own thinned-out input, and what was left out
+            mask = 1 if self.workers.on_gpu else value
+            inputs = sum(width * (value + mask) for width, _ in self._targets.values())
+        else:
+            read = {_READS.get(name, name): width for name, (width, _) in self._targets.items()}
+            inputs = value * sum(read.values())
+        return norms + attention + mlp + adapters + inputs
+
+    @property
+    def _buffers(self) -> int:
+        if self.workers.number == 1 and self.stage == 0:
+            return 0
+        bucket = self.train.zero.bucket_elements
+        used = bucket if self.workers.on_gpu and self.stage else min(bucket, self._trained)  # a CPU's memory begins where it is touched
+        return used * self._value
+
+    @property
+    def _loading(self) -> int:
+        """A model is read into the machine's memory before it goes to the GPU; with quantisation or stage 3 tensor by tensor."""
+        if self.stage < 3 and self.train.quantize is None:
+            return self._weights
+        return self.shape.vocab_size * self.shape.hidden_size * (4 + self._value)
+
+    @property
+    def _offloaded(self) -> int:
+        zero, size = self.train.zero, 0
+        if self._optimizer_away:
+            size += self._optimizer if zero.offload_optimizer == "cpu" else 4 * self._trained // self.workers.number
+        if self._parameters_away:
+            size += self._weights_share if zero.offload_parameters == "cpu" else NVME_BUFFER_BYTES
+        return size
+
+
+_READS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+"""Layers that read the same input as another."""
+
+
+def possible_stages(train: TrainSpec) -> tuple[int, ...]:
+    """The stages that a spec leaves open, from the one with the least communication to the one with the least memory."""
+    if train.zero.stage != "auto":
+        return (train.zero.stage,)
+    if train.zero.offload_parameters != "none":
+        return (3,)
+    return (1, 2, 3) if train.zero.offload_optimizer != "none" else (0, 1, 2, 3)
+
+
+def cheapest_plan(
+    train: TrainSpec,
+    *,
+    shape: ModelShape,
+    workers: Workers,
+    memory_bytes: int,
+    longest_row_tokens: int,
+    learned_tokens: int | None = None,
+) -> MemoryPlan | None:
+    """The plan of the first possible stage that fits workers with ``memory_bytes`` each; None where none does."""
+    plans = (
+        plan_memory(
+            train,
+            shape=shape,
+            workers=workers,
+            stage=stage,
+            longest_row_tokens=longest_row_tokens,
+            learned_tokens=learned_tokens,
+        )
+        for stage in possible_stages(train)
+    )
+    return next((plan for plan in plans if plan.worker_bytes <= ROOM * memory_bytes), None)
+
+
+def resolve_stage(train: TrainSpec, *, shape: ModelShape | None, workers: int, memory_bytes: int | None, longest_row_tokens: int) -> int:
+    """The stage that a training runs with: the spec's, or for ``auto`` the cheapest that fits.
+
+    Args:
+        train: What is trained.
+        shape: Of the base model; None where its config does not tell, which leaves everything unchecked.
+        workers: How many train together.
+        memory_bytes: Of one GPU; None on CPUs, where nothing is checked.
+        longest_row_tokens: Pauses included.
+
+    Raises:
+        SpecError: nothing that the spec allows fits; the message says what would.
+    """
+    stages = possible_stages(train)
+    if shape is None or memory_bytes is None:
+        return stages[0]
+    who = Workers(number=workers, per_node=workers)
+    found = cheapest_plan(train, shape=shape, workers=who, memory_bytes=memory_bytes, longest_row_tokens=longest_row_tokens)
+    if found is not None:
+        return found.stage
+    least = plan_memory(train, shape=shape, workers=who, stage=stages[-1], longest_row_tokens=longest_row_tokens)
+    if least.worker_bytes * (1 - DOUBT) <= memory_bytes:
+        return least.stage
+    raise SpecError(
+        f"train.zero.stage {train.zero.stage}: {_named(least, workers=workers)} exceed the {gigabytes(memory_bytes)} of a GPU; "
+        + what_would_fit(train, shape=shape, workers=who, memory_bytes=memory_bytes, longest_row_tokens=longest_row_tokens)
+    )
+
+
+def gigabytes(size: float) -> str:
+    """``12.3 GB`` (10⁹ bytes), ``340 MB``."""
+    return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB" if size < 1e11 else f"{size / 1e9:,.0f} GB"
+
+
+def _named(plan: MemoryPlan, *, workers: int) -> str:
+    largest = sorted(plan.worker.items(), key=lambda part: -part[1])[:2]
+    parts = ", ".join(f"{part} {gigabytes(size)}" for part, size in largest)
+    who = "one worker" if workers == 1 else f"each of {workers} workers"
+    return f"{gigabytes(plan.worker_bytes)} ({parts}) for {who} at stage {plan.stage}"
+
+
+def what_would_fit(train: TrainSpec, *, shape: ModelShape, workers: Workers, memory_bytes: int, longest_row_tokens: int) -> str:
+    """The remedy for a plan that does not fit: as few changes as do it, those that cost least first; then more workers."""
+    for number in (workers.number * 2**power for power in range(9)):
+        who = Workers(number=number, per_node=workers.per_node)
+
+        def fits(changes: Iterable[_Change], who: Workers = who) -> bool:
+            changed = _with(train, changes)
+            if who != workers and changed.rows_per_step % (who.number // changed.sequence_parallel):
+                return False  # more workers could not share the rows of a step
+            return bool(cheapest_plan(changed, shape=shape, workers=who, memory_bytes=memory_bytes, longest_row_tokens=longest_row_tokens))
+
+        found = _fewest(list(_changes(train, shape=shape, workers=number)), fits)
+        if found is not None:
+            more = [f"{number} workers"] if number > workers.number else []
+            return f"what would fit: {' and '.join([*more, *(change.words for change in found)])}"
+    return f"nothing makes rows of {longest_row_tokens:,} tokens fit; choose shorter ones (corpus.sequence_tokens), or larger GPUs"
+
+
+def _fewest(offered: list[_Change], fits: Callable[[Iterable[_Change]], bool]) -> list[_Change] | None:
+    """The shortest beginning of ``offered`` that fits, without what it does not need; None where nothing does."""
+    for last in range(len(offered) + 1):
+        chosen = offered[:last]
+        if fits(chosen):
+            for change in offered[:last]:
+                without = [other for other in chosen if other is not change]
+                chosen = without if fits(without) else chosen
+            return chosen
+    return None
+
+
+@dataclass(frozen=True)
+class _Change:
+    """One thing to change in a train spec."""
+
+    words: str
+    train: Mapping[str, object]
+    zero: Mapping[str, object]
+
+
+def _changes(train: TrainSpec, *, shape: ModelShape, workers: int) -> Iterator[_Change]:
+    if train.zero.stage != "auto" and train.quantize != "int8":
+        yield _Change("train.zero.stage: auto", {}, {"stage": "auto"})
+    if not train.gradient_checkpointing:
+        yield _Change("train.gradient_checkpointing: true", {"gradient_checkpointing": True}, {})
+    if train.batch_size > 1:
+        smaller = {"batch_size": 1, "accumulation": train.rows_per_step}
+        yield _Change(f"train.batch_size: 1 with train.accumulation: {train.rows_per_step}", smaller, {})
+    parts = [parts for parts in (2, 4, 8, 16, 32) if train.sequence_parallel < parts <= shape.num_heads and workers % parts == 0]
+    for number in parts[-1:]:
+        yield _Change(f"train.sequence_parallel: {number}", {"sequence_parallel": number}, {})
+    if train.zero.offload_parameters == "none" and train.quantize != "int8":
+        yield _Change("train.zero.offload_parameters: cpu", {}, {"stage": "auto", "offload_parameters": "cpu"})
+    if train.quantize is None and train.precision != "float32":
+        yield _Change("train.quantize: nf4", {"quantize": "nf4"}, {})
+
+
+def _with(train: TrainSpec, changes: Iterable[_Change]) -> TrainSpec:
+    zero, fields = dict[str, object](), dict[str, object]()
+    for change in changes:
+        zero |= change.zero
+        fields |= change.train
+    return train.model_copy(update={**fields, "zero": train.zero.model_copy(update=zero)})

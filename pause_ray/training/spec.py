@@ -1,0 +1,177 @@
+"""How a model is fine-tuned. Only specs; the defaults are the paper's (arXiv 2502.20405)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from pause_ray.core.errors import SpecError
+from pause_ray.core.spec import JsonObject, Spec
+from pause_ray.models.checkpoint import RunningTraining
+from pause_ray.text.tokenizer import MarkerToken
+
+ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+Offload = Literal["none", "cpu", "nvme"]
+
+
+class LoraSpec(Spec):
+    """Low-rank adaptation (arXiv 2106.09685)."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of the update."""
+    alpha: int = Field(default=16, ge=1)
+    """Scale of the update is alpha / rank, or alpha / √rank with ``rslora``."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    targets: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Names of the linear layers that get an adapter; null for all of attention and MLP, by the model's own names."""
+    rslora: bool = False
+    """Rank-stabilised scale (arXiv 2312.03732)."""
+    dora: bool = False
+    """Direction and magnitude apart (arXiv 2402.09353)."""
+
+    def check_rank(self, hidden_size: int) -> None:
+        """Refuse a rank that is none for a model of ``hidden_size``.
+
+        Raises:
+            SpecError: the rank is larger.
+        """
+        if self.rank > hidden_size:
+            raise SpecError(
+                f"train.lora.rank {self.rank}: above the model's hidden size {hidden_size}, so not low; choose at most {hidden_size}"
+            )
+
+    def check_targets(self, layers: Collection[str]) -> None:
+        """Refuse targets that are none of the model's linear ``layers``.
+
+        Raises:
+            SpecError: naming both.
+        """
+        unknown = sorted(set(self.targets or ()) - set(layers))
+        if unknown:
+            raise SpecError(f"train.lora.targets: {unknown} fit no linear layer of the model; it has {sorted(layers)}")
+
+
+class ZeroSpec(Spec):
+    """DeepSpeed ZeRO (arXiv 1910.02054): how memory is spread over workers. In no digest: it changes rounding at most."""
+
+    stage: Literal[0, 1, 2, 3, "auto"] = 0
+    """0: data parallel; 1: optimizer state sharded; 2: and gradients; 3: and parameters. ``auto``: the cheapest that fits."""
+    offload_optimizer: Offload = "none"
+    """Where optimizer state waits between steps."""
+    offload_parameters: Offload = "none"
+    """Where base weights wait; stage 3 only."""
+    nvme_path: str | None = None
+    """Absolute path of a folder on each node's local disk, for ``nvme``: the one place that a spec names to be written to."""
+    bucket_elements: int = Field(default=50_000_000, ge=1_000)
+    """Numbers that are sent at a time; smaller takes less memory and more messages."""
+
+    @model_validator(mode="after")
+    def _offload_fits_stage(self) -> Self:
+        if self.offload_parameters != "none" and self.stage not in (3, "auto"):
+            raise ValueError(f"offload_parameters {self.offload_parameters} needs stage 3, which is the one that shards parameters")
+        if self.offload_optimizer != "none" and self.stage == 0:
+            raise ValueError(f"offload_optimizer {self.offload_optimizer} needs stage 1, 2 or 3")
+        uses_nvme = "nvme" in (self.offload_optimizer, self.offload_parameters)
+        if uses_nvme != (self.nvme_path is not None):
+            raise ValueError("nvme_path goes with an offload to nvme: give both or neither")
+        if self.nvme_path is not None and (not self.nvme_path.startswith("/") or ".." in self.nvme_path.split("/")):
+            raise ValueError(f"nvme_path {self.nvme_path}: must be an absolute path without .., such as /mnt/scratch/offload")
+        return self
+
+
+class TrainSpec(Spec):
+    """LoRA fine-tuning of the base model and, for an added or reserved marker, of the marker's embedding row."""
+
+    steps: int = Field(default=60, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(default=2, ge=1)
+    """Rows in one forward pass of one worker."""
+    accumulation: int = Field(default=4, ge=1)
+    """batch_size × accumulation rows make one optimizer step, however many workers share them."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak, reached after the warm-up."""
+    warmup_steps: int = Field(default=6, ge=0)
+    """Linear warm-up from zero."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """After the warm-up."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    gradient_clip: float = Field(default=1.0, gt=0)
+    """Largest global gradient norm."""
+    precision: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of base weights and activations while training; trained weights and optimizer state are float32."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """``nf4``: QLoRA (arXiv 2305.14314), base weights in 4 bits with double quantisation, stored in ``precision``; ``int8``: in 8 bits
+    (arXiv 2208.07339), up to ZeRO stage 2."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, up to half as much time again, as frozen weights get no gradients."""
+    sequence_parallel: int = Field(default=1, ge=1)
+    """Workers that share each row's tokens (DeepSpeed Ulysses, arXiv 2309.14509)."""
+    validate_every: int | None = Field(default=None, ge=1)
+    """Steps between looks at the loss of ``corpus.validation_rows``; null looks after the last step only."""
+    checkpoint_every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints of the training itself; null writes one when the process is asked to end."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """How many of the last ones stay; the one with the best validation loss stays too."""
+    lora: LoraSpec = LoraSpec()
+    """The adapter."""
+    zero: ZeroSpec = ZeroSpec()
+    """How optimizer state, gradients and parameters are spread over workers."""
+
+    @model_validator(mode="after")
+    def _quantized_base_fits(self) -> Self:
+        if self.quantize and self.precision == "float32":
+            raise ValueError(f"quantize {self.quantize} computes in 16 bits; set precision to bfloat16")
+        if self.quantize == "int8" and self.zero.stage in (3, "auto"):
+            raise ValueError("quantize int8 gives wrong losses under ZeRO stage 3 (bitsandbytes issue 1451); use nf4, or a stage up to 2")
+        return self
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step."""
+        return self.batch_size * self.accumulation
+
+    def identity(self) -> JsonObject:
+        """The fields that decide the adapter; how rows are cut up and memory is spread changes rounding only."""
+        data = self.resolved()
+        for field in ("batch_size", "accumulation", "gradient_checkpointing", "sequence_parallel", "validate_every", "checkpoint_every"):
+            del data[field]
+        del data["keep_checkpoints"], data["zero"]
+        return data | {"rows_per_step": self.rows_per_step}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rungs:
+    """Steps after which the adapter is written as it is then, as a checkpoint that can be scored while training goes on."""
+
+    steps: tuple[int, ...]
+    base_digest: str
+    """This and the following stand in the checkpoint's manifest."""
+    tokenizer_digest: str
+    spec: JsonObject
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """All that a worker needs; picklable, with paths that every node sees."""
+
+    train: TrainSpec
+    model_dir: Path
+    shards: Path
+    marker: MarkerToken | None
+    seed: int
+    threads: int | None
+    on_gpu: bool | None
+    """None: on the process's GPU if it has one."""
+    folder: Path
+    """Where the first worker writes log and adapter."""
+    running: RunningTraining
+    """Where it keeps checkpoints of the training itself."""
+    rungs: Rungs | None = None
+    """None writes the adapter at the end only."""

@@ -1,0 +1,117 @@
+"""The command line as a user meets it: one line and exit code 2 for a mistake, help that teaches, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pause_ray.cli.main import app
+from pause_ray.core.storage import Storage
+from tests.stored_sweep import rows, store_sweep, store_trial
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICKSTART = "sweeps/quickstart.yaml"
+SUITE = "eval/suites/single.yaml"
+
+
+def pause_ray(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pause_ray", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+
+
+def test_check_lists_the_trials_quickly() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    done = pause_ray("check", QUICKSTART)
+    computed = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    assert computed < 5, "half a second, unless torch or Ray is imported"
+    assert done.returncode == 0
+    assert "7 trials, 63 cells, no mistakes found" in done.stdout
+
+
+def test_check_prints_json_that_holds_every_resolved_trial() -> None:
+    done = pause_ray("check", QUICKSTART, "--json", "--set", "replicates=2")
+    trials = json.loads(done.stdout)["trials"]
+    assert len(trials) == 14
+    assert {trial["spec"]["replicate"] for trial in trials} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("check", "nowhere.yaml"), "nowhere.yaml: cannot be read"),
+        (("check", QUICKSTART, "--set", "trial.train.stps=3"), "did you mean train.steps?"),
+        (("check", QUICKSTART, "--set", "trial.train.steps=many"), 'train.steps = "many"'),
+        (("check", QUICKSTART, "--set", "nonsense"), "expected dotted.path=value"),
+        (("check", QUICKSTART, "--set", "trial.eval.depth_percent=[120]"), "depth_percent 120 is outside 0 to 100"),
+        (("report", "nowhere", "--storage", "/proc/nowhere"), "choose another with --storage"),
+        (("check", "eval/needles/multi.yaml"), "describes no sweep (no trial in it), no trial (no model) and no suite (no task)"),
+        (("check", SUITE, "--set", "contxt_tokens=[100]"), "did you mean context_tokens?"),
+        (("check", SUITE, "--set", "depth_percent=[120]"), "depth_percent 120 is outside 0 to 100"),
+        (("check", SUITE, "--resolve"), "a suite names no model"),
+        (("check", QUICKSTART, "--set", "trial.engine={kind: vllm}"), "engine.kind: 'vllm' is none of 'hf', 'endpoint'"),
+        (("eval", QUICKSTART, "--model", "some/model"), f"{QUICKSTART}: is a sweep, and a suite is needed"),
+        (("sweep", SUITE), f"{SUITE}: is a suite, and a sweep is needed"),
+        (("train", SUITE), f"{SUITE}: is a suite, and a trial or sweep is needed"),
+        (("eval", "nowhere.yaml", "--model", "some/model", "--dry-run"), "nowhere.yaml: cannot be read"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], message: str) -> None:
+    done = pause_ray(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_check_takes_a_suite_and_counts_its_cells() -> None:
+    done = pause_ray("check", "eval/suites/lattice.yaml", "--set", "context_tokens=[512, 1024]")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:2] == ["512 tokens: 2 cells", "1,024 tokens: 3 cells"], "every 512 tokens, and the end"
+    assert "suite lattice, 5 cells per replicate, no mistakes found" in done.stdout
+    found = json.loads(pause_ray("check", SUITE, "--json").stdout)
+    assert found["suite"]["task"]["needles"]["needles"]
+    assert set(found["cells"].values()) == {len(found["suite"]["depth_percent"])}
+
+
+def test_an_unknown_sweep_name_lists_those_that_exist(tmp_path: Path) -> None:
+    (tmp_path / "sweeps" / "first-0123").mkdir(parents=True)
+    (tmp_path / "sweeps" / "first-0123" / "sweep.json").write_text("{}")
+    done = pause_ray("report", "second", "--storage", str(tmp_path))
+    assert done.returncode == 2
+    assert "there are: first-0123" in done.stderr
+
+
+def test_a_report_is_written_again_and_says_where(tmp_path: Path) -> None:
+    storage = Storage.open(tmp_path)
+    store_trial(storage, "b", rows({(1024, 10): 1.0}, trial="b"))
+    folder = store_sweep(storage, [("b", "baseline", {}, 0)])
+    done = pause_ray("report", "demo", "--json", "--storage", str(tmp_path))
+    told = {"folder": str(folder), "report": str(folder / "report.html"), "best": str(folder / "best")}
+    assert json.loads(done.stdout) == told
+    assert "baseline" in (folder / "report.html").read_text()
+    assert "1 of 1 trials finished" in pause_ray("report", "demo", "--storage", str(tmp_path)).stdout
+
+
+@pytest.mark.parametrize("verb", ["check", "corpus", "train", "eval", "sweep", "report"])
+def test_the_help_of_every_verb_has_an_example_of_that_verb(verb: str) -> None:
+    shown = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0
+    assert f"pause-ray {verb} " in shown.output.split("Options")[0].split("Usage")[1].split("\n", 1)[1]
+
+
+def test_the_example_in_the_help_of_check_runs() -> None:
+    done = pause_ray("check", QUICKSTART, "--set", "search.pauses.every.grid=[1, 2]", "--json")
+    points = [trial["point"] for trial in json.loads(done.stdout)["trials"]]
+    assert {point["pauses.every"] for point in points if "pauses.every" in point} == {1, 2}
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    from pause_ray import __version__
+
+    assert __version__ in pause_ray("--version").stdout

@@ -1,0 +1,62 @@
+"""What a scheduler wrote down, read back: whole lines only, and who is spared with a stopped trial."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pause_ray.core.errors import StorageError
+from pause_ray.sweep.search_log import SearchRecord
+from tests.stored_sweep import rung_event, stop_event, store_search
+
+
+def test_a_sweep_without_a_search_has_nothing_to_tell(tmp_path: Path) -> None:
+    assert SearchRecord.read(tmp_path) == SearchRecord()
+
+
+def test_rungs_and_stops_are_read_and_other_events_are_not(tmp_path: Path) -> None:
+    asked = {"event": "asked", "round": 0, "points": [{}]}
+    store_search(tmp_path, [asked, rung_event("a", 0, 0.5), rung_event("b", 0, None), stop_event("b", 0), rung_event("a", 1, 0.75)])
+    record = SearchRecord.read(tmp_path)
+    assert [(its.trial, its.rung, its.step, its.proxy_score) for its in record.rungs] == [
+        ("a", 0, 10, 0.5),
+        ("b", 0, 10, None),
+        ("a", 1, 30, 0.75),
+    ]
+    assert {key: (its.rung, its.by) for key, its in record.stops.items()} == {"b": (0, "asha")}
+
+
+def test_a_rung_that_was_scored_twice_counts_as_it_was_first(tmp_path: Path) -> None:
+    store_search(tmp_path, [rung_event("a", 0, 0.5), rung_event("a", 0, 0.25)])
+    assert [its.proxy_score for its in SearchRecord.read(tmp_path).rungs] == [0.5]
+
+
+def test_a_line_that_is_being_written_is_passed_over_and_a_damaged_one_is_not(tmp_path: Path) -> None:
+    store_search(tmp_path, [rung_event("a", 0, 0.5)])
+    path = tmp_path / "search.jsonl"
+    path.write_text(path.read_text() + '{"event": "rung", "tri')
+    assert len(SearchRecord.read(tmp_path).rungs) == 1
+    path.write_text("no event\n" + path.read_text())
+    with pytest.raises(StorageError, match=r"search.jsonl: line 1 .* remove the line"):
+        SearchRecord.read(tmp_path)
+
+
+def entry(key: str, arm: str, point: dict[str, Any], replicate: int = 0) -> dict[str, Any]:
+    return {"digest": key, "arm": arm, "point": point, "replicate": replicate}
+
+
+def test_trials_are_spared_with_the_last_of_their_point(tmp_path: Path) -> None:
+    store_search(tmp_path, [stop_event("p14", 0), stop_event("p18", 1), stop_event("p24", 1)])
+    entries = [
+        *(entry(f"p{every}{rank}", "paused", {"every": every, "rank": rank}) for every in (1, 2) for rank in (4, 8)),
+        entry("p14-1", "paused", {"every": 1, "rank": 4}, replicate=1),
+        entry("p28-1", "paused", {"every": 2, "rank": 8}, replicate=1),
+        *(entry(f"u{every}", "untuned", {"every": every}) for every in (1, 2)),
+        *(entry(f"t{rank}", "tuned", {"rank": rank}) for rank in (4, 8)),
+        entry("base", "baseline", {}),
+    ]
+    left_out = SearchRecord.read(tmp_path).left_out(entries, governed_arm="paused")
+    assert left_out == {"p14", "p18", "p24", "p14-1", "u1", "t4"}
+    assert SearchRecord().left_out(entries, governed_arm="paused") == set()
