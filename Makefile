@@ -1,11 +1,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+HEAVY := torch or mlflow or ray or real
 STORAGE ?= runs
 WORKERS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test test-fast test-kills exactness bench bench-train bench-sweep bench-cluster lint format docs constraints clean
+.PHONY: help install quickstart test test-fast test-all test-kills exactness bench bench-train bench-sweep bench-cluster lint format docs constraints clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,19 +24,22 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 quickstart: install  ## a whole sweep on a real small model: table, report and MLflow store under runs/
 	$(BIN)/pause-ray sweep sweeps/quickstart.yaml --storage $(STORAGE)
 
-# Processes of several tests share the cores: none of their threads may keep one while it waits.
-test: export OMP_WAIT_POLICY := passive
-test: install lint test-fast  ## lint, types and every test that needs no GPU
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 30 -m "not gpu and (torch or mlflow or ray or real)"
+# Several test processes share the cores, so a waiting thread must not keep one busy.
+test test-all: export OMP_WAIT_POLICY := passive
+test: install lint test-fast  ## lint, types, and the tests that need no GPU and do not take long (a quarter of an hour on 2 cores)
+	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 30 -m "not gpu and not slow and ($(HEAVY))"
 
-test-fast: install  ## tests without Ray, torch or a model
-	$(BIN)/python -m pytest -m "not gpu and not torch and not mlflow and not ray and not real"
+test-fast: install  ## tests without Ray, torch or a model (a minute)
+	$(PYTEST) -m "not gpu and not slow and not ($(HEAVY))"
+
+test-all: install lint  ## every test that needs no GPU: lost machines, clouds, servers, model families and exactness too
+	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 30 -m "not gpu"
 
 test-kills: install  ## a sweep whose driver is killed at twenty random moments (ten minutes on 2 cores)
-	PAUSE_RAY_KILLS=20 $(BIN)/python -m pytest tests/sweep/test_robust_sweep.py -k killed_again
+	PAUSE_RAY_KILLS=20 $(PYTEST) tests/sweep/test_robust_sweep.py -k killed_again
 
 exactness: install  ## answers with and without sharing, over 300 cells of the real model (half an hour on 2 cores)
-	PAUSE_RAY_EXACTNESS=full $(BIN)/python -m pytest tests/real/test_exactness.py
+	PAUSE_RAY_EXACTNESS=full $(PYTEST) tests/real/test_exactness.py
 
 bench: install  ## planned grids against generate per cell on the real model (20 minutes on 2 cores)
 	$(BIN)/python bench/nih_grid.py --storage $(STORAGE)

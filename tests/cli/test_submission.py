@@ -21,6 +21,8 @@ from pause_ray.core.errors import SpecError
 from tests.real_cluster import RealCluster, free_port, running_cluster
 from tests.sweep.tiny_sweep import ROOT, answers, run_sweep_to_its_end, write_model, write_sweep
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("name", "value"),

@@ -15,7 +15,7 @@ import yaml
 from tests.cluster_files.autoscaler import ACCELERATOR, CLUSTER, ON_DEMAND, Machine, autoscaler_config, decide, read
 from tests.cluster_files.image import environment
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture

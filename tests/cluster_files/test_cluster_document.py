@@ -30,7 +30,7 @@ from tests.inference.endpoint_server import EndpointServer, completion
 from tests.sweep.tiny_sweep import answers, write_model, write_sweep
 from tests.tracking.mlflow_server import PASSWORD, USER, MlflowServer, what_auth_lacks
 
-pytestmark = [pytest.mark.ray, pytest.mark.skipif(what_auth_lacks() is not None, reason=str(what_auth_lacks()))]
+pytestmark = [pytest.mark.ray, pytest.mark.skipif(what_auth_lacks() is not None, reason=str(what_auth_lacks())), pytest.mark.slow]
 
 JUDGE_KEY = "TINY_JUDGE_KEY"
 PLANTED = {

@@ -12,7 +12,7 @@ import pytest
 from tests.cluster_files.autoscaler import ACCELERATOR, ON_DEMAND, Machine, autoscaler_config, decide, read
 from tests.cluster_files.image import environment
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 PROJECT = "my-project"
 
 

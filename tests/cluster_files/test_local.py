@@ -25,7 +25,7 @@ from tests.cluster_files.autoscaler import CLUSTER, MARKET, ON_DEMAND, SPOT, dec
 from tests.cluster_files.ports import free_ports
 from tests.sweep.stubs import ROOT, write_stub_sweep
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 IDLE_SECONDS = 3.0
 """Instead of the file's minute."""

@@ -25,6 +25,8 @@ import yaml
 from tests.cluster_files.autoscaler import CLUSTER
 from tests.cluster_files.ports import free_ports
 
+pytestmark = pytest.mark.slow
+
 FOLDER = CLUSTER / "mlflow"
 COMPOSE = FOLDER / "compose.yaml"
 SECRETS = {

@@ -19,6 +19,8 @@ from tests.cluster_files.autoscaler import ROOT
 from tests.cluster_files.document import ELSEWHERE, FOLDER, PAGES, RUN_HERE, TEXT, Block, blocks
 from tests.content.stand_in import write_stand_in
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = blocks()
 VERBS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 NOT_OF_THE_INTERFACE = {("ecr-public", "get-login-password")}

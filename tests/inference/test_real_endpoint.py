@@ -29,6 +29,8 @@ from pause_ray.text.tokenizer import ModelTokenizer
 from tests.evaluation.answered_rows import ROWS, ledger_of
 from tests.inference.endpoint_asking import good, step_of
 
+pytestmark = pytest.mark.slow
+
 JUDGES = Path(__file__).resolve().parents[2] / "eval" / "judges"
 
 

@@ -20,7 +20,7 @@ from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.tokenizer import ModelTokenizer, resolve_marker
 from pause_ray.trial.spec import FILE_FIELDS
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 FULL = os.environ.get("PAUSE_RAY_EXACTNESS") == "full"
 SUITES = sorted(path.stem for path in (ROOT / "eval" / "suites").glob("*.yaml"))

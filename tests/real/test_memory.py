@@ -16,6 +16,8 @@ from pause_ray.models.shape import ModelShape
 from pause_ray.training.memory import Workers, plan_memory
 from pause_ray.training.spec import TrainSpec
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "plain": (256, {"precision": "float32"}),

@@ -28,7 +28,7 @@ from tests.real_cluster import RAY, RealCluster, raylet, running_cluster, wait_f
 from tests.sweep.stubs import KILLING_RANK, ROOT, write_stub_sweep
 from tests.sweep.tiny_sweep import answers
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ROWS, UNIT_TOKENS = 256, 32 * 256
 """Of training text: some seconds of work in eight pieces, so that a machine is lost in the middle of it."""

@@ -25,7 +25,7 @@ from pause_ray.report.results import read_results
 from tests.sweep.stubs import FAILING_RANK, HANGING_RANK, ROOT, write_stub_sweep
 from tests.sweep.tiny_sweep import answers
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 KILLS = int(os.environ.get("PAUSE_RAY_KILLS", "3"))
 INTERRUPTED = 130

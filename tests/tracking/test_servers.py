@@ -26,7 +26,7 @@ from tests.sweep.stubs import ROOT, write_stub_sweep
 from tests.tracking.mlflow_server import PASSWORD, USER, MlflowServer, postgres, what_auth_lacks, what_postgres_lacks
 from tests.trained import store_checkpoint
 
-pytestmark = pytest.mark.mlflow
+pytestmark = [pytest.mark.mlflow, pytest.mark.slow]
 FEW_STEPS, MANY_STEPS, STEP_SECONDS = 2, 40, 0.4
 """The longer training takes three times as long as the driver waits between two batches that it sends."""
 GRID = {(1024, 10.0): 1.0, (1024, 50.0): 0.5, (2048, 10.0): 0.0, (2048, 50.0): None}

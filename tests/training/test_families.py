@@ -31,6 +31,8 @@ FAMILIES = [
     ("phi3", 3, "text", False),
 ]
 """Kind, ZeRO stage, kind of marker, embeddings tied: every value of each beside several of the others."""
+OFTEN_TRIED = ("llama", "mistral")
+"""Kinds that ``make test`` trains; ``make test-all`` trains all."""
 PROMPT = [5, 9, 30, 41, 7, 77, 12, 300, 299, 6]
 
 
@@ -87,7 +89,10 @@ def with_plain_peft(model_dir: Path, checkpoint: Checkpoint) -> Any:
     return peft.PeftModel.from_pretrained(base, checkpoint.folder).eval()
 
 
-@pytest.mark.parametrize(("kind", "stage", "token", "tied"), FAMILIES)
+@pytest.mark.parametrize(
+    ("kind", "stage", "token", "tied"),
+    [pytest.param(*family, marks=() if family[0] in OFTEN_TRIED else pytest.mark.slow) for family in FAMILIES],
+)
 def test_a_family_trains_saves_reloads_and_scores(tmp_path: Path, kind: str, stage: int, token: str, tied: bool) -> None:
     import torch
 
@@ -115,6 +120,7 @@ def test_a_family_trains_saves_reloads_and_scores(tmp_path: Path, kind: str, sta
     assert [*answer.ids, 0][0] == int(ours[0, -1].argmax())
 
 
+@pytest.mark.slow
 def test_the_text_part_of_a_multimodal_model_is_trained_and_its_stored_names_are_understood(tmp_path: Path) -> None:
     """Gemma 3 from 4B up: other names in the files than in memory, and a vision tower with layers of the same names."""
     import transformers
@@ -141,6 +147,7 @@ def test_the_text_part_of_a_multimodal_model_is_trained_and_its_stored_names_are
     assert not [name for name in first if "vision" in name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token", ["added", "reserved", "text"])
 def test_the_markers_row_alone_is_trained_and_saved_under_every_stage(tmp_path: Path, token: str) -> None:
     model_dir = make_model(tmp_path / "model")
@@ -157,6 +164,7 @@ def losses(checkpoint: Checkpoint) -> list[float]:
     return [row["loss"] for row in checkpoint.losses()]
 
 
+@pytest.mark.slow
 def test_a_four_bit_base_trains_alike_under_every_stage(tmp_path: Path) -> None:
     model_dir = make_model(tmp_path / "model", hidden_size=64, intermediate_size=128)
     marker = added_marker(model_dir)
@@ -173,6 +181,7 @@ def test_a_four_bit_base_trains_alike_under_every_stage(tmp_path: Path) -> None:
         assert stage == pytest.approx(first, abs=2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -194,6 +203,7 @@ def test_options_go_together_and_train(tmp_path: Path, settings: dict[str, Any])
     assert load_adapter(base, checkpoint.folder).training is False
 
 
+@pytest.mark.slow
 def test_a_marker_that_is_the_padding_token_is_trained_all_the_same(tmp_path: Path) -> None:
     """An embedding layer gives its padding row no gradient."""
     model_dir = make_model(tmp_path / "model", kind="phi3", pad_token_id=1, bos_token_id=2)

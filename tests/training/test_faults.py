@@ -20,6 +20,8 @@ from pause_ray.training.launch import train_digest
 from tests.training import faulty_cluster
 from tests.training.test_launch import job_of, largest_difference, run
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-3
 """Of the adapter after some hundred steps in float32, part of them on two workers and part on one."""
