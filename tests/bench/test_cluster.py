@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_two_sizes_have_a_row_of_each_kind_and_the_arithmetic_follows(tmp_path: Path) -> None:
     size = ["--nodes", "1", "2", "--kinds", "scripted", "shards", "--cells", "18", "--cell-seconds", "0.2", "--rows", "32"]
     command = [sys.executable, "bench/cluster.py", *size, "--json", str(tmp_path / "cluster.json")]

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_two_sizes_have_a_row_each_and_a_summary(tmp_path: Path) -> None:
     command = [sys.executable, "bench/sweep.py", "--sizes", "3x1", "3x12", "--json", str(tmp_path / "sweep.json")]
     done = subprocess.run(

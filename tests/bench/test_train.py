@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.torch
+@pytest.mark.slow
 def test_both_sides_train_the_same_and_every_variant_has_a_row(tmp_path: Path) -> None:
     size = ["--shapes", "tiny", "--tokens", "64", "--steps", "3", "--batch", "2", "--accumulation", "2", "--repeats", "1", "--threads", "1"]
     command = [sys.executable, "bench/train.py", *size, "--sides", "step", "trainer", "--json", str(tmp_path / "rows.json")]

@@ -335,6 +335,7 @@ def test_an_idle_actor_gives_its_place_at_once_to_a_group_that_waits_for_it(toke
         assert len(results) == len(asked)
 
 
+@pytest.mark.slow
 def test_scoring_goes_on_when_a_node_is_lost(tokenizer_dir: Path, essays_dir: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.evaluation.lost_node", str(tokenizer_dir), str(essays_dir), str(tmp_path / "told.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)

@@ -113,6 +113,7 @@ def test_a_sweep_killed_in_training_and_again_in_scoring_ends_with_the_same_ledg
     assert logged_steps(tmp_path) == LOSS_CURVES
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_says_how_to_go_on_and_goes_on(sweep_file: Path, undisturbed: Path, tmp_path: Path) -> None:
     process = start_sweep(sweep_file, tmp_path)
     deadline = time.monotonic() + 300
@@ -131,6 +132,7 @@ def test_an_interrupted_sweep_says_how_to_go_on_and_goes_on(sweep_file: Path, un
     assert answers(tmp_path) == answers(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_mistake_in_one_arm_costs_only_that_arm(sweep_file: Path, undisturbed: Path, tmp_path: Path) -> None:
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     broken = ["--set", "arms.broken={train.lora.targets: [no_such_layer]}", "--set", "search.pauses.every.grid=[1]"]
@@ -142,6 +144,7 @@ def test_a_mistake_in_one_arm_costs_only_that_arm(sweep_file: Path, undisturbed:
     assert "2 of 3 trials are finished" in output
 
 
+@pytest.mark.slow
 def test_a_corpus_a_training_and_a_scoring_find_what_a_sweep_made(sweep_file: Path, undisturbed: Path, tmp_path: Path) -> None:
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     first_point = ["--set", "pauses.every=1"]
