@@ -28,6 +28,7 @@ from pause_ray.cli.terminal import (
     warn,
 )
 from pause_ray.core.errors import SpecError, UserError
+from pause_ray.core.process import Stage
 from pause_ray.core.spec import JsonObject, parse_assignments, read_yaml
 from pause_ray.core.storage import Storage
 from pause_ray.evaluation.suite import SuiteSpec
@@ -159,7 +160,7 @@ def _train(trial: PreparedTrial, *, storage: Storage, origin: Path) -> Checkpoin
             raise UserError(f"{origin}: the trial trains nothing: train is null")
         training = Training.alone(trial.spec.resolved(), name=origin.stem, checkpoint=train_digest(job))
 
-        def progress(stage: str, done: int, total: int, row: JsonObject | None = None) -> None:
+        def progress(stage: Stage, done: int, total: int, row: JsonObject | None = None) -> None:
             show(stage, done, total, row)
             if row:
                 tracker.step(training, row)

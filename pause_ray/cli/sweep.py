@@ -230,12 +230,12 @@ def _add_trial(table: Table, trial: TrialOutlook, columns: Columns, *, times: st
     table.add_row(f"{times}{escape(trial.label)}", trial.state, *("" if over else words(trial.left) for _, words in columns))
     for step in trial.steps:
         if step.done < step.total and not over:
-            figures = ["" if step.made_by or step.name == "text" else words(step.left) for _, words in columns]
+            figures = ["" if step.made_by or step.name == "data" else words(step.left) for _, words in columns]
             table.add_row(f"  {step.name}", _done(step), *figures, style="dim")
 
 
 def _done(step: Step) -> str:
-    unit = {"text": "rows", "training": "steps", "scoring": "cells"}[step.name]
+    unit = {"data": "rows", "training": "steps", "scoring": "cells"}[step.name]
     if step.made_by is not None:
         return "by another"
     return f"{count(step.done)} of {count(step.total)} {unit}"

@@ -1,7 +1,7 @@
-"""What a process's log lines are about: the trial that it runs or scores for, and the cell. Knows names only, no handler of others.
+"""What a process is doing: the stages of a trial, the subject of its log lines, and its reaction to a first and a second signal.
 
-Trials' processes and scoring actors do one thing at a time, so what they are at belongs to the process and not to a thread: a
-training's threads say it too. The driver does many things, and its lines name their trial themselves.
+A trial's process and a scoring actor do one thing at a time, so the subject belongs to the process and not to a thread: the threads of a
+training log it too. The driver does many things at once, and its log lines name their trial themselves.
 """
 
 from __future__ import annotations
@@ -11,8 +11,46 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from enum import StrEnum
 
 log = logging.getLogger("pause_ray")
+
+
+class Stage(StrEnum):
+    """What a trial is doing. The display, ``status.json`` and the metrics use these names."""
+
+    TO_COME = "to_come"
+    """The trial has not begun."""
+    STARTING = "starting"
+    """The trial's process has begun and reported nothing yet."""
+    WAITING = "waiting"
+    """The trial waits for another process that runs it or trains its adapter, so it has nothing of its own to finish."""
+    DATA = "data"
+    """The trial's training sequences are written."""
+    TRAINING = "training"
+    PROXY = "proxy"
+    """An adapter of the unfinished training is scored, and the training itself has ended."""
+    PAUSED = "paused"
+    """The scheduler lets other trials come as far first; the trial has no process until it continues."""
+    QUEUED = "queued"
+    """The trial's cells wait for a scoring actor: none is up yet, or all work for other trials."""
+    SCORING = "scoring"
+    RECHECKING = "rechecking"
+    """Some of the scored cells are answered again in other shapes."""
+    DONE = "done"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    """Early stopping ended the trial, or the sweep was interrupted."""
+
+    @property
+    def is_end(self) -> bool:
+        """Whether nothing more comes of the trial in this run of the sweep."""
+        return self in (Stage.DONE, Stage.FAILED, Stage.STOPPED)
+
+    @property
+    def waits_for_others(self) -> bool:
+        """Whether the trial cannot make progress by itself, so that its silence means nothing."""
+        return self in (Stage.WAITING, Stage.QUEUED)
 
 
 class _Subject(logging.Filter):

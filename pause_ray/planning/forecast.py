@@ -265,7 +265,7 @@ def _rows(trial: TrialSpec, *, paused: float) -> Rows:
     return Rows(longest_tokens=round(longest), mean_tokens=mean, learned_tokens=SFT_LEARNED_TOKENS)
 
 
-StepName = Literal["text", "training", "scoring"]
+StepName = Literal["data", "training", "scoring"]
 State = Literal["finished", "stopped", "begun", "not begun"]
 Showing = Callable[[int, int], None]
 Known = tuple[PlannedTrial, PreparedTrial | None]
@@ -454,7 +454,7 @@ class _Look:
         training, scoring = (NOTHING, NOTHING) if over else self._efforts(planned)
         steps = [*self._training_steps(planned, prepared, training, over=over, finished=finished)]
         steps.append(self._scoring_step(planned.spec, prepared, scoring, over=over))
-        begun = any(step.done for step in steps if step.name != "text")  # text is for many trials
+        begun = any(step.done for step in steps if step.name != "data")  # the data is for many trials
         state: State = "finished" if finished else "stopped" if over else "begun" if begun else "not begun"
         return TrialOutlook(
             label=planned.label,
@@ -476,8 +476,8 @@ class _Look:
         shards = self._storage.shards / shards_digest(prepared.shards) if prepared and prepared.shards else None
         has_rows = finished or (shards is not None and is_complete(shards))
         texts = digest([spec.corpus.resolved(), spec.eval.resolved(), spec.pauses.resolved() if spec.pauses else None, spec.data_seed])
-        maker = None if has_rows or over else self._maker(planned, "text", shards.name if shards else texts)
-        yield Step(name="text", done=rows * has_rows, total=rows, made_by=maker, left=NOTHING)
+        maker = None if has_rows or over else self._maker(planned, "data", shards.name if shards else texts)
+        yield Step(name="data", done=rows * has_rows, total=rows, made_by=maker, left=NOTHING)
         job = training_job(prepared, ShardSet.open(shards)) if prepared and shards and is_complete(shards) else None
         done = steps if finished else steps_on_storage(job, storage=self._storage) if job else 0
         same = [spec.model.resolved(), spec.train.identity(), shards.name if shards else texts, spec.data_seed]

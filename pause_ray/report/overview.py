@@ -13,19 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pause_ray.core.errors import StorageError
+from pause_ray.core.process import Stage
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import MANIFEST, Storage, holder_of, is_complete, read_json, read_json_lines
 from pause_ray.report.comparison import LEDGER
 from pause_ray.sweep.search_log import SearchRecord
 from pause_ray.sweep.spec import condition_labels
-from pause_ray.sweep.status import LiveStatus, RunningTrial, Trained
+from pause_ray.sweep.status import LiveStatus, RunningTrial, TrainingProgress
 
 LOCK = ".lock"
 """Held by a sweep's driver."""
 STATES = ("finished", "running", "begun", "to come", "failed", "stopped")
 """Of a trial: ``begun`` has results and does not run, ``failed`` did so in the last run, ``stopped`` was given up by a scheduler,
 or with its arm in the last run."""
-_AFTER_TRAINING = ("proxy", "queued", "scoring", "rechecking")
+_AFTER_TRAINING = (Stage.PROXY, Stage.QUEUED, Stage.SCORING, Stage.RECHECKING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,20 +287,20 @@ def _trained(
     storage: Storage,
     *,
     running: RunningTrial | None,
-    told: Trained | None,
-) -> Trained:
+    told: TrainingProgress | None,
+) -> TrainingProgress:
     """How far its training is: by its manifest, by the adapter that its answers name, or as the driver said."""
     if entry.get("steps") == 0:  # it may answer with an adapter all the same
-        return Trained(steps=0, tokens=0)
+        return TrainingProgress(steps=0, tokens=0)
     if manifest is not None:
         steps = manifest.get("training") or []
-        return Trained(steps=len(steps), tokens=sum(step.get("tokens", 0) for step in steps))
+        return TrainingProgress(steps=len(steps), tokens=sum(step.get("tokens", 0) for step in steps))
     if adapter is not None and is_complete(storage.checkpoints / adapter):
         log = read_json_lines(storage.checkpoints / adapter / "training.jsonl")
-        return Trained(steps=len(log), tokens=sum(step.get("tokens", 0) for step in log))
+        return TrainingProgress(steps=len(log), tokens=sum(step.get("tokens", 0) for step in log))
     if told is None and running is not None and running.stage in _AFTER_TRAINING:
-        return Trained(steps=entry.get("steps") or 0, tokens=0)
-    return told or Trained(steps=0, tokens=0)
+        return TrainingProgress(steps=entry.get("steps") or 0, tokens=0)
+    return told or TrainingProgress(steps=0, tokens=0)
 
 
 def _line(folder: Path, storage: Storage) -> SweepLine:

@@ -18,15 +18,16 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, HyperBandScheduler, MedianStoppingRule, TrialScheduler
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pause_ray.core.process import Stage
 from pause_ray.core.storage import is_complete
 from pause_ray.sweep.governed_trial import CELLS, ENDED, IS_NEW, PROXY_SCORE, RUNG, SECONDS, STEP, TIME, TOKENS, GovernedTrial
 from pause_ray.sweep.progress import TrialState
-from pause_ray.sweep.resources import Places
+from pause_ray.sweep.resources import Placement
 from pause_ray.sweep.rungs import Schedule
 from pause_ray.sweep.search import SweepTrial
 from pause_ray.sweep.search_log import Rung, SearchLog, SearchRecord, Stop
 from pause_ray.sweep.spec import SchedulerSpec, SweepSpec
-from pause_ray.sweep.trainable import INTERRUPTED, AfterTrial, Asking, Shared, one_trial, tuned
+from pause_ray.sweep.trainable import INTERRUPTED, QueueSearcher, Shared, TrialCallbacks, run_tuner, trial_bundles
 from pause_ray.trial.early_stopping import proxy_lengths
 
 HEAD = "node:__internal_head__"
@@ -86,7 +87,7 @@ class _Minutes:
         if is_running:
             ray.get(self.verdicts.stop.remote(key))
         elif key not in self.settled:
-            ray.get(self.board.show.remote(key, TrialState("stopped", 1, 1)))
+            ray.get(self.board.show.remote(key, TrialState(Stage.STOPPED, 1, 1)))
 
 
 class _Heeding(TrialScheduler):  # type: ignore[misc]
@@ -123,7 +124,7 @@ class _Median(_Heeding, MedianStoppingRule):  # type: ignore[misc]
         """Nothing: an end repeats the last rung, which Tune's rule would add to the trial's mean once more."""
 
 
-class _Ends(AfterTrial):
+class _Ends(TrialCallbacks):
     """Hears of trials that end. One that a scheduler gives up while it is paused has no process that could say so."""
 
     def __init__(self, minutes: _Minutes, after_trial: Callable[[], None], *, ended: Callable[[str, str | None], None]) -> None:
@@ -148,7 +149,7 @@ def run_governed(
     shared: Shared,
     *,
     trials: Mapping[str, SweepTrial],
-    places: Places,
+    placement: Placement,
     log: SearchLog,
     next_trial: Callable[[], str | None],
     ended: Callable[[str, str | None], None],
@@ -160,10 +161,10 @@ def run_governed(
         sweep: What they belong to.
         shared: What their processes know.
         trials: All that are judged (``rungs.governed``), the finished ones too: the scheduler compares with them.
-        places: What of the cluster they get.
+        placement: What of the cluster they get.
         log: Of the sweep's search.
-        next_trial: As for ``Asking``; gives those of them that are not settled, in their order.
-        ended: As for ``Asking``.
+        next_trial: As for ``QueueSearcher``; gives those of them that are not settled, in their order.
+        ended: As for ``QueueSearcher``.
         after_trial: Called when a trial has ended that was not settled.
 
     Raises:
@@ -193,14 +194,14 @@ def run_governed(
     trainable = tune.with_parameters(GovernedTrial, shared=shared, schedule=schedule, verdicts=verdicts)
     try:
         with _all_pending(len(trials)) if waits else contextlib.nullcontext():
-            tuned(
-                tune.with_resources(trainable, _side_by_side(places) if waits else one_trial(places)),
+            run_tuner(
+                tune.with_resources(trainable, _side_by_side(placement) if waits else trial_bundles(placement)),
                 tune.TuneConfig(
                     scheduler=judge,
-                    search_alg=Asking(lambda: next(keys, None), ended=ended),
+                    search_alg=QueueSearcher(lambda: next(keys, None), ended=ended),
                     num_samples=-1,
                     reuse_actors=True,
-                    max_concurrent_trials=None if waits else places.concurrent_trials,
+                    max_concurrent_trials=None if waits else placement.concurrent_trials,
                 ),
                 name=sweep.name,
                 storage=shared.storage,
@@ -237,13 +238,13 @@ def _judge(scheduler: SchedulerSpec, *, mode: str) -> Any:
     return _HyperBand(**its, max_t=schedule.whole_time + 0.5)
 
 
-def _side_by_side(places: Places) -> tune.PlacementGroupFactory:
+def _side_by_side(placement: Placement) -> tune.PlacementGroupFactory:
     """A trial's resources and a share of the one head, for schedulers that must know all trials from the beginning.
 
     Tune's own limit counts paused trials too, and keeps back those that a paused one waits for.
     """
     # Rounded to what Ray counts in; the rest of the head is for Ray Train, which takes a thousandth for each training.
-    return one_trial(places, beside={HEAD: math.floor(10_000 / (places.concurrent_trials + 0.5)) / 10_000})
+    return trial_bundles(placement, beside={HEAD: math.floor(10_000 / (placement.concurrent_trials + 0.5)) / 10_000})
 
 
 @contextlib.contextmanager

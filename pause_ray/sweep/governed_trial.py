@@ -14,10 +14,10 @@ from typing import Any
 import ray
 from ray import tune
 
+from pause_ray.core.process import Stage
 from pause_ray.evaluation.proxy import proxy_suite
 from pause_ray.models.checkpoint import Checkpoint
-from pause_ray.sweep.progress import PAUSED
-from pause_ray.sweep.reporter import Reports
+from pause_ray.sweep.reporter import TrialReporter
 from pause_ray.sweep.rungs import Schedule
 from pause_ray.sweep.search_log import Rung
 from pause_ray.sweep.trainable import SCORE, Shared, TuneTrial, guarded
@@ -56,7 +56,7 @@ class GovernedTrial(TuneTrial):
         """Before a pause: the training writes its own checkpoint and ends; only how far the trial is remains for Tune to keep."""
         self._end_training()
         if self._key not in self._schedule.settled:
-            self._reports().finish(PAUSED)
+            self._reports().finish(Stage.PAUSED)
         return {"rungs": self._rungs, "last": self._last}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
@@ -74,7 +74,7 @@ class GovernedTrial(TuneTrial):
         if ray.get(self._verdicts.is_stopped.remote(self._key)):
             self._end_training()
             if not is_settled:
-                self._reports().finish("stopped")
+                self._reports().finish(Stage.STOPPED)
             return self._end({})
         if (known := self._repeated()) is not None:
             return known
@@ -97,11 +97,11 @@ class GovernedTrial(TuneTrial):
     def _forget(self) -> None:
         self._rungs = 0
         self._last = {PROXY_SCORE: math.nan, TIME: 0, RUNG: -1}
-        self._told: Reports | None = None
+        self._told: TrialReporter | None = None
         self._looked_at: tuple[int, ...] = ()
 
-    def _reports(self) -> Reports:
-        self._told = self._told or Reports(self._shared.board, self._key)
+    def _reports(self) -> TrialReporter:
+        self._told = self._told or TrialReporter(self._shared.board, self._key)
         return self._told
 
     def _end_training(self) -> None:
@@ -117,7 +117,7 @@ class GovernedTrial(TuneTrial):
         known = self._schedule.known(self._key, self._rungs)
         return self._result(known, is_new=False) if known is not None else None
 
-    def _next_rung(self, reports: Reports) -> dict[str, Any] | None:
+    def _next_rung(self, reports: TrialReporter) -> dict[str, Any] | None:
         """Wait for the next rung and score it; None if no rung is left, or the training was further when it began here."""
         train = self._shared.trials[self._key].prepared.spec.train
         steps = self._looked_at = self._schedule.scheduler.steps(train.steps) if train else ()
@@ -131,7 +131,7 @@ class GovernedTrial(TuneTrial):
             self._rungs += 1
         return None
 
-    def _scored(self, adapter: Checkpoint, reports: Reports) -> Rung:
+    def _scored(self, adapter: Checkpoint, reports: TrialReporter) -> Rung:
         trial, proxy = self._shared.trials[self._key], self._schedule.scheduler.proxy
         found = score_proxy(
             trial.prepared,
@@ -152,12 +152,12 @@ class GovernedTrial(TuneTrial):
             prefilled_tokens=found.prefilled_tokens,
         )
 
-    def _tell(self, reports: Reports, stage: str, done: int, total: int) -> None:
+    def _tell(self, reports: TrialReporter, stage: Stage, done: int, total: int) -> None:
         """As long as the training goes on it has the word."""
         if self._training is None or not self._training.goes_on:
             reports(stage, done, total)
 
-    def _begin_training(self, reports: Reports, *, rungs: tuple[int, ...]) -> TrainingInBackground:
+    def _begin_training(self, reports: TrialReporter, *, rungs: tuple[int, ...]) -> TrainingInBackground:
         shared, trial = self._shared, self._shared.trials[self._key].prepared
         job = training_job(trial, make_shards(trial, storage=shared.storage, progress=reports))
         if job is None:
@@ -176,7 +176,7 @@ class GovernedTrial(TuneTrial):
             stop=reports.ending,
         )
 
-    def _finish_training(self, reports: Reports) -> dict[str, Any]:
+    def _finish_training(self, reports: TrialReporter) -> dict[str, Any]:
         if self._training is not None:
             self._training.wait()
         self._last = {**self._last, TIME: self._schedule.whole_time}

@@ -20,33 +20,28 @@ from ray.exceptions import RayError
 
 from pause_ray.core import ray_cluster
 from pause_ray.core.errors import StorageError, UserError
+from pause_ray.core.process import Stage
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import Storage, is_complete
 from pause_ray.evaluation.cell_scheduler import FleetState
 from pause_ray.evaluation.ledger import Ledger
 from pause_ray.evaluation.scoring_pool import Fleet
-from pause_ray.sweep.progress import ENDED, QUEUED, WAITING, SweepProgress, TrialState
+from pause_ray.sweep.progress import ProgressDisplay, TrialState
 from pause_ray.sweep.reporter import Reason
-from pause_ray.sweep.resources import Places
+from pause_ray.sweep.resources import Placement
 from pause_ray.sweep.search import Rounds, SweepTrial
-from pause_ray.sweep.status import Cells, FleetSize, LiveStatus, RunningTrial, Speedometer, States, StepCounts, Trained, Work, idle_share
-
-STATES = (
-    "to_come",
-    "waiting",
-    "starting",
-    "text",
-    "training",
-    "proxy",
-    "paused",
-    "queued",
-    "scoring",
-    "rechecking",
-    "done",
-    "failed",
-    "stopped",
+from pause_ray.sweep.status import (
+    Cells,
+    FleetSize,
+    LiveStatus,
+    RunningTrial,
+    Speedometer,
+    States,
+    StepCounter,
+    TrainingProgress,
+    Work,
+    idle_share,
 )
-"""Of trials: stages as ``progress.TrialState`` has them, and those that have not begun."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ METRICS = (
 )
 
 
-class Exported:
+class RayMetrics:
     """All metrics of one sweep. Ray must be initialised; it sends them on every ten seconds, and when the driver leaves."""
 
     def __init__(self, sweep: str) -> None:
@@ -150,7 +145,7 @@ class PendingNotice:
             states: The last state of each trial.
             now: Seconds of the monotonic clock.
         """
-        active = {key: state for key, state in states.items() if state.stage not in (WAITING, QUEUED)}
+        active = {key: state for key, state in states.items() if not state.stage.waits_for_others}
         if (line, active) != (self._line, self._active):
             self._since = now
         if line is None:
@@ -162,7 +157,7 @@ class PendingNotice:
         return line
 
 
-class Heartbeat:
+class StatusWriter:
     """Tells from when it is entered until it is left; then once more, that the driver has ended and why."""
 
     def __init__(
@@ -170,9 +165,9 @@ class Heartbeat:
         rounds: Rounds,
         *,
         storage: Storage,
-        places: Places,
+        placement: Placement,
         fleet: Fleet,
-        progress: SweepProgress,
+        progress: ProgressDisplay,
         failures: Callable[[], Mapping[str, Reason]],
         given_up: Callable[[], Mapping[str, str]],
         ended_by: Callable[[], str | None],
@@ -182,23 +177,23 @@ class Heartbeat:
         Args:
             rounds: The sweep and its trials.
             storage: Where ledgers are.
-            places: What trials and actors hold.
+            placement: What trials and actors hold.
             fleet: Asked how many actors there are and what they have answered.
             progress: Asked what trials have said.
             failures: Trial → why it failed.
             given_up: Arm → why its other trials are not begun.
             ended_by: Why the sweep ends before its end, if it does.
         """
-        self._rounds, self._storage, self._places = rounds, storage, places
+        self._rounds, self._storage, self._places = rounds, storage, placement
         self._fleet, self._progress = fleet, progress
         self._failures, self._given_up, self._ended_by = failures, given_up, ended_by
-        self._exported = Exported(rounds.folder.name)
-        self._work = Work(settled={"stopped": len(rounds.left_out()), "done": rounds.num_finished()})
+        self._exported = RayMetrics(rounds.folder.name)
+        self._work = Work(settled={Stage.STOPPED: len(rounds.left_out()), Stage.DONE: rounds.num_finished()})
         self._arms: Mapping[str, str] = {}
         """Trial → its arm, of those that are expected."""
-        self._steps = StepCounts(_trained_before(rounds))
+        self._steps = StepCounter(_trained_before(rounds))
         self._speedometer = Speedometer()
-        self._stages: dict[str, tuple[str, float]] = {}
+        self._stages: dict[str, tuple[Stage, float]] = {}
         """Trial → its stage and since when, by the monotonic clock."""
         self._began = time.time()
         self._could_tell = True
@@ -277,7 +272,7 @@ class Heartbeat:
         self, states: States, fleet: FleetState | None, *, gpus: float | None, free_gpus: float, ended: float | None, ended_by: str | None
     ) -> LiveStatus:
         failures = self._failures()
-        running = {key: state for key, state in states.items() if state.stage not in ENDED and key not in failures}
+        running = {key: state for key, state in states.items() if not state.stage.is_end and key not in failures}
         size = FleetSize(busy=fleet.busy, idle=len(fleet.pids) - fleet.busy, coming=fleet.coming) if fleet else None
         idle = idle_share(
             running.values(),
@@ -309,7 +304,7 @@ class Heartbeat:
 
     def _running(self, key: str, state: TrialState) -> RunningTrial:
         now = time.monotonic()
-        if self._stages.get(key, ("", now))[0] != state.stage:
+        if self._stages.get(key, (None, now))[0] != state.stage:
             self._stages[key] = (state.stage, now)
         return RunningTrial(
             digest=key,
@@ -323,8 +318,8 @@ class Heartbeat:
     def _export(self, states: States, status: LiveStatus, fleet: FleetState | None) -> None:
         exported, failed = self._exported, status.failures
         by_state = self._work.by_state(states, failed=failed)
-        for name in STATES:
-            exported.show(TRIALS, by_state[name], state=name)
+        for stage in Stage:
+            exported.show(TRIALS, by_state[stage], state=stage)
         exported.show(CELLS_LEFT, self._work.cells_left(states, failed=failed))
         if status.gpus is not None:
             exported.show(GPUS, status.gpus)
@@ -342,7 +337,7 @@ class Heartbeat:
         exported.count(TRAINED_TOKENS, self._steps.new.tokens)
 
 
-def _trained_before(rounds: Rounds) -> dict[str, Trained]:
+def _trained_before(rounds: Rounds) -> dict[str, TrainingProgress]:
     """How far trials were by the last word of the driver before this one; a file that cannot be read costs a count and no sweep."""
     try:
         before = LiveStatus.read(rounds.folder)

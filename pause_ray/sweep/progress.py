@@ -15,6 +15,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pause_ray.core.process import Stage
 from pause_ray.core.spec import JsonObject, digest
 from pause_ray.evaluation.prefix_plan import by_position, new_tokens
 from pause_ray.evaluation.suite import Cell, cells
@@ -26,24 +27,13 @@ TRAINED_TOKEN_COST = 3.0
 """Prompt tokens that one trained token costs: a LoRA step is a forward pass and a backward pass of about twice its
 work (the frozen base needs no weight gradients, but activations are recomputed or spilled)."""
 POLL_SECONDS = 0.5
-ENDED = ("done", "failed", "stopped")
-"""Stages after which nothing more comes of a trial in this run of the sweep."""
-WAITING = "waiting"
-"""The stage of a trial that waits for another process; its silence says nothing, and there is nothing of it to finish."""
-QUEUED = "queued"
-"""The stage of a trial whose cells wait for a scoring actor: none is up yet, or all are at other trials. Its silence says nothing."""
-PAUSED = "paused"
-"""The stage of a trial whose scheduler lets others come as far first; it has no process until it goes on."""
 
 
 @dataclass(frozen=True)
 class TrialState:
     """How far one trial is."""
 
-    stage: str
-    """``starting``, ``waiting`` (for another run of the same trial), ``text``, ``training``, ``proxy`` (a rung is scored and training
-    has ended), ``paused``, ``queued``, ``scoring``, ``rechecking``, ``done``, ``failed``, or ``stopped`` (by a scheduler, or because
-    the sweep was to end)."""
+    stage: Stage
     done: int
     total: int
     row: JsonObject | None = None
@@ -83,16 +73,16 @@ def work_done(work: tuple[float, float], state: TrialState) -> float:
     """The part of a trial's ``work_of`` that is behind it in this state."""
     training, scoring = work
     share = state.done / state.total if state.total else 0.0
-    if state.stage == "training":
+    if state.stage == Stage.TRAINING:
         return training * share
-    if state.stage in ("proxy", PAUSED):
+    if state.stage in (Stage.PROXY, Stage.PAUSED):
         return training
-    if state.stage in (QUEUED, "scoring"):
+    if state.stage in (Stage.QUEUED, Stage.SCORING):
         return training + scoring * share
-    return training + scoring if state.stage in ("rechecking", *ENDED) else 0.0
+    return training + scoring if state.stage == Stage.RECHECKING or state.stage.is_end else 0.0
 
 
-class SweepProgress:
+class ProgressDisplay:
     """Draws until left; in a terminal a live display, elsewhere a line per change of stage."""
 
     def __init__(self, console: Console, states: Callable[[], Mapping[str, TrialState]]) -> None:
@@ -106,7 +96,7 @@ class SweepProgress:
         self._scoring: dict[str, float] = {}
         self._done: dict[str, float] = {}
         self._bars: dict[str, TaskID] = {}
-        self._stages: dict[str, str] = {}
+        self._stages: dict[str, Stage] = {}
         self._seen: dict[str, TrialState] = {}
         self._looking = threading.Lock()
         self._stop = threading.Event()
@@ -186,7 +176,7 @@ class SweepProgress:
         for key, state in states.items():
             self._done[key] = max(0.0, work_done(self._work[key], state) - self._found.get(key, 0.0))
             self._show_trial(key, state)
-        ended = sum(stage in ENDED for stage in self._stages.values())
+        ended = sum(stage.is_end for stage in self._stages.values())
         self._progress.update(self._all, completed=sum(self._done.values()), detail=f"{ended}/{len(self._labels)}")
 
     def _show_trial(self, key: str, state: TrialState) -> None:
@@ -197,7 +187,7 @@ class SweepProgress:
                 self._console.print(f"{label}: {state.stage}", highlight=False, markup=False)
             if key in self._bars:
                 self._progress.remove_task(self._bars.pop(key))
-            if state.stage not in ENDED:
+            if not state.stage.is_end:
                 self._bars[key] = self._progress.add_task(f"  {label}", total=state.total, detail=state.stage)
         if key in self._bars:
             detail = f"{state.stage} {state.done}/{state.total}" + (f" · {step_words(state.row)}" if state.row else "")

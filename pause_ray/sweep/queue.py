@@ -144,7 +144,7 @@ FEWEST_FAILURES = 3
 """One or two failures may be chance."""
 
 
-class WaitingLine:
+class TrialQueue:
     """Trials that wait for their turn, first come first served."""
 
     def __init__(self, *, start: Callable[[str], str | None]) -> None:

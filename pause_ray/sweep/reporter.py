@@ -18,10 +18,10 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pause_ray.core.errors import StoppedError
-from pause_ray.core.process import first_signal_asks
+from pause_ray.core.process import Stage, first_signal_asks
 from pause_ray.core.spec import JsonObject
-from pause_ray.sweep.progress import ENDED, PAUSED, QUEUED, WAITING, TrialState
-from pause_ray.sweep.queue import WaitingLine
+from pause_ray.sweep.progress import TrialState
+from pause_ray.sweep.queue import TrialQueue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,24 +38,24 @@ TrainedStep = tuple[str, JsonObject]
 """A trial's digest and a row of its training log."""
 Reason = tuple[str, str | None]
 """A failure's message and traceback."""
-ANSWERED = ("waiting", "text", "training")
+ANSWERED = (Stage.WAITING, Stage.DATA, Stage.TRAINING)
 """Stages in which a trial asks whether it may go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class News:
+class Update:
     """What trials have said since the board was last asked."""
 
     states: Mapping[str, TrialState]
     """Of the trials that said something, the last one."""
     steps: tuple[TrainedStep, ...]
-    """Trained since."""
+    """Rows reported since the last call."""
     failures: Mapping[str, Reason]
     """Since."""
 
 
 @dataclass
-class ProgressBoard:
+class ProgressActor:
     """Where trial processes say how far they are and the driver reads it.
 
     What was read is dropped, so that a look costs as much as there is to see, however many trials the sweep has.
@@ -80,7 +80,7 @@ class ProgressBoard:
     def begin(self, key: str, process: Any) -> bool:
         """A process has begun a trial and can be ended through its handle; False if the sweep ends and it shall not."""
         self._processes[key] = process
-        self._states[key] = TrialState("starting", 0, 1)
+        self._states[key] = TrialState(Stage.STARTING, 0, 1)
         return not self._ending
 
     def goes_on(self) -> bool:
@@ -100,7 +100,7 @@ class ProgressBoard:
         self._states[key] = state
         if state.row is not None:
             self._rows.append((key, state.row))
-        if state.stage in ENDED:
+        if state.stage.is_end:
             self._forget(key)
         return not self._ending
 
@@ -108,16 +108,16 @@ class ProgressBoard:
         """Keep why a trial failed; of several reasons the first one counts."""
         if key not in self._failures:
             self._failures[key] = self._new_failures[key] = (message, trace)
-        self._states[key] = TrialState("failed", 0, 0)
+        self._states[key] = TrialState(Stage.FAILED, 0, 0)
         self._forget(key)
 
     def end(self) -> None:
         """Let the running trials come to an end, and none begin."""
         self._ending = True
 
-    def news(self) -> News:
+    def news(self) -> Update:
         """What has been said since this was last asked."""
-        told = News(states=self._states, steps=tuple(self._rows), failures=self._new_failures)
+        told = Update(states=self._states, steps=tuple(self._rows), failures=self._new_failures)
         self._states, self._rows, self._new_failures = {}, [], {}
         return told
 
@@ -130,7 +130,7 @@ class ProgressBoard:
         self._processes.pop(key, None)
 
 
-class Reports:
+class TrialReporter:
     """A ``trial.run.TrialProgress`` that tells the board of one sweep about one trial."""
 
     def __init__(self, board: Any, key: str) -> None:
@@ -150,7 +150,7 @@ class Reports:
         may_begin: bool = ray.get(self._board.begin.remote(self._key, process))
         return may_begin
 
-    def __call__(self, stage: str, done: int, total: int, row: JsonObject | None = None) -> None:
+    def __call__(self, stage: Stage, done: int, total: int, row: JsonObject | None = None) -> None:
         """Tell; where the stage can end here, wait for the answer. Who scores hears from the fleet that it shall end.
 
         Raises:
@@ -160,10 +160,10 @@ class Reports:
         if stage not in ANSWERED or ray.get(answer):
             return
         self.ending.set()
-        if stage != "training":
+        if stage != Stage.TRAINING:
             raise StoppedError(f"stopped while {stage}; run the same command again to go on")
 
-    def finish(self, stage: str) -> None:
+    def finish(self, stage: Stage) -> None:
         """Say that the trial has come to an end: ``done``, or ``stopped`` where it can be taken up again."""
         ray.get(self._board.show.remote(self._key, TrialState(stage, 1, 1)))
 
@@ -173,25 +173,25 @@ class Reports:
 
 
 LOOK_SECONDS = 0.5
-COUNTED = ("training", "scoring")
+COUNTED = (Stage.TRAINING, Stage.SCORING)
 """Stages whose steps and cells are kept when a trial begins again."""
 SILENT_MINUTES = 30
 """After which people are told, where no limit is set: loading a large model or waiting for machines may take as long."""
 
 
-def start_board() -> Any:
+def start_progress_actor() -> Any:
     """A board on this node, where the driver is: nodes that only work may be taken away."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(ProgressBoard).options(num_cpus=0, scheduling_strategy=here).remote()
+    return ray.remote(ProgressActor).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
-class Watch:
+class TrialMonitor:
     """Reads the board for all who want to know, from when it is entered until it is left."""
 
     def __init__(
         self,
         board: Any,
-        line: WaitingLine,
+        line: TrialQueue,
         *,
         timeout_minutes: float | None,
         after_step: Callable[[str, JsonObject], None],
@@ -202,7 +202,7 @@ class Watch:
         """Begin to listen.
 
         Args:
-            board: Handle of a ``ProgressBoard``.
+            board: Handle of a ``ProgressActor``.
             line: Is told which trials finished and failed.
             timeout_minutes: A trial that says nothing for so long is ended; None waits for ever.
             after_step: Is given a trial's key and each row of its training log.
@@ -232,7 +232,7 @@ class Watch:
         """A signal asked for an end; set by its handler, which must not talk to Ray itself."""
         self.insisted = False
         """A second signal did."""
-        self._furthest: dict[tuple[str, str], int] = {}
+        self._furthest: dict[tuple[str, Stage], int] = {}
         self.failures: dict[str, Reason] = {}
         """Trial → message and traceback."""
 
@@ -287,13 +287,13 @@ class Watch:
         now = time.monotonic()
         self._unseen |= states
         for key, state in states.items():
-            if state.stage in (*ENDED, PAUSED):
+            if state.stage.is_end or state.stage == Stage.PAUSED:
                 self._running.pop(key, None)
             else:
                 self._running[key] = (state, now)
             if state.stage in COUNTED:
                 self._furthest[key, state.stage] = max(state.done, self._furthest.get((key, state.stage), 0))
-        self._line.note_finished(key for key, state in states.items() if state.stage == "done")
+        self._line.note_finished(key for key, state in states.items() if state.stage == Stage.DONE)
 
     def _note_failure(self, key: str, message: str, trace: str | None) -> None:
         self.failures[key] = (message, trace)
@@ -304,7 +304,7 @@ class Watch:
         now = time.monotonic()
         for key, (state, heard) in list(self._running.items()):
             minutes = (now - heard) / 60
-            if state.stage in (WAITING, QUEUED):
+            if state.stage.waits_for_others:
                 continue
             place = f"{state.stage}, {state.done} of {state.total} done"
             if self._timeout_minutes is not None and minutes >= self._timeout_minutes:
@@ -340,7 +340,7 @@ class Watch:
         self._ended = True
         ray.get(self._board.end.remote())
         self._finish()
-        for key in [key for key, (state, _) in self._running.items() if state.stage == WAITING]:
+        for key in [key for key, (state, _) in self._running.items() if state.stage == Stage.WAITING]:
             self._end_process(key, None)
         self._say("finishing what is being answered or trained just now, then stopping; Ctrl-C once more stops at once")
 

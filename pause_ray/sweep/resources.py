@@ -21,7 +21,7 @@ GPU_FIELDS = ("train_gpus_per_worker", "scoring_gpus_per_actor")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
+class Placement:
     """What of the cluster training and scoring get; what the spec leaves open is decided here."""
 
     resources: Resources
@@ -36,7 +36,7 @@ class Places:
     """Of the nodes that trials' own processes run on; none where they may run anywhere."""
 
     @classmethod
-    def of(cls, sweep: SweepSpec, trials: Sequence[TrialSpec]) -> Places:
+    def of(cls, sweep: SweepSpec, trials: Sequence[TrialSpec]) -> Placement:
         """Shares of the cluster as it is now, for trials that all have the same resources.
 
         Raises:
@@ -54,10 +54,10 @@ class Places:
         if train and not resources.train_workers and resources.scoring_bounds[0] < resources.scoring_bounds[1]:
             # Tune holds what a trial's own process has until the trial is scored, which may need that very GPU.
             resources = resources.model_copy(update={"train_workers": 1})
-        places = cls(resources=resources, train_gpus=train, scoring_gpus=scoring, trains=any(trial.train for trial in trials))
-        places.check()
-        places = dataclasses.replace(places, concurrent_trials=places.trials_at_a_time(sweep.max_concurrent_trials, gpus=gpus))
-        return dataclasses.replace(places, trial_labels=places.labels_for_trials(min(places.concurrent_trials, len(trials))))
+        placement = cls(resources=resources, train_gpus=train, scoring_gpus=scoring, trains=any(trial.train for trial in trials))
+        placement.check()
+        placement = dataclasses.replace(placement, concurrent_trials=placement.trials_at_a_time(sweep.max_concurrent_trials, gpus=gpus))
+        return dataclasses.replace(placement, trial_labels=placement.labels_for_trials(min(placement.concurrent_trials, len(trials))))
 
     def placed(self, trial: PreparedTrial) -> PreparedTrial:
         """The trial with the resources that were decided here; its results and its identity are the same."""

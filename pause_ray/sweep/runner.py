@@ -26,11 +26,11 @@ from pause_ray.data.pipeline import build_shards, shards_digest
 from pause_ray.data.shards import ShardSet, corpus_words
 from pause_ray.evaluation.scoring_pool import Fleet
 from pause_ray.sweep.governed import run_governed
-from pause_ray.sweep.heartbeat import Heartbeat
-from pause_ray.sweep.progress import SweepProgress
-from pause_ray.sweep.queue import Budget, BudgetMeter, WaitingLine, bill_of, left_over
-from pause_ray.sweep.reporter import Failure, Watch, start_board
-from pause_ray.sweep.resources import Places
+from pause_ray.sweep.heartbeat import StatusWriter
+from pause_ray.sweep.progress import ProgressDisplay
+from pause_ray.sweep.queue import Budget, BudgetMeter, TrialQueue, bill_of, left_over
+from pause_ray.sweep.reporter import Failure, TrialMonitor, start_progress_actor
+from pause_ray.sweep.resources import Placement
 from pause_ray.sweep.rungs import governed
 from pause_ray.sweep.search import Rounds, Search, SweepTrial
 from pause_ray.sweep.search_log import SearchLog
@@ -52,7 +52,7 @@ class Loss:
     """Steps and cells that were done."""
 
 
-class PostedTrials(Mapping[str, SweepTrial]):
+class TrialRegistry(Mapping[str, SweepTrial]):
     """Trials by digest: the driver has them, other processes fetch those that they need from the board.
 
     A sweep's later trials do not exist yet when its processes start, and a thousand of them are more than each wants to load.
@@ -91,14 +91,14 @@ class Execution:
     sweep: SweepSpec
     rounds: Rounds
     storage: Storage
-    places: Places
+    placement: Placement
     fleet: Fleet
     board: Any
-    watch: Watch
-    progress: SweepProgress
-    heartbeat: Heartbeat
-    line: WaitingLine
-    posted: PostedTrials
+    watch: TrialMonitor
+    progress: ProgressDisplay
+    heartbeat: StatusWriter
+    line: TrialQueue
+    posted: TrialRegistry
     log: SearchLog
     after_trial: Callable[[], None]
     running: set[str] = field(default_factory=set)
@@ -124,7 +124,7 @@ class Execution:
             storage=self.storage,
             fleet=self.fleet,
             board=self.board,
-            train_gpus=self.places.train_gpus,
+            train_gpus=self.placement.train_gpus,
         )
         with self.watch.interruptible():
             self.line.add(key for key in waiting if key in judged)
@@ -134,7 +134,7 @@ class Execution:
                     self.sweep,
                     shared,
                     trials={key: self.rounds.trials[key] for key in judged},
-                    places=self.places,
+                    placement=self.placement,
                     log=self.log,
                     next_trial=self._next_trial,
                     ended=functools.partial(self._ended, begin_again=self._set_aside),
@@ -149,7 +149,7 @@ class Execution:
                 run_trials(
                     self.sweep,
                     shared,
-                    places=self.places,
+                    placement=self.placement,
                     next_trial=functools.partial(self._next_trial, may_return=True),
                     ended=functools.partial(self._ended, begin_again=self.line.take_back),
                     after_trial=self.after_trial,
@@ -165,7 +165,7 @@ class Execution:
         )
 
     def _next_trial(self, *, may_return: bool = False) -> str | None:
-        """As for ``Asking``: who is next in line, when it is empty and all have ended of the next round.
+        """As for ``QueueSearcher``: who is next in line, when it is empty and all have ended of the next round.
 
         While trials run that ``may_return`` to the line when they are lost, it is not known whether there is another.
         """
@@ -192,7 +192,7 @@ class Execution:
         return key
 
     def _ended(self, key: str, account: str | None, *, begin_again: Callable[[str], bool]) -> None:
-        """As for ``Asking`` and ``AfterTrial``; a lost trial may ``begin_again``, unless it is a mistake that would be made again."""
+        """Note a trial's end. A lost trial may ``begin_again``, unless a mistake ended it that would be made again."""
         self.running.discard(key)
         self.watch.look()
         if account is None:
@@ -219,7 +219,7 @@ class Execution:
         self._count_in_arms()
         rows, failed = self._make_rows(trials)
         runnable = {
-            key: dataclasses.replace(trial, prepared=self.places.placed(trial.prepared))
+            key: dataclasses.replace(trial, prepared=self.placement.placed(trial.prepared))
             for key, trial in trials.items()
             if key not in failed
         }
@@ -265,7 +265,7 @@ def executing(
     rounds: Rounds,
     storage: Storage,
     console: Console,
-    line: WaitingLine,
+    line: TrialQueue,
     log: SearchLog,
     after_step: Callable[[Path, str, JsonObject], None],
     after_trial: Callable[[Path], None],
@@ -293,10 +293,10 @@ def executing(
 
     with ray_cluster.connection():
         ray_cluster.hold_shared_actor_here()
-        places = Places.of(sweep, [trial.planned.spec for trial in trials.values()])
-        board = start_board()
-        with _fleet(places) as fleet:
-            watch = Watch(
+        placement = Placement.of(sweep, [trial.planned.spec for trial in trials.values()])
+        board = start_progress_actor()
+        with _fleet(placement) as fleet:
+            watch = TrialMonitor(
                 board,
                 line,
                 timeout_minutes=sweep.trial_timeout_minutes,
@@ -306,11 +306,11 @@ def executing(
                 say=lambda text: progress.say(text),
             )
             with (
-                SweepProgress(console, watch.states) as progress,
-                Heartbeat(
+                ProgressDisplay(console, watch.states) as progress,
+                StatusWriter(
                     rounds,
                     storage=storage,
-                    places=places,
+                    placement=placement,
                     fleet=fleet,
                     progress=progress,
                     failures=lambda: dict(watch.failures),
@@ -323,27 +323,27 @@ def executing(
                     sweep=sweep,
                     rounds=rounds,
                     storage=storage,
-                    places=places,
+                    placement=placement,
                     fleet=fleet,
                     board=board,
                     watch=watch,
                     progress=progress,
                     heartbeat=heartbeat,
                     line=line,
-                    posted=PostedTrials(board),
+                    posted=TrialRegistry(board),
                     log=log,
                     after_trial=lambda: after_trial(rounds.folder),
                 )
 
 
 @contextlib.contextmanager
-def _fleet(places: Places) -> Iterator[Fleet]:
+def _fleet(placement: Placement) -> Iterator[Fleet]:
     fleet = Fleet.start(
-        num_actors=places.resources.scoring_bounds,
-        cpus=places.resources.scoring_cpus_per_actor,
-        gpus=places.scoring_gpus,
-        threads=places.resources.threads,
-        idle_seconds=places.resources.idle_seconds,
+        num_actors=placement.resources.scoring_bounds,
+        cpus=placement.resources.scoring_cpus_per_actor,
+        gpus=placement.scoring_gpus,
+        threads=placement.resources.threads,
+        idle_seconds=placement.resources.idle_seconds,
     )
     try:
         yield fleet
@@ -404,7 +404,7 @@ def run_sweep(
         UserError: the sweep cannot be prepared (model, text, marker or lengths do not fit).
     """
     meter = BudgetMeter(budget or Budget(), bill=bill_of(storage))
-    line = WaitingLine(start=meter.start)
+    line = TrialQueue(start=meter.start)
     with console.status("checking models, texts and lengths (a model from a package is fetched and converted once)") as status:
 
         def show(done: int, total: int) -> None:

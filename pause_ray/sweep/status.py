@@ -13,13 +13,14 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pause_ray.core.process import Stage
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import read_json, write_json
 from pause_ray.evaluation.cell_scheduler import Answered
-from pause_ray.sweep.progress import ENDED, PAUSED, QUEUED, TrialState
+from pause_ray.sweep.progress import TrialState
 
 STATUS_FILE = "status.json"
-FORMAT = 2
+FORMAT = 3
 BEATS_UNTIL_OLD = 5
 """A file that was due so often and has not come is old: its driver hangs, was killed, or cannot write."""
 
@@ -30,8 +31,7 @@ class RunningTrial:
 
     digest: str
     label: str
-    stage: str
-    """As ``sweep.progress.TrialState`` has it."""
+    stage: Stage
     done: int
     total: int
     """Of the stage: steps while training, cells while scoring."""
@@ -60,7 +60,7 @@ class Speed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
+class TrainingProgress:
     """How far the training of a trial has come."""
 
     steps: int
@@ -95,7 +95,7 @@ class LiveStatus:
     """Trial → why it did not finish in this run."""
     given_up: Mapping[str, str] = field(default_factory=dict)
     """Arm → why its other trials were not begun in this run."""
-    trained: Mapping[str, Trained] = field(default_factory=dict)
+    trained: Mapping[str, TrainingProgress] = field(default_factory=dict)
     """Trial → how far it is, of those that are not finished; also as drivers before this one left it."""
 
     @classmethod
@@ -117,8 +117,8 @@ class LiveStatus:
             | {
                 "speed": Speed(**data["speed"]),
                 "fleet": FleetSize(**fleet) if fleet else None,
-                "running": tuple(RunningTrial(**trial) for trial in data["running"]),
-                "trained": {key: Trained(**its) for key, its in data["trained"].items()},
+                "running": tuple(RunningTrial(**trial | {"stage": Stage(trial["stage"])}) for trial in data["running"]),
+                "trained": {key: TrainingProgress(**its) for key, its in data["trained"].items()},
             }
         )
 
@@ -145,7 +145,6 @@ class LiveStatus:
 
 SPEED_SECONDS = 60.0
 """Of the past, that speeds are means of: an answer may take a few seconds."""
-TO_COME = "to_come"
 States = Mapping[str, TrialState]
 """Trial → what it said last; only those that have begun."""
 
@@ -183,9 +182,9 @@ class Work:
 
     def by_state(self, states: States, *, failed: Collection[str]) -> Counter[str]:
         """State → trials; a failure is known before the trial's process says so, where it was lost."""
-        begun = Counter("failed" if key in failed else state.stage for key, state in states.items())
+        begun = Counter(Stage.FAILED if key in failed else state.stage for key, state in states.items())
         out = self._left_out | self._not_begun
-        others = Counter("stopped" if key in out else TO_COME for key in self._cells.keys() - states.keys())
+        others = Counter(Stage.STOPPED if key in out else Stage.TO_COME for key in self._cells.keys() - states.keys())
         return self._settled + begun + others
 
     def cells_left(self, states: States, *, failed: Collection[str]) -> int:
@@ -195,17 +194,17 @@ class Work:
 
 
 def _left(cells: Cells, state: TrialState | None) -> int:
-    if state is not None and state.stage in (*ENDED, "rechecking"):
+    if state is not None and (state.stage.is_end or state.stage == Stage.RECHECKING):
         return 0
-    if state is not None and state.stage in (QUEUED, "scoring"):
+    if state is not None and state.stage in (Stage.QUEUED, Stage.SCORING):
         return state.total - state.done
     return cells.number - cells.answered
 
 
-class StepCounts:
+class StepCounter:
     """Training steps, each step of a trial once: a training that goes on tells again what its checkpoint has. Threads may share it."""
 
-    def __init__(self, before: Mapping[str, Trained]) -> None:
+    def __init__(self, before: Mapping[str, TrainingProgress]) -> None:
         """``before``: how far trials were when the driver before this one ended."""
         self._trained = dict(before)
         self._steps, self._tokens = 0, 0
@@ -214,13 +213,13 @@ class StepCounts:
     def note(self, trial: str, row: JsonObject) -> None:
         """A row of a trial's training log."""
         with self._counting:
-            known = self._trained.get(trial, Trained(steps=0, tokens=0))
+            known = self._trained.get(trial, TrainingProgress(steps=0, tokens=0))
             if row["step"] > known.steps:
-                self._trained[trial] = Trained(steps=row["step"], tokens=known.tokens + row["tokens"])
+                self._trained[trial] = TrainingProgress(steps=row["step"], tokens=known.tokens + row["tokens"])
                 self._steps += 1
                 self._tokens += row["tokens"]
 
-    def of_trials(self) -> dict[str, Trained]:
+    def of_trials(self) -> dict[str, TrainingProgress]:
         """How far each is that has not been forgotten."""
         with self._counting:
             return dict(self._trained)
@@ -232,10 +231,10 @@ class StepCounts:
                 self._trained.pop(key, None)
 
     @property
-    def new(self) -> Trained:
+    def new(self) -> TrainingProgress:
         """All that was counted since the beginning, of all trials together."""
         with self._counting:
-            return Trained(steps=self._steps, tokens=self._tokens)
+            return TrainingProgress(steps=self._steps, tokens=self._tokens)
 
 
 class Speedometer:
@@ -293,6 +292,6 @@ def idle_share(
     """
     if not gpus:
         return None
-    waiting = sum(state.stage not in ("training", PAUSED) for state in running)
+    waiting = sum(state.stage not in (Stage.TRAINING, Stage.PAUSED) for state in running)
     idle = free_gpus + per_trial * waiting + (per_actor * fleet.idle if fleet else 0.0)
     return round(min(1.0, idle / gpus), 4)

@@ -1,4 +1,4 @@
-"""Trials under Ray Tune, which only places them: storage decides what is left to do in each. Knows Tune, no MLflow and no report."""
+"""Trials under Ray Tune, which only placement them: storage decides what is left to do in each. Knows Tune, no MLflow and no report."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from pause_ray.core.errors import StoppedError, StorageError, UserError
-from pause_ray.core.process import about, trial_words, write_lines
+from pause_ray.core.process import Stage, about, trial_words, write_lines
 from pause_ray.core.ray_cluster import without_package
 from pause_ray.core.storage import Storage
 from pause_ray.evaluation.scoring_pool import Fleet
-from pause_ray.sweep.reporter import Reports
-from pause_ray.sweep.resources import Places
+from pause_ray.sweep.reporter import TrialReporter
+from pause_ray.sweep.resources import Placement
 from pause_ray.sweep.search import SweepTrial
 from pause_ray.sweep.spec import SweepSpec
 from pause_ray.trial.run import run_trial
@@ -76,7 +76,7 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
 
     def step(self) -> dict[str, Any]:
         """Run the trial to its end; what went wrong goes to the board, and the sweep goes on with the next."""
-        reports = Reports(self._shared.board, self.config["trial"])
+        reports = TrialReporter(self._shared.board, self.config["trial"])
         with self._named():
             log.info("begins")
             return guarded(reports, lambda: self._finish(reports))
@@ -86,7 +86,7 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
         key = str(self.config["trial"])
         return about(trial_words(self._shared.trials[key].planned.label, key))
 
-    def _finish(self, reports: Reports) -> dict[str, Any]:
+    def _finish(self, reports: TrialReporter) -> dict[str, Any]:
         shared, trial = self._shared, self._shared.trials[self.config["trial"]]
         score = run_trial(
             trial.prepared,
@@ -98,21 +98,21 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
             stop=reports.ending,
         )
         log.info("done")
-        reports.finish("done")
+        reports.finish(Stage.DONE)
         return {SCORE: score, tune.result.DONE: True}
 
 
-def guarded(reports: Reports, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def guarded(reports: TrialReporter, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What ``work`` returns; where it may not begin or does not end well the board knows why, and the trial is done."""
     done: dict[str, Any] = {SCORE: None, tune.result.DONE: True}
     if not reports.begin():
-        reports.finish("stopped")
+        reports.finish(Stage.STOPPED)
         return done | {INTERRUPTED: True}
     try:
         return work()
     except StoppedError:
         log.info("stopped; it can go on")
-        reports.finish("stopped")
+        reports.finish(Stage.STOPPED)
         return done | {INTERRUPTED: True}
     except UserError as error:
         log.error("failed: %s", error)  # noqa: TRY400 (a mistake of the user has no traceback)
@@ -123,7 +123,7 @@ def guarded(reports: Reports, work: Callable[[], dict[str, Any]]) -> dict[str, A
     return done
 
 
-class Asking(Searcher):  # type: ignore[misc]
+class QueueSearcher(Searcher):  # type: ignore[misc]
     """Hands Tune one trial after another as ``{"trial": key}``, however many there turn out to be."""
 
     def __init__(self, next_trial: Callable[[], str | None], *, ended: Callable[[str, str | None], None]) -> None:
@@ -132,7 +132,7 @@ class Asking(Searcher):  # type: ignore[misc]
         Args:
             next_trial: The key of the trial to begin, ``NOT_YET``, or None when there are no more.
             ended: Is given the key of every trial whose process has come to the trial's end, and None. Of those that were lost
-                callbacks know more (``AfterTrial``).
+                callbacks know more (``TrialCallbacks``).
         """
         super().__init__()
         self._next_trial = next_trial
@@ -167,7 +167,7 @@ class Asking(Searcher):  # type: ignore[misc]
         """Nothing, as for ``__getstate__``."""
 
 
-class EndsIdle(FIFOScheduler):  # type: ignore[misc]
+class ReapIdleActors(FIFOScheduler):  # type: ignore[misc]
     """Begins trials as they come, and ends a process that has had none for long.
 
     Tune keeps one, and what it holds of the cluster, until the searcher says that there are no more trials; which trials will be lost
@@ -193,7 +193,7 @@ class EndsIdle(FIFOScheduler):  # type: ignore[misc]
         return trial
 
 
-class AfterTrial(tune.Callback):  # type: ignore[misc]
+class TrialCallbacks(tune.Callback):  # type: ignore[misc]
     """Tells the driver that a trial has ended while the next one runs, and what Ray says of a process that was lost."""
 
     def __init__(self, tell: Callable[[], None], *, ended: Callable[[str, str | None], None]) -> None:
@@ -224,7 +224,7 @@ def run_trials(
     sweep: SweepSpec,
     shared: Shared,
     *,
-    places: Places,
+    placement: Placement,
     next_trial: Callable[[], str | None],
     ended: Callable[[str, str | None], None],
     after_trial: Callable[[], None],
@@ -234,43 +234,43 @@ def run_trials(
     Args:
         sweep: What they belong to.
         shared: What their processes know.
-        places: What of the cluster they get.
-        next_trial: As for ``Asking``.
-        ended: As for ``Asking`` and ``AfterTrial``.
+        placement: What of the cluster they get.
+        next_trial: As for ``QueueSearcher``.
+        ended: As for ``QueueSearcher`` and ``TrialCallbacks``.
         after_trial: Called when a trial has ended.
     """
-    tuned(
-        tune.with_resources(tune.with_parameters(TuneTrial, shared=shared), one_trial(places)),
+    run_tuner(
+        tune.with_resources(tune.with_parameters(TuneTrial, shared=shared), trial_bundles(placement)),
         tune.TuneConfig(
-            search_alg=Asking(next_trial, ended=ended),
-            scheduler=EndsIdle(IDLE_SECONDS),
+            search_alg=QueueSearcher(next_trial, ended=ended),
+            scheduler=ReapIdleActors(IDLE_SECONDS),
             num_samples=-1,
             reuse_actors=True,
-            max_concurrent_trials=places.concurrent_trials,
+            max_concurrent_trials=placement.concurrent_trials,
         ),
         name=sweep.name,
         storage=shared.storage,
-        callbacks=[AfterTrial(after_trial, ended=ended)],
+        callbacks=[TrialCallbacks(after_trial, ended=ended)],
     )
 
 
-def one_trial(places: Places, *, beside: Mapping[str, float] | None = None) -> tune.PlacementGroupFactory:
+def trial_bundles(placement: Placement, *, beside: Mapping[str, float] | None = None) -> tune.PlacementGroupFactory:
     """What Tune holds for a trial, on the nodes where trials run; ``beside`` is held with it, anywhere."""
-    its = places.of_one_trial()
+    its = placement.of_one_trial()
     bundles: list[dict[str, float]] = [{"CPU": its["cpu"], "GPU": its.get("gpu", 0)}]
-    labels = [dict(places.trial_labels)]
+    labels = [dict(placement.trial_labels)]
     if beside is not None:
         bundles.append(dict(beside))
         labels.append({})
-    return tune.PlacementGroupFactory(bundles, **({"bundle_label_selector": labels} if places.trial_labels else {}))
+    return tune.PlacementGroupFactory(bundles, **({"bundle_label_selector": labels} if placement.trial_labels else {}))
 
 
-def tuned(trainable: Any, config: tune.TuneConfig, *, name: str, storage: Storage, callbacks: list[tune.Callback]) -> None:
+def run_tuner(trainable: Any, config: tune.TuneConfig, *, name: str, storage: Storage, callbacks: list[tune.Callback]) -> None:
     """Let Tune run trials: silently, and with nothing of its own to take part in what they leave."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the ledger and MLflow hold the results
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own banner; progress is shown by SweepProgress
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own banner; progress is shown by ProgressDisplay
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths in specs mean the same in every process
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Watch.interruptible answers Ctrl-C
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # TrialMonitor.interruptible answers Ctrl-C
     # Tune would put Amazon's keys into every trial's runtime environment, which Ray logs; trials have what their nodes have.
     class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is kept on the board and shown once

@@ -12,12 +12,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray.train
 
 from pause_ray.core.errors import PauseRayError, SpecError, StoppedError, TrainingError
-from pause_ray.core.process import first_signal_asks
+from pause_ray.core.process import Stage, first_signal_asks
 from pause_ray.core.spec import JsonObject, digest
 from pause_ray.core.storage import Storage, building, exclusive, is_complete, lock_of
 from pause_ray.data.shards import ShardSet
@@ -103,8 +103,8 @@ POLL_SECONDS = 0.5
 """Between two looks whether a training is asked to end; a step takes seconds."""
 RAY_FOLDER = "ray"
 """Ray Train's own notes inside the scratch folder, removed with it: the checkpoint is what must survive."""
-Stage = Callable[[Literal["waiting", "training"]], None]
-"""Called with ``waiting`` before another process that trains the same adapter is waited for, and with ``training`` when it begins here."""
+StageCallback = Callable[[Stage], None]
+"""Called with ``WAITING`` before the call waits for another process that trains the same adapter, and with ``TRAINING`` when it trains."""
 log = logging.getLogger("pause_ray")
 
 
@@ -171,7 +171,7 @@ def fit(
     cpus_per_worker: float,
     gpus_per_worker: float,
     progress: Progress,
-    stage: Stage | None = None,
+    stage: StageCallback | None = None,
     rungs: Sequence[int] = (),
     stop: threading.Event | None = None,
 ) -> Checkpoint:
@@ -209,7 +209,7 @@ def fit(
         failures: list[Exception] = []
         if not is_complete(folder):
             if stage is not None:
-                stage("training")
+                stage(Stage.TRAINING)
             if stop is not None and stop.is_set():
                 raise StoppedError("training was asked to end before it began; the same command begins it")
             _check_job(job, shards)
@@ -234,11 +234,11 @@ def fit(
         return Checkpoint.open(folder)
 
 
-def _wait_for(holder: str, *, stage: Stage | None) -> None:
+def _wait_for(holder: str, *, stage: StageCallback | None) -> None:
     """Say that ``holder`` trains the same adapter, before it is waited for."""
     log.info("waiting for %s, which trains the same adapter", holder)
     if stage is not None:
-        stage("waiting")
+        stage(Stage.WAITING)
 
 
 @contextlib.contextmanager

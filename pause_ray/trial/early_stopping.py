@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pause_ray.core.errors import ModelError, SpecError, TextError, UserError
+from pause_ray.core.process import Stage
 from pause_ray.core.spec import digest
 from pause_ray.core.storage import Storage, is_complete
 from pause_ray.evaluation.haystack import ask, check_fits, check_lengths, load_haystack, prompt_builder
@@ -53,7 +54,7 @@ def score_proxy(
     arm: str,
     storage: Storage,
     fleet: Fleet,
-    progress: Callable[[str, int, int], None],
+    progress: Callable[[Stage, int, int], None],
 ) -> ProxyScore:
     """Ask the proxy of an adapter.
 
@@ -78,13 +79,13 @@ def score_proxy(
 
     def keep(result: CellResult) -> None:
         rows.append(result)
-        progress("proxy", len(rows), len(asked))
+        progress(Stage.PROXY, len(rows), len(asked))
 
     def show(waits: bool) -> None:  # noqa: FBT001 (the fleet's)
         if waits:
-            progress("queued", 0, len(trial.cells))
+            progress(Stage.QUEUED, 0, len(trial.cells))
         else:
-            progress("proxy", len(rows), len(asked))
+            progress(Stage.PROXY, len(rows), len(asked))
 
     fleet.score(job, asked, on_result=keep, on_wait=show)
     scores = [row.score for row in rows if row.score is not None]

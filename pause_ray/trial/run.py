@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pause_ray import __version__
-from pause_ray.core.process import trial_words
+from pause_ray.core.process import Stage, trial_words
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import MANIFEST, Storage, exclusive, is_complete, lock_of, write_json
 from pause_ray.data.pipeline import build_shards
@@ -36,7 +36,7 @@ RECHECKED_CELLS = 12
 class TrialProgress(Protocol):
     """Is told how far a trial is."""
 
-    def __call__(self, stage: str, done: int, total: int, row: JsonObject | None = None) -> None:
+    def __call__(self, stage: Stage, done: int, total: int, row: JsonObject | None = None) -> None:
         """Of ``stage``, ``done`` of ``total`` is behind it; while training, ``row`` is that step's row of the training log."""
 
 
@@ -60,7 +60,7 @@ def run_trial(
         PauseRayError: a step failed; what was finished before stays and is not repeated.
     """
     folder = storage.trials / trial.digest
-    with exclusive(lock_of(folder), waiting=lambda holder: progress("waiting", 0, 1)):
+    with exclusive(lock_of(folder), waiting=lambda holder: progress(Stage.WAITING, 0, 1)):
         ledger = Ledger(folder / "cells.jsonl")
         if not is_complete(folder):
             started = time.monotonic()
@@ -79,7 +79,7 @@ def make_shards(trial: PreparedTrial, *, storage: Storage, progress: TrialProgre
     """The trial's training rows, or None when nothing is trained."""
     if trial.shards is None:
         return None
-    return build_shards(trial.shards, storage=storage, progress=lambda done, total: progress("text", done, total))
+    return build_shards(trial.shards, storage=storage, progress=lambda done, total: progress(Stage.DATA, done, total))
 
 
 def make_checkpoint(
@@ -119,7 +119,7 @@ def run_training(
         num_workers=most if fewest == most else (fewest, most),
         cpus_per_worker=resources.train_cpus_per_worker,
         gpus_per_worker=train_gpus,
-        progress=lambda done, total, row: progress("training", done, total, row),
+        progress=lambda done, total, row: progress(Stage.TRAINING, done, total, row),
         stage=lambda stage: progress(stage, 0, job.train.steps),
         rungs=rungs,
         stop=stop,
@@ -193,10 +193,10 @@ def score_cells(trial: PreparedTrial, job: ScoringJob, *, ledger: Ledger, fleet:
         nonlocal answered
         ledger.append(result)
         answered += 1
-        progress("scoring", answered, len(trial.cells))
+        progress(Stage.SCORING, answered, len(trial.cells))
 
     def show(waits: bool) -> None:  # noqa: FBT001 (the fleet's)
-        progress("queued" if waits else "scoring", answered, len(trial.cells))
+        progress(Stage.QUEUED if waits else Stage.SCORING, answered, len(trial.cells))
 
     if missing:
         fleet.score(job, missing, on_result=keep, on_wait=show)
@@ -220,9 +220,9 @@ def recheck_cells(trial: PreparedTrial, job: ScoringJob, *, ledger: Ledger, flee
 
     def show(waits: bool) -> None:  # noqa: FBT001 (the fleet's)
         if waits:
-            progress("queued", len(rows), len(trial.cells))
+            progress(Stage.QUEUED, len(rows), len(trial.cells))
         else:
-            progress("rechecking", 0, len(sample))
+            progress(Stage.RECHECKING, 0, len(sample))
 
     again = [result for result in fleet.answer_otherwise(job, sample, on_wait=show) if result.score is not None]
     if not again:

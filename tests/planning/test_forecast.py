@@ -142,8 +142,8 @@ def test_every_trial_and_step_is_listed_and_what_two_share_is_made_once(folder: 
     found = look(sweep_of(folder), storage, at=site())
     assert [trial.label for trial in found.trials] == ["pause_tuned rank=4 #0", "pause_tuned rank=8 #0", "baseline #0"]
     assert [steps_of(trial) for trial in found.trials] == [
-        {"text": (0, 8, False), "training": (0, STEPS, False), "scoring": (0, 9, False)},
-        {"text": (0, 8, True), "training": (0, STEPS, False), "scoring": (0, 9, False)},
+        {"data": (0, 8, False), "training": (0, STEPS, False), "scoring": (0, 9, False)},
+        {"data": (0, 8, True), "training": (0, STEPS, False), "scoring": (0, 9, False)},
         {"scoring": (0, 9, False)},
     ]
     assert {trial.state for trial in found.trials} == {"not begun"}
@@ -167,8 +167,8 @@ def test_what_is_on_storage_is_found_and_not_counted_again(folder: Path, storage
     found = look(sweep, storage, at=site())
     assert [trial.state for trial in found.trials] == ["begun", "begun", "finished"]
     assert [steps_of(trial) for trial in found.trials] == [
-        {"text": (8, 8, False), "training": (STEPS, STEPS, False), "scoring": (3, 9, False)},
-        {"text": (8, 8, False), "training": (3, STEPS, False), "scoring": (0, 9, False)},
+        {"data": (8, 8, False), "training": (STEPS, STEPS, False), "scoring": (3, 9, False)},
+        {"data": (8, 8, False), "training": (3, STEPS, False), "scoring": (0, 9, False)},
         {"scoring": (9, 9, False)},
     ]
     assert found.trials[0].steps[1].left == found.trials[2].left == Effort()

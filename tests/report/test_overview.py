@@ -21,7 +21,7 @@ from pause_ray.core import storage as storage_module
 from pause_ray.core.errors import StorageError, UserError
 from pause_ray.core.storage import Storage, exclusive, holder_of, read_json, write_json
 from pause_ray.report.overview import overview, sweep_status
-from pause_ray.sweep.status import FleetSize, LiveStatus, RunningTrial, Speed, Trained
+from pause_ray.sweep.status import FleetSize, LiveStatus, RunningTrial, Speed, TrainingProgress
 from tests.stored_sweep import grid, rows, stop_event, store_search, store_sweep, store_trial
 from tests.sweep.tiny_sweep import write_sweep
 
@@ -77,7 +77,7 @@ def live(**changes: Any) -> LiveStatus:
         gpu_idle_share=0.25,
         running=(RunningTrial(digest="tuned2", label="pause_tuned rank=2 #0", stage="scoring", done=1, total=4, seconds=12.0),),
         failures={"tuned4": "no such layer"},
-        trained={"tuned2": Trained(steps=3, tokens=1500), "tuned4": Trained(steps=2, tokens=1000)},
+        trained={"tuned2": TrainingProgress(steps=3, tokens=1500), "tuned4": TrainingProgress(steps=2, tokens=1000)},
     )
     return dataclasses.replace(plain, **changes)
 

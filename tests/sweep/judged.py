@@ -28,8 +28,8 @@ from pause_ray.inference.engine import Completion, EngineError, LoadedAs, Step
 from pause_ray.inference.scripted import ScriptedEngine
 from pause_ray.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STOP, TRAINING_LOG, Checkpoint, rung_folder, seal
 from pause_ray.sweep.governed import run_governed
-from pause_ray.sweep.reporter import start_board
-from pause_ray.sweep.resources import Places
+from pause_ray.sweep.reporter import start_progress_actor
+from pause_ray.sweep.resources import Placement
 from pause_ray.sweep.rungs import governed
 from pause_ray.sweep.search import SweepTrial
 from pause_ray.sweep.search_log import SearchLog, SearchRecord
@@ -293,7 +293,7 @@ def judge(
     write_json(folder / "sweep.json", {})
     judged = {key: trials[key] for key in governed(sweep, trials)}
     fleet = Fleet.start(num_actors=(0, 1), cpus=0.5, threads=1, engine=RankEngine(facts=facts, root=root, waits_for=waits_for))
-    board = start_board()
+    board = start_progress_actor()
     shared = Shared(folder=folder, trials=Stubbed(trials, root, held or {}), storage=storage, fleet=fleet, board=board, train_gpus=0.0)
     if ends_after is not None:
         threading.Thread(target=end_later, args=(board, root, ends_after), daemon=True).start()
@@ -304,7 +304,7 @@ def judge(
             sweep,
             shared,
             trials=judged,
-            places=Places(resources=suite_resources(trials), train_gpus=0.0, scoring_gpus=0.0, trains=True, concurrent_trials=at_a_time),
+            places=Placement(resources=suite_resources(trials), train_gpus=0.0, scoring_gpus=0.0, trains=True, concurrent_trials=at_a_time),
             log=SearchLog(folder),
             next_trial=lambda: next(missing, None),
             ended=lambda key, lost: None,

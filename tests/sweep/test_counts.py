@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from pause_ray.core.process import Stage
 from pause_ray.evaluation.cell_scheduler import Answered
-from pause_ray.sweep.heartbeat import STATES
-from pause_ray.sweep.progress import ENDED, PAUSED, QUEUED, WAITING, TrialState
-from pause_ray.sweep.status import Cells, FleetSize, Speed, Speedometer, StepCounts, Trained, Work, idle_share
+from pause_ray.sweep.progress import TrialState
+from pause_ray.sweep.status import Cells, FleetSize, Speed, Speedometer, StepCounter, TrainingProgress, Work, idle_share
 
 NUMBER, ANSWERED = 10, 4
 
@@ -26,12 +26,12 @@ def work(*trials: str) -> Work:
     ("state", "left"),
     [
         (None, NUMBER - ANSWERED),
-        (TrialState("training", 3, 60), NUMBER - ANSWERED),
-        (TrialState("proxy", 1, 16), NUMBER - ANSWERED),
-        (TrialState("queued", 5, NUMBER), NUMBER - 5),
-        (TrialState("scoring", 7, NUMBER), NUMBER - 7),
-        (TrialState("rechecking", 0, 12), 0),
-        *((TrialState(stage, 0, 0), 0) for stage in ENDED),
+        (TrialState(Stage.TRAINING, 3, 60), NUMBER - ANSWERED),
+        (TrialState(Stage.PROXY, 1, 16), NUMBER - ANSWERED),
+        (TrialState(Stage.QUEUED, 5, NUMBER), NUMBER - 5),
+        (TrialState(Stage.SCORING, 7, NUMBER), NUMBER - 7),
+        (TrialState(Stage.RECHECKING, 0, 12), 0),
+        *((TrialState(stage, 0, 0), 0) for stage in Stage if stage.is_end),
     ],
 )
 def test_cells_that_are_left_of_a_trial(state: TrialState | None, left: int) -> None:
@@ -42,7 +42,7 @@ def test_cells_that_are_left_of_a_trial(state: TrialState | None, left: int) -> 
 
 def test_every_trial_is_in_one_state_and_what_is_left_out_has_none_left() -> None:
     counted = work("a", "b", "c", "d", "e")
-    states = {"a": TrialState("training", 1, 2), "b": TrialState("scoring", 9, NUMBER), "c": TrialState("stopped", 1, 1)}
+    states = {"a": TrialState(Stage.TRAINING, 1, 2), "b": TrialState(Stage.SCORING, 9, NUMBER), "c": TrialState(Stage.STOPPED, 1, 1)}
     counted.leave_out(["c", "d"])
     assert counted.by_state(states, failed=["b"]) == {"done": 2, "stopped": 1 + 2, "training": 1, "failed": 1, "to_come": 1}
     assert counted.cells_left(states, failed=["b"]) == (NUMBER - ANSWERED) + NUMBER
@@ -50,7 +50,7 @@ def test_every_trial_is_in_one_state_and_what_is_left_out_has_none_left() -> Non
 
 def test_what_is_to_begin_no_more_is_left_out_unless_it_has_begun() -> None:
     counted = work("a", "b", "c")
-    states = {"b": TrialState("scoring", 9, NUMBER)}
+    states = {"b": TrialState(Stage.SCORING, 9, NUMBER)}
     counted.begin_no_more(["a", "b"])
     assert counted.by_state(states, failed=[]) == {"done": 2, "stopped": 1 + 1, "scoring": 1, "to_come": 1}
     assert counted.cells_left(states, failed=[]) == 1 + NUMBER
@@ -58,17 +58,12 @@ def test_what_is_to_begin_no_more_is_left_out_unless_it_has_begun() -> None:
     assert counted.cells_left({}, failed=[]) == (NUMBER - ANSWERED) + 2 * NUMBER
 
 
-def test_every_stage_that_a_trial_tells_is_a_state_of_the_metric() -> None:
-    told = {"starting", WAITING, "text", "training", "proxy", PAUSED, QUEUED, "scoring", "rechecking", *ENDED}
-    assert told | {"to_come"} == set(STATES)
-
-
 def rows(*steps: int) -> list[dict[str, Any]]:
     return [{"step": step, "tokens": 100} for step in steps]
 
 
-def counted(before: Mapping[str, Trained], *told: tuple[str, dict[str, Any]]) -> StepCounts:
-    counts = StepCounts(before)
+def counted(before: Mapping[str, TrainingProgress], *told: tuple[str, dict[str, Any]]) -> StepCounter:
+    counts = StepCounter(before)
     for trial, row in told:
         counts.note(trial, row)
     return counts
@@ -77,14 +72,14 @@ def counted(before: Mapping[str, Trained], *told: tuple[str, dict[str, Any]]) ->
 def test_a_step_counts_once_also_when_it_is_told_again_or_taken_again() -> None:
     told = [("a", row) for row in rows(1, 2, 3, 2, 3, 4)] + [("b", row) for row in rows(1)]
     counts = counted({}, *told)
-    assert counts.new == Trained(steps=5, tokens=500)
-    assert counts.of_trials() == {"a": Trained(steps=4, tokens=400), "b": Trained(steps=1, tokens=100)}
+    assert counts.new == TrainingProgress(steps=5, tokens=500)
+    assert counts.of_trials() == {"a": TrainingProgress(steps=4, tokens=400), "b": TrainingProgress(steps=1, tokens=100)}
 
 
 def test_what_the_driver_before_has_counted_is_not_new() -> None:
-    counts = counted({"a": Trained(steps=3, tokens=299)}, *(("a", row) for row in rows(1, 2, 3, 4)))
-    assert counts.new == Trained(steps=1, tokens=100)
-    assert counts.of_trials()["a"] == Trained(steps=4, tokens=399)
+    counts = counted({"a": TrainingProgress(steps=3, tokens=299)}, *(("a", row) for row in rows(1, 2, 3, 4)))
+    assert counts.new == TrainingProgress(steps=1, tokens=100)
+    assert counts.of_trials()["a"] == TrainingProgress(steps=4, tokens=399)
     counts.forget(["a", "unknown"])
     assert (counts.of_trials(), counts.new.steps) == ({}, 1)
 
@@ -121,7 +116,7 @@ def test_who_cannot_be_asked_is_not_taken_to_begin_anew() -> None:
 
 
 def test_a_gpu_is_idle_that_is_free_or_whose_holder_waits() -> None:
-    running = [TrialState("training", 1, 2), TrialState("scoring", 1, 2), TrialState(PAUSED, 0, 1)]
+    running = [TrialState(Stage.TRAINING, 1, 2), TrialState(Stage.SCORING, 1, 2), TrialState(Stage.PAUSED, 0, 1)]
     fleet = FleetSize(busy=1, idle=2, coming=1)
     share = idle_share(running, fleet, gpus=8.0, free_gpus=1.0, per_actor=0.5, per_trial=1.0)
     assert share == pytest.approx((1.0 + 2 * 0.5 + 1.0) / 8)

@@ -17,11 +17,12 @@ pytest.importorskip("ray")
 
 from ray.exceptions import GetTimeoutError  # noqa: E402
 
+from pause_ray.core.process import Stage  # noqa: E402
 from pause_ray.core.storage import Storage  # noqa: E402
 from pause_ray.evaluation.cell_scheduler import Answered, FleetState  # noqa: E402
 from pause_ray.sweep import heartbeat  # noqa: E402
-from pause_ray.sweep.heartbeat import PENDING_SECONDS, Heartbeat, PendingNotice  # noqa: E402
-from pause_ray.sweep.progress import SweepProgress, TrialState  # noqa: E402
+from pause_ray.sweep.heartbeat import PENDING_SECONDS, PendingNotice, StatusWriter  # noqa: E402
+from pause_ray.sweep.progress import ProgressDisplay, TrialState  # noqa: E402
 from pause_ray.sweep.status import LiveStatus  # noqa: E402
 
 CELLS = 12
@@ -51,7 +52,7 @@ class Told(dict[tuple[str, str], float]):
 
 def beating(
     folder: Path, *, broker: Broker | None = None, states: Mapping[str, TrialState] | None = None, given_up: Mapping[str, str] | None = None
-) -> Heartbeat:
+) -> StatusWriter:
     """Of a sweep with two trials of each of two arms."""
     suite = SimpleNamespace(num_positions={1024: CELLS})
     trials = {
@@ -61,12 +62,12 @@ def beating(
     }
     rounds = SimpleNamespace(folder=folder, trials=trials, left_out=set, num_finished=lambda: 0)
     progress = SimpleNamespace(look=lambda: dict(states or {}), seconds_left=None)
-    found = Heartbeat(
+    found = StatusWriter(
         cast(Any, rounds),
         storage=Storage(folder),
-        places=cast(Any, SimpleNamespace(scoring_gpus=0.0, train_gpus=0.0, resources=SimpleNamespace(train_workers=0))),
+        placement=cast(Any, SimpleNamespace(scoring_gpus=0.0, train_gpus=0.0, resources=SimpleNamespace(train_workers=0))),
         fleet=cast(Any, broker or Broker()),
-        progress=cast(SweepProgress, progress),
+        progress=cast(ProgressDisplay, progress),
         failures=dict,
         given_up=lambda: given_up or {},
         ended_by=lambda: None,
@@ -97,7 +98,7 @@ def test_a_missed_answer_of_the_broker_makes_no_speed_and_no_number_of_gpus(tmp_
 
 
 def test_trials_of_an_arm_that_was_given_up_are_not_to_come(tmp_path: Path) -> None:
-    beat = beating(tmp_path, given_up={"bad": "3 of them have failed"}, states={"bad0": TrialState("scoring", 2, CELLS)})
+    beat = beating(tmp_path, given_up={"bad": "3 of them have failed"}, states={"bad0": TrialState(Stage.SCORING, 2, CELLS)})
     shown = cast(Any, beat._exported)
     beat._beat()
     assert said(tmp_path).given_up == {"bad": "3 of them have failed"}
@@ -147,7 +148,7 @@ def shown(line: str | None, states: Mapping[str, TrialState], notice: PendingNot
 
 
 def test_pending_requests_are_shown_once_after_a_minute_without_progress() -> None:
-    notice, waits = PendingNotice(), {"a": TrialState("waiting", 0, 1), "b": TrialState("queued", 0, 1)}
+    notice, waits = PendingNotice(), {"a": TrialState(Stage.WAITING, 0, 1), "b": TrialState(Stage.QUEUED, 0, 1)}
     line = "{'GPU': 1.0}: 1+ pending tasks/actors"
     assert shown(line, waits, notice, start=0) == [PENDING_SECONDS]
     assert shown(line, waits, notice, start=120) == []
@@ -158,7 +159,7 @@ def test_pending_requests_are_shown_once_after_a_minute_without_progress() -> No
 
 def test_while_a_trial_makes_progress_no_pending_request_is_shown() -> None:
     notice = PendingNotice()
-    steps = [{"a": TrialState("training", step, 999)} for step in range(300)]
+    steps = [{"a": TrialState(Stage.TRAINING, step, 999)} for step in range(300)]
     assert not any(notice.due("{'GPU': 1.0}: 1+", states, now=now) for now, states in enumerate(steps))
 
 

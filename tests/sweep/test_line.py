@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from pause_ray.sweep.queue import Budget, BudgetMeter, WaitingLine
+from pause_ray.sweep.queue import Budget, BudgetMeter, TrialQueue
 
 
-def line_of(start: object = None, **arms: int) -> WaitingLine:
+def line_of(start: object = None, **arms: int) -> TrialQueue:
     """Trials ``arm-0``, ``arm-1``, … of each arm, waiting in that order."""
-    line = WaitingLine(start=start or (lambda key: None))  # type: ignore[arg-type]
+    line = TrialQueue(start=start or (lambda key: None))  # type: ignore[arg-type]
     trials = {f"{arm}-{number}": arm for arm, count in arms.items() for number in range(count)}
     line.expect(trials)
     line.add(trials)
     return line
 
 
-def rest(line: WaitingLine) -> list[str]:
+def rest(line: TrialQueue) -> list[str]:
     found = []
     while (key := line.next()) is not None:
         found.append(key)

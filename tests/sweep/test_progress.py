@@ -7,7 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from pause_ray.sweep.progress import SweepProgress, TrialState, work_done, work_of
+from pause_ray.core.process import Stage
+from pause_ray.sweep.progress import ProgressDisplay, TrialState, work_done, work_of
 from pause_ray.trial.spec import TrialSpec
 
 NEEDLES = {"needles": [{"needle": "The key is under the mat.", "question": "Where is it?", "keywords": ["mat"]}]}
@@ -45,14 +46,14 @@ def test_what_prompts_share_is_counted_once(reuse: str, tokens: int) -> None:
 def test_work_that_is_behind_a_trial_never_shrinks() -> None:
     spec = trial(samples=2)
     stages = [
-        TrialState("waiting", 0, 1),
-        TrialState("queued", 0, 4),
-        TrialState("scoring", 0, 4),
-        TrialState("scoring", 3, 4),
-        TrialState("queued", 3, 4),
-        TrialState("queued", 4, 4),
-        TrialState("rechecking", 0, 2),
-        TrialState("done", 1, 1),
+        TrialState(Stage.WAITING, 0, 1),
+        TrialState(Stage.QUEUED, 0, 4),
+        TrialState(Stage.SCORING, 0, 4),
+        TrialState(Stage.SCORING, 3, 4),
+        TrialState(Stage.QUEUED, 3, 4),
+        TrialState(Stage.QUEUED, 4, 4),
+        TrialState(Stage.RECHECKING, 0, 2),
+        TrialState(Stage.DONE, 1, 1),
     ]
     done = [work_done(work_of(spec), state) for state in stages]
     assert done == sorted(done)
@@ -63,17 +64,17 @@ def test_work_that_is_behind_a_trial_never_shrinks() -> None:
     ("found", "states", "shown"),
     [
         ({}, {}, "0%"),
-        ({}, {"a": TrialState("scoring", 3, 4)}, "38%"),
+        ({}, {"a": TrialState(Stage.SCORING, 3, 4)}, "38%"),
         ({"a": (0.0, 0.5)}, {}, "0%"),
-        ({"a": (0.0, 0.5)}, {"a": TrialState("starting", 0, 1)}, "0%"),
-        ({"a": (0.0, 0.5)}, {"a": TrialState("scoring", 2, 4)}, "0%"),
-        ({"a": (0.0, 0.5)}, {"a": TrialState("scoring", 3, 4)}, "17%"),  # of the six answers that are missing of eight
-        ({"a": (0.0, 0.5), "b": (1.0, 1.0)}, {"a": TrialState("done", 1, 1), "b": TrialState("done", 1, 1)}, "100%"),
+        ({"a": (0.0, 0.5)}, {"a": TrialState(Stage.STARTING, 0, 1)}, "0%"),
+        ({"a": (0.0, 0.5)}, {"a": TrialState(Stage.SCORING, 2, 4)}, "0%"),
+        ({"a": (0.0, 0.5)}, {"a": TrialState(Stage.SCORING, 3, 4)}, "17%"),  # of the six answers that are missing of eight
+        ({"a": (0.0, 0.5), "b": (1.0, 1.0)}, {"a": TrialState(Stage.DONE, 1, 1), "b": TrialState(Stage.DONE, 1, 1)}, "100%"),
     ],
 )
 def test_what_storage_has_is_no_part_of_the_bar(found: dict[str, tuple[float, float]], states: dict[str, TrialState], shown: str) -> None:
     screen = io.StringIO()
-    with SweepProgress(Console(file=screen, force_terminal=True, no_color=True, width=200), lambda: states) as progress:
+    with ProgressDisplay(Console(file=screen, force_terminal=True, no_color=True, width=200), lambda: states) as progress:
         progress.add({key: (key, trial(samples=2)) for key in "ab"})
         progress.found(found)
     last = screen.getvalue().split("all trials")[-1]

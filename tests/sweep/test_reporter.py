@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from pause_ray.core.process import Stage
 from pause_ray.sweep.progress import TrialState
-from pause_ray.sweep.queue import WaitingLine
+from pause_ray.sweep.queue import TrialQueue
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -21,9 +22,9 @@ LIMIT_SECONDS = 0.5
 def board() -> Iterator[Any]:
     import ray
 
-    from pause_ray.sweep.reporter import start_board
+    from pause_ray.sweep.reporter import start_progress_actor
 
-    started = start_board()
+    started = start_progress_actor()
     yield started
     ray.kill(started)
 
@@ -32,11 +33,11 @@ def failures_after(board: Any, states: dict[str, TrialState], until: Callable[[d
     """What a watch with a limit takes to have failed, when trials say ``states`` and then nothing more."""
     import ray
 
-    from pause_ray.sweep.reporter import Watch
+    from pause_ray.sweep.reporter import TrialMonitor
 
-    line = WaitingLine(start=lambda key: None)
+    line = TrialQueue(start=lambda key: None)
     line.expect(dict.fromkeys(states, "arm"))
-    watch = Watch(
+    watch = TrialMonitor(
         board,
         line,
         timeout_minutes=LIMIT_SECONDS / 60,
@@ -61,11 +62,11 @@ def test_who_insists_on_an_end_is_not_kept_waiting_by_trials(board: Any) -> None
     import ray
     from ray.exceptions import RayActorError
 
-    from pause_ray.sweep.reporter import Watch
+    from pause_ray.sweep.reporter import TrialMonitor
 
-    line = WaitingLine(start=lambda key: None)
+    line = TrialQueue(start=lambda key: None)
     line.expect({"trained": "arm"})
-    watch = Watch(
+    watch = TrialMonitor(
         board,
         line,
         timeout_minutes=None,
@@ -85,7 +86,7 @@ def test_who_insists_on_an_end_is_not_kept_waiting_by_trials(board: Any) -> None
     process = ray.remote(num_cpus=0, max_concurrency=2)(Trial).remote()
     at_work = process.never_ends.remote()
     ray.get(board.begin.remote("trained", process))
-    ray.get(board.show.remote("trained", TrialState("training", 1, 4)))
+    ray.get(board.show.remote("trained", TrialState(Stage.TRAINING, 1, 4)))
     watch.interrupted = True
     watch.look()
     assert ray.get(process.answers.remote()), "a first signal lets it come to an end of its own"
@@ -97,8 +98,8 @@ def test_who_insists_on_an_end_is_not_kept_waiting_by_trials(board: Any) -> None
 
 
 def test_only_who_is_at_work_and_says_nothing_is_taken_to_hang(board: Any) -> None:
-    at_work = {stage: TrialState(stage, 1, 4) for stage in ("starting", "text", "training", "scoring", "rechecking")}
-    for_others = {stage: TrialState(stage, 1, 4) for stage in ("waiting", "queued")}
+    at_work = {stage: TrialState(stage, 1, 4) for stage in (Stage.STARTING, Stage.DATA, Stage.TRAINING, Stage.SCORING, Stage.RECHECKING)}
+    for_others = {stage: TrialState(stage, 1, 4) for stage in Stage if stage.waits_for_others}
     failed = failures_after(board, for_others | at_work, lambda failures: len(failures) >= len(at_work))
     assert failed.keys() == at_work.keys()
     assert all("said nothing for" in message and f"({stage}, 1 of 4 done)" in message for stage, (message, _) in failed.items())

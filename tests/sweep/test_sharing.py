@@ -14,7 +14,7 @@ import pytest
 from pause_ray.core import ray_cluster
 from pause_ray.core.errors import SpecError
 from pause_ray.core.spec import JsonObject, with_overrides
-from pause_ray.sweep.resources import Places
+from pause_ray.sweep.resources import Placement
 from pause_ray.sweep.spec import SweepSpec, expand
 from tests.sweep.test_spec import SWEEP
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("ray")
 
 
-def places_of(monkeypatch: pytest.MonkeyPatch, *, cpus: float, gpus: float, nodes: int = 1, **changes: Any) -> Places:
+def placement_of(monkeypatch: pytest.MonkeyPatch, *, cpus: float, gpus: float, nodes: int = 1, **changes: Any) -> Placement:
     """What is decided for the small sweep on a cluster of equal nodes that cannot grow; ``changes`` are of ``resources`` or the sweep."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     node = {"CPU": cpus / nodes, "GPU": gpus / nodes}
@@ -35,18 +35,18 @@ def places_of(monkeypatch: pytest.MonkeyPatch, *, cpus: float, gpus: float, node
     monkeypatch.setattr(ray_cluster.ray._private.state.state, "get_cluster_config", lambda: None)
     overrides = {name if name == "max_concurrent_trials" else f"trial.resources.{name}": value for name, value in changes.items()}
     sweep = SweepSpec.parse(with_overrides(SWEEP, overrides), origin="test")
-    return Places.of(sweep, [trial.spec for trial in expand(sweep)])
+    return Placement.of(sweep, [trial.spec for trial in expand(sweep)])
 
 
 TAKING_TURNS: JsonObject = {"train_gpus_per_worker": 1.0, "scoring_gpus_per_actor": 1.0, "scoring_actors": {"min": 0, "max": 1}}
 
 
 def test_a_range_of_actors_leaves_no_gpu_with_a_trial_that_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
-    fixed = places_of(monkeypatch, cpus=8, gpus=4, scoring_actors=1)
+    fixed = placement_of(monkeypatch, cpus=8, gpus=4, scoring_actors=1)
     assert (fixed.of_one_trial(), fixed.resources.train_workers, fixed.concurrent_trials) == ({"cpu": 1, "gpu": 1}, 0, 3)
-    turns = places_of(monkeypatch, cpus=8, gpus=1, **TAKING_TURNS)
+    turns = placement_of(monkeypatch, cpus=8, gpus=1, **TAKING_TURNS)
     assert (turns.of_one_trial(), turns.resources.train_workers, turns.concurrent_trials) == ({"cpu": 1}, 1, 1)
-    on_cpus = places_of(monkeypatch, cpus=8, gpus=0, scoring_actors={"min": 0, "max": 1})
+    on_cpus = placement_of(monkeypatch, cpus=8, gpus=0, scoring_actors={"min": 0, "max": 1})
     assert on_cpus.resources.train_workers == 0, "processes are started for GPUs only"
 
 
@@ -55,15 +55,15 @@ def test_one_gpu_is_not_enough_for_both_at_once_and_what_helps_is_said(monkeypat
     with pytest.raises(
         SpecError, match=r"hold 2 GPUs at a time, and the cluster has 1; .* take turns with scoring_actors: {min: 0, max: 1}"
     ):
-        places_of(monkeypatch, cpus=8, gpus=1, **both)
-    assert places_of(monkeypatch, cpus=8, gpus=1, **TAKING_TURNS).held_at_a_time() == {"CPU": 2, "GPU": 1}
+        placement_of(monkeypatch, cpus=8, gpus=1, **both)
+    assert placement_of(monkeypatch, cpus=8, gpus=1, **TAKING_TURNS).held_at_a_time() == {"CPU": 2, "GPU": 1}
 
 
 def test_a_piece_that_no_node_can_give_is_refused_though_all_nodes_together_could(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SpecError, match=r"a scoring actor takes 2 GPUs on one node, and the largest, node 0 0, has 1"):
-        places_of(monkeypatch, cpus=16, gpus=4, nodes=4, scoring_gpus_per_actor=2.0)
+        placement_of(monkeypatch, cpus=16, gpus=4, nodes=4, scoring_gpus_per_actor=2.0)
     with pytest.raises(SpecError, match=r"a training worker takes 5 CPUs on one node, and the largest, node 0 0, has 4"):
-        places_of(monkeypatch, cpus=16, gpus=0, nodes=4, train_workers=1, train_cpus_per_worker=5.0)
+        placement_of(monkeypatch, cpus=16, gpus=0, nodes=4, train_workers=1, train_cpus_per_worker=5.0)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_piece_that_no_node_can_give_is_refused_though_all_nodes_together_coul
 def test_trials_leave_room_for_what_they_wait_for(
     monkeypatch: pytest.MonkeyPatch, changes: JsonObject, cpus: float, gpus: float, at_a_time: int
 ) -> None:
-    assert places_of(monkeypatch, cpus=cpus, gpus=gpus, **changes).concurrent_trials == at_a_time
+    assert placement_of(monkeypatch, cpus=cpus, gpus=gpus, **changes).concurrent_trials == at_a_time
 
 
 @pytest.mark.ray

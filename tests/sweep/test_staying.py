@@ -9,7 +9,7 @@ import pytest
 
 from pause_ray.core import ray_cluster
 from pause_ray.core.spec import with_overrides
-from pause_ray.sweep.resources import Places
+from pause_ray.sweep.resources import Placement
 from pause_ray.sweep.spec import SweepSpec, expand
 from tests.sweep.test_spec import SWEEP
 
@@ -36,10 +36,10 @@ def labels_on(monkeypatch: pytest.MonkeyPatch, *nodes: Node, can_come: bool = Fa
     monkeypatch.setattr(ray_cluster, "can_place", lambda bundle, *, number, labels: asked.append(number) or can_come)
     overrides = {name if name == "max_concurrent_trials" else f"trial.resources.{name}": value for name, value in changes.items()}
     sweep = SweepSpec.parse(with_overrides(SWEEP, overrides), origin="test")
-    places = Places.of(sweep, [trial.spec for trial in expand(sweep)])
+    placement = Placement.of(sweep, [trial.spec for trial in expand(sweep)])
     assert len(asked) <= 1
-    assert all(number > places.concurrent_trials for number in asked), "an actor may sit where a trial is to go"
-    return places.trial_labels
+    assert all(number > placement.concurrent_trials for number in asked), "an actor may sit where a trial is to go"
+    return placement.trial_labels
 
 
 def test_where_nodes_stay_trials_run_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,13 +85,13 @@ def test_a_trial_that_trains_on_a_gpu_itself_goes_where_gpus_are(monkeypatch: py
 
 
 def test_tune_holds_a_trials_place_on_those_nodes_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pause_ray.sweep.trainable import one_trial
+    from pause_ray.sweep.trainable import trial_bundles
 
     sweep = SweepSpec.parse(SWEEP, origin="test")
-    places = Places(
+    placement = Placement(
         resources=expand(sweep)[0].spec.resources, train_gpus=0, scoring_gpus=0, trains=True, concurrent_trials=2, trial_labels=ON_DEMAND
     )
-    alone, beside = one_trial(places), one_trial(places, beside={"node:__internal_head__": 0.4})
+    alone, beside = trial_bundles(placement), trial_bundles(placement, beside={"node:__internal_head__": 0.4})
     assert (alone.bundles, alone._bound.arguments["bundle_label_selector"]) == ([{"CPU": 1.0}], [ON_DEMAND])
     assert beside._bound.arguments["bundle_label_selector"] == [ON_DEMAND, {}]
     assert len(beside.bundles) == 2

@@ -121,7 +121,7 @@ def test_what_is_watched_is_what_happens(cluster: RealCluster, sweep_file: Path,
         found = until(at_work, process)
         assert found.is_live
         assert f"process {process.pid} " in found.driver
-        assert {trial.stage for trial in found.live.running} <= {"starting", "text", "training", "queued", "scoring"}
+        assert {trial.stage for trial in found.live.running} <= {"starting", "data", "training", "queued", "scoring"}
         until(lambda: status_of(tmp_path).by_state == {"finished": 4})
         expected = expected_counts(tmp_path)
         samples = told_at_last(cluster, found.name, expected | LAST_WORDS)
