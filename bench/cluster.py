@@ -260,7 +260,7 @@ def write_shards(bench: Bench, *, model_dir: Path, rows: int) -> Row:
     sources = {"sources": [{"path": str(bench.folder / "essays" / "*.txt")}], "facts": {"facts": [facts]}}
 
     def build(number: int, *, seed: int) -> None:
-        spec = CorpusSpec.parse({**sources, "sequence_tokens": 512, "min_context_tokens": 256, "rows": number}, origin="bench")
+        spec = CorpusSpec.parse({**sources, "sequence_len": 512, "min_context_tokens": 256, "num_sequences": number}, origin="bench")
         job = ShardJob(spec=spec, prompt=PromptSpec(system=None), policy=PausePolicy(), model_dir=model_dir, seed=seed)
         with tempfile.TemporaryDirectory(dir=bench.folder) as root:
             made = build_shards(job, storage=Storage.open(root), progress=lambda done, total: None)

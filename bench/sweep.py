@@ -95,7 +95,7 @@ def run_one(*, trials: int, cells: int, folder: Path, with_mlflow: bool) -> Row:
         "arms": {"baseline": {"pauses": None, "train": None}},
         "trial.eval.context_tokens": list(lengths),
         "trial.eval.depth_percent": depths,
-        "trial.train.steps": 2,
+        "trial.train.max_steps": 2,
     }
     sweep = read_sweep(write_stub_sweep(folder, **changes), {})
     storage = Storage.open(folder / "storage")

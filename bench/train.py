@@ -6,7 +6,7 @@
     python bench/train.py --shapes 3b 8b --tokens 4096 32768 131072 --quantize none nf4      # random weights, on a GPU
 
 Both sides get the same base weights, first values of the adapter, precision, rows in the same order, batch size,
-accumulation, learning rate of every step, AdamW and gradient clipping. Each does with the rows what it always does:
+gradient accumulation, learning rate of every step, AdamW and gradient clipping. Each does with the rows what it always does:
 Trainer pads those of a batch to the longest. Rows are sorted by length within a step, which suits both. Sides run in
 processes of their own, in an order that turns with every repeat; figures are medians over repeats. Steps are timed from
 outside, from the end of the first to the end of the last. Peak memory is the process's on a CPU and torch's on a GPU. Losses
@@ -167,7 +167,7 @@ def _row(workload: Workload, side: str, runs: Sequence[dict[str, Any]]) -> Row:
         return Row(name=name, tokens_per_second=None, peak_memory_bytes=None, final_loss=None, ratio=None)
     train = workload.train
     lengths = [len(row.input_ids) for row in workload.rows]
-    timed_steps = train.steps - 1
+    timed_steps = train.max_steps - 1
     tokens = sum(lengths) - _tokens_of_first_step(workload)
     seconds = statistics.median(run["ends"][-1] - run["ends"][0] for run in runs)
     return Row(
@@ -196,7 +196,7 @@ def _mfu(workload: Workload, seconds: float) -> float | None:
     lengths = [len(row.input_ids) for row in workload.rows]
     labelled = sum(num_labelled(row) for row in workload.rows)
     flops = step_flops(ModelShape.load(workload.model_dir), document_tokens=lengths, labelled_tokens=labelled)
-    timed = (workload.train.steps - 1) / workload.train.steps
+    timed = (workload.train.max_steps - 1) / workload.train.max_steps
     return model_flops_utilization(flops * timed, seconds=seconds, device_names=[torch.cuda.get_device_name()])
 
 
@@ -210,7 +210,7 @@ def cpu_workloads(args: argparse.Namespace, model_dir: Path) -> Iterator[Workloa
     for precision in args.precision:
         for kind in args.rows:
             train = _train(args, precision=precision, quantize=None, long=False)
-            number = train.steps * train.rows_per_step
+            number = train.max_steps * train.rows_per_step
             longest = args.tokens[0]
             rows = make_rows(kind, number=number, shortest=max(longest // 2, 2 * ANSWER_TOKENS), longest=longest, vocab_size=vocab_size)
             name = f"{kind} {precision} {longest}"
@@ -223,7 +223,7 @@ def gpu_workloads(args: argparse.Namespace, model_dir: Path, shape: str) -> Iter
     for tokens in args.tokens:
         for quantize in args.quantize:
             train = _train(args, precision="bfloat16", quantize=None if quantize == "none" else quantize, long=tokens > args.keep_up_to)
-            rows = make_rows("text", number=train.steps * train.rows_per_step, shortest=tokens, longest=tokens, vocab_size=vocab_size)
+            rows = make_rows("text", number=train.max_steps * train.rows_per_step, shortest=tokens, longest=tokens, vocab_size=vocab_size)
             sides = tuple(side for side in args.sides if side != "trainer" or tokens <= args.trainer_up_to)
             length = f"{tokens // 1024}K" if tokens % 1024 == 0 else tokens
             name = f"{shape} {'QLoRA' if train.quantize else 'LoRA'} {length}"
@@ -233,9 +233,9 @@ def gpu_workloads(args: argparse.Namespace, model_dir: Path, shape: str) -> Iter
 def _train(args: argparse.Namespace, *, precision: str, quantize: str | None, long: bool) -> TrainSpec:
     return TrainSpec.model_validate(
         {
-            "steps": args.steps,
-            "batch_size": args.batch,
-            "accumulation": args.accumulation,
+            "max_steps": args.steps,
+            "micro_batch_size": args.batch,
+            "gradient_accumulation_steps": args.accumulation,
             "warmup_steps": 2,
             "precision": precision,
             "quantize": quantize,
@@ -247,7 +247,7 @@ def _train(args: argparse.Namespace, *, precision: str, quantize: str | None, lo
 
 def start_rows(args: argparse.Namespace, model_dir: Path) -> list[Row]:
     """The start of one Ray Train worker, ours and the bare stack's: one row of 256 tokens, one step."""
-    train = TrainSpec(steps=1, batch_size=1, accumulation=1, warmup_steps=0, precision="float32")
+    train = TrainSpec(max_steps=1, micro_batch_size=1, gradient_accumulation_steps=1, warmup_steps=0, precision="float32")
     rows = make_rows("text", number=1, shortest=256, longest=256, vocab_size=ModelShape.load(model_dir).vocab_size)
     sides = ("start", "bare_start")
     workload = Workload(name="first step", train=train, model_dir=model_dir, rows=rows, sides=sides, threads=args.threads)

@@ -59,10 +59,10 @@ class Case:
         """``rows()[step][pass]``: those of one forward pass, in the order in which ``fit`` takes them."""
         shards, train = ShardSet.open(self.shards), self.train
         steps = []
-        for step in range(train.steps):
+        for step in range(train.max_steps):
             numbers = rows_of_step(step, num_rows=shards.num_rows, rows_per_step=train.rows_per_step, seed=self.seed)
             lengths = [len(row.input_ids) for row in shards.rows(numbers)]
-            [passes] = deal(numbers, lengths=lengths, micro_rows=train.batch_size, groups=1)
+            [passes] = deal(numbers, lengths=lengths, micro_rows=train.micro_batch_size, groups=1)
             steps.append([shards.rows(chosen) for chosen in passes])
         return steps
 
@@ -167,7 +167,7 @@ def trainer(case: Case) -> dict[str, Any]:
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
             peak = train.learning_rate
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, lambda done: learning_rate(min(done, train.steps - 1), train) / peak
+                optimizer or self.optimizer, lambda done: learning_rate(min(done, train.max_steps - 1), train) / peak
             )
             return self.lr_scheduler
 
@@ -192,9 +192,9 @@ def trainer(case: Case) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         arguments = transformers.TrainingArguments(
             output_dir=place,
-            max_steps=train.steps,
-            per_device_train_batch_size=train.batch_size,
-            gradient_accumulation_steps=train.accumulation,
+            max_steps=train.max_steps,
+            per_device_train_batch_size=train.micro_batch_size,
+            gradient_accumulation_steps=train.gradient_accumulation_steps,
             learning_rate=train.learning_rate,
             weight_decay=train.weight_decay,
             max_grad_norm=train.gradient_clip,

@@ -124,7 +124,7 @@ def store_trial(
         or {
             "model": {"source": "some/model"},
             "pauses": {"every": 1} if pauses else None,
-            "train": {"steps": 3, "lora": {"rank": 4}} if trained else None,
+            "train": {"max_steps": 3, "lora": {"rank": 4}} if trained else None,
             "eval": {"max_new_tokens": 48, **(suite or {})},
         },
     )

@@ -116,7 +116,7 @@ def _refuse_without_effect(spec: Path, *, model: list[str] | None, suite: str | 
     if suite:
         raise SpecError(f"--suite {suite}: the file names the suite; change it with --set {trial}eval={suite}")
     if row_tokens:
-        raise SpecError(f"--row-tokens {row_tokens}: the file says it; change it with --set {trial}corpus.sequence_tokens={row_tokens}")
+        raise SpecError(f"--row-tokens {row_tokens}: the file says it; change it with --set {trial}corpus.sequence_len={row_tokens}")
 
 
 def _is_sweep(spec: Path) -> bool:
@@ -137,7 +137,12 @@ def _of_model(name: str, *, site: Site, row_tokens: int, suite: SuiteSpec, set_:
     for dotted in overrides:
         check_path(_Planned, dotted, origin="--set")
     rows_per_step = site.gpus * math.ceil(LEAST_ROWS / site.gpus)
-    sparse = {"batch_size": 1, "accumulation": rows_per_step, "gradient_checkpointing": True, "zero": {"stage": "auto"}}
+    sparse = {
+        "micro_batch_size": 1,
+        "gradient_accumulation_steps": rows_per_step,
+        "gradient_checkpointing": True,
+        "zero": {"stage": "auto"},
+    }
     train = _Planned.parse(with_overrides({"train": sparse}, overrides), origin="--set").train
     config, origin = _config(name, root=root)
     shape, limit_tokens = ModelShape.from_config(config, origin=origin), config_limit_tokens(config, origin=origin)
@@ -215,7 +220,7 @@ def _side_by_side(plans: list[Plan], site: Site) -> Table:
     row("parameters", (_billions(found.parameters) for found in plans))
     row("trained", (_billions(found.trained_parameters) for found in plans), end_section=True)
     if any(trains):
-        row("steps × rows", (f"{train.steps} × {train.rows_per_step}" if train else "–" for train in trains))
+        row("steps × rows", (f"{train.max_steps} × {train.rows_per_step}" if train else "–" for train in trains))
         row("longest row, tokens", (count(found.longest_row_tokens) if found.train else "–" for found in plans))
         row("base weights", ((train.quantize or train.precision) if train else "–" for train in trains))
         row("activations", (("recomputed" if train.gradient_checkpointing else "kept") if train else "–" for train in trains))

@@ -53,7 +53,7 @@ def sweep(
 ) -> None:
     """Run every trial of a sweep, then compare and report them. Running it again resumes it.
 
-    Examples: `pause-ray sweep sweeps/quickstart.yaml --set trial.train.steps=30`;
+    Examples: `pause-ray sweep sweeps/quickstart.yaml --set trial.train.max_steps=30`;
     what it will take: `pause-ray sweep sweeps/quickstart.yaml --dry-run --gpu H100 --gpus 8`;
     a night of it: `pause-ray sweep sweeps/quickstart.yaml --max-hours 8`
 

@@ -50,7 +50,7 @@ SECONDS_BETWEEN_LINES = 60.0
 SpecFile = Annotated[Path, typer.Argument(help="YAML file of a sweep, or of a single trial", show_default=False)]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="Change one value, for example `--set train.steps=20`. May be repeated."),
+    typer.Option("--set", metavar="PATH=VALUE", help="Change one value, for example `--set train.max_steps=20`. May be repeated."),
 ]
 StorageRoot = Annotated[str, typer.Option("--storage", help="Folder for all results; every node must see it.", envvar="PAUSE_RAY_STORAGE")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of text.")]

@@ -160,7 +160,7 @@ def _longest_key(place: Mapping[str, Any], path: str) -> tuple[str, str]:
 
 
 def parse_assignments(assignments: list[str]) -> JsonObject:
-    """``["train.steps=20"]`` → ``{"train.steps": 20}``; the right side is YAML.
+    """``["train.max_steps=20"]`` → ``{"train.max_steps": 20}``; the right side is YAML.
 
     Raises:
         SpecError: an assignment without ``=``.
@@ -169,7 +169,7 @@ def parse_assignments(assignments: list[str]) -> JsonObject:
     for assignment in assignments:
         path, equals, value = assignment.partition("=")
         if not equals or not path:
-            raise SpecError(f"--set {assignment}: expected dotted.path=value, for example train.steps=20")
+            raise SpecError(f"--set {assignment}: expected dotted.path=value, for example train.max_steps=20")
         overrides[path] = parse_yaml(value, origin=f"--set {assignment}")
     return overrides
 

@@ -66,7 +66,7 @@ def draw_row(spec: CorpusSpec, *, seed: int, row: int, held_out: bool = False) -
     kind = "validation" if held_out else "needle_sft"
     rng = random.Random(f"{kind} row {row} of seed {seed}")  # noqa: S311 (reproducible, not secret)
     return RowDraw(
-        row_tokens=rng.randint(spec.min_context_tokens, spec.sequence_tokens),
+        row_tokens=rng.randint(spec.min_context_tokens, spec.sequence_len),
         start=rng.random(),
         depth_percent=rng.uniform(0, 100),
         fact=draw_fact(spec.facts, rng=rng, held_out=held_out if spec.validation_rows else None),
@@ -94,7 +94,7 @@ def take_window(stretches: Iterable[Stretch], *, tokens: int, tokenizer: ModelTo
         if is_all:
             raise SourceError(
                 f"the corpus holds {len(token_starts)} tokens in all, but a row needs a context of up to {tokens}; "
-                "add documents or lower sequence_tokens"
+                "add documents or lower sequence_len"
             )
         chars *= 2
 
@@ -130,13 +130,13 @@ def needle_sft_row(
 def pack_language_modeling(
     documents: Iterable[tuple[TokenDocument, bool]],
     *,
-    sequence_tokens: int,
+    sequence_len: int,
     end_id: int,
     group_tokens: int,
     budget: Literal["content", "total"],
     leading_ids: Sequence[int] = (),
 ) -> Iterator[PackedRow]:
-    """Documents end to end, ``end_id`` after each that is there to its end, in rows of ``sequence_tokens``; the last is what remains.
+    """Documents end to end, ``end_id`` after each that is there to its end, in rows of ``sequence_len``; the last is what remains.
 
     Under ``budget: content`` a row holds so many tokens that are no pause, the same ones whatever the pauses; under
     ``total`` pauses are among them. A marker group is never split. Pauses carry no loss, and neither does the first token of a
@@ -146,9 +146,9 @@ def pack_language_modeling(
     Raises:
         TextError: one marker group is longer than a row that it must fit in.
     """
-    if budget == "total" and group_tokens > sequence_tokens:
+    if budget == "total" and group_tokens > sequence_len:
         raise TextError(
-            f"one marker group is {group_tokens} tokens, but a row holds {sequence_tokens}; lower pauses.count or raise sequence_tokens"
+            f"one marker group is {group_tokens} tokens, but a row holds {sequence_len}; lower pauses.count or raise sequence_len"
         )
     ids, is_pause, source = np.empty(0, np.int32), np.empty(0, bool), np.empty(0, np.int64)
     for number, (document, is_ended) in enumerate(documents):
@@ -157,7 +157,7 @@ def pack_language_modeling(
         is_pause = np.concatenate([is_pause, document.is_pause, np.zeros(len(end_ids), bool)])
         source = np.concatenate([source, np.full(len(document.ids) + len(end_ids), number)])
         done = 0
-        for end in _row_ends(is_pause, sequence_tokens, group_tokens, budget):
+        for end in _row_ends(is_pause, sequence_len, group_tokens, budget):
             yield _led(_language_row(ids[done:end], is_pause[done:end], source[done:end], end_id, group_tokens), leading_ids)
             done = end
         ids, is_pause, source = ids[done:], is_pause[done:], source[done:]
@@ -171,14 +171,14 @@ def longest_stretch(is_pause: NDArray[np.bool_]) -> int:
     return int(np.diff(edges).max()) - 1
 
 
-def _row_ends(is_pause: NDArray[np.bool_], sequence_tokens: int, group_tokens: int, budget: Literal["content", "total"]) -> Iterator[int]:
+def _row_ends(is_pause: NDArray[np.bool_], sequence_len: int, group_tokens: int, budget: Literal["content", "total"]) -> Iterator[int]:
     """Where the full rows end that something follows; a row of content ends in its last content token."""
     if budget == "content":
-        yield from (np.flatnonzero(~is_pause)[sequence_tokens - 1 : -1 : sequence_tokens] + 1).tolist()
+        yield from (np.flatnonzero(~is_pause)[sequence_len - 1 : -1 : sequence_len] + 1).tolist()
         return
     done = 0
-    while len(is_pause) - done > sequence_tokens:
-        done = _end_of_row(is_pause, done, sequence_tokens, group_tokens)
+    while len(is_pause) - done > sequence_len:
+        done = _end_of_row(is_pause, done, sequence_len, group_tokens)
         yield done
 
 

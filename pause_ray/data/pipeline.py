@@ -286,7 +286,7 @@ def _build(job: ShardJob, recipe: Recipe, scratch: Path, *, cache: Path, identit
     staged, packed = scratch / "staged", scratch / "packed"
     staged.mkdir()
     packed.mkdir()
-    progress(0, job.spec.rows)
+    progress(0, job.spec.num_sequences)
     pieces = _stage_documents(job, staged, cache=cache)
     write_document_list(staged, pieces, to=scratch / DOCUMENTS)
     _refuse_shared_documents(job, overlapping_documents(scratch / DOCUMENTS, job.evaluation.document_digests))
@@ -301,7 +301,7 @@ def _build(job: ShardJob, recipe: Recipe, scratch: Path, *, cache: Path, identit
     seconds = sum(unit["seconds"] for unit in rows + held_out)
     stats = {
         **document_statistics(scratch / DOCUMENTS),
-        **row_statistics(shards, sequence_tokens=job.spec.sequence_tokens),
+        **row_statistics(shards, sequence_len=job.spec.sequence_len),
         "tokens_per_core_second": round(sum(unit["tokens"] for unit in rows + held_out) / max(seconds, 1e-9)),
     }
     seal(scratch, shards=shards, validation_shards=validation_shards, manifest={"identity": identity, "stats": stats})
@@ -309,7 +309,7 @@ def _build(job: ShardJob, recipe: Recipe, scratch: Path, *, cache: Path, identit
 
 def _plan(spec: CorpusSpec, counts: Sequence[int], held_out: Sequence[int]) -> tuple[list[JsonObject], list[JsonObject]]:
     """Shards of the training rows, and of the validation rows behind them."""
-    num_rows, size = min(spec.rows, sum(counts)), spec.rows_per_shard
+    num_rows, size = min(spec.num_sequences, sum(counts)), spec.rows_per_shard
     validation_rows = min(spec.validation_rows, sum(held_out))
     if spec.validation_rows and not validation_rows:
         raise SourceError("corpus.validation_rows: the last part of the text gives no row; add documents or set it to 0")
@@ -352,8 +352,8 @@ def _split(spec: CorpusSpec, staged: Path, pieces: Sequence[Piece]) -> tuple[int
     num_chars = sum(piece.num_chars for piece in pieces)
     if not spec.validation_rows:
         return num_chars, num_chars
-    share = spec.validation_rows / (spec.rows + spec.validation_rows)
-    least = (spec.sequence_tokens + SPARE_TOKENS) * WINDOW_CHARS_PER_TOKEN
+    share = spec.validation_rows / (spec.num_sequences + spec.validation_rows)
+    least = (spec.sequence_len + SPARE_TOKENS) * WINDOW_CHARS_PER_TOKEN
     return held_out_from(Shelf(staged, pieces), num_chars=num_chars, share=share, least_chars=least), num_chars
 
 
@@ -361,8 +361,8 @@ def _pack_needle_rows(recipe: Recipe, *, staged: Path, packed: Path, pieces: Seq
     """Every row of ``needle_sft`` in packed files, in row order."""
     spec, items = recipe.spec, list[JsonObject]()
     border, num_chars = _split(spec, staged, pieces)
-    size = max(1, TOKENS_PER_UNIT // spec.sequence_tokens)
-    for held_out, rows, begin, end in ((False, spec.rows, 0, border), (True, spec.validation_rows, border, num_chars)):
+    size = max(1, TOKENS_PER_UNIT // spec.sequence_len)
+    for held_out, rows, begin, end in ((False, spec.num_sequences, 0, border), (True, spec.validation_rows, border, num_chars)):
         for first in range(0, rows, size):
             place = {"unit": len(items), "first": first, "last": min(first + size, rows)}
             items.append({**place, "held_out": held_out, "begin": begin, "end": end})
@@ -370,7 +370,7 @@ def _pack_needle_rows(recipe: Recipe, *, staged: Path, packed: Path, pieces: Seq
     for unit in stream(items, [partial(make_needle_rows, recipe=recipe, staged=staged, pieces=pieces, packed=packed)]):
         units.append(unit)
         made += unit["rows"]
-        progress(min(made, spec.rows), spec.rows)
+        progress(min(made, spec.num_sequences), spec.num_sequences)
     units.sort(key=lambda unit: int(unit["unit"]))
     number = sum(not item["held_out"] for item in items)
     return units[:number], units[number:]
@@ -381,7 +381,7 @@ def _pack_language_rows(recipe: Recipe, *, staged: Path, packed: Path, pieces: S
     border, num_chars = _split(recipe.spec, staged, pieces)
     step = partial(make_language_rows, recipe=recipe, staged=staged, packed=packed)
     found: list[list[JsonObject]] = []
-    for rows, first, last in ((recipe.spec.rows, 0, border), (recipe.spec.validation_rows, border, num_chars)):
+    for rows, first, last in ((recipe.spec.num_sequences, 0, border), (recipe.spec.validation_rows, border, num_chars)):
         told = progress if not found else _silent
         first_unit = sum(map(len, found))
         found.append(_pack_between(step, pieces, recipe=recipe, rows=rows, first=first, last=last, first_unit=first_unit, progress=told))
@@ -401,7 +401,7 @@ def _pack_between(
     waiting = sorted(parts, key=lambda part: digest([recipe.seed, part["piece"]]))
     units, made = list[JsonObject](), 0
     while waiting and made < rows:
-        chars, items = (rows - made) * recipe.spec.sequence_tokens * CHARS_PER_TOKEN, list[JsonObject]()
+        chars, items = (rows - made) * recipe.spec.sequence_len * CHARS_PER_TOKEN, list[JsonObject]()
         while waiting and chars > 0:
             part = waiting.pop(0)
             items.append({"unit": first_unit + len(units) + len(items), **part})

@@ -280,7 +280,7 @@ def document_statistics(documents: Path) -> JsonObject:
     }
 
 
-def row_statistics(shards: Sequence[Path], *, sequence_tokens: int) -> JsonObject:
+def row_statistics(shards: Sequence[Path], *, sequence_len: int) -> JsonObject:
     """Of the shards: rows, tokens, trained tokens, pauses, stretches without a pause, and how long rows are."""
     import polars as pl
 
@@ -305,7 +305,7 @@ def row_statistics(shards: Sequence[Path], *, sequence_tokens: int) -> JsonObjec
         "longest_stretch_tokens": _largest(rows["longest_stretch_tokens"]),
         "longest_row_tokens": _largest(rows["tokens"]),
         "documents_per_row": _ratio(int(rows["num_documents"].sum()), len(rows)),
-        "row_tokens_histogram": _histogram(rows["tokens"], max(sequence_tokens, _largest(rows["tokens"]))),
+        "row_tokens_histogram": _histogram(rows["tokens"], max(sequence_len, _largest(rows["tokens"]))),
     }
 
 

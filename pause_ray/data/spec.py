@@ -64,12 +64,12 @@ class CorpusSpec(Spec):
     """``needle_sft``: paused context with a hidden fact, a question, the fact as answer, loss on the answer and its end
     token only. ``language_modeling``: the next token of the paused text, documents packed end to end; pauses are read, never
     predicted, so that a tuned model does not write them (as in arXiv 2310.02226)."""
-    sequence_tokens: int = Field(default=1024, ge=64)
+    sequence_len: int = Field(default=1024, ge=64)
     """Longest row, in tokens. Under ``pauses.budget: content`` pauses and their instruction come on top, so that arms train on
     the same content; under ``total`` they are inside. What the tokenizer puts before every text comes on top in ``language_modeling``."""
     min_context_tokens: int = Field(default=256, ge=32)
-    """Shortest ``needle_sft`` row; lengths are drawn evenly between this and ``sequence_tokens``."""
-    rows: int = Field(default=480, ge=1)
+    """Shortest ``needle_sft`` row; lengths are drawn evenly between this and ``sequence_len``."""
+    num_sequences: int = Field(default=480, ge=1)
     """``needle_sft``: samples to make. ``language_modeling``: most rows to keep. The paper's 60 steps of 8 are 480."""
     validation_rows: int = Field(default=0, ge=0)
     """Rows that are held out to see how training goes: from the last part of the text, which no training row touches, and with facts
@@ -87,8 +87,8 @@ class CorpusSpec(Spec):
     def _fields_fit_objective(self) -> Self:
         if self.objective == "needle_sft" and self.facts is None:
             raise ValueError("objective needle_sft needs facts, for example eval/needles/training_facts.yaml")
-        if self.min_context_tokens > self.sequence_tokens:
-            raise ValueError(f"min_context_tokens {self.min_context_tokens} exceeds sequence_tokens {self.sequence_tokens}")
+        if self.min_context_tokens > self.sequence_len:
+            raise ValueError(f"min_context_tokens {self.min_context_tokens} exceeds sequence_len {self.sequence_len}")
         return self
 
 

@@ -191,7 +191,7 @@ def held_out_from(shelf: Shelf, *, num_chars: int, share: float, least_chars: in
     if 2 * max(kept, num_chars - border) > num_chars:
         raise SourceError(
             f"corpus.validation_rows need about {max(kept, num_chars - border):,} characters that training does not touch, but the text "
-            f"has {num_chars:,}; add documents, lower corpus.sequence_tokens, or set corpus.validation_rows: 0"
+            f"has {num_chars:,}; add documents, lower corpus.sequence_len, or set corpus.validation_rows: 0"
         )
     return border
 

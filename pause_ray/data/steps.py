@@ -218,7 +218,7 @@ def make_language_rows(item: JsonObject, *, recipe: Recipe, staged: Path, packed
     started = thread_time()
     rows = pack_language_modeling(
         _encoded_between(staged / item["piece"], begin=item["begin"], end=item["end"], recipe=recipe),
-        sequence_tokens=recipe.spec.sequence_tokens,
+        sequence_len=recipe.spec.sequence_len,
         end_id=_document_end_id(tokenizer),
         group_tokens=len(marker.group_ids),
         budget=recipe.policy.budget if recipe.policy else "content",

@@ -202,7 +202,7 @@ class Plans:
         tokens, flops, steps = 0, 0, 0
         if trial.train is not None:
             tokens, flops = step_work(trial.train, shape=self.shape(trial), rows=rows)
-            steps = trial.train.steps
+            steps = trial.train.max_steps
         return Work(training_tokens=steps * tokens, training_flops=steps * flops, grid=grid)
 
     def shape(self, trial: TrialSpec) -> ModelShape:
@@ -212,8 +212,8 @@ class Plans:
     def _checked(self, trial: TrialSpec) -> tuple[Grid, Rows]:
         """What is asked and what is trained on."""
         if trial.train is not None and trial.corpus is not None:
-            tokens, limit_tokens = trial.corpus.sequence_tokens, row_limit_tokens(self.folder(trial))
-            check_corpus(trial.train, num_rows=trial.corpus.rows, longest_row_tokens=tokens, limit_tokens=limit_tokens)
+            tokens, limit_tokens = trial.corpus.sequence_len, row_limit_tokens(self.folder(trial))
+            check_corpus(trial.train, num_rows=trial.corpus.num_sequences, longest_row_tokens=tokens, limit_tokens=limit_tokens)
         grid, paused = self._grid(trial)
         return grid, _rows(trial, paused=paused)
 
@@ -258,7 +258,7 @@ def plan_trials(trials: Sequence[PlannedTrial], *, site: Site, root: Storage) ->
 def _rows(trial: TrialSpec, *, paused: float) -> Rows:
     if trial.train is None or trial.corpus is None:
         return Rows(longest_tokens=0, mean_tokens=0, learned_tokens=0)
-    longest = trial.corpus.sequence_tokens * paused
+    longest = trial.corpus.sequence_len * paused
     if trial.corpus.objective == "language_modeling":
         return Rows(longest_tokens=round(longest), mean_tokens=longest, learned_tokens=round(longest))
     mean = (trial.corpus.min_context_tokens * paused + longest) / 2
@@ -472,7 +472,7 @@ class _Look:
         spec = planned.spec
         if spec.train is None or spec.corpus is None:
             return
-        rows, steps = spec.corpus.rows, spec.train.steps
+        rows, steps = spec.corpus.num_sequences, spec.train.max_steps
         shards = self._storage.shards / shards_digest(prepared.shards) if prepared and prepared.shards else None
         has_rows = finished or (shards is not None and is_complete(shards))
         texts = digest([spec.corpus.resolved(), spec.eval.resolved(), spec.pauses.resolved() if spec.pauses else None, spec.data_seed])

@@ -182,7 +182,7 @@ def needed_memory(trials: Sequence[PreparedTrial], *, gpus_per_node: float) -> N
             number = max(1, trial.spec.resources.worker_bounds[0])
             workers = Workers(number=number, per_node=max(1, min(number, int(gpus_per_node // (gpus or 1)))))
             stage = possible_stages(train)[-1]
-            plan = plan_memory(train, shape=shape, workers=workers, stage=stage, longest_row_tokens=corpus.sequence_tokens)
+            plan = plan_memory(train, shape=shape, workers=workers, stage=stage, longest_row_tokens=corpus.sequence_len)
             needed.append(Needed(gpu_bytes=plan.worker_bytes, host_bytes=plan.host_bytes))
     if not needed:
         return None

@@ -120,7 +120,7 @@ class GovernedTrial(TuneTrial):
     def _next_rung(self, reports: TrialReporter) -> dict[str, Any] | None:
         """Wait for the next rung and score it; None if no rung is left, or the training was further when it began here."""
         train = self._shared.trials[self._key].prepared.spec.train
-        steps = self._looked_at = self._schedule.scheduler.steps(train.steps) if train else ()
+        steps = self._looked_at = self._schedule.scheduler.steps(train.max_steps) if train else ()
         while self._rungs < len(steps):
             if (known := self._repeated()) is not None:
                 return known

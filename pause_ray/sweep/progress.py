@@ -54,8 +54,8 @@ def work_of(spec: TrialSpec, *, seen: dict[str, float] | None = None) -> tuple[f
     scoring = seen[asked]
     if spec.train is None or spec.corpus is None:
         return 0.0, scoring
-    rows = spec.train.steps * spec.train.batch_size * spec.train.accumulation
-    tokens = (spec.corpus.sequence_tokens + spec.corpus.min_context_tokens) / 2
+    rows = spec.train.max_steps * spec.train.rows_per_step
+    tokens = (spec.corpus.sequence_len + spec.corpus.min_context_tokens) / 2
     return TRAINED_TOKEN_COST * rows * tokens, scoring
 
 

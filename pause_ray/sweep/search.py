@@ -142,7 +142,7 @@ class Rounds:
                     "replicate": trial.planned.spec.replicate,
                     "seed": trial.planned.spec.seed,
                     "cells": sum(trial.planned.spec.eval.num_positions.values()),
-                    "steps": trial.planned.spec.train.steps if trial.planned.spec.train else 0,
+                    "steps": trial.planned.spec.train.max_steps if trial.planned.spec.train else 0,
                 }
                 for key, trial in self.trials.items()
             ],

@@ -191,7 +191,7 @@ class PlannedTrial:
 
 
 def read_sweep(path: Path, overrides: JsonObject) -> SweepSpec:
-    """A sweep from its YAML file; ``overrides`` are dotted paths of the sweep, such as ``trial.train.steps``.
+    """A sweep from its YAML file; ``overrides`` are dotted paths of the sweep, such as ``trial.train.max_steps``.
 
     Raises:
         SpecError: as ``SweepSpec.parse`` and ``expand``.
@@ -467,12 +467,12 @@ def _check_scheduler(scheduler: SchedulerSpec, governed: Sequence[TrialSpec], *,
     for spec in governed:
         if spec.train is None:
             raise SpecError(f"{origin}: {scheduler.kind} ends trainings early, and trials without train have none; leave scheduler out")
-        steps = [*scheduler.steps(spec.train.steps), spec.train.steps]
+        steps = [*scheduler.steps(spec.train.max_steps), spec.train.max_steps]
         if any(earlier >= later for earlier, later in itertools.pairwise(steps)):
-            room = sorted({step for step in steps if step < spec.train.steps})
+            room = sorted({step for step in steps if step < spec.train.max_steps})
             raise SpecError(
-                f"{origin}: rungs {scheduler.rungs} with reduction {scheduler.reduction} do not fit into train.steps "
-                f"{spec.train.steps}, which has room for {len(room)}, at steps {room}; lower rungs or reduction, or train longer"
+                f"{origin}: rungs {scheduler.rungs} with reduction {scheduler.reduction} do not fit into train.max_steps "
+                f"{spec.train.max_steps}, which has room for {len(room)}, at steps {room}; lower rungs or reduction, or train longer"
             )
         proxy_suite(spec.eval, facts=scheduler.proxy.facts, context_tokens=scheduler.proxy.context_tokens or spec.eval.context_tokens)
 

@@ -38,7 +38,7 @@ class Share:
 
 
 def share(train: TrainSpec, *, num_workers: int, even: bool = True) -> Share:
-    """Cut ``batch_size × accumulation`` rows into equal shares; a forward pass never exceeds ``batch_size`` rows.
+    """Cut the rows of a step into equal shares; a forward pass never exceeds ``micro_batch_size`` rows.
 
     Args:
         train: What is trained.
@@ -48,7 +48,7 @@ def share(train: TrainSpec, *, num_workers: int, even: bool = True) -> Share:
     Raises:
         SpecError: the workers cannot form equal groups, or the rows cannot be shared evenly.
     """
-    together, total = train.sequence_parallel, train.batch_size * train.accumulation
+    together, total = train.sequence_parallel, train.rows_per_step
     if num_workers % together:
         raise SpecError(
             f"train.sequence_parallel {together} needs groups of {together} workers, but there are {num_workers}; "
@@ -58,11 +58,11 @@ def share(train: TrainSpec, *, num_workers: int, even: bool = True) -> Share:
     if even and total % groups:
         sharers = f"{num_workers} workers" if together == 1 else f"{groups} groups of {together} workers"
         raise SpecError(
-            f"train.batch_size {train.batch_size} × train.accumulation {train.accumulation} = {total} rows per step cannot be shared by "
-            f"{sharers}; choose a number of {'workers' if together == 1 else 'groups'} that divides {total}"
+            f"{train.step_formula} rows per step cannot be shared by {sharers}; "
+            f"choose a number of {'workers' if together == 1 else 'groups'} that divides {total}"
         )
     per_group = math.ceil(total / groups)
-    micro_rows = math.gcd(train.batch_size, per_group)
+    micro_rows = math.gcd(train.micro_batch_size, per_group)
     return Share(rows_per_step=total, micro_rows=micro_rows, passes=per_group // micro_rows, sequence_parallel=together, groups=groups)
 
 
@@ -80,12 +80,12 @@ def check_corpus(train: TrainSpec, *, num_rows: int, longest_row_tokens: int, li
     """
     if num_rows < train.rows_per_step:
         raise SpecError(
-            f"the corpus has {num_rows} rows, but one optimizer step takes train.batch_size {train.batch_size} × train.accumulation "
-            f"{train.accumulation} = {train.rows_per_step} different ones; add text, raise corpus.rows, or lower train.accumulation"
+            f"the corpus has {num_rows} rows, but one optimizer step takes {train.step_formula} different ones; "
+            "add text, raise corpus.num_sequences, or lower train.gradient_accumulation_steps"
         )
     if longest_row_tokens > limit_tokens:
         raise SpecError(
-            f"the corpus has a row of {longest_row_tokens} tokens, but the model takes {limit_tokens}; lower corpus.sequence_tokens "
+            f"the corpus has a row of {longest_row_tokens} tokens, but the model takes {limit_tokens}; lower corpus.sequence_len "
             "(under pauses.budget content, pauses come on top of it)"
         )
 
@@ -158,7 +158,7 @@ def learning_rate(step: int, train: TrainSpec) -> float:
     """
     if step < train.warmup_steps:
         return train.learning_rate * (step + 1) / train.warmup_steps
-    done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    done = (step - train.warmup_steps) / max(1, train.max_steps - train.warmup_steps)
     if train.schedule == "linear":
         return train.learning_rate * (1 - done)
     if train.schedule == "cosine":

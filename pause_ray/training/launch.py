@@ -146,7 +146,7 @@ def steps_on_storage(job: TrainJob, *, storage: Storage) -> int:
     """
     folder = storage.checkpoints / train_digest(job)
     if is_complete(folder):
-        return job.train.steps
+        return job.train.max_steps
     return RunningTraining(folder=training_folder(folder), belongs_to={}).last_step()
 
 
@@ -215,7 +215,7 @@ def fit(
             _check_job(job, shards)
             with (
                 _making(job, shards, folder=folder, on_gpu=gpus_per_worker > 0 if num_workers else None, rungs=rungs) as assignment,
-                following(assignment.folder / TRAINING_LOG, steps=job.train.steps, progress=progress, failures=failures),
+                following(assignment.folder / TRAINING_LOG, steps=job.train.max_steps, progress=progress, failures=failures),
                 _stoppable(assignment.folder / STOP, asked=stop),
             ):
                 run_workers(
@@ -261,7 +261,7 @@ def _making(job: TrainJob, shards: ShardSet, *, folder: Path, on_gpu: bool | Non
     running = RunningTraining(folder=training_folder(folder).absolute(), belongs_to=belongs_to)
     saved = running.latest()
     if saved:
-        log.info("going on after step %d of %d, from %s", saved.step, job.train.steps, saved.folder)
+        log.info("going on after step %d of %d, from %s", saved.step, job.train.max_steps, saved.folder)
     with building(folder) as scratch:
         copy_tokenizer(job.model_dir, scratch, marker=job.marker)
         spec = {"train": job.train.resolved(), "pauses": job.policy, "shards": job.shards.name, "seed": job.seed}

@@ -376,7 +376,7 @@ def what_would_fit(train: TrainSpec, *, shape: ModelShape, workers: Workers, mem
         if found is not None:
             more = [f"{number} workers"] if number > workers.number else []
             return f"what would fit: {' and '.join([*more, *(change.words for change in found)])}"
-    return f"nothing makes rows of {longest_row_tokens:,} tokens fit; choose shorter ones (corpus.sequence_tokens), or larger GPUs"
+    return f"nothing makes rows of {longest_row_tokens:,} tokens fit; choose shorter ones (corpus.sequence_len), or larger GPUs"
 
 
 def _fewest(offered: list[_Change], fits: Callable[[Iterable[_Change]], bool]) -> list[_Change] | None:
@@ -405,9 +405,9 @@ def _changes(train: TrainSpec, *, shape: ModelShape, workers: int) -> Iterator[_
         yield _Change("train.zero.stage: auto", {}, {"stage": "auto"})
     if not train.gradient_checkpointing:
         yield _Change("train.gradient_checkpointing: true", {"gradient_checkpointing": True}, {})
-    if train.batch_size > 1:
-        smaller = {"batch_size": 1, "accumulation": train.rows_per_step}
-        yield _Change(f"train.batch_size: 1 with train.accumulation: {train.rows_per_step}", smaller, {})
+    if train.micro_batch_size > 1:
+        smaller = {"micro_batch_size": 1, "gradient_accumulation_steps": train.rows_per_step}
+        yield _Change(f"train.micro_batch_size: 1 with train.gradient_accumulation_steps: {train.rows_per_step}", smaller, {})
     parts = [parts for parts in (2, 4, 8, 16, 32) if train.sequence_parallel < parts <= shape.num_heads and workers % parts == 0]
     for number in parts[-1:]:
         yield _Change(f"train.sequence_parallel: {number}", {"sequence_parallel": number}, {})

@@ -88,12 +88,12 @@ class ZeroSpec(Spec):
 class TrainSpec(Spec):
     """LoRA fine-tuning of the base model and, for an added or reserved marker, of the marker's embedding row."""
 
-    steps: int = Field(default=60, ge=1)
+    max_steps: int = Field(default=60, ge=1)
     """Optimizer steps."""
-    batch_size: int = Field(default=2, ge=1)
+    micro_batch_size: int = Field(default=2, ge=1)
     """Rows in one forward pass of one worker."""
-    accumulation: int = Field(default=4, ge=1)
-    """batch_size × accumulation rows make one optimizer step, however many workers share them."""
+    gradient_accumulation_steps: int = Field(default=4, ge=1)
+    """micro_batch_size × gradient_accumulation_steps rows make one optimizer step, however many workers share them."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak, reached after the warm-up."""
     warmup_steps: int = Field(default=6, ge=0)
@@ -135,14 +135,23 @@ class TrainSpec(Spec):
     @property
     def rows_per_step(self) -> int:
         """Rows of one optimizer step."""
-        return self.batch_size * self.accumulation
+        return self.micro_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def step_formula(self) -> str:
+        """The factors of ``rows_per_step`` with their values, for messages."""
+        return (
+            f"train.micro_batch_size {self.micro_batch_size} × train.gradient_accumulation_steps {self.gradient_accumulation_steps} = "
+            f"{self.rows_per_step}"
+        )
 
     def identity(self) -> JsonObject:
         """The fields that decide the adapter; how rows are cut up and memory is spread changes rounding only."""
         data = self.resolved()
-        for field in ("batch_size", "accumulation", "gradient_checkpointing", "sequence_parallel", "validate_every", "checkpoint_every"):
+        for field in ("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "sequence_parallel", "zero"):
             del data[field]
-        del data["keep_checkpoints"], data["zero"]
+        for field in ("validate_every", "checkpoint_every", "keep_checkpoints"):
+            del data[field]
         return data | {"rows_per_step": self.rows_per_step}
 
 

@@ -63,21 +63,21 @@ class Steps:
             CheckpointError: the last checkpoint is damaged or of another training.
             StorageError: the disk is full; the last checkpoint is there.
         """
-        for step in range(self._resume(), self._train.steps):
+        for step in range(self._resume(), self._train.max_steps):
             record = self._step(step)
             done = step + 1
-            if done == self._train.steps or (self._train.validate_every and done % self._train.validate_every == 0):
+            if done == self._train.max_steps or (self._train.validate_every and done % self._train.validate_every == 0):
                 record |= self._validate(step)
             self._log.append(record)
             if self._assignment.rungs is not None and done in self._assignment.rungs.steps:
                 self._write_rung(done)
             stop, node_goes = self._requests.look()
             due = self._train.checkpoint_every is not None and done % self._train.checkpoint_every == 0
-            if done < self._train.steps and (due or stop or node_goes):
+            if done < self._train.max_steps and (due or stop or node_goes):
                 self._save(done)
                 if stop:
                     raise StoppedError(
-                        f"training was asked to end after step {done} of {self._train.steps}; the same command goes on there"
+                        f"training was asked to end after step {done} of {self._train.max_steps}; the same command goes on there"
                     )
 
     def _resume(self) -> int:

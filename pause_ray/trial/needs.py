@@ -273,10 +273,10 @@ def _training(train: TrainSpec, *, shape: ModelShape, rows: Rows, site: Site, st
     tokens, computed = step_work(train, shape=shape, rows=rows)
     computing = computed / (site.gpus * site.flops_per_second)
     moving = _moving_seconds(train, shape=shape, site=site) if stage == 3 else 0.0
-    seconds = train.steps * max(computing, moving)
+    seconds = train.max_steps * max(computing, moving)
     return Spent(
-        tokens=tokens * train.steps,
-        flops=computed * train.steps,
+        tokens=tokens * train.max_steps,
+        flops=computed * train.max_steps,
         seconds=seconds,
         cost=site.cost(seconds),
         bound_by="computing" if computing >= moving else "moving weights",
@@ -322,7 +322,7 @@ def _smallest(train: TrainSpec | None, *, shape: ModelShape, rows: Rows, site: S
             return number
         groups, spare = divmod(number, train.sequence_parallel)
         if rows_may_grow and groups > train.rows_per_step:
-            train = train.model_copy(update={"batch_size": 1, "accumulation": groups})
+            train = train.model_copy(update={"micro_batch_size": 1, "gradient_accumulation_steps": groups})
         if spare or not groups or train.rows_per_step % groups:
             continue
         workers = Workers(number=number, per_node=site.gpus_per_node)

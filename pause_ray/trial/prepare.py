@@ -80,9 +80,9 @@ def prepare(spec: TrialSpec, *, cache: Path, seen: Seen | None = None) -> Prepar
     limit_tokens = model_limit_tokens(model_dir)
     check_lengths(spec.eval, limit_tokens=limit_tokens, origin=spec.model.source)
     row_tokens = row_limit_tokens(model_dir)
-    if spec.train and spec.corpus and spec.corpus.sequence_tokens > row_tokens:
+    if spec.train and spec.corpus and spec.corpus.sequence_len > row_tokens:
         raise ModelError(
-            f"corpus.sequence_tokens {spec.corpus.sequence_tokens} exceeds the {row_tokens} tokens of which {spec.model.source} can learn"
+            f"corpus.sequence_len {spec.corpus.sequence_len} exceeds the {row_tokens} tokens of which {spec.model.source} can learn"
         )
     if spec.train:
         config = read_config(model_dir / "config.json")

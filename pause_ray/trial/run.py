@@ -120,7 +120,7 @@ def run_training(
         cpus_per_worker=resources.train_cpus_per_worker,
         gpus_per_worker=train_gpus,
         progress=lambda done, total, row: progress(Stage.TRAINING, done, total, row),
-        stage=lambda stage: progress(stage, 0, job.train.steps),
+        stage=lambda stage: progress(stage, 0, job.train.max_steps),
         rungs=rungs,
         stop=stop,
     )
@@ -152,7 +152,7 @@ def shares_on_storage(trial: PreparedTrial, *, shards: ShardSet | None, storage:
     answered = Ledger(storage.trials / trial.digest / "cells.jsonl").done_ids()
     scored = len(answered) / sum(trial.spec.eval.num_positions.values())
     job = training_job(trial, shards)
-    return steps_on_storage(job, storage=storage) / job.train.steps if job is not None else 0.0, scored
+    return steps_on_storage(job, storage=storage) / job.train.max_steps if job is not None else 0.0, scored
 
 
 def scoring_job(trial: PreparedTrial, *, arm: str, checkpoint: Checkpoint | None, storage: Storage) -> ScoringJob:

@@ -149,10 +149,10 @@ class TrialSpec(Spec):
 
     @model_validator(mode="after")
     def _corpus_fills_a_step(self) -> Self:
-        if self.train is not None and self.corpus is not None and self.corpus.rows < self.train.rows_per_step:
+        if self.train is not None and self.corpus is not None and self.corpus.num_sequences < self.train.rows_per_step:
             raise ValueError(
-                f"corpus.rows {self.corpus.rows} is less than one optimizer step takes: train.batch_size {self.train.batch_size} × "
-                f"train.accumulation {self.train.accumulation} = {self.train.rows_per_step}; raise corpus.rows or lower train.accumulation"
+                f"corpus.num_sequences {self.corpus.num_sequences} is less than one optimizer step takes: {self.train.step_formula}; "
+                "raise corpus.num_sequences or lower train.gradient_accumulation_steps"
             )
         return self
 

@@ -45,8 +45,8 @@ def test_check_prints_json_that_holds_every_resolved_trial() -> None:
     ("arguments", "message"),
     [
         (("check", "nowhere.yaml"), "nowhere.yaml: cannot be read"),
-        (("check", QUICKSTART, "--set", "trial.train.stps=3"), "did you mean train.steps?"),
-        (("check", QUICKSTART, "--set", "trial.train.steps=many"), 'train.steps = "many"'),
+        (("check", QUICKSTART, "--set", "trial.train.stps=3"), "did you mean train.max_steps?"),
+        (("check", QUICKSTART, "--set", "trial.train.max_steps=many"), 'train.max_steps = "many"'),
         (("check", QUICKSTART, "--set", "nonsense"), "expected dotted.path=value"),
         (("check", QUICKSTART, "--set", "trial.eval.depth_percent=[120]"), "depth_percent 120 is outside 0 to 100"),
         (("report", "nowhere", "--storage", "/proc/nowhere"), "choose another with --storage"),

@@ -39,8 +39,8 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trial = {
         "model": {"source": str(model)},
         "pauses": {"unit": "sentence"},
-        "corpus": {"sources": [{"path": str(essays / "*.txt")}], "facts": FACTS, "sequence_tokens": 1000, "min_context_tokens": 200},
-        "train": {"steps": 10, "batch_size": 1, "accumulation": 2, "lora": {"rank": 2}},
+        "corpus": {"sources": [{"path": str(essays / "*.txt")}], "facts": FACTS, "sequence_len": 1000, "min_context_tokens": 200},
+        "train": {"max_steps": 10, "micro_batch_size": 1, "gradient_accumulation_steps": 2, "lora": {"rank": 2}},
         "eval": make_suite(essays, context_tokens=[512, 1024]).resolved(),
     }
     arms: dict[str, Any] = {"baseline": {"pauses": None, "train": None}, "without_pauses": {"pauses": None, "train.lora.rank": 2}}
@@ -107,7 +107,7 @@ def test_a_sweep_is_planned_trial_by_trial(sweep: Path) -> None:
     assert without["training"]["tokens"] == 10 * 2 * 600
     assert tuned[0]["training"]["tokens"] > without["training"]["tokens"], "pauses come on top"
     assert tuned[0]["evaluation"]["tokens"] > baseline["evaluation"]["tokens"]
-    assert plan(str(sweep), "--gpus", "2", "--set", "trial.train.steps=20").exit_code == 0
+    assert plan(str(sweep), "--gpus", "2", "--set", "trial.train.max_steps=20").exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -122,8 +122,8 @@ def test_a_sweep_is_planned_trial_by_trial(sweep: Path) -> None:
         (("TRIAL", "--model", "8B"), r"--set model\.source=8B"),
         (("SWEEP", "--suite", "s.yaml"), r"--set trial\.eval=s\.yaml"),
         (("SWEEP", "--gpus", "3"), r"cannot be shared by 3 workers"),
-        (("SWEEP", "--row-tokens", "99999"), r"--row-tokens 99999: .* --set trial\.corpus\.sequence_tokens=99999"),
-        (("SWEEP", "--set", "trial.corpus.sequence_tokens=6000"), r"a row of 6000 tokens, but the model takes 5000"),
+        (("SWEEP", "--row-tokens", "99999"), r"--row-tokens 99999: .* --set trial\.corpus\.sequence_len=99999"),
+        (("SWEEP", "--set", "trial.corpus.sequence_len=6000"), r"a row of 6000 tokens, but the model takes 5000"),
         (("--model", ""), r'--model: source = "": String should have'),
         (("--set", "train.rank=3"), r"unknown path train\.rank"),
         (("--set", "pauses.every=3"), r"unknown path pauses"),

@@ -162,9 +162,9 @@ def test_an_address_without_a_head_is_told_in_one_line(cluster: RealCluster, swe
 
 @pytest.mark.ray
 def test_a_mistake_in_the_sweep_is_found_before_a_head_is_asked(sweep_file: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pause_ray", "submit", sweep_file.name, "--set", "trial.train.steps=0", "--storage", str(tmp_path)]
+    command = [sys.executable, "-m", "pause_ray", "submit", sweep_file.name, "--set", "trial.train.max_steps=0", "--storage", str(tmp_path)]
     done = subprocess.run(
         command, cwd=sweep_file.parent, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert "train.steps" in done.stderr
+    assert "train.max_steps" in done.stderr

@@ -211,7 +211,13 @@ def test_the_papers_sweep_has_its_arms_and_training_for_both_models():
     assert {arm for arm, spec in trials.items() if spec.train} == {"pause_tuned", "tuned_without_pauses"}
     assert {arm for arm, spec in trials.items() if spec.pauses} == set(trials) - {"baseline", "tuned_without_pauses"}
     train = trials["pause_tuned"].train
-    assert (train.steps, train.batch_size, train.accumulation, train.learning_rate, train.warmup_steps) == (60, 2, 4, 2e-4, 6)
+    assert (train.max_steps, train.micro_batch_size, train.gradient_accumulation_steps, train.learning_rate, train.warmup_steps) == (
+        60,
+        2,
+        4,
+        2e-4,
+        6,
+    )
     assert (train.lora.rank, train.lora.alpha, train.lora.dropout, train.lora.targets) == (16, 16, 0, None), "all of attention and MLP"
     markers = {arm: spec.pauses.marker for arm, spec in trials.items() if spec.pauses}
     assert {markers[arm] for arm in ("pauses_untuned", "pauses_instruction", "pause_tuned")} == {" <PAUSE> "}

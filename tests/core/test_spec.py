@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pause_ray.core.errors import SpecError
-from pause_ray.core.spec import check_path, digest, find_file, inline_files, parse_assignments, parse_yaml, read_yaml, with_overrides
+from pause_ray.core.spec import Spec, check_path, digest, find_file, inline_files, parse_assignments, parse_yaml, read_yaml, with_overrides
+from pause_ray.data.spec import CorpusSpec
 from pause_ray.training.spec import TrainSpec
 from pause_ray.trial.spec import TrialSpec
 
@@ -33,8 +34,8 @@ def test_a_misspelt_key_deep_inside_names_its_whole_path() -> None:
 
 @pytest.mark.parametrize("value", ["16", True, 1.5, None, [16]])
 def test_a_value_of_the_wrong_type_is_refused_even_when_it_could_be_converted(value: object) -> None:
-    with pytest.raises(SpecError, match=r"steps"):
-        TrainSpec.parse({"steps": value}, origin="my.yaml")
+    with pytest.raises(SpecError, match=r"max_steps"):
+        TrainSpec.parse({"max_steps": value}, origin="my.yaml")
 
 
 def test_a_bad_value_is_shown_with_the_rule() -> None:
@@ -43,12 +44,28 @@ def test_a_bad_value_is_shown_with_the_rule() -> None:
 
 
 def test_every_broken_field_is_named_at_once() -> None:
-    with pytest.raises(SpecError, match=r"steps.*batch_size"):
-        TrainSpec.parse({"steps": 0, "batch_size": 0}, origin="my.yaml")
+    with pytest.raises(SpecError, match=r"max_steps.*micro_batch_size"):
+        TrainSpec.parse({"max_steps": 0, "micro_batch_size": 0}, origin="my.yaml")
+
+
+@pytest.mark.parametrize(
+    ("schema", "written", "meant"),
+    [
+        (TrainSpec, "steps", "did you mean max_steps"),
+        (TrainSpec, "batch_size", "did you mean micro_batch_size"),
+        (TrainSpec, "accumulation", "did you mean gradient_accumulation_steps"),
+        (CorpusSpec, "sequence_tokens", "did you mean sequence_len"),
+        (CorpusSpec, "rows", "fields there: .*num_sequences"),
+    ],
+)
+def test_a_field_of_another_name_is_refused_with_the_right_name(schema: type[Spec], written: str, meant: str) -> None:
+    with pytest.raises(SpecError, match=f"my.yaml: .*{written}: unknown field; {meant}") as refused:
+        schema.parse({written: 1}, origin="my.yaml")
+    assert "\n" not in str(refused.value)
 
 
 def test_a_resolved_spec_parses_back_to_itself() -> None:
-    spec = TrainSpec.parse({"steps": 7, "lora": {"rank": 3}}, origin="my.yaml")
+    spec = TrainSpec.parse({"max_steps": 7, "lora": {"rank": 3}}, origin="my.yaml")
     assert TrainSpec.parse(json.loads(json.dumps(spec.resolved())), origin="again") == spec
 
 
@@ -103,7 +120,7 @@ def test_a_key_that_is_itself_dotted_can_be_reached() -> None:
 
 
 def test_null_replaces_a_whole_branch() -> None:
-    assert with_overrides({"train": {"steps": 3}}, {"train": None}) == {"train": None}
+    assert with_overrides({"train": {"max_steps": 3}}, {"train": None}) == {"train": None}
 
 
 def test_assignments_are_yaml_on_the_right() -> None:
@@ -120,7 +137,7 @@ def test_an_assignment_without_equals_says_what_is_expected() -> None:
     [
         ("train.lora.rnk", r"did you mean train\.lora\.rank\?"),
         ("pauses.evry", r"did you mean pauses\.every\?"),
-        ("train.steps.more", r"train\.steps is a plain value"),
+        ("train.max_steps.more", r"train\.max_steps is a plain value"),
         ("zzz", r"fields there: model, pauses"),
     ],
 )

@@ -90,9 +90,9 @@ def test_a_fact_whose_slots_do_not_fit_is_refused(change: dict[str, object], tol
         FactSpec.parse({**good, **change}, origin="facts.yaml")
 
 
-@pytest.mark.parametrize(("change", "told"), [({"facts": None}, "needs facts"), ({"min_context_tokens": 4096}, "exceeds sequence_tokens")])
+@pytest.mark.parametrize(("change", "told"), [({"facts": None}, "needs facts"), ({"min_context_tokens": 4096}, "exceeds sequence_len")])
 def test_a_corpus_whose_fields_do_not_fit_is_refused(change: dict[str, object], told: str) -> None:
     good = {"sources": [{"path": "essays"}], "facts": FACTS.resolved()}
-    assert CorpusSpec.parse(good, origin="trial.yaml").rows == 480
+    assert CorpusSpec.parse(good, origin="trial.yaml").num_sequences == 480
     with pytest.raises(SpecError, match=f"trial.yaml.*{told}"):
         CorpusSpec.parse({**good, **change}, origin="trial.yaml")

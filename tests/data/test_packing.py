@@ -40,7 +40,7 @@ FACTS = {
     ]
 }
 SPEC = CorpusSpec.parse(
-    {"sources": [{"path": "x"}], "facts": FACTS, "sequence_tokens": 700, "min_context_tokens": 500},
+    {"sources": [{"path": "x"}], "facts": FACTS, "sequence_len": 700, "min_context_tokens": 500},
     origin="test",
 )
 PROMPT = PromptSpec(system=None)
@@ -139,7 +139,7 @@ def test_what_chance_decides_follows_from_number_and_seed() -> None:
     assert draws == [draw_row(SPEC, seed=0, row=number) for number in range(50)]
     assert len({draw.start for draw in draws}) == 50
     assert draws[0] != draw_row(SPEC, seed=1, row=0)
-    assert all(SPEC.min_context_tokens <= draw.row_tokens <= SPEC.sequence_tokens for draw in draws)
+    assert all(SPEC.min_context_tokens <= draw.row_tokens <= SPEC.sequence_len for draw in draws)
 
 
 def test_a_row_counts_the_documents_it_reads(tokenizer: ModelTokenizer) -> None:
@@ -161,7 +161,7 @@ def test_neighbouring_documents_are_joined_until_there_is_enough(tokenizer: Mode
 
 
 def test_a_row_too_short_for_its_fact_and_question_is_an_error(tokenizer: ModelTokenizer) -> None:
-    spec = CorpusSpec.parse({"sources": [{"path": "x"}], "facts": FACTS, "sequence_tokens": 64, "min_context_tokens": 64}, origin="test")
+    spec = CorpusSpec.parse({"sources": [{"path": "x"}], "facts": FACTS, "sequence_len": 64, "min_context_tokens": 64}, origin="test")
     draw = draw_row(spec, seed=0, row=0)
     with pytest.raises(TextError, match="too short"):
         needle_sft_row(
@@ -209,7 +209,7 @@ def test_packed_rows_are_the_documents_end_to_end(
     documents = whole(data.draw(st.lists(token_documents(group), max_size=6)))
     if data.draw(st.booleans()):
         documents[-1:] = [(document, False) for document, _ in documents[-1:]]
-    rows = list(pack_language_modeling(documents, sequence_tokens=length, end_id=END, group_tokens=group, budget=budget))
+    rows = list(pack_language_modeling(documents, sequence_len=length, end_id=END, group_tokens=group, budget=budget))
     stream = [token for document, is_ended in documents for token in [*document.ids.tolist(), *[END] * is_ended]]
     packed = [token for row in rows for token in row.input_ids.tolist()]
     assert packed == stream[: len(packed)]
@@ -245,7 +245,7 @@ def test_every_document_and_every_rest_of_one_begins_as_the_model_expects(
 
     def rows(leading_ids: list[int]) -> list[PackedRow]:
         return list(
-            pack_language_modeling(documents, sequence_tokens=length, end_id=END, group_tokens=2, budget=budget, leading_ids=leading_ids)
+            pack_language_modeling(documents, sequence_len=length, end_id=END, group_tokens=2, budget=budget, leading_ids=leading_ids)
         )
 
     for bare, led in zip(rows([]), rows(leading), strict=True):
@@ -266,7 +266,7 @@ def test_packed_rows_of_content_do_not_depend_on_the_pauses(data: st.DataObject,
     bare = [TokenDocument(doc.ids[~doc.is_pause], np.zeros(doc.num_content, bool), doc.content_starts) for doc in documents]
 
     def contents(documents: list[TokenDocument], group: int) -> list[list[int]]:
-        rows = pack_language_modeling(whole(documents), sequence_tokens=length, end_id=END, group_tokens=group, budget="content")
+        rows = pack_language_modeling(whole(documents), sequence_len=length, end_id=END, group_tokens=group, budget="content")
         return [[token for token in row.input_ids.tolist() if not is_marker(token)] for row in rows]
 
     assert contents(documents, 3) == contents(bare, 0)
@@ -274,7 +274,7 @@ def test_packed_rows_of_content_do_not_depend_on_the_pauses(data: st.DataObject,
 
 def test_a_group_longer_than_a_row_is_an_error() -> None:
     with pytest.raises(TextError, match=r"9 tokens.*8"):
-        list(pack_language_modeling([], sequence_tokens=8, end_id=END, group_tokens=9, budget="total"))
+        list(pack_language_modeling([], sequence_len=8, end_id=END, group_tokens=9, budget="total"))
 
 
 @given(st.lists(st.booleans(), max_size=40))

@@ -23,9 +23,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 SPEC = {
     "sources": [{"path": "TALES", "from_percent": 0, "to_percent": 60}],
-    "sequence_tokens": 512,
+    "sequence_len": 512,
     "min_context_tokens": 384,
-    "rows": 21,
+    "num_sequences": 21,
     "rows_per_shard": 8,
     "facts": {
         "facts": [
@@ -119,7 +119,7 @@ def test_the_same_rows_whatever_the_number_of_tasks(make: Make, monkeypatch: pyt
 
 
 def test_language_modeling_reads_documents_end_to_end(make: Make, tales: Path, byte_model: Path) -> None:
-    made = make(objective="language_modeling", rows=1000, policy=PausePolicy(token="added"), facts=None)
+    made = make(objective="language_modeling", num_sequences=1000, policy=PausePolicy(token="added"), facts=None)
     tokenizer = ModelTokenizer.load(byte_model)
     tokens = np.concatenate([row.input_ids for row in made.rows(range(made.num_rows))])
     pauses = tokens >= tokenizer.vocab_size
@@ -139,7 +139,7 @@ def test_language_modeling_reads_documents_end_to_end(make: Make, tales: Path, b
 def test_held_out_rows_share_no_text_and_no_fact_with_training(make: Make, tales: Path, byte_model: Path, objective: str) -> None:
     rooms = {"room": ["the attic", "the cellar", "the barn"], "place": [f"under plank {number}" for number in range(30)]}
     facts = {"facts": [{**SPEC["facts"]["facts"][0], "slots": rooms}]}  # type: ignore[index]
-    made = make(objective=objective, rows=12, validation_rows=4, facts=facts, policy=None)
+    made = make(objective=objective, num_sequences=12, validation_rows=4, facts=facts, policy=None)
     assert (made.num_rows, made.validation_rows) == (12, 4)
     tokenizer = ModelTokenizer.load(byte_model)
     parts = [made.rows(range(12)), made.rows(range(12, 16))]
@@ -153,7 +153,7 @@ def test_held_out_rows_share_no_text_and_no_fact_with_training(make: Make, tales
     whole = "".join(document.text for document in read_documents(SourceSpec(path=str(tales), to_percent=60), cache=tales))
     assert max(whole.index(tale) for tale in trained) < min(whole.index(tale) for tale in held_out)
     assert not hidden & asked
-    again = make(objective=objective, rows=12, validation_rows=4, facts=facts, policy=None, root="other")
+    again = make(objective=objective, num_sequences=12, validation_rows=4, facts=facts, policy=None, root="other")
     assert again.manifest["shards"] == made.manifest["shards"]
 
 
@@ -199,10 +199,10 @@ def test_needles_of_the_evaluation_are_refused_in_rows_and_in_facts(make: Make) 
         ({"sources": [{"path": "TALES/*.csv"}]}, SourceError, r"\*\.csv"),
         ({"sources": [{"path": "TALES"}, {"path": "TALES/03.txt", "to_percent": 0.01}]}, SourceError, r"03\.txt: no document"),
         ({"policy": PausePolicy(marker="rained")}, TextError, "rained"),
-        ({"sequence_tokens": 100_000}, SourceError, "tokens in all"),
-        ({"sequence_tokens": 4096, "validation_rows": 1}, SourceError, "validation_rows need about 20,800 characters"),
+        ({"sequence_len": 100_000}, SourceError, "tokens in all"),
+        ({"sequence_len": 4096, "validation_rows": 1}, SourceError, "validation_rows need about 20,800 characters"),
         ({"validation_rows": 2}, SpecError, "corpus.facts: too few"),
-        ({"sequence_tokens": 128, "min_context_tokens": 64}, TextError, "corpus row 0.*too short"),
+        ({"sequence_len": 128, "min_context_tokens": 64}, TextError, "corpus row 0.*too short"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_leaves_nothing(
@@ -241,7 +241,7 @@ def test_identity_is_what_changes_rows_and_nothing_else(tales: Path, byte_model:
         identity(None),
         identity(PausePolicy(every=2)),
         identity(seed=1),
-        identity(rows=22),
+        identity(num_sequences=22),
         identity(objective="language_modeling"),
     ]
     (tales / "00.txt").write_text("Another tale.")

@@ -55,7 +55,7 @@ def test_a_shard_is_numbered_globally(tmp_path: Path) -> None:
     seal(out, shards=[out / item["file"] for item in plan], manifest={})
     shards = ShardSet.open(out)
     assert [int(row.input_ids[0]) for row in shards.rows(range(5))] == [1, 2, 3, 4, 5]
-    assert row_statistics(shards.paths, sequence_tokens=4)["pauses_per_1k_tokens"] == 1000 * 2 / 4
+    assert row_statistics(shards.paths, sequence_len=4)["pauses_per_1k_tokens"] == 1000 * 2 / 4
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_a_process_killed_before_sealing_leaves_no_checkpoint(tmp_path: Path) ->
     code = f"""
 import os, signal
 from pathlib import Path
-from pause_ray.storage import building
+from pause_ray.core.storage import building
 with building(Path({str(folder)!r})) as scratch:
     (scratch / {ADAPTER_WEIGHTS!r}).write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -222,7 +222,7 @@ def test_what_rust_says_of_a_full_disk_is_a_storage_error(small_disk: Path) -> N
         assert list(small_disk.iterdir()) == []
 
 
-TRAINING = {"train": {"steps": 9, "lora": {"rank": 4}}, "tokenizer": "tok", "seed": 0}
+TRAINING = {"train": {"max_steps": 9, "lora": {"rank": 4}}, "tokenizer": "tok", "seed": 0}
 
 
 def training_in(folder: Path, **changes: object) -> RunningTraining:
@@ -309,7 +309,7 @@ def test_an_edited_manifest_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"train": {"steps": 9, "lora": {"rank": 8}}}, r"its train\.lora\.rank is 4, here it is 8"),
+        ({"train": {"max_steps": 9, "lora": {"rank": 8}}}, r"its train\.lora\.rank is 4, here it is 8"),
         ({"tokenizer": "other"}, r"its tokenizer is tok, here it is other"),
         ({"seed": 1}, r"its seed is 0, here it is 1"),
     ],

@@ -77,11 +77,11 @@ def sweep_of(folder: Path, **changes: object) -> SweepSpec:
         "corpus": {
             "sources": [{"path": str(folder / "training" / "*.txt")}],
             "facts": {"facts": [{**needle, "slots": slots}]},
-            "sequence_tokens": 512,
+            "sequence_len": 512,
             "min_context_tokens": 256,
-            "rows": 8,
+            "num_sequences": 8,
         },
-        "train": {"steps": STEPS, "batch_size": 2, "accumulation": 1},
+        "train": {"max_steps": STEPS, "micro_batch_size": 2, "gradient_accumulation_steps": 1},
         "eval": suite,
     }
     whole = {
@@ -239,7 +239,11 @@ def test_a_search_that_learns_is_told_by_an_example(folder: Path, storage: Stora
 
 def test_stopped_points_are_left_out_in_all_arms(folder: Path, storage: Storage) -> None:
     sweep = sweep_of(
-        folder, trial__train__steps=27, trial__corpus__rows=54, scheduler={"kind": "asha", "rungs": 2}, arms__bare={"pauses": None}
+        folder,
+        trial__train__max_steps=27,
+        trial__corpus__num_sequences=54,
+        scheduler={"kind": "asha", "rungs": 2},
+        arms__bare={"pauses": None},
     )
     rounds = Rounds(sweep, storage=storage, command="", showing=lambda done, of: None)
     stopped = next(key for key, trial in rounds.trials.items() if trial.planned.label == "pause_tuned rank=4 #0")

@@ -42,7 +42,9 @@ def measured(model_dir: Path, folder: Path, asked: dict[str, Any], **environment
 def test_a_training_takes_what_is_planned(model_dir: Path, tmp_path: Path, case: str) -> None:
     """Where the heap gives freed blocks back. With its usual ways it keeps up to ``heap holes`` more, by the version of the C library."""
     tokens, fields = CASES[case]
-    train = TrainSpec.parse({"steps": 2, "batch_size": 1, "accumulation": 1, "warmup_steps": 0} | fields, origin="test")
+    train = TrainSpec.parse(
+        {"max_steps": 2, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "warmup_steps": 0} | fields, origin="test"
+    )
     plan = plan_memory(
         train,
         shape=ModelShape.load(model_dir),

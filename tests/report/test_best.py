@@ -34,7 +34,7 @@ def storage(tmp_path: Path) -> Storage:
 
 def tuned(storage: Storage, key: str, score: float, *, replicate: int = 0, model: dict[str, Any] | None = None) -> None:
     checkpoint = store_checkpoint(storage.checkpoints / f"{key}{key}")
-    spec = {"model": model or {"source": "some/model"}, "pauses": PAUSES, "train": {"steps": 3}, "eval": {"max_new_tokens": 8}}
+    spec = {"model": model or {"source": "some/model"}, "pauses": PAUSES, "train": {"max_steps": 3}, "eval": {"max_new_tokens": 8}}
     folder = store_trial(storage, key, rows(dict.fromkeys(GRID, score), trial=key, replicate=replicate), trained=True, spec=spec)
     manifest = json.loads((folder / "manifest.json").read_text())
     write_json(folder / "manifest.json", {**manifest, "checkpoint": str(checkpoint)})

@@ -96,7 +96,7 @@ def test_a_control_is_chosen_point_by_point_and_must_be_tuned_alike(storage: Sto
         for rank in (4, 16):
             planned.append((f"{arm}{rank}", arm, {"train.lora.rank": rank}, 0))
             steps = 3 if (arm, rank) != ("paused", 16) else 9
-            spec = {"model": 1, "train": {"steps": steps, "lora": {"rank": rank}}, "pauses": pauses}
+            spec = {"model": 1, "train": {"max_steps": steps, "lora": {"rank": rank}}, "pauses": pauses}
             store_trial(storage, f"{arm}{rank}", rows({(1024, 50): 1.0}, trial=f"{arm}{rank}"), spec=spec)
     store_trial(storage, "b", rows({(1024, 50): 1.0}, trial="b"))
     results = read_results(store_sweep(storage, planned, control="plain"), storage)
@@ -112,7 +112,7 @@ def test_a_control_is_chosen_point_by_point_and_must_be_tuned_alike(storage: Sto
 def test_a_control_that_was_tuned_otherwise_proves_no_effect_of_pauses(storage: Storage) -> None:
     folder = with_control(storage, {"baseline": 0.0, "tuned_without_pauses": 0.0, "pause_tuned": 1.0})
     spec = storage.trials / "tuned_without_pauses-trial" / "spec.json"
-    spec.write_text(spec.read_text().replace('"steps": 3', '"steps": 4'))
+    spec.write_text(spec.read_text().replace('"max_steps": 3', '"max_steps": 4'))
     said = headline(read_results(folder, storage))
     assert "Against tuned_without_pauses, which differs in train too" in said
     assert said.endswith("more than chance would explain, by the pauses or by that.")

@@ -78,8 +78,11 @@ def test_conditions_are_arms_at_points_with_their_replicates(storage: Storage) -
 
 
 def test_leaf_names_that_two_paths_share_are_written_in_full(storage: Storage) -> None:
-    planned = [("t", "pause_tuned", {"corpus.rows": 64, "other.rows": 2}, 0)]
-    assert read_results(store_sweep(storage, planned), storage).conditions[0].label == "pause_tuned corpus.rows=64 other.rows=2"
+    planned = [("t", "pause_tuned", {"corpus.num_sequences": 64, "other.num_sequences": 2}, 0)]
+    assert (
+        read_results(store_sweep(storage, planned), storage).conditions[0].label
+        == "pause_tuned corpus.num_sequences=64 other.num_sequences=2"
+    )
 
 
 def test_a_searched_reference_is_compared_point_by_point(storage: Storage) -> None:

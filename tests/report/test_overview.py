@@ -256,8 +256,8 @@ def test_what_is_not_there_is_told_and_nothing_is_written(storage: Storage, tmp_
     store_sweep(storage, TRIALS[:1])
     assert "nix: no such sweep under" in refused(storage, "nix")
     assert "demo-0011223344556677" in refused(storage, "nix")
-    assert "--set changes a sweep's file" in refused(storage, "demo", "--set", "trial.train.steps=3")
-    assert "--set changes a sweep's file" in refused(storage, "--set", "trial.train.steps=3")
+    assert "--set changes a sweep's file" in refused(storage, "demo", "--set", "trial.train.max_steps=3")
+    assert "--set changes a sweep's file" in refused(storage, "--set", "trial.train.max_steps=3")
 
 
 def test_a_live_status_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def train_by_rule(assignment: Any, *, root: Path, held: Mapping[int, int]) -> No
     log = assignment.folder / TRAINING_LOG
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     trace(root, what="begins", rank=rank, done=len(rows), groups=num_groups())
-    for step in range(len(rows) + 1, assignment.train.steps + 1):
+    for step in range(len(rows) + 1, assignment.train.max_steps + 1):
         rows.append({"step": step, "loss": 2.0 / step, "learning_rate": 0.001, "tokens": 100, "seconds": 0.1})
         log.write_text("".join(json.dumps(row) + "\n" for row in rows))
         trace(root, what="step", rank=rank, step=step)
@@ -114,7 +114,7 @@ def train_by_rule(assignment: Any, *, root: Path, held: Mapping[int, int]) -> No
             leave_rung(assignment, rank=rank, step=step)
         if held.get(rank) == step and saved is None:
             wait_until(stop.exists)
-        if stop.exists() and step < assignment.train.steps:
+        if stop.exists() and step < assignment.train.max_steps:
             assignment.running.save(step, write_tensors=lambda path: path.write_bytes(b""), log_rows=rows, facts={}, keep_last=1)
             trace(root, what="stops", rank=rank, step=step, line=logged("stops"))
             raise StoppedError(f"stopped after step {step}")
@@ -208,7 +208,7 @@ def sweep_of(folder: Path, ranks: Sequence[int], *, scheduler: JsonObject, **cha
         "search": {"train.lora.rank": {"grid": list(ranks)}},
         "arms": {},
         "scheduler": {"proxy": {"facts": 16, "context_tokens": [LENGTH]}, **scheduler},
-        "trial.train.steps": 8,
+        "trial.train.max_steps": 8,
         "trial.train.warmup_steps": 0,
     }
     return SweepSpec.parse(with_overrides(data, wanted | changes), origin="test")

@@ -61,7 +61,7 @@ def write_adapter(train: Callable[[dict[str, Any]], None], config: dict[str, Any
     if lora.rank == KILLING_RANK:
         os.kill(os.getpid(), signal.SIGKILL)
     with (assignment.folder / TRAINING_LOG).open("w") as log:
-        for step in range(1, assignment.train.steps + 1):
+        for step in range(1, assignment.train.max_steps + 1):
             if (assignment.folder / STOP).exists():
                 raise StoppedError(f"stopped before step {step}; the same command goes on")
             time.sleep(step_seconds)
@@ -114,11 +114,11 @@ def write_stub_sweep(folder: Path, *, name: str = "stubbed", **changes: Any) -> 
             "corpus": {
                 "sources": [{"path": str(folder / "training")}],
                 "facts": {"facts": [{**place, "slots": slots}]},
-                "sequence_tokens": 256,
+                "sequence_len": 256,
                 "min_context_tokens": 192,
-                "rows": 4,
+                "num_sequences": 4,
             },
-            "train": {"steps": 4, "batch_size": 2, "accumulation": 2, "lora": {"rank": 2}},
+            "train": {"max_steps": 4, "micro_batch_size": 2, "gradient_accumulation_steps": 2, "lora": {"rank": 2}},
             "eval": {
                 "name": "stubbed",
                 "haystack": [{"path": str(folder / "essays" / "*.txt")}],

@@ -180,7 +180,7 @@ def test_a_resumed_median_rule_decides_as_one_that_goes_on(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: float, stopped_at: int | None
 ) -> None:
     monkeypatch.setattr("ray.tune.trainable.trainable.DEFAULT_STORAGE_PATH", str(tmp_path))
-    sweep = sweep_of(folder, [4, 6, 8, 10], scheduler={"kind": "median", "rungs": 3, "reduction": 3}, **{"trial.train.steps": 27})
+    sweep = sweep_of(folder, [4, 6, 8, 10], scheduler={"kind": "median", "rungs": 3, "reduction": 3}, **{"trial.train.max_steps": 27})
     assert sweep.scheduler is not None
     for is_resumed in (False, True):
         storage = Storage.open(tmp_path / f"resumed_{is_resumed}")

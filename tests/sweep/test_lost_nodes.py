@@ -158,7 +158,12 @@ def finished(storage: Path) -> dict[Path, int]:
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    changes = {"trial.corpus.rows": ROWS, "trial.train.steps": STEPS, "trial.resources.scoring_actors": 2, "max_concurrent_trials": 2}
+    changes = {
+        "trial.corpus.num_sequences": ROWS,
+        "trial.train.max_steps": STEPS,
+        "trial.resources.scoring_actors": 2,
+        "max_concurrent_trials": 2,
+    }
     return write_stub_sweep(tmp_path_factory.mktemp("sweep"), name="lossy", **changes)
 
 

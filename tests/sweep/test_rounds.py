@@ -63,13 +63,13 @@ class Asked:
 
 def test_points_that_are_the_same_trial_have_its_value_in_one_round_and_in_two(stubbed: Path, tmp_path: Path) -> None:
     """Of rows per step and steps that are added up only the product counts."""
-    same: list[JsonObject] = [{"train.batch_size": size, "train.accumulation": 4 // size} for size in (1, 2, 4)]
-    space: JsonObject = {"train.batch_size": {"int": [1, 4]}, "train.accumulation": {"int": [1, 4]}}
+    same: list[JsonObject] = [{"train.micro_batch_size": size, "train.gradient_accumulation_steps": 4 // size} for size in (1, 2, 4)]
+    space: JsonObject = {"train.micro_batch_size": {"int": [1, 4]}, "train.gradient_accumulation_steps": {"int": [1, 4]}}
     changes: JsonObject = {
         "search": space,
         "algorithm": {"kind": "tpe", "points": 3, "random_points": 2, "at_a_time": 2},
         "arms": {},
-        "trial.corpus.rows": 16,
+        "trial.corpus.num_sequences": 16,
     }
     storage = Storage(tmp_path)
     rounds = Rounds(read_sweep(stubbed, changes), storage=storage, command="", showing=lambda done, total: None)

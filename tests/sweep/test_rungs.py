@@ -26,8 +26,8 @@ SWEEP: JsonObject = {
     "name": "judged",
     "trial": {
         "model": {"source": "none"},
-        "corpus": {"sources": [{"path": "none"}], "facts": {"facts": [FACTS]}, "rows": 64},
-        "train": {"steps": 54},
+        "corpus": {"sources": [{"path": "none"}], "facts": {"facts": [FACTS]}, "num_sequences": 64},
+        "train": {"max_steps": 54},
         "eval": {
             "name": "one",
             "noise": "The grass is green.",
@@ -40,7 +40,7 @@ SWEEP: JsonObject = {
     "arms": {
         "baseline": {"pauses": None, "train": None},
         "no_pauses": {"pauses": None},
-        "rank_2": {"train.lora.rank": 2, "train.steps": 60},
+        "rank_2": {"train.lora.rank": 2, "train.max_steps": 60},
     },
     "replicates": 2,
 }

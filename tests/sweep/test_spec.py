@@ -26,7 +26,7 @@ SWEEP: JsonObject = {
         "model": {"source": "some/model"},
         "pauses": {"unit": "paragraph", "every": 1},
         "corpus": {"sources": [{"path": "texts"}], "facts": FACTS},
-        "train": {"steps": 2},
+        "train": {"max_steps": 2},
         "eval": {
             "name": "single",
             "haystack": [{"path": "texts"}],
@@ -124,7 +124,7 @@ def test_replicates_differ_in_seed_and_needle_but_not_in_anything_else() -> None
         ({"constraints": [AT_MOST_1], "arms": {"low": {"pauses.every": 7}}}, r"arm low: none of its trials keeps the constraints"),
         ({"objective": {"metric": "score_edges"}}, r"objective\.metric score_edges: no task of arm pause_tuned asks cells that count"),
         ({"objective": {"metric": "recall"}}, r"objective\.metric = \"recall\""),
-        ({"scheduler": {"kind": "asha"}}, r"scheduler: rungs 3 .* not fit into train\.steps 2, which has room for 1, at steps \[1\]"),
+        ({"scheduler": {"kind": "asha"}}, r"scheduler: rungs 3 .* not fit into train\.max_steps 2, which has room for 1, at steps \[1\]"),
         ({"search": {}, "scheduler": {"kind": "asha"}}, r"scheduler: asha compares trials, and the search gives one"),
     ],
 )
@@ -143,9 +143,11 @@ def test_resources_do_not_change_what_a_trial_is() -> None:
 
 
 def test_the_corpus_of_a_trial_that_trains_nothing_does_not_count() -> None:
-    untrained, changed = (first_trial({"trial.train": None, "search": {}, "arms": {}, "trial.corpus.rows": rows}) for rows in (10, 20))
+    untrained, changed = (
+        first_trial({"trial.train": None, "search": {}, "arms": {}, "trial.corpus.num_sequences": rows}) for rows in (10, 20)
+    )
     assert untrained.defining() == changed.defining()
-    trained, retrained = (first_trial({"trial.corpus.rows": rows}) for rows in (10, 20))
+    trained, retrained = (first_trial({"trial.corpus.num_sequences": rows}) for rows in (10, 20))
     assert trained.defining() != retrained.defining()
 
 

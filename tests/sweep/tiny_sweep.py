@@ -61,11 +61,17 @@ def write_sweep(folder: Path, model_dir: Path, *, steps: int = 3) -> Path:
             "corpus": {
                 "sources": [{"path": "training"}],
                 "facts": {"facts": [facts]},
-                "sequence_tokens": 256,
+                "sequence_len": 256,
                 "min_context_tokens": 192,
-                "rows": 12,
+                "num_sequences": 12,
             },
-            "train": {"steps": steps, "batch_size": 2, "accumulation": 2, "lora": {"rank": 2}, "zero": {"stage": 2}},
+            "train": {
+                "max_steps": steps,
+                "micro_batch_size": 2,
+                "gradient_accumulation_steps": 2,
+                "lora": {"rank": 2},
+                "zero": {"stage": 2},
+            },
             "eval": {
                 "name": "tiny",
                 "haystack": [{"path": "haystack/*.txt"}],

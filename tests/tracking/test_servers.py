@@ -113,7 +113,7 @@ def server(tmp_path: Path) -> Iterator[MlflowServer]:
 
 def start_sweep(folder: Path, storage: Storage, *, mlflow: str) -> subprocess.Popen[str]:
     """Of stubs: a short training, one that takes its time, a baseline."""
-    changes = {"search": {"train.steps": {"grid": [FEW_STEPS, MANY_STEPS]}}, "arms": {"baseline": {"pauses": None, "train": None}}}
+    changes = {"search": {"train.max_steps": {"grid": [FEW_STEPS, MANY_STEPS]}}, "arms": {"baseline": {"pauses": None, "train": None}}}
     sweep = write_stub_sweep(folder, name="demo", **changes)
     command = [sys.executable, "-m", "tests.sweep.stubs", f"--step-seconds={STEP_SECONDS}", "--"]
     command += ["sweep", str(sweep), "--storage", str(storage.root)]
@@ -129,7 +129,7 @@ def one_whole_and_one_growing(uri: str, sweep: subprocess.Popen[str]) -> Any:
     while True:
         assert sweep.poll() is None, sweep.communicate()[0]
         assert time.monotonic() < until, "it never happened"
-        found = {run.data.params.get("train.steps"): run for run in runs(uri).values()}
+        found = {run.data.params.get("train.max_steps"): run for run in runs(uri).values()}
         first, second = found.get(str(FEW_STEPS)), found.get(str(MANY_STEPS))
         if first and first.info.status == "FINISHED" and second and "training_loss" in second.data.metrics:
             return second

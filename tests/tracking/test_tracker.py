@@ -19,7 +19,7 @@ from pause_ray.tracking.store import tracking_uri
 from tests.stored_sweep import rows, store_sweep, store_trial
 
 pytestmark = pytest.mark.mlflow
-TRAINING = Training.alone({"train": {"steps": 2}}, name="quickstart", checkpoint="abcdef0123456789")
+TRAINING = Training.alone({"train": {"max_steps": 2}}, name="quickstart", checkpoint="abcdef0123456789")
 
 
 @pytest.fixture

@@ -41,7 +41,9 @@ def running_sweep(storage: Storage) -> Path:
     """Baseline done, two trials whose training has begun: only their specs are there."""
     store_trial(storage, "b0", rows(GRID, trial="b0"))
     for trial in ("p0", "p1"):
-        write_json(storage.trials / trial / "spec.json", {"model": {"source": "some/model"}, "train": {"steps": 3, "lora": {"rank": 4}}})
+        write_json(
+            storage.trials / trial / "spec.json", {"model": {"source": "some/model"}, "train": {"max_steps": 3, "lora": {"rank": 4}}}
+        )
     return store_sweep(storage, PLANNED)
 
 
@@ -162,10 +164,10 @@ def checkpoint_in(folder: Path, log: list[JsonObject]) -> Checkpoint:
 
 def test_a_training_of_its_own_has_a_run_from_its_first_step_to_its_end(storage: Storage, tmp_path: Path) -> None:
     log = [step(1), step(2), step(3, validation_loss=1.25)]
-    training = Training.alone({"train": {"steps": 3}}, name="quickstart", checkpoint="abcdef0123456789")
+    training = Training.alone({"train": {"max_steps": 3}}, name="quickstart", checkpoint="abcdef0123456789")
     LiveTrainings(storage).send(training, log[:2])
     run = runs_of(storage, "training")["abcdef0123456789"]
-    assert (run.info.status, run.info.run_name, run.data.params) == ("RUNNING", "quickstart abcdef01", {"train.steps": "3"})
+    assert (run.info.status, run.info.run_name, run.data.params) == ("RUNNING", "quickstart abcdef01", {"train.max_steps": "3"})
     checkpoint = checkpoint_in(tmp_path / "checkpoint", log)
     for _ in range(2):
         log_training(training, checkpoint, storage)

@@ -29,8 +29,8 @@ QUICKLY = {
 NODE = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 * 1024**2}
 DRAINED_SECONDS = 10
 SETTINGS: dict[str, dict[str, Any]] = {
-    "killed": {"steps": 300, "checkpoint_every": 5, "learning_rate": 1e-3},
-    "drained": {"steps": 1000, "checkpoint_every": 10_000, "learning_rate": 1e-4},
+    "killed": {"max_steps": 300, "checkpoint_every": 5, "learning_rate": 1e-3},
+    "drained": {"max_steps": 1000, "checkpoint_every": 10_000, "learning_rate": 1e-4},
 }
 """Of the training in each scenario; a drained node has to be noticed before the last step."""
 

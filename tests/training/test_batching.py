@@ -44,22 +44,29 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
 
 
 @given(
-    batch_size=st.integers(1, 12), accumulation=st.integers(1, 12), num_workers=st.integers(1, 24), together=st.sampled_from([1, 2, 3, 4])
+    micro_batch_size=st.integers(1, 12),
+    gradient_accumulation_steps=st.integers(1, 12),
+    num_workers=st.integers(1, 24),
+    together=st.sampled_from([1, 2, 3, 4]),
 )
-def test_rows_are_shared_evenly_or_refused(batch_size: int, accumulation: int, num_workers: int, together: int) -> None:
-    train = TrainSpec(batch_size=batch_size, accumulation=accumulation, sequence_parallel=together)
+def test_rows_are_shared_evenly_or_refused(
+    micro_batch_size: int, gradient_accumulation_steps: int, num_workers: int, together: int
+) -> None:
+    train = TrainSpec(
+        micro_batch_size=micro_batch_size, gradient_accumulation_steps=gradient_accumulation_steps, sequence_parallel=together
+    )
     if num_workers % together:
         with pytest.raises(SpecError, match=f"train.sequence_parallel {together} needs groups of {together}.* there are {num_workers}"):
             share(train, num_workers=num_workers)
         return
-    if batch_size * accumulation % (num_workers // together):
+    if micro_batch_size * gradient_accumulation_steps % (num_workers // together):
         sharers = f"{num_workers} workers" if together == 1 else f"{num_workers // together} groups of {together} workers"
         with pytest.raises(SpecError, match=f"cannot be shared by {sharers}"):
             share(train, num_workers=num_workers)
         return
     cut = share(train, num_workers=num_workers)
-    assert cut.rows_per_step == cut.micro_rows * cut.passes * cut.groups == batch_size * accumulation
-    assert cut.micro_rows <= batch_size
+    assert cut.rows_per_step == cut.micro_rows * cut.passes * cut.groups == micro_batch_size * gradient_accumulation_steps
+    assert cut.micro_rows <= micro_batch_size
     places = [cut.place(rank) for rank in range(num_workers)]
     assert places == [(group, part) for group in range(cut.groups) for part in range(together)]
 
@@ -78,7 +85,7 @@ def test_dealing_gives_each_row_to_one_pass_of_one_group(data: st.DataObject, mi
 
 @given(steps=st.integers(1, 60), warmup=st.integers(0, 20), schedule=st.sampled_from(["linear", "cosine", "constant"]))
 def test_the_rate_climbs_to_its_peak_and_never_rises_again(steps: int, warmup: int, schedule: str) -> None:
-    train = TrainSpec(steps=steps, warmup_steps=warmup, schedule=schedule, learning_rate=0.5)
+    train = TrainSpec(max_steps=steps, warmup_steps=warmup, schedule=schedule, learning_rate=0.5)
     rates = [learning_rate(step, train) for step in range(steps)]
     assert all(0 < rate <= 0.5 for rate in rates)
     climb, descent = rates[:warmup], rates[warmup:]
@@ -92,7 +99,7 @@ def test_the_rate_climbs_to_its_peak_and_never_rises_again(steps: int, warmup: i
 
 def test_schedules_end_near_zero() -> None:
     for schedule in ("linear", "cosine"):
-        train = TrainSpec(steps=1000, warmup_steps=10, schedule=schedule, learning_rate=1.0)
+        train = TrainSpec(max_steps=1000, warmup_steps=10, schedule=schedule, learning_rate=1.0)
         assert learning_rate(999, train) < 0.002
         assert learning_rate(505, train) == pytest.approx(0.5)
 
@@ -146,7 +153,7 @@ def test_equal_parts_are_the_batch_and_fewer_spare_tokens_than_parts(rows: list[
 
 @pytest.mark.parametrize(("num_rows", "longest", "told"), [(7, 100, r"7 rows.* = 8 different"), (8, 101, "row of 101 tokens.* takes 100")])
 def test_a_corpus_that_the_training_cannot_use_is_refused(num_rows: int, longest: int, told: str) -> None:
-    train = TrainSpec(batch_size=2, accumulation=4)
+    train = TrainSpec(micro_batch_size=2, gradient_accumulation_steps=4)
     check_corpus(train, num_rows=8, longest_row_tokens=100, limit_tokens=100)
     with pytest.raises(SpecError, match=told):
         check_corpus(train, num_rows=num_rows, longest_row_tokens=longest, limit_tokens=100)

@@ -32,7 +32,14 @@ def assignment(llama: Path, shards: Path, folder: Path, *, stage: int = 0, dropo
     from pause_ray.training.spec import Assignment
 
     (folder / "out").mkdir(parents=True, exist_ok=True)
-    settings = {"steps": STEPS, "batch_size": 2, "accumulation": 2, "warmup_steps": 1, "learning_rate": 1e-2, "precision": "float32"}
+    settings = {
+        "max_steps": STEPS,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "warmup_steps": 1,
+        "learning_rate": 1e-2,
+        "precision": "float32",
+    }
     settings |= {"checkpoint_every": INTERRUPTED_AFTER, "keep_checkpoints": 9, "validate_every": 2}
     return Assignment(
         train=TrainSpec(lora=LoraSpec(rank=4, alpha=4, dropout=dropout), zero=ZeroSpec(stage=stage), **(settings | changes)),

@@ -51,8 +51,8 @@ def train(model_dir: Path, root: Path, *, marker: MarkerToken | None, base_diges
     if not shards.exists():
         make_shards(shards, make_rows(12, marker_id=marker.token_id if marker else None))
     usual = {
-        "steps": 3,
-        "accumulation": 1,
+        "max_steps": 3,
+        "gradient_accumulation_steps": 1,
         "warmup_steps": 0,
         "learning_rate": 2e-2,
         "precision": "float32",
@@ -196,7 +196,7 @@ def test_options_go_together_and_train(tmp_path: Path, settings: dict[str, Any])
 
     model_dir = make_model(tmp_path / "model", hidden_size=64, intermediate_size=128)
     marker = added_marker(model_dir)
-    usual = {"precision": "bfloat16", "steps": 6}
+    usual = {"precision": "bfloat16", "max_steps": 6}
     checkpoint = train(model_dir, tmp_path, marker=marker, **(usual | settings))
     assert losses(checkpoint)[-1] < losses(checkpoint)[0]
     base = load_base(model_dir, dtype="bfloat16", marker=marker, device="cpu", quantize=settings.get("quantize"))

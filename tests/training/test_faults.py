@@ -52,7 +52,7 @@ def test_a_training_survives(llama: Path, shards: Path, tmp_path: Path, scenario
     settings = faulty_cluster.SETTINGS[scenario]
     assert [event["name"] for event in happened] == happenings
     rows = checkpoint.losses()
-    assert [row["step"] for row in rows] == list(range(1, settings["steps"] + 1)), "each step once"
+    assert [row["step"] for row in rows] == list(range(1, settings["max_steps"] + 1)), "each step once"
     assert not training_folder(checkpoint.folder).exists()
     for event in happened:
         kept = next((step for step, row in enumerate(event["rows"]) if row != rows[step]), len(event["rows"]))
@@ -77,7 +77,7 @@ def wait_for(happened: Callable[[], bool], process: subprocess.Popen[bytes], sec
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_the_same_command_goes_on_after_its_driver_was_killed(llama: Path, shards: Path, tmp_path: Path, number: signal.Signals) -> None:
     """SIGKILL leaves the last regular checkpoint, the others make one; what comes out is the adapter of a training that ran through."""
-    settings = {"steps": 300, "checkpoint_every": 20 if number == signal.SIGKILL else None}
+    settings = {"max_steps": 300, "checkpoint_every": 20 if number == signal.SIGKILL else None}
     job = job_of(llama, shards, **settings)
     code = (
         "from pathlib import Path\n"

@@ -30,7 +30,14 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def job_of(llama: Path, shards: Path, **changes: Any) -> TrainJob:
-    settings = {"steps": 4, "batch_size": 2, "accumulation": 2, "warmup_steps": 1, "learning_rate": 1e-2, "precision": "float32"}
+    settings = {
+        "max_steps": 4,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "warmup_steps": 1,
+        "learning_rate": 1e-2,
+        "precision": "float32",
+    }
     train = TrainSpec(lora=LoraSpec(rank=4, alpha=4), **(settings | changes))
     return TrainJob(
         train=train, model_dir=llama, base_digest="tiny", shards=shards, marker=added_marker(llama), policy=None, seed=0, threads=1
@@ -65,7 +72,7 @@ def test_whatever_changes_the_adapter_changes_its_digest(tmp_path: Path) -> None
         threads=None,
     )
     others = [
-        dataclasses.replace(job, train=TrainSpec(steps=61)),
+        dataclasses.replace(job, train=TrainSpec(max_steps=61)),
         dataclasses.replace(job, base_digest="b"),
         dataclasses.replace(job, shards=make_shards(tmp_path / "b", make_rows(4, seed=1))),
         dataclasses.replace(job, seed=1),
@@ -102,7 +109,7 @@ def test_a_damaged_shard_is_refused(tmp_path: Path) -> None:
 @torch_only
 def test_training_is_followed_recorded_and_not_done_twice(llama: Path, shards: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int, float]] = []
-    job = job_of(llama, shards, steps=60)
+    job = job_of(llama, shards, max_steps=60)
     checkpoint = run(job, tmp_path, lambda done, steps, row: seen.append((done, steps, row["loss"])))
     losses = [row["loss"] for row in checkpoint.losses()]
     assert seen == [(step + 1, 60, loss) for step, loss in enumerate(losses)]
@@ -219,7 +226,7 @@ def test_a_float16_step_that_overflows_is_skipped_counted_and_no_error(
     from pause_ray.training import deepspeed
 
     monkeypatch.setattr(deepspeed, "FIRST_LOSS_SCALE_POWER", 22)
-    rows = run(job_of(llama, shards, precision="float16", zero=ZeroSpec(stage=stage), steps=30), tmp_path).losses()
+    rows = run(job_of(llama, shards, precision="float16", zero=ZeroSpec(stage=stage), max_steps=30), tmp_path).losses()
     skipped = [row.get("skipped_steps", 0) for row in rows]
     assert skipped == sorted(skipped)
     assert 0 < skipped[-1] < 15
@@ -238,7 +245,12 @@ def test_a_precision_that_the_device_does_not_know_is_refused(llama: Path, shard
 
 @torch_only
 @pytest.mark.parametrize(
-    "changes", [{"batch_size": 4, "accumulation": 1}, {"batch_size": 1, "accumulation": 4}, {"gradient_checkpointing": True}]
+    "changes",
+    [
+        {"micro_batch_size": 4, "gradient_accumulation_steps": 1},
+        {"micro_batch_size": 1, "gradient_accumulation_steps": 4},
+        {"gradient_checkpointing": True},
+    ],
 )
 def test_how_a_step_is_cut_up_changes_nothing(llama: Path, shards: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     assert largest_difference(run(job_of(llama, shards), tmp_path), run(job_of(llama, shards, **changes), tmp_path)) < 1e-4
@@ -247,7 +259,7 @@ def test_how_a_step_is_cut_up_changes_nothing(llama: Path, shards: Path, tmp_pat
 @torch_only
 def test_a_loss_that_is_no_number_stops_training_and_leaves_nothing(llama: Path, shards: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"at step \d+, rows \["):
-        run(job_of(llama, shards, learning_rate=1e30, steps=8), tmp_path)
+        run(job_of(llama, shards, learning_rate=1e30, max_steps=8), tmp_path)
     assert [path for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()] == []
     assert run(job_of(llama, shards), tmp_path).num_steps == 4
 
@@ -262,7 +274,7 @@ def test_a_disk_that_fills_up_while_training_is_a_storage_error_and_leaves_nothi
                 pass
 
     with pytest.raises(StorageError, match="disk is full"):
-        run(job_of(llama, shards, steps=100), small_disk, fill)
+        run(job_of(llama, shards, max_steps=100), small_disk, fill)
     assert [path for path in (small_disk / "checkpoints").iterdir() if path.is_dir()] == []
     filler.unlink()
     assert run(job_of(llama, shards), small_disk).num_steps == 4
@@ -301,7 +313,7 @@ def test_the_adapter_loads_with_plain_peft(tmp_path: Path, tied: bool, make_mark
     marker = make_marker(llama)
     rows = make_rows(20, marker_id=marker.token_id)
     checkpoint = run(
-        dataclasses.replace(job_of(llama, make_shards(tmp_path / "set", rows), steps=100), marker=marker),
+        dataclasses.replace(job_of(llama, make_shards(tmp_path / "set", rows), max_steps=100), marker=marker),
         tmp_path,
     )
     assert checkpoint.marker == marker
@@ -379,7 +391,7 @@ def test_a_finished_training_keeps_no_checkpoints_of_itself(llama: Path, shards:
 
 def diverged(llama: Path, shards: Path, root: Path) -> tuple[TrainJob, Path]:
     """A job whose loss is no number at step 2 or later, and the folder of its last checkpoint."""
-    job = job_of(llama, shards, learning_rate=1e30, warmup_steps=0, steps=8, checkpoint_every=1)
+    job = job_of(llama, shards, learning_rate=1e30, warmup_steps=0, max_steps=8, checkpoint_every=1)
     with pytest.raises(TrainingError, match=r"at step \d+, rows \["):
         run(job, root)
     folder = training_folder(root / "checkpoints" / train_digest(job))
@@ -421,7 +433,7 @@ def test_a_training_does_not_go_on_with_another_tokenizer(llama: Path, shards: P
 @torch_only
 def test_a_disk_that_is_full_when_a_checkpoint_is_due_leaves_the_one_before(llama: Path, shards: Path, small_disk: Path) -> None:
     filler = small_disk / "filler"
-    job = job_of(llama, shards, steps=200, checkpoint_every=20)
+    job = job_of(llama, shards, max_steps=200, checkpoint_every=20)
 
     def fill(done: int, steps: int, row: JsonObject) -> None:
         if done > 20:  # the checkpoint after step 20 is written before step 21 is told

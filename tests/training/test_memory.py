@@ -69,7 +69,7 @@ def test_each_stage_divides_one_thing_more_among_the_workers(shape: ModelShape, 
     ("fields", "part", "low", "high"),
     [
         ({"gradient_checkpointing": True}, "activations", 1 / 32, 1 / 8),  # one of 32 layers, and what goes into each
-        ({"batch_size": 1, "accumulation": 8}, "activations", 0.5, 0.5),
+        ({"micro_batch_size": 1, "gradient_accumulation_steps": 8}, "activations", 0.5, 0.5),
         ({"lora": {"rank": 32}}, "adapter", 2, 2),
         ({"lora": {"rank": 32}}, "optimizer", 2, 2),
         ({"precision": "float32"}, "weights", 2, 2),
@@ -98,7 +98,7 @@ def test_what_is_offloaded_leaves_the_gpu_for_the_machine() -> None:
 
 
 def test_workers_that_share_a_row_hold_a_part_of_it() -> None:
-    whole, part = (planned(train_of(sequence_parallel=number, batch_size=1, accumulation=8)) for number in (1, 4))
+    whole, part = (planned(train_of(sequence_parallel=number, micro_batch_size=1, gradient_accumulation_steps=8)) for number in (1, 4))
     assert part.worker["activations"] == pytest.approx(whole.worker["activations"] / 4, rel=1e-3)
 
 
@@ -179,13 +179,16 @@ def test_what_is_said_to_fit_does_fit_and_nothing_of_it_is_needless(
     assert changes
     assert fits(changes, number)
     for change in changes:
-        if not change.startswith(("zero", "accumulation")):
+        if not change.startswith(("zero", "gradient_accumulation_steps")):
             assert not fits([other for other in changes if other != change], number)
 
 
 @pytest.mark.parametrize("rows", [3, 5, 9])
 def test_more_workers_are_offered_only_where_they_can_share_the_rows(rows: int) -> None:
-    train, alone = train_of(batch_size=1, accumulation=rows, gradient_checkpointing=True), Workers(number=1, per_node=8)
+    train, alone = (
+        train_of(micro_batch_size=1, gradient_accumulation_steps=rows, gradient_checkpointing=True),
+        Workers(number=1, per_node=8),
+    )
     remedy = what_would_fit(train, shape=LARGE, workers=alone, memory_bytes=24 * 10**9, longest_row_tokens=8192)
     workers, parts = (re.search(pattern, remedy) for pattern in (r"(\d+) workers", r"sequence_parallel: (\d+)"))
     assert workers
@@ -195,13 +198,17 @@ def test_more_workers_are_offered_only_where_they_can_share_the_rows(rows: int) 
 
 def test_where_nothing_helps_that_is_said() -> None:
     train = train_of(quantize="nf4")
-    with pytest.raises(SpecError, match=r"nothing makes rows of 100,000,000 tokens fit; choose shorter ones \(corpus\.sequence_tokens\)"):
+    with pytest.raises(SpecError, match=r"nothing makes rows of 100,000,000 tokens fit; choose shorter ones \(corpus\.sequence_len\)"):
         resolve_stage(train, shape=LARGE, workers=1, memory_bytes=GPU, longest_row_tokens=100_000_000)
 
 
 def test_more_workers_are_asked_for_where_they_are_what_is_missing() -> None:
     train = train_of(
-        gradient_checkpointing=True, batch_size=1, accumulation=64, quantize="nf4", zero={"stage": "auto", "offload_parameters": "cpu"}
+        gradient_checkpointing=True,
+        micro_batch_size=1,
+        gradient_accumulation_steps=64,
+        quantize="nf4",
+        zero={"stage": "auto", "offload_parameters": "cpu"},
     )
     with pytest.raises(SpecError, match=r"what would fit: \d+ workers"):
         resolve_stage(train, shape=LARGE, workers=1, memory_bytes=24_000_000_000, longest_row_tokens=131_072)
@@ -230,7 +237,7 @@ def test_autograd_keeps_what_is_planned(tmp_path: Path, kind: str, precision: An
     sizes = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 6, "head_dim": 32, "layer_types": None}
     folder = make_model(tmp_path / "model", kind=kind, **{name: size for name, size in sizes.items() if size or kind.startswith("gemma")})
     shape = ModelShape.load(folder)
-    train = train_of(precision=precision, gradient_checkpointing=checkpointing, batch_size=8, accumulation=1)
+    train = train_of(precision=precision, gradient_checkpointing=checkpointing, micro_batch_size=8, gradient_accumulation_steps=1)
     trainable = model.load_trainable(train, model_dir=folder, marker=None, seed=0, device="cpu", stage=0)
     wrapped = loss.LossModel(trainable)
     batch = collate(make_rows(8))

@@ -46,7 +46,13 @@ class Peak:
 
 
 QUANTISED = TrainSpec(
-    precision="bfloat16", quantize="nf4", batch_size=1, accumulation=2, learning_rate=2e-2, lora=LoraSpec(rank=4), zero=ZeroSpec(stage=3)
+    precision="bfloat16",
+    quantize="nf4",
+    micro_batch_size=1,
+    gradient_accumulation_steps=2,
+    learning_rate=2e-2,
+    lora=LoraSpec(rank=4),
+    zero=ZeroSpec(stage=3),
 )
 
 

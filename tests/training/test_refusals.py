@@ -19,7 +19,7 @@ pytestmark = pytest.mark.torch
 @pytest.mark.parametrize(
     ("num_rows", "train", "num_workers", "told"),
     [
-        (7, {}, 0, r"corpus has 7 rows.*train.batch_size 2 × train.accumulation 4 = 8"),
+        (7, {}, 0, r"corpus has 7 rows.*train.micro_batch_size 2 × train.gradient_accumulation_steps 4 = 8"),
         (8, {"sequence_parallel": 5}, 5, r"train.sequence_parallel 5 .* the model's 4 attention heads"),
         (8, {"sequence_parallel": 2}, 3, "needs groups of 2 workers, but there are 3"),
     ],
@@ -34,7 +34,7 @@ def test_a_row_longer_than_the_model_is_refused(tmp_path: Path) -> None:
     rows = make_rows(8)
     long = rows[0].input_ids.repeat(30)
     rows[3] = type(rows[3])(input_ids=long, labels=long, num_pauses=0, num_documents=1)
-    with pytest.raises(SpecError, match=f"a row of {len(long)} tokens, but the model takes 256; lower corpus.sequence_tokens"):
+    with pytest.raises(SpecError, match=f"a row of {len(long)} tokens, but the model takes 256; lower corpus.sequence_len"):
         run(tmp_path, rows, TrainSpec(), num_workers=0)
 
 

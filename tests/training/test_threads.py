@@ -22,7 +22,9 @@ pytestmark = pytest.mark.ray
 @pytest.mark.parametrize(("threads", "expected"), [(None, cpu_count()), (3, 3)])
 def test_a_trial_of_one_logical_cpu_trains_on_all_cores_unless_told_otherwise(tmp_path: Path, threads: int | None, expected: int) -> None:
     job = TrainJob(
-        train=TrainSpec(steps=1, batch_size=1, accumulation=1, precision="float32", lora=LoraSpec(rank=2, alpha=2)),
+        train=TrainSpec(
+            max_steps=1, micro_batch_size=1, gradient_accumulation_steps=1, precision="float32", lora=LoraSpec(rank=2, alpha=2)
+        ),
         model_dir=make_model(tmp_path / "model"),
         base_digest="tiny",
         shards=make_shards(tmp_path / "set", make_rows(4)),

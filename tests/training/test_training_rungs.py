@@ -21,7 +21,14 @@ pytestmark = pytest.mark.torch
 
 
 def job_of(llama: Path, shards: Path, **changes: Any) -> TrainJob:
-    settings = {"steps": 6, "batch_size": 2, "warmup_steps": 1, "learning_rate": 1e-2, "precision": "float32", "checkpoint_every": 2}
+    settings = {
+        "max_steps": 6,
+        "micro_batch_size": 2,
+        "warmup_steps": 1,
+        "learning_rate": 1e-2,
+        "precision": "float32",
+        "checkpoint_every": 2,
+    }
     return TrainJob(
         train=TrainSpec(lora=LoraSpec(rank=4, alpha=4), **(settings | changes)),
         model_dir=llama,
@@ -91,7 +98,7 @@ def test_rungs_stay_until_the_training_is_asked_for_without(llama: Path, shards:
 
 
 def test_a_training_in_a_thread_ends_when_it_is_asked_to_and_goes_on(llama: Path, shards: Path, tmp_path: Path) -> None:
-    job, stop, raised = job_of(llama, shards, steps=400, checkpoint_every=None), threading.Event(), list[Exception]()
+    job, stop, raised = job_of(llama, shards, max_steps=400, checkpoint_every=None), threading.Event(), list[Exception]()
 
     def train() -> None:
         try:

@@ -29,7 +29,7 @@ def test_two_workers_train_the_adapter_of_one_process(tmp_path: Path) -> None:
     llama = make_model(tmp_path / "model")
     marker = added_marker(llama)
     train = TrainSpec(
-        steps=4, warmup_steps=1, learning_rate=1e-2, precision="float32", lora=LoraSpec(rank=4, alpha=4), zero=ZeroSpec(stage=3)
+        max_steps=4, warmup_steps=1, learning_rate=1e-2, precision="float32", lora=LoraSpec(rank=4, alpha=4), zero=ZeroSpec(stage=3)
     )
     job = TrainJob(
         train=train,
@@ -66,7 +66,7 @@ def test_two_workers_train_the_adapter_of_one_process(tmp_path: Path) -> None:
 def test_ctrl_c_makes_workers_write_a_checkpoint_and_end(tmp_path: Path) -> None:
     llama = make_model(tmp_path / "model")
     job = TrainJob(
-        train=TrainSpec(steps=5000, precision="float32", lora=LoraSpec(rank=4, alpha=4)),
+        train=TrainSpec(max_steps=5000, precision="float32", lora=LoraSpec(rank=4, alpha=4)),
         model_dir=llama,
         base_digest="tiny",
         shards=make_shards(tmp_path / "set", make_rows(20)),

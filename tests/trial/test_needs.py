@@ -56,7 +56,7 @@ def site(table: GpuTable) -> Site:
 
 
 def train_of(**fields: Any) -> TrainSpec:
-    return TrainSpec.parse({"batch_size": 1, "accumulation": 8, "zero": {"stage": "auto"}} | fields, origin="test")
+    return TrainSpec.parse({"micro_batch_size": 1, "gradient_accumulation_steps": 8, "zero": {"stage": "auto"}} | fields, origin="test")
 
 
 def planned(site: Site, train: TrainSpec | None = None, *, shape: ModelShape = MIDDLE, rows: Rows = ROWS, **changes: Any) -> Plan:
@@ -110,7 +110,8 @@ def test_time_and_money_follow_the_assumptions(site: Site) -> None:
 
 def test_weights_that_are_gathered_over_a_slow_network_decide_the_time(site: Site) -> None:
     found = [
-        planned(site, train_of(accumulation=16), shape=LARGE, gpus=16, network_gb_per_second=speed).training for speed in (1000, 1, 0.5)
+        planned(site, train_of(gradient_accumulation_steps=16), shape=LARGE, gpus=16, network_gb_per_second=speed).training
+        for speed in (1000, 1, 0.5)
     ]
     assert [its.bound_by for its in found if its] == ["computing", "moving weights", "moving weights"]
     seconds = [its.seconds for its in found if its]
@@ -139,7 +140,7 @@ def test_an_answer_reads_the_keys_of_its_own_prompt_and_not_of_the_longest(site:
 @pytest.mark.parametrize("tokens", [512, 131_072])
 def test_recomputing_takes_one_more_pass_through_the_layers_and_none_through_the_output(site: Site, tokens: int) -> None:
     rows = Rows(longest_tokens=tokens, mean_tokens=tokens, learned_tokens=tokens)
-    kept, again = (planned(site, train_of(steps=1, gradient_checkpointing=on), rows=rows).training for on in (False, True))
+    kept, again = (planned(site, train_of(max_steps=1, gradient_checkpointing=on), rows=rows).training for on in (False, True))
     assert kept is not None
     assert again is not None
     one_pass = MIDDLE.forward_flops(new_tokens=tokens, past_tokens=0, logit_rows=0)
@@ -151,7 +152,7 @@ def test_recomputing_takes_one_more_pass_through_the_layers_and_none_through_the
 @pytest.mark.parametrize("memory_gb", [24, 80])
 @pytest.mark.parametrize("fields", [{}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "quantize": "nf4"}])
 def test_the_smallest_cluster_is_the_first_that_fits(site: Site, shape: ModelShape, memory_gb: float, fields: dict[str, Any]) -> None:
-    train = train_of(accumulation=32, **fields)
+    train = train_of(gradient_accumulation_steps=32, **fields)
     gpu = site.gpu.model_copy(update={"memory_gb": memory_gb})
     sizes = [1, 2, 4, 8, 16, 32]  # that 32 rows can be shared by
     fitting = [size for size in sizes if planned(site, train, shape=shape, gpus=size, gpu=gpu).remedy is None]
@@ -211,7 +212,7 @@ def test_a_grid_without_its_texts_is_about_that_with_them(site: Site, tmp_path: 
             {"lora": {"targets": ["q_proj", "query"]}},
             r"train\.lora\.targets: \['query'\] fit no linear layer of the model; it has \['down_proj'",
         ),
-        ({"accumulation": 9}, r"= 9 rows per step cannot be shared by 8 workers"),
+        ({"gradient_accumulation_steps": 9}, r"= 9 rows per step cannot be shared by 8 workers"),
         ({"sequence_parallel": 3}, r"train\.sequence_parallel 3 needs groups of 3 workers"),
         ({"sequence_parallel": 64}, r"train\.sequence_parallel 64 is more workers than the model's 32 attention heads"),
     ],
@@ -240,7 +241,14 @@ def test_planned_operations_are_those_that_torch_counts(site: Site, tmp_path: Pa
     from tests.inference.tiny_model import make_model
 
     folder = make_model(tmp_path / "model", hidden_size=128, intermediate_size=320, num_hidden_layers=8)
-    train = train_of(steps=1, batch_size=8, accumulation=1, precision="float32", lora={"rank": 1}, gradient_checkpointing=checkpointing)
+    train = train_of(
+        max_steps=1,
+        micro_batch_size=8,
+        gradient_accumulation_steps=1,
+        precision="float32",
+        lora={"rank": 1},
+        gradient_checkpointing=checkpointing,
+    )
     wrapped = loss.LossModel(model.load_trainable(train, model_dir=folder, marker=None, seed=0, device="cpu", stage=0))
     batch = collate(make_rows(8))
     with flops.FlopCounterMode(display=False) as counter:

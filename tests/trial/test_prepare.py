@@ -40,7 +40,7 @@ def digest_of(trial: JsonObject, cache: Path, **changes: object) -> str:
         ({"eval__context_tokens": [320, 2000]}, r"2000.*1024"),
         ({"eval__context_tokens": [40, 320]}, r"context_tokens|at least"),
         ({"eval__context_tokens": [1020]}, r"1024"),
-        ({"corpus__sequence_tokens": 2048}, r"corpus\.sequence_tokens 2048.*1024"),
+        ({"corpus__sequence_len": 2048}, r"corpus\.sequence_len 2048.*1024"),
         ({"train__lora__rank": 5000}, r"train\.lora\.rank 5000.*hidden size"),
         ({"pauses__token": "reserved"}, r"reserved"),
         ({"model__source": "no/such/folder/here"}, r"no/such/folder/here"),
@@ -111,7 +111,7 @@ def test_the_identity_changes_with_what_changes_the_result_and_with_nothing_else
         {"seed": 1},
         {"replicate": 1},
         {"eval__max_new_tokens": 5},
-        {"corpus__rows": 13},
+        {"corpus__num_sequences": 13},
     ]
     assert len({same, *(digest_of(trial, tmp_path, **change) for change in changes)}) == len(changes) + 1
 

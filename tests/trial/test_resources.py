@@ -83,10 +83,13 @@ def test_the_same_trial_on_other_workers_is_the_same_trial() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"resources.train_workers": 3}, r"train.batch_size 2 × train.accumulation 4 = 8 rows per step cannot be shared by 3 workers"),
+        (
+            {"resources.train_workers": 3},
+            r"train.micro_batch_size 2 × train.gradient_accumulation_steps 4 = 8 rows per step cannot be shared by 3 workers",
+        ),
         ({"train.sequence_parallel": 2}, r"train.sequence_parallel 2 needs groups of 2 workers, but there are 1"),
     ],
 )
 def test_workers_that_cannot_share_a_step_are_refused(changes: JsonObject, message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        trial({"train.batch_size": 2, "train.accumulation": 4, **changes})
+        trial({"train.micro_batch_size": 2, "train.gradient_accumulation_steps": 4, **changes})
