@@ -186,14 +186,15 @@ def test_a_training_on_cpus_is_not_held_against_the_memory_of_gpus(gpus: float |
 
 def why_not_joined(environment: dict[str, str]) -> str:
     """The one line of whoever would join that cluster."""
-    code = "import sys\nfrom pause_ray.cli.main import main\nfrom pause_ray import cluster\n"
-    code += "from pause_ray.cli.terminal import app\n@app.command()\ndef join():\n    with cluster.connection(): pass\nmain()"
+    code = "import sys\nfrom pause_ray.cli.main import main\nfrom pause_ray.core import ray_cluster\n"
+    code += "from pause_ray.cli.terminal import app\n@app.command()\ndef join():\n    with ray_cluster.connection(): pass\nmain()"
     done = subprocess.run([sys.executable, "-c", code, "join"], env=environment, capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     return " ".join(done.stderr.split())
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_every_node_of_a_real_cluster_is_looked_at(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path, write_model(tmp_path / "model"))
