@@ -42,7 +42,7 @@ from pause_ray.core.spec import read_yaml
 from pause_ray.core.storage import Storage
 from pause_ray.evaluation.answer import Condition
 from pause_ray.evaluation.ledger import CellResult, Ledger
-from pause_ray.evaluation.scoring_pool import Fleet, ScoringJob
+from pause_ray.evaluation.scoring_pool import ScoringJob, ScoringPool
 from pause_ray.evaluation.suite import Cell, cells
 from pause_ray.inference.engine import Completion, EngineError, HfEngineSpec, LoadedAs, Step
 from pause_ray.inference.scripted import ScriptedEngine
@@ -168,7 +168,7 @@ def busy(pids: Sequence[int]) -> float:
 
 def score(bench: Bench, job: ScoringJob, asked: Sequence[Cell], *, engine: ScriptedEngine | None, kind: str) -> Row:
     """Answer the cells with an actor on every node, warmed before."""
-    fleet = Fleet.start(num_actors=bench.nodes, cpus=1, threads=1, engine=engine)
+    fleet = ScoringPool.start(num_actors=bench.nodes, cpus=1, threads=1, engine=engine)
     until = time.monotonic() + START_SECONDS
     while len(fleet.state().pids) < bench.nodes:
         if time.monotonic() > until:
@@ -185,7 +185,7 @@ def score(bench: Bench, job: ScoringJob, asked: Sequence[Cell], *, engine: Scrip
         appending += time.perf_counter() - started
         results.append(result)
 
-    processes = {"broker": ray.get(fleet.broker.__ray_call__.remote(lambda self: os.getpid())), "actors": fleet.state().pids}
+    processes = {"broker": ray.get(fleet.controller.__ray_call__.remote(lambda self: os.getpid())), "actors": fleet.state().pids}
     before, started = bench.spent(**processes), time.perf_counter()
     fleet.score(job, asked, on_result=keep)
     seconds, spent = time.perf_counter() - started, bench.spent(**processes) - before

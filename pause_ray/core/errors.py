@@ -57,5 +57,5 @@ class TrainingError(PauseRayError, RuntimeError):
     """Training stopped for a reason that lies in the run, such as a loss that is not a number."""
 
 
-class FleetError(PauseRayError, RuntimeError):
-    """Scoring actors were lost more often than the fleet tolerates."""
+class ScoringPoolError(PauseRayError, RuntimeError):
+    """Scoring actors were lost too often, do not start, or were stopped."""

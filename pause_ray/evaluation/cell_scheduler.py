@@ -1,14 +1,13 @@
-"""Whose turn it is at the scoring actors: what each is given, who must make way, how many actors there should be.
+"""Assigns cells to scoring actors: fair between trials, and cells that share a prefix stay on one actor. Pure: no Ray and no clock.
 
-Orders (the cells that one trial wants answered) share the actors evenly: an order without an actor comes before one with
-some, and where there are more orders than actors they take turns. Pure: knows cells and times, no Ray and no clock.
+Requests (the cells of one trial) share the actors evenly: a request without an actor is served before one that has some, and where
+requests outnumber actors they take turns.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,204 +16,194 @@ from pause_ray.evaluation.ledger import CellResult
 from pause_ray.evaluation.prefix_plan import by_position, new_tokens, split_for_actors
 from pause_ray.evaluation.suite import Cell
 
-TURN_SECONDS = 60.0
-"""An actor stays with an order at least this long where others wait; changing costs an adapter and the beginning of a prompt."""
-TURN_ANSWERS = 10
-"""And at least this many times the longest that it needed for one answer, which is what computing a prompt anew can cost."""
-BASE_TURN_SECONDS = 600.0
-"""The same where the waiting order needs other base weights, which take minutes to load when they are large."""
-STEALS_FROM = 3
-"""A run is split for an idle actor while it would keep as many actors busy: one of them goes on, two beginnings are computed anew."""
+MIN_BATCH_SECONDS = 60.0
+"""Time that a batch runs before another request may preempt it; a change costs an adapter and the prefix of a prompt."""
+MIN_BATCH_ANSWERS = 10
+"""The same time as a multiple of the batch's longest answer, which is about what the prefix of a prompt costs."""
+MODEL_SWITCH_SECONDS = 600.0
+"""The same time where the waiting request needs another base model; large weights take minutes to load."""
+MIN_ACTORS_TO_SPLIT = 3
+"""A batch is split for an idle actor if it could keep this many actors busy; with fewer, both would mostly recompute prefixes."""
+
+Purpose = Literal["grid", "proxy", "recheck"]
+"""Why cells are answered: for a trial's ledger, to judge an adapter in training, or again with other numerics."""
 
 
 def busy_actors(cells: Sequence[Cell]) -> int:
-    """How many actors could share these cells before each computes little more than one whole prompt."""
+    """Return how many actors can share these cells before each computes little more than one whole prompt."""
     if not cells:
         return 0
     ordered = by_position(cells)
-    whole = max(cell.context_tokens for cell in ordered)
-    return min(len(ordered), max(1, math.ceil(sum(new_tokens(ordered)) / whole)))
+    longest = max(cell.context_tokens for cell in ordered)
+    return min(len(ordered), max(1, math.ceil(sum(new_tokens(ordered)) / longest)))
 
 
 @dataclass(kw_only=True, eq=False)
-class Order:
-    """The cells that one trial wants answered."""
+class ScoringRequest:
+    """The cells of one trial that are to be answered."""
 
     key: str
-    base: object
-    """Equal for orders that the same base weights answer."""
+    base_model: object
+    """Equal for requests that the same base weights answer."""
     num_cells: int
-    shareable: int
+    max_actors: int
     """``busy_actors`` of all its cells."""
     waiting: list[Cell]
-    """No actor has them."""
-    served: float
-    """When it came, or last got or lost an actor."""
-    runs: dict[int, Run] = field(default_factory=dict)
-    """What actors are at, by the runs' numbers."""
-
-    @property
-    def open_cells(self) -> int:
-        """Cells without an answer."""
-        return len(self.waiting) + sum(len(run.owed) for run in self.runs.values())
+    """Cells that no actor has."""
+    last_served: float
+    """The time at which the request was submitted, or last got or lost an actor."""
+    batches: dict[int, Batch] = field(default_factory=dict)
+    """Batches that actors are working on, by number."""
 
     @property
     def useful_actors(self) -> int:
-        """How many actors it can keep busy now."""
-        return math.ceil(self.shareable * self.open_cells / self.num_cells)
+        """The number of actors that the unanswered cells can keep busy."""
+        unanswered = len(self.waiting) + sum(len(batch.remaining) for batch in self.batches.values())
+        return math.ceil(self.max_actors * unanswered / self.num_cells)
 
 
 @dataclass(kw_only=True, eq=False)
-class Run:
-    """What one actor was asked and still owes."""
+class Batch:
+    """Cells of one request that one actor is answering."""
 
     number: int
-    order: Order
-    owed: dict[str, Cell]
-    """By their ids, in the order of their walk; a few answers may come after later ones."""
-    since: float
-    answered: float
-    """When the last answer came, or the run began."""
+    request: ScoringRequest
+    remaining: dict[str, Cell]
+    """Unanswered cells by id, in the order in which the actor answers them; a few answers may arrive out of order."""
+    started: float
+    last_answer: float
+    """The time of the last answer, or of the start."""
     longest_answer: float = 0.0
     """Seconds."""
-    making_way: bool = False
-    """It was told to end after the cell that it is at."""
+    preempted: bool = False
+    """Whether the actor was told to stop after its current cell."""
 
-    def had_its_turn(self, *, before: Order, now: float) -> bool:
-        """Whether it has lasted long enough to make way for that order."""
-        lasted = now - self.since
-        if self.order.base != before.base and min(lasted, now - before.served) < BASE_TURN_SECONDS:
+    def may_be_preempted(self, *, by: ScoringRequest, now: float) -> bool:
+        """Return whether the batch has run long enough to give its actor to that request."""
+        seconds = now - self.started
+        if self.request.base_model != by.base_model and min(seconds, now - by.last_served) < MODEL_SWITCH_SECONDS:
             return False
-        return lasted >= max(TURN_SECONDS, TURN_ANSWERS * self.longest_answer)
+        return seconds >= max(MIN_BATCH_SECONDS, MIN_BATCH_ANSWERS * self.longest_answer)
 
 
-class Turns:
-    """Orders and runs, and the rules between them. Times are seconds of one clock."""
+class CellScheduler:
+    """Decides which request an idle actor serves and which batch is preempted. All times are seconds of one clock."""
 
     def __init__(self) -> None:
-        self._orders: dict[str, Order] = {}
+        self._requests: dict[str, ScoringRequest] = {}
         self._numbers = itertools.count()
 
-    def enter(self, key: str, cells: Sequence[Cell], *, base: object, now: float) -> None:
-        """An order comes."""
-        self._orders[key] = Order(key=key, base=base, num_cells=len(cells), shareable=busy_actors(cells), waiting=list(cells), served=now)
+    def submit(self, key: str, cells: Sequence[Cell], *, base_model: object, now: float) -> None:
+        """Add a request."""
+        self._requests[key] = ScoringRequest(
+            key=key, base_model=base_model, num_cells=len(cells), max_actors=busy_actors(cells), waiting=list(cells), last_served=now
+        )
 
-    def leave(self, key: str) -> list[Run]:
-        """An order goes; the runs that still are at it, which nobody waits for."""
-        order = self._orders.pop(key, None)
-        return list(order.runs.values()) if order else []
+    def withdraw(self, key: str) -> list[Batch]:
+        """Remove a request and return its batches that actors are still working on."""
+        request = self._requests.pop(key, None)
+        return list(request.batches.values()) if request else []
 
-    def next_run(self, *, base: object, actors: int, now: float) -> Run | None:
-        """What an idle actor should do, if anything waits.
+    def assign(self, *, base_model: object, num_actors: int, now: float) -> Batch | None:
+        """Return the next batch for an idle actor, or None if no cell waits.
 
         Args:
-            base: Of the weights that it holds; None for none.
-            actors: How many there are, those that will soon be up included.
+            base_model: The base model that the actor has loaded, or None.
+            num_actors: The number of actors, including those that will start soon.
             now: The time.
         """
-        waiting = [order for order in self._orders.values() if order.waiting]
+        waiting = [request for request in self._requests.values() if request.waiting]
         if not waiting:
             return None
-        longest_wait = now - BASE_TURN_SECONDS
-        order = min(
-            waiting,
-            key=lambda order: (not (order.base == base or order.served < longest_wait), len(order.runs), order.served),
-        )
-        share = max(1, math.ceil(actors / len(self._orders)) - len(order.runs))
-        mine, *others = split_for_actors(order.waiting, num_actors=min(share, busy_actors(order.waiting)))
-        run = Run(number=next(self._numbers), order=order, owed={cell.id: cell for cell in mine}, since=now, answered=now)
-        order.waiting = [cell for other in others for cell in other]
-        order.served = now
-        order.runs[run.number] = run
-        return run
 
-    def begun(self, run: Run, cells: list[Cell]) -> None:
-        """The order in which the actor will answer."""
-        run.owed = {cell.id: cell for cell in cells}
+        def priority(request: ScoringRequest) -> tuple[bool, int, float]:
+            is_cheap = request.base_model == base_model or request.last_served < now - MODEL_SWITCH_SECONDS
+            return not is_cheap, len(request.batches), request.last_served
 
-    def answered(self, run: Run, cell_id: str, *, now: float) -> None:
-        """One answer of a run has come."""
-        del run.owed[cell_id]
-        run.longest_answer = max(run.longest_answer, now - run.answered)
-        run.answered = now
+        request = min(waiting, key=priority)
+        share = max(1, math.ceil(num_actors / len(self._requests)) - len(request.batches))
+        mine, *others = split_for_actors(request.waiting, num_actors=min(share, busy_actors(request.waiting)))
+        remaining = {cell.id: cell for cell in mine}
+        batch = Batch(number=next(self._numbers), request=request, remaining=remaining, started=now, last_answer=now)
+        request.waiting = [cell for other in others for cell in other]
+        request.last_served = now
+        request.batches[batch.number] = batch
+        return batch
 
-    def end(self, run: Run, *, now: float) -> None:
-        """The actor is at it no longer; what it owes waits again."""
-        run.order.runs.pop(run.number, None)
-        run.order.served = now
-        run.order.waiting += run.owed.values()
+    def record_order(self, batch: Batch, cells: Sequence[Cell]) -> None:
+        """Record the order in which the actor will answer."""
+        batch.remaining = {cell.id: cell for cell in cells}
 
-    def must_make_way(self, *, now: float) -> Run | None:
-        """The run that should end after its cell, while no actor is idle, for an order that has none."""
-        orders = list(self._orders.values())
-        left_out = min((order for order in orders if order.waiting and not order.runs), key=lambda order: order.served, default=None)
-        if left_out is None or any(run.making_way for run in self._runs()):
+    def record_answer(self, batch: Batch, cell_id: str, *, now: float) -> None:
+        """Record one answer of a batch."""
+        del batch.remaining[cell_id]
+        batch.longest_answer = max(batch.longest_answer, now - batch.last_answer)
+        batch.last_answer = now
+
+    def end(self, batch: Batch, *, now: float) -> None:
+        """Take a batch from its actor; unanswered cells wait again."""
+        batch.request.batches.pop(batch.number, None)
+        batch.request.last_served = now
+        batch.request.waiting += batch.remaining.values()
+
+    def choose_preemption(self, *, actor_is_idle: bool, now: float) -> Batch | None:
+        """Return the batch that should stop after its current cell, if any.
+
+        While an actor is idle and nothing waits, that is the largest batch, so that two actors share the rest. While no actor is
+        idle, it is a batch of a request with several actors, or of one that had its turn, in favor of a request that has none.
+        """
+        requests = list(self._requests.values())
+        batches = [batch for request in requests for batch in request.batches.values()]
+        if any(batch.preempted for batch in batches):
             return None
-        several = [order for order in orders if len(order.runs) > 1 and order.base == left_out.base]
+        if actor_is_idle:
+            largest = max(batches, key=lambda batch: len(batch.remaining), default=None)
+            if largest is None or self.waiting_cells or busy_actors([*largest.remaining.values()]) < MIN_ACTORS_TO_SPLIT:
+                return None
+            return largest
+        unserved = [request for request in requests if request.waiting and not request.batches]
+        if not unserved:
+            return None
+        next_request = min(unserved, key=lambda request: request.last_served)
+        several = [request for request in requests if len(request.batches) > 1 and request.base_model == next_request.base_model]
         if several:
-            runs = max(several, key=lambda order: len(order.runs)).runs.values()
-            return max(runs, key=lambda run: run.since)
-        over = [run for run in self._runs() if run.had_its_turn(before=left_out, now=now)]
-        return min(over, key=lambda run: run.since, default=None)
+            return max(max(several, key=lambda request: len(request.batches)).batches.values(), key=lambda batch: batch.started)
+        return min(
+            (batch for batch in batches if batch.may_be_preempted(by=next_request, now=now)), key=lambda batch: batch.started, default=None
+        )
 
-    def worth_splitting(self) -> Run | None:
-        """The run that should end after its cell, while an actor is idle and nothing waits, so that both share the rest."""
-        runs = self._runs()
-        if any(run.making_way for run in runs) or any(order.waiting for order in self._orders.values()):
-            return None
-        busiest = max(runs, key=lambda run: len(run.owed), default=None)
-        return busiest if busiest and busy_actors([*busiest.owed.values()]) >= STEALS_FROM else None
+    def target_actors(self, *, bounds: tuple[int, int], num_up: int, resources_wanted: bool) -> int:
+        """Return how many actors there should be: as many as the requests can use, within bounds.
 
-    def _runs(self) -> list[Run]:
-        return [run for order in self._orders.values() for run in order.runs.values()]
-
-    @property
-    def open_orders(self) -> int:
-        """Orders that have come and not gone."""
-        return len(self._orders)
-
-    @property
-    def useful_actors(self) -> int:
-        """How many actors all orders together can keep busy."""
-        return sum(order.useful_actors for order in self._orders.values())
+        Args:
+            bounds: The fewest and the most actors.
+            num_up: The number of actors that have started.
+            resources_wanted: Whether other work waits for resources that actors hold; then only a first actor is added.
+        """
+        fewest, most = bounds
+        useful = sum(request.useful_actors for request in self._requests.values())
+        if resources_wanted:
+            return max(fewest, min(1, len(self._requests)), min(useful, num_up))
+        return max(fewest, min(useful, most))
 
     @property
     def waiting_cells(self) -> int:
-        """Cells that no actor has."""
-        return sum(len(order.waiting) for order in self._orders.values())
-
-
-def wanted_actors(turns: Turns, *, bounds: tuple[int, int], number_up: int, room_is_wanted: bool) -> int:
-    """How many actors there should be: what the orders can use, within bounds.
-
-    Args:
-        turns: What is to be done.
-        bounds: Fewest and most.
-        number_up: How many there are, without those that wait for room themselves.
-        room_is_wanted: Something else waits for what actors hold: none is added then, but the first.
-    """
-    fewest, most = bounds
-    least = max(fewest, min(1, turns.open_orders))
-    useful = min(turns.useful_actors, number_up if room_is_wanted else most)
-    return max(least if room_is_wanted else fewest, useful)
-
-
-Asked = Literal["grid", "proxy", "recheck"]
-"""Why: for a trial's ledger, to judge an adapter in training, or again in other shapes."""
+        """The number of cells that no actor has."""
+        return sum(len(request.waiting) for request in self._requests.values())
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answered:
-    """All answers that were asked for one reason."""
+class ScoringStats:
+    """Totals over answered cells."""
 
     cells: int = 0
     unscored_cells: int = 0
     prefilled_tokens: int = 0
     decoded_tokens: int = 0
 
-    def with_result(self, result: CellResult) -> Answered:
-        """And one more."""
-        return Answered(
+    def including(self, result: CellResult) -> ScoringStats:
+        """Return the totals with one more result."""
+        return ScoringStats(
             cells=self.cells + 1,
             unscored_cells=self.unscored_cells + (result.score is None),
             prefilled_tokens=self.prefilled_tokens + result.prefilled_tokens,
@@ -223,34 +212,18 @@ class Answered:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FleetState:
-    """A moment of the fleet."""
+class PoolState:
+    """A snapshot of a scoring pool."""
 
     pids: tuple[int, ...]
-    """Processes of the actors that are up."""
+    """Processes of the actors that have started."""
     busy: int
-    """Of them, those that are answering."""
-    coming: int
-    """Actors that are starting, or for which there is no room."""
-    orders: int
-    """Calls that wait for answers."""
+    """The number of actors that are answering."""
+    starting: int
+    """The number of actors that are starting, or for which there are no resources."""
+    requests: int
+    """The number of calls that wait for answers."""
     waiting_cells: int
-    """Cells that no actor has yet."""
-    answered: Mapping[Asked, Answered]
-    """Since the broker's process began."""
-
-
-class Tally:
-    """Counts answers as they come."""
-
-    def __init__(self) -> None:
-        self._answered: defaultdict[Asked, Answered] = defaultdict(Answered)
-
-    def add(self, result: CellResult, *, asked: Asked) -> None:
-        """One has come."""
-        self._answered[asked] = self._answered[asked].with_result(result)
-
-    @property
-    def answered(self) -> dict[Asked, Answered]:
-        """So far."""
-        return dict(self._answered)
+    """The number of cells that no actor has yet."""
+    stats: Mapping[Purpose, ScoringStats]
+    """Totals by purpose since the pool's controller started."""

@@ -1,18 +1,23 @@
-"""What a scoring actor does: answers cells of any trial, with base weights that are loaded once. Knows no Ray and no other actor."""
+"""Answers cells of any trial with base weights that are loaded once: in a Ray actor of the scoring pool, or in this process.
+
+Knows neither Ray nor other actors.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 from joblib import cpu_count
 
+from pause_ray.core.errors import StoppedError
 from pause_ray.core.process import about, write_lines
 from pause_ray.evaluation.answer import Condition, OtherwiseEngine, Reader, answer_cells, answer_otherwise, planned
-from pause_ray.evaluation.cell_scheduler import Asked
+from pause_ray.evaluation.cell_scheduler import Purpose
 from pause_ray.evaluation.haystack import Haystack, load_haystack, prompt_builder
 from pause_ray.evaluation.ledger import CellResult
 from pause_ray.evaluation.suite import Cell, SuiteSpec
@@ -21,111 +26,131 @@ from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.tokenizer import ModelTokenizer, resolve_marker
 
 log = logging.getLogger("pause_ray")
+T = TypeVar("T")
+STOPPED = "scoring was asked to end after the running cells; the same command goes on"
+"""The message of the ``StoppedError`` that ``finish`` causes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringJob:
-    """All that an actor needs to answer cells of one trial."""
+    """Everything that is needed to answer cells of one trial."""
 
     suite: SuiteSpec
     policy: PausePolicy | None
     replicate: int
     seed: int
-    """With ``replicate``, of the haystack's order."""
+    """The seed of the haystack's order, together with ``replicate``."""
     data_seed: int
-    """Of a random placement of pauses."""
+    """The seed of randomly placed pauses."""
     engine: EngineSpec
     loaded: LoadedAs
     condition: Condition
     cache: Path
     trial: str = ""
-    """How log lines name the trial."""
-    asked: Asked = "grid"
-    """Why; for those who count."""
+    """The trial's name in log lines."""
+    purpose: Purpose = "grid"
 
     @property
-    def base(self) -> tuple[object, ...]:
-        """Jobs of which this is equal are answered with the same base weights; the adapter may differ."""
+    def base_model(self) -> tuple[object, ...]:
+        """A key that is equal for jobs that the same base weights answer; their adapters may differ."""
         return (self.engine, self.loaded.model_dir, self.loaded.dtype, self.loaded.quantize)
 
 
-class ScoringActor:
-    """Answers one run of cells after another; ``stop`` may be called from another thread while one is answered."""
+class CellScorer(Protocol):
+    """Answers cells: a scoring pool on Ray, or this process."""
 
-    def __init__(self, engine: Engine | None, *, threads: int | None, neighbours: int) -> None:
-        """Load nothing yet.
+    def score(
+        self, job: ScoringJob, cells: Sequence[Cell], *, on_result: Callable[[CellResult], None], on_wait: Callable[[bool], None]
+    ) -> None:
+        """Answer every cell once.
 
         Args:
-            engine: Answers whatever a job's own engine is; None for the job's.
-            threads: Threads of CPU computation; None for the cores that this process may use, divided among actors.
-            neighbours: Actors on this machine, this one included.
+            job: The job of all cells.
+            cells: The cells to answer.
+            on_result: Called with each answer as soon as it is there, in this thread.
+            on_wait: Called in this thread with False when answering begins, and with True when it pauses because no actor is free.
+
+        Raises:
+            UserError: the prompt, the model or the adapter has a mistake.
+            StoppedError: ``finish`` was called; results of cells that were being answered were given to ``on_result``.
+            ScoringPoolError: the same cell cost several actors, no actor starts, or the pool was stopped.
         """
-        self._given = engine
-        self._threads = threads or max(1, cpu_count() // neighbours)
-        self._made: tuple[EngineSpec, Engine] | None = None
-        self._haystack: tuple[object, Haystack] | None = None
-        self._reader: tuple[object, Reader] | None = None
-        self._stopped_run: int | None = None
+
+
+class _LastMade(Generic[T]):
+    """Caches the last value that was made, since consecutive jobs mostly need the same one."""
+
+    def __init__(self) -> None:
+        self._entry: tuple[object, T] | None = None
+
+    def get(self, key: object, make: Callable[[], T]) -> T:
+        if self._entry is None or self._entry[0] != key:
+            self._entry = None  # frees the old value, such as a model's weights, before the new one is made
+            self._entry = (key, make())
+        return self._entry[1]
+
+
+class ScoringActor:
+    """Answers one batch of cells after another; ``stop`` may be called from another thread meanwhile."""
+
+    def __init__(self, engine: Engine | None, *, threads: int | None, num_neighbors: int) -> None:
+        """Create an actor that has loaded nothing yet.
+
+        Args:
+            engine: The engine to use instead of each job's own, or None.
+            threads: The number of CPU threads; None divides the cores that this process may use among the machine's actors.
+            num_neighbors: The number of actors on this machine, including this one.
+        """
+        self._fixed_engine = engine
+        self._threads = threads or max(1, cpu_count() // num_neighbors)
+        self._engine: _LastMade[Engine] = _LastMade()
+        self._haystack: _LastMade[Haystack] = _LastMade()
+        self._reader: _LastMade[Reader] = _LastMade()
+        self._stopped_batch: int | None = None
         write_lines()
 
     def ready(self) -> int:
-        """The actor's process, as soon as it is up."""
+        """Return the process id; an answer means that the actor is up."""
         return os.getpid()
 
-    def stop(self, run: int) -> None:
-        """End that run after the cell that it is at; without effect on others."""
-        self._stopped_run = run
+    def stop(self, batch: int) -> None:
+        """End a batch after its current cell; other batches are not affected."""
+        self._stopped_batch = batch
 
-    def answer(self, run: int, job: ScoringJob, cells: list[Cell]) -> Iterator[list[Cell] | CellResult]:
-        """First the cells in the order of their walk, then their results one by one, until ``stop``."""
+    def answer(self, batch: int, job: ScoringJob, cells: list[Cell]) -> Iterator[list[Cell] | CellResult]:
+        """Yield the cells in the order in which they will be answered, then their results one by one until ``stop``."""
+        names = {cell.id: cell.words for cell in cells}
         with about(job.trial):
-            log.info("answering %d cells (%s)", len(cells), job.asked)
-            engine, reader = self._engine_of(job.engine), self._reader_of(job)
-            engine.use(job.loaded)
-            local = job.engine if isinstance(job.engine, HfEngineSpec) else HfEngineSpec()
-            asked = planned(cells, reader=reader, grain_tokens=engine.grain_tokens, reuse=local.reuse, drafts=local.drafts)
-            named = {cell.id: cell for cell in cells}
-            yield [cell for cell, _ in asked]
-            for result in answer_cells(asked, engine=engine, reader=reader, condition=job.condition):
-                if result.unscored_reason is not None:
-                    log.warning("%s: not scored: %s", named[result.cell_id].words, result.unscored_reason)
-                yield result
-                if self._stopped_run == run:
-                    return
-
-    def answer_otherwise(self, run: int, job: ScoringJob, cells: list[Cell]) -> Iterator[CellResult]:
-        """Results of the cells computed in other shapes, one by one, until ``stop``."""
-        with about(job.trial):
-            log.info("answering %d cells again in other shapes", len(cells))
-            engine = self._engine_of(job.engine)
-            engine.use(job.loaded)
-            if not isinstance(engine, OtherwiseEngine):
-                raise TypeError(f"engine {engine.name} cannot compute an answer in other shapes")
+            log.info("answering %d cells (%s)", len(cells), job.purpose)
             reader = self._reader_of(job)
-            for cell in cells:
-                with about(cell.words):
-                    [result] = answer_otherwise([cell], engine=engine, reader=reader, condition=job.condition)
+            engine = self._fixed_engine or self._engine.get(job.engine, lambda: _make_engine(job.engine, threads=self._threads))
+            engine.use(job.loaded)
+            if job.purpose == "recheck":
+                ordered, results = cells, _recheck(cells, engine=engine, reader=reader, condition=job.condition)
+            else:
+                local = job.engine if isinstance(job.engine, HfEngineSpec) else HfEngineSpec()
+                steps = planned(cells, reader=reader, grain_tokens=engine.grain_tokens, reuse=local.reuse, drafts=local.drafts)
+                ordered = [cell for cell, _ in steps]
+                results = answer_cells(steps, engine=engine, reader=reader, condition=job.condition)
+            yield ordered
+            for result in results:
+                if result.unscored_reason is not None:
+                    log.warning("%s: not scored: %s", names[result.cell_id], result.unscored_reason)
                 yield result
-                if self._stopped_run == run:
+                if self._stopped_batch == batch:
                     return
-
-    def _engine_of(self, spec: EngineSpec) -> Engine:
-        """The engine of a spec; the last one is kept, since the trials of a sweep mostly share it."""
-        if self._given is not None:
-            return self._given
-        if self._made is None or self._made[0] != spec:
-            self._made = None  # frees the old weights before the new ones come
-            self._made = (spec, _make_engine(spec, threads=self._threads))
-        return self._made[1]
 
     def _reader_of(self, job: ScoringJob) -> Reader:
-        """The job's reader; the last one is kept, since trials that differ in their adapters read the same prompts."""
-        key = (job.suite, job.policy, job.seed, job.replicate, job.data_seed, job.loaded.model_dir)
-        if self._reader is None or self._reader[0] != key:
+        """Return the job's reader; trials that differ in their adapters share it."""
+
+        def make_haystack() -> Haystack:
+            return load_haystack(job.suite, cache=job.cache, seed=job.seed, replicate=job.replicate, data_seed=job.data_seed)
+
+        def make_reader() -> Reader:
             tokenizer = ModelTokenizer.load(job.loaded.model_dir)
             marker = resolve_marker(tokenizer, job.policy)
             builder = prompt_builder(
-                self._haystack_of(job),
+                self._haystack.get((job.suite, job.seed, job.replicate, job.data_seed), make_haystack),
                 suite=job.suite,
                 tokenizer=tokenizer,
                 policy=job.policy,
@@ -133,19 +158,17 @@ class ScoringActor:
                 seed=job.data_seed,
                 cache=job.cache,
             )
-            reader = Reader(builder=builder, tokenizer=tokenizer, policy=job.policy, marker=marker, max_new_tokens=job.suite.max_new_tokens)
-            self._reader = (key, reader)
-        return self._reader[1]
+            return Reader(builder=builder, tokenizer=tokenizer, policy=job.policy, marker=marker, max_new_tokens=job.suite.max_new_tokens)
 
-    def _haystack_of(self, job: ScoringJob) -> Haystack:
-        """The job's haystack; the last one is kept, since trials of one replicate share it."""
-        key = (job.suite, job.seed, job.replicate, job.data_seed)
-        if self._haystack is None or self._haystack[0] != key:
-            self._haystack = (
-                key,
-                load_haystack(job.suite, cache=job.cache, seed=job.seed, replicate=job.replicate, data_seed=job.data_seed),
-            )
-        return self._haystack[1]
+        return self._reader.get((job.suite, job.policy, job.seed, job.replicate, job.data_seed, job.loaded.model_dir), make_reader)
+
+
+def _recheck(cells: Sequence[Cell], *, engine: Engine, reader: Reader, condition: Condition) -> Iterator[CellResult]:
+    if not isinstance(engine, OtherwiseEngine):
+        raise TypeError(f"engine {engine.name} cannot compute an answer in other shapes")
+    for cell in cells:
+        with about(cell.words):
+            yield from answer_otherwise([cell], engine=engine, reader=reader, condition=condition)
 
 
 def _make_engine(spec: EngineSpec, *, threads: int) -> Engine:
@@ -158,3 +181,36 @@ def _make_engine(spec: EngineSpec, *, threads: int) -> Engine:
     from pause_ray.inference.hf import HfEngine
 
     return HfEngine(spec, threads=threads)
+
+
+class LocalScorer:
+    """Answers cells in this process, without Ray."""
+
+    def __init__(self, engine: Engine | None = None, *, threads: int | None) -> None:
+        """Create a scorer; the arguments are those of ``ScoringActor``."""
+        self._actor = ScoringActor(engine, threads=threads, num_neighbors=1)
+        self._finishing = False
+
+    def score(
+        self,
+        job: ScoringJob,
+        cells: Sequence[Cell],
+        *,
+        on_result: Callable[[CellResult], None],
+        on_wait: Callable[[bool], None] = lambda waits: None,
+    ) -> None:
+        """Answer every cell once, as ``CellScorer.score``."""
+        unanswered = len(cells)
+        if not self._finishing:
+            on_wait(False)  # noqa: FBT003
+            for item in self._actor.answer(0, job, list(cells)):
+                if not isinstance(item, list):
+                    on_result(item)
+                    unanswered -= 1
+        if self._finishing and unanswered:
+            raise StoppedError(STOPPED)
+
+    def finish(self) -> None:
+        """Let the current cell be answered, then end every call of ``score``, now and later, with ``StoppedError``."""
+        self._finishing = True
+        self._actor.stop(0)

@@ -35,7 +35,7 @@ from pause_ray.training.batching import check_corpus
 from pause_ray.training.launch import steps_on_storage, train_digest
 from pause_ray.training.metrics import known_shape
 from pause_ray.trial.needs import Grid, Plan, Rows, Site, grid_of_prompts, make_plan, step_work
-from pause_ray.trial.prepare import PreparedTrial, Seen, prepare
+from pause_ray.trial.prepare import PrepareCache, PreparedTrial, prepare
 from pause_ray.trial.run import training_job
 from pause_ray.trial.spec import TrialSpec
 
@@ -392,9 +392,9 @@ def forecast_sweep(sweep: SweepSpec, *, storage: Storage, site: Site | None, sho
     if rounds is None:
         trials = [(trial, None) for trial in fixed]
     elif asked:
-        seen, known = Seen(), {trial.label for trial in fixed}
+        seen, known = PrepareCache(), {trial.label for trial in fixed}
         chosen = [trial for trial in expand(sweep, points=asked) if trial.label not in known]
-        trials += [(trial, prepare(trial.spec, cache=storage.cache, seen=seen)) for trial in chosen]
+        trials += [(trial, prepare(trial.spec, cache=storage.cache, shared=seen)) for trial in chosen]
     points_to_come = sweep.algorithm.points - len(asked) if sweep.algorithm.kind == "tpe" else 0
     look = _Look(storage, site, left_out=rounds.left_out() if rounds else set())
     found = []

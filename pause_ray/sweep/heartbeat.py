@@ -23,9 +23,9 @@ from pause_ray.core.errors import StorageError, UserError
 from pause_ray.core.process import Stage
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import Storage, is_complete
-from pause_ray.evaluation.cell_scheduler import FleetState
+from pause_ray.evaluation.cell_scheduler import PoolState
 from pause_ray.evaluation.ledger import Ledger
-from pause_ray.evaluation.scoring_pool import Fleet
+from pause_ray.evaluation.scoring_pool import ScoringPool
 from pause_ray.sweep.progress import ProgressDisplay, TrialState
 from pause_ray.sweep.reporter import Reason
 from pause_ray.sweep.resources import Placement
@@ -120,7 +120,7 @@ log = logging.getLogger("pause_ray")
 
 BEAT_SECONDS = 3.0
 ASK_SECONDS = 10.0
-"""The fleet's broker is on the driver's node; one that does not answer for so long is lost, or comes again."""
+"""Timeout of asking the scoring pool's controller, which is on the driver's node; without an answer it is lost, or being restarted."""
 MOST_WORDS = 500
 """Characters of a failure's reason; the whole of it is shown when the sweep ends."""
 PENDING_SECONDS = 60.0
@@ -166,7 +166,7 @@ class StatusWriter:
         *,
         storage: Storage,
         placement: Placement,
-        fleet: Fleet,
+        fleet: ScoringPool,
         progress: ProgressDisplay,
         failures: Callable[[], Mapping[str, Reason]],
         given_up: Callable[[], Mapping[str, str]],
@@ -248,7 +248,7 @@ class StatusWriter:
             self._could_tell = True
 
     def _tell(self, *, ended: float | None, ended_by: str | None) -> None:
-        fleet: FleetState | None = None
+        fleet: PoolState | None = None
         gpus: float | None = None
         free_gpus = 0.0
         pending: str | None = None
@@ -269,11 +269,11 @@ class StatusWriter:
         status.write(self._rounds.folder)
 
     def _status(
-        self, states: States, fleet: FleetState | None, *, gpus: float | None, free_gpus: float, ended: float | None, ended_by: str | None
+        self, states: States, fleet: PoolState | None, *, gpus: float | None, free_gpus: float, ended: float | None, ended_by: str | None
     ) -> LiveStatus:
         failures = self._failures()
         running = {key: state for key, state in states.items() if not state.stage.is_end and key not in failures}
-        size = FleetSize(busy=fleet.busy, idle=len(fleet.pids) - fleet.busy, coming=fleet.coming) if fleet else None
+        size = FleetSize(busy=fleet.busy, idle=len(fleet.pids) - fleet.busy, coming=fleet.starting) if fleet else None
         idle = idle_share(
             running.values(),
             size,
@@ -283,7 +283,7 @@ class StatusWriter:
             per_trial=0.0 if self._places.resources.train_workers else self._places.train_gpus,
         )
         self._steps.forget([key for key in self._steps.of_trials() if is_complete(self._storage.trials / key)])
-        answers = fleet.answered.values() if fleet else None
+        answers = fleet.stats.values() if fleet else None
         return LiveStatus(
             written=time.time(),
             every_seconds=BEAT_SECONDS,
@@ -315,7 +315,7 @@ class StatusWriter:
             seconds=round(now - self._stages[key][1], 1),
         )
 
-    def _export(self, states: States, status: LiveStatus, fleet: FleetState | None) -> None:
+    def _export(self, states: States, status: LiveStatus, fleet: PoolState | None) -> None:
         exported, failed = self._exported, status.failures
         by_state = self._work.by_state(states, failed=failed)
         for stage in Stage:
@@ -328,7 +328,7 @@ class StatusWriter:
         if status.fleet is not None:
             for name in ("busy", "idle", "coming"):
                 exported.show(SCORING_ACTORS, getattr(status.fleet, name), state=name)
-        for asked, its in (fleet.answered if fleet else {}).items():
+        for asked, its in (fleet.stats if fleet else {}).items():
             exported.count(CELLS, its.cells, asked=asked)
             exported.count(UNSCORED_CELLS, its.unscored_cells, asked=asked)
             exported.count(PREFILLED_TOKENS, its.prefilled_tokens, asked=asked)

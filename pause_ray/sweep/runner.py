@@ -24,7 +24,7 @@ from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import Storage, exclusive
 from pause_ray.data.pipeline import build_shards, shards_digest
 from pause_ray.data.shards import ShardSet, corpus_words
-from pause_ray.evaluation.scoring_pool import Fleet
+from pause_ray.evaluation.scoring_pool import ScoringPool
 from pause_ray.sweep.governed import run_governed
 from pause_ray.sweep.heartbeat import StatusWriter
 from pause_ray.sweep.progress import ProgressDisplay
@@ -92,7 +92,7 @@ class Execution:
     rounds: Rounds
     storage: Storage
     placement: Placement
-    fleet: Fleet
+    fleet: ScoringPool
     board: Any
     watch: TrialMonitor
     progress: ProgressDisplay
@@ -337,8 +337,8 @@ def executing(
 
 
 @contextlib.contextmanager
-def _fleet(placement: Placement) -> Iterator[Fleet]:
-    fleet = Fleet.start(
+def _fleet(placement: Placement) -> Iterator[ScoringPool]:
+    fleet = ScoringPool.start(
         num_actors=placement.resources.scoring_bounds,
         cpus=placement.resources.scoring_cpus_per_actor,
         gpus=placement.scoring_gpus,

@@ -18,7 +18,7 @@ from pause_ray.evaluation.ledger import Ledger
 from pause_ray.sweep.search_log import SearchRecord
 from pause_ray.sweep.search_space import corners
 from pause_ray.sweep.spec import PlannedTrial, SweepSpec, arms_of, expand
-from pause_ray.trial.prepare import PreparedTrial, Seen, prepare
+from pause_ray.trial.prepare import PrepareCache, PreparedTrial, prepare
 
 PLACES = ("max_concurrent_trials", "trial_timeout_minutes")
 """Fields of a sweep that change where and how long, not what."""
@@ -65,7 +65,7 @@ class Rounds:
         self._storage = storage
         self._command = command
         self._showing = showing
-        self._seen = Seen()
+        self._seen = PrepareCache()
         self.trials: dict[str, SweepTrial] = {}
         """By digest, in the order in which they are to be run."""
         self.are_known = sweep.algorithm.kind != "tpe"
@@ -156,7 +156,7 @@ class Rounds:
     def _add(self, planned: Sequence[PlannedTrial]) -> None:
         for number, each in enumerate(planned):
             self._showing(number, len(planned))
-            prepared = prepare(each.spec, cache=self._storage.cache, seen=self._seen)
+            prepared = prepare(each.spec, cache=self._storage.cache, shared=self._seen)
             there = self.trials.setdefault(prepared.digest, SweepTrial(each, prepared))
             same_point = there.planned.point == each.point or not self.are_known  # an estimator may ask for one trial in several ways
             if there.planned.arm != each.arm or not same_point:
@@ -182,7 +182,7 @@ class Rounds:
     def _value(self, point: JsonObject) -> float | None:
         """The objective of the unchanged trial's arm at a point, over its replicates; None if one is not finished, or too little scored."""
         planned = [trial.spec for trial in expand(self._sweep, points=[point]) if trial.arm == self._sweep.arm]
-        digests = [prepare(spec, cache=self._storage.cache, seen=self._seen).digest for spec in planned]
+        digests = [prepare(spec, cache=self._storage.cache, shared=self._seen).digest for spec in planned]
         if not digests or not all(map(self.is_finished, digests)):
             return None
         return self._sweep.objective.comparable_value(

@@ -16,7 +16,7 @@ from pathlib import Path
 from pause_ray.core.process import Stage
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import read_json, write_json
-from pause_ray.evaluation.cell_scheduler import Answered
+from pause_ray.evaluation.cell_scheduler import ScoringStats
 from pause_ray.sweep.progress import TrialState
 
 STATUS_FILE = "status.json"
@@ -244,7 +244,7 @@ class Speedometer:
         self._past: deque[tuple[float, Speed]] = deque()
         """When, and the totals then."""
 
-    def speed(self, answers: Collection[Answered] | None, *, trained_tokens: int, now: float) -> Speed:
+    def speed(self, answers: Collection[ScoringStats] | None, *, trained_tokens: int, now: float) -> Speed:
         """Of the last minute, or as long as it runs; totals that fall were begun anew, and so is this.
 
         Args:
@@ -266,7 +266,7 @@ class Speedometer:
             trained_tokens=round((totals.trained_tokens - before.trained_tokens) / seconds, 1),
         )
 
-    def _note(self, answers: Collection[Answered], *, trained_tokens: int, now: float) -> None:
+    def _note(self, answers: Collection[ScoringStats], *, trained_tokens: int, now: float) -> None:
         totals = Speed(
             cells=sum(its.cells for its in answers),
             scored_tokens=sum(its.prefilled_tokens + its.decoded_tokens for its in answers),

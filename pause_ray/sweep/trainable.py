@@ -23,7 +23,7 @@ from pause_ray.core.errors import StoppedError, StorageError, UserError
 from pause_ray.core.process import Stage, about, trial_words, write_lines
 from pause_ray.core.ray_cluster import without_package
 from pause_ray.core.storage import Storage
-from pause_ray.evaluation.scoring_pool import Fleet
+from pause_ray.evaluation.scoring_pool import ScoringPool
 from pause_ray.sweep.reporter import TrialReporter
 from pause_ray.sweep.resources import Placement
 from pause_ray.sweep.search import SweepTrial
@@ -49,7 +49,7 @@ class Shared:
     """The sweep's."""
     trials: Mapping[str, SweepTrial]
     storage: Storage
-    fleet: Fleet
+    fleet: ScoringPool
     board: Any
     train_gpus: float
 
@@ -92,7 +92,7 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
             trial.prepared,
             arm=trial.planned.arm,
             storage=shared.storage,
-            fleet=shared.fleet,
+            scorer=shared.fleet,
             train_gpus=shared.train_gpus,
             progress=reports,
             stop=reports.ending,

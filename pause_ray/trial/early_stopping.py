@@ -20,7 +20,7 @@ from pause_ray.core.storage import Storage, is_complete
 from pause_ray.evaluation.haystack import ask, check_fits, check_lengths, load_haystack, prompt_builder
 from pause_ray.evaluation.ledger import CellResult
 from pause_ray.evaluation.proxy import proxy_suite
-from pause_ray.evaluation.scoring_pool import Fleet
+from pause_ray.evaluation.scoring_pool import ScoringPool
 from pause_ray.evaluation.suite import SuiteSpec, cells
 from pause_ray.models.checkpoint import Checkpoint, RunningTraining, rung_folder, training_folder
 from pause_ray.models.sources import model_limit_tokens
@@ -53,7 +53,7 @@ def score_proxy(
     *,
     arm: str,
     storage: Storage,
-    fleet: Fleet,
+    fleet: ScoringPool,
     progress: Callable[[Stage, int, int], None],
 ) -> ProxyScore:
     """Ask the proxy of an adapter.
@@ -70,10 +70,10 @@ def score_proxy(
 
     Raises:
         ModelError: no cell could be scored.
-        UserError: as for ``Fleet.score``.
+        UserError: as for ``ScoringPool.score``.
     """
     started = time.monotonic()
-    job = dataclasses.replace(scoring_job(trial, arm=arm, checkpoint=adapter, storage=storage), suite=suite, asked="proxy")
+    job = dataclasses.replace(scoring_job(trial, arm=arm, checkpoint=adapter, storage=storage), suite=suite, purpose="proxy")
     asked = cells(suite, identity=f"{trial.digest} {adapter.num_steps}", replicate=trial.spec.replicate, seed=trial.spec.data_seed)
     rows: list[CellResult] = []
 

@@ -1,6 +1,6 @@
-"""All that must be known of a trial before a process is started for it: model, marker, haystack, lengths, identity.
+"""Prepares a trial before any process is started for it: model, marker, haystack, lengths, identity.
 
-Everything a user can get wrong about a trial is found here, in seconds, without a GPU.
+Mistakes in a trial are found here, in seconds and without a GPU. Ray is imported only for a trial that trains.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pause_ray.core.errors import ModelError, SpecError
 from pause_ray.core.spec import JsonObject, digest
 from pause_ray.core.storage import MANIFEST
-from pause_ray.data.pipeline import Evaluation, ShardJob, shards_digest
 from pause_ray.data.spec import CorpusSpec
 from pause_ray.evaluation.haystack import Haystack, ask, check_fits, check_lengths, load_haystack, prompt_builder
 from pause_ray.evaluation.suite import Cell, cells, known_facts
@@ -20,62 +20,65 @@ from pause_ray.inference.engine import HfEngineSpec
 from pause_ray.models.checkpoint import Checkpoint
 from pause_ray.models.sources import model_digest, model_limit_tokens, read_config, resolve_model, row_limit_tokens
 from pause_ray.text.tokenizer import Marker, ModelTokenizer, resolve_marker
-from pause_ray.training.launch import FORMAT as TRAINING_FORMAT
 from pause_ray.trial.spec import TrialSpec
 
+if TYPE_CHECKING:
+    from pause_ray.data.pipeline import ShardJob
+
 TRIAL_FORMAT = 2
-"""Part of a trial's identity; raised when the same spec begins to ask or grade differently."""
+"""Part of a trial's identity; raised when the same spec begins to be asked or graded differently."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedTrial:
-    """A trial that can be run: everything named is there and fits together."""
+    """A trial that can be run: everything that its spec names exists and fits together."""
 
     spec: TrialSpec
     digest: str
-    """Of the spec's defining fields and of the content of everything they name."""
+    """The digest of the spec's defining fields and of the content of everything they name."""
     model_dir: Path
     base_digest: str
-    """Of the base weights, or of what names them where a server holds them."""
+    """The digest of the base weights, or of what names them where a server holds them."""
     marker: Marker
     shards: ShardJob | None
-    """None when nothing is trained."""
+    """The job that makes the training data; None when nothing is trained."""
 
     @functools.cached_property
     def cells(self) -> tuple[Cell, ...]:
-        """What it is asked; made when it is needed, since a sweep keeps a thousand trials and asks the cells of a few."""
+        """The trial's cells, made on demand, since a sweep keeps a thousand trials and asks the cells of a few."""
         return tuple(cells(self.spec.eval, identity=self.digest, replicate=self.spec.replicate, seed=self.spec.data_seed))
 
 
 @dataclass(frozen=True)
-class Seen:
+class PrepareCache:
     """What was read and checked for other trials of the same process, most of which share text and prompts."""
 
     haystacks: dict[str, Haystack] = field(default_factory=dict)
-    """By digest of what decides them; the last one only, which is what neighbouring trials share."""
+    """The last haystack, which neighboring trials share, by the digest of what decides it."""
     tokenizers: dict[Path, ModelTokenizer] = field(default_factory=dict)
-    """By model folder."""
+    """Tokenizers by model folder."""
     fitting: set[str] = field(default_factory=set)
-    """Digests of prompts' ingredients that are known to fit."""
+    """Digests of what decides prompts, for prompts that are known to fit."""
 
 
-def prepare(spec: TrialSpec, *, cache: Path, seen: Seen | None = None) -> PreparedTrial:
+def prepare(spec: TrialSpec, *, cache: Path, shared: PrepareCache | None = None) -> PreparedTrial:
     """Fetch and check what a trial names.
 
     Args:
         spec: The trial.
-        cache: For packages and models.
-        seen: Of other trials, and added to; what they share is not read and checked again. Files must not change in between.
+        cache: The folder of packages and models.
+        shared: The cache of other trials, which is added to; what trials share is not read and checked again. Files must not
+            change in between.
 
     Raises:
-        UserError: a model, text, marker, adapter or length that does not fit; the message says which and what to do.
+        UserError: a model, text, marker, adapter or length does not fit; the message says which and what to do.
     """
     has_weights = spec.train is not None or isinstance(spec.engine, HfEngineSpec)
     model_dir = resolve_model(spec.model, cache=cache, weights=has_weights)
-    seen = seen or Seen()
-    if model_dir not in seen.tokenizers:
-        seen.tokenizers[model_dir] = ModelTokenizer.load(model_dir)
-    tokenizer = seen.tokenizers[model_dir]
+    shared = shared or PrepareCache()
+    if model_dir not in shared.tokenizers:
+        shared.tokenizers[model_dir] = ModelTokenizer.load(model_dir)
+    tokenizer = shared.tokenizers[model_dir]
     base_digest = model_digest(model_dir, cache=cache) if has_weights else digest([spec.engine.identity(), tokenizer.digest])
     limit_tokens = model_limit_tokens(model_dir)
     check_lengths(spec.eval, limit_tokens=limit_tokens, origin=spec.model.source)
@@ -88,8 +91,14 @@ def prepare(spec: TrialSpec, *, cache: Path, seen: Seen | None = None) -> Prepar
         config = read_config(model_dir / "config.json")
         spec.train.lora.check_rank(int(config.get("text_config", config).get("hidden_size", spec.train.lora.rank)))
     marker = resolve_marker(tokenizer, spec.pauses)
-    haystack = _haystack(spec, cache=cache, seen=seen)
-    shards = _shard_job(spec, spec.corpus, model_dir, haystack) if spec.train and spec.corpus else None
+    haystack = _haystack(spec, cache=cache, shared=shared)
+    shards, training = None, None
+    if spec.train and spec.corpus:
+        from pause_ray.data.pipeline import shards_digest
+        from pause_ray.training.launch import FORMAT as TRAINING_FORMAT
+
+        shards = _shard_job(spec, spec.corpus, model_dir, haystack)
+        training = [TRAINING_FORMAT, shards_digest(shards)]
     adapter = Checkpoint.open(Path(spec.adapter)) if spec.adapter is not None else None
     if adapter is not None:
         if has_weights:
@@ -97,29 +106,29 @@ def prepare(spec: TrialSpec, *, cache: Path, seen: Seen | None = None) -> Prepar
         _check_unseen(adapter, haystack)
     identity = digest(
         {
-            "formats": [TRIAL_FORMAT, TRAINING_FORMAT],
+            "format": TRIAL_FORMAT,
             "spec": _named_by_content(spec),
             "model": base_digest,
             "tokenizer": tokenizer.digest,
             "haystack": list(haystack.document_digests),
-            "shards": shards_digest(shards) if shards else None,
+            "training": training,
             "adapter": digest((adapter.folder / MANIFEST).read_bytes()) if adapter else None,
         }
     )
     pauses = spec.pauses.resolved() if spec.pauses else None
     prompts = digest([spec.eval.resolved(), pauses, str(model_dir), tokenizer.digest, limit_tokens, spec.seed, spec.replicate])
-    if prompts not in seen.fitting:
+    if prompts not in shared.fitting:
         _check_lengths(spec, haystack, tokenizer, marker, limit_tokens=limit_tokens, cache=cache)
-        seen.fitting.add(prompts)
+        shared.fitting.add(prompts)
     return PreparedTrial(spec=spec, digest=identity, model_dir=model_dir, base_digest=base_digest, marker=marker, shards=shards)
 
 
-def _haystack(spec: TrialSpec, *, cache: Path, seen: Seen) -> Haystack:
+def _haystack(spec: TrialSpec, *, cache: Path, shared: PrepareCache) -> Haystack:
     key = digest([spec.eval.resolved(), spec.seed, spec.replicate])
-    if key not in seen.haystacks:
-        seen.haystacks.clear()
-        seen.haystacks[key] = load_haystack(spec.eval, cache=cache, seed=spec.seed, replicate=spec.replicate, data_seed=spec.data_seed)
-    return seen.haystacks[key]
+    if key not in shared.haystacks:
+        shared.haystacks.clear()
+        shared.haystacks[key] = load_haystack(spec.eval, cache=cache, seed=spec.seed, replicate=spec.replicate, data_seed=spec.data_seed)
+    return shared.haystacks[key]
 
 
 def _check_unseen(adapter: Checkpoint, haystack: Haystack) -> None:
@@ -132,7 +141,7 @@ def _check_unseen(adapter: Checkpoint, haystack: Haystack) -> None:
 
 
 def _named_by_content(spec: TrialSpec) -> JsonObject:
-    """The defining fields without those that only say where content is; its digests stand for them."""
+    """Return the defining fields without those that only locate content, which digests of the content replace."""
     data = spec.defining()
     for place in ("source", "sha256", "revision", "rope"):
         del data["model"][place]
@@ -142,6 +151,8 @@ def _named_by_content(spec: TrialSpec) -> JsonObject:
 
 
 def _shard_job(spec: TrialSpec, corpus: CorpusSpec, model_dir: Path, haystack: Haystack) -> ShardJob:
+    from pause_ray.data.pipeline import Evaluation, ShardJob
+
     facts = known_facts(spec.eval, seed=spec.data_seed, replicate=spec.replicate)
     return ShardJob(
         spec=corpus,
@@ -160,7 +171,7 @@ def _shard_job(spec: TrialSpec, corpus: CorpusSpec, model_dir: Path, haystack: H
 def _check_lengths(
     spec: TrialSpec, haystack: Haystack, tokenizer: ModelTokenizer, marker: Marker, *, limit_tokens: int, cache: Path
 ) -> None:
-    """Build the shortest prompts and a longest one: the first may have no room for their facts, the last may exceed the model."""
+    """Build the shortest prompts, which may have no room for their facts, and a longest one, which may exceed the model's limit."""
     grid = cells(spec.eval, identity="", replicate=spec.replicate, seed=spec.data_seed)
     builder = prompt_builder(
         haystack, suite=spec.eval, tokenizer=tokenizer, policy=spec.pauses, marker=marker, seed=spec.data_seed, cache=cache

@@ -1,43 +1,44 @@
-"""The straight line from a prepared trial to its scored cells: shards, checkpoint, cells, ledger, manifest.
+"""Runs a prepared trial: shards, checkpoint, cells, ledger, manifest.
 
-Each step finds its result on storage or makes it, so that a trial that was stopped anywhere goes on there. Knows the
-order of steps; what a step does is in ``corpus``, ``train`` and ``needle``.
+Each step finds its result on storage or makes it, so a trial that was stopped anywhere goes on there. This module knows the order of
+the steps; what a step does is in ``data``, ``training`` and ``evaluation``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pause_ray import __version__
 from pause_ray.core.process import Stage, trial_words
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import MANIFEST, Storage, exclusive, is_complete, lock_of, write_json
-from pause_ray.data.pipeline import build_shards
 from pause_ray.data.shards import ShardSet
 from pause_ray.evaluation.answer import Condition
 from pause_ray.evaluation.ledger import CellResult, Ledger
-from pause_ray.evaluation.scoring_actor import ScoringJob
-from pause_ray.evaluation.scoring_pool import Fleet
+from pause_ray.evaluation.scoring_actor import CellScorer, ScoringJob
 from pause_ray.inference.engine import HfEngineSpec, LoadedAs, depends_on_shapes
 from pause_ray.models.checkpoint import Checkpoint
-from pause_ray.training.launch import TrainJob, fit, steps_on_storage
 from pause_ray.trial.prepare import PreparedTrial
 from pause_ray.trial.spec import Resources
 
+if TYPE_CHECKING:
+    from pause_ray.training.launch import TrainJob
+
 RECHECKED_CELLS = 12
-"""Of a trial below float32; 12 equal answers say that less than 24 % change (Wilson, 95 %)."""
+"""The default sample of a trial below float32; 12 equal answers say that less than 24 % change (Wilson, 95 %)."""
 
 
 class TrialProgress(Protocol):
-    """Is told how far a trial is."""
+    """Receives the progress of a trial."""
 
     def __call__(self, stage: Stage, done: int, total: int, row: JsonObject | None = None) -> None:
-        """Of ``stage``, ``done`` of ``total`` is behind it; while training, ``row`` is that step's row of the training log."""
+        """Note that ``done`` of ``total`` units of a stage are done; while training, ``row`` is the step's row of the training log."""
 
 
 def run_trial(
@@ -45,19 +46,19 @@ def run_trial(
     *,
     arm: str,
     storage: Storage,
-    fleet: Fleet,
+    scorer: CellScorer,
     train_gpus: float,
     progress: TrialProgress,
     stop: threading.Event | None = None,
 ) -> float | None:
-    """Run what is missing of a trial; ``stop`` asks its training to end where it can go on.
+    """Run what is missing of a trial; a set ``stop`` ends its training at the next checkpoint.
 
     Returns:
         The mean score of its cells, 0 to 1, or None if no cell could be scored.
 
     Raises:
-        StoppedError: it was asked to end; the same call goes on.
-        PauseRayError: a step failed; what was finished before stays and is not repeated.
+        StoppedError: the trial was asked to end; the same call goes on.
+        PauseRayError: a step failed; finished steps stay on storage and are not repeated.
     """
     folder = storage.trials / trial.digest
     with exclusive(lock_of(folder), waiting=lambda holder: progress(Stage.WAITING, 0, 1)):
@@ -68,17 +69,19 @@ def run_trial(
             shards = make_shards(trial, storage=storage, progress=progress)
             checkpoint = make_checkpoint(trial, storage=storage, shards=shards, train_gpus=train_gpus, progress=progress, stop=stop)
             job = scoring_job(trial, arm=arm, checkpoint=checkpoint, storage=storage)
-            score_cells(trial, job, ledger=ledger, fleet=fleet, progress=progress)
-            noise = recheck_cells(trial, job, ledger=ledger, fleet=fleet, progress=progress)
-            write_json(folder / MANIFEST, _summary(trial, shards, checkpoint, noise, seconds=time.monotonic() - started))
+            score_cells(trial, job, ledger=ledger, scorer=scorer, progress=progress)
+            noise = recheck_cells(trial, job, ledger=ledger, scorer=scorer, progress=progress)
+            write_json(folder / MANIFEST, _manifest(trial, shards, checkpoint, noise, seconds=time.monotonic() - started))
         scores = [row.score for row in ledger.rows() if row.score is not None]
     return sum(scores) / len(scores) if scores else None
 
 
 def make_shards(trial: PreparedTrial, *, storage: Storage, progress: TrialProgress) -> ShardSet | None:
-    """The trial's training rows, or None when nothing is trained."""
+    """Return the trial's training data, or None when nothing is trained."""
     if trial.shards is None:
         return None
+    from pause_ray.data.pipeline import build_shards  # imports Ray Data
+
     return build_shards(trial.shards, storage=storage, progress=lambda done, total: progress(Stage.DATA, done, total))
 
 
@@ -91,14 +94,13 @@ def make_checkpoint(
     progress: TrialProgress,
     stop: threading.Event | None = None,
 ) -> Checkpoint | None:
-    """The trial's adapter: trained, given by the spec, or None for the base model."""
-    spec = trial.spec
-    if spec.adapter is not None:
-        return Checkpoint.open(Path(spec.adapter))
+    """Return the trial's adapter: trained, named in the spec, or None for the base model."""
+    if trial.spec.adapter is not None:
+        return Checkpoint.open(Path(trial.spec.adapter))
     job = training_job(trial, shards)
     if job is None:
         return None
-    return run_training(job, spec.resources, storage=storage, train_gpus=train_gpus, progress=progress, stop=stop)
+    return run_training(job, trial.spec.resources, storage=storage, train_gpus=train_gpus, progress=progress, stop=stop)
 
 
 def run_training(
@@ -111,7 +113,9 @@ def run_training(
     rungs: Sequence[int] = (),
     stop: threading.Event | None = None,
 ) -> Checkpoint:
-    """Train with a trial's resources; ``rungs`` and ``stop`` are ``train.launch.fit``'s."""
+    """Train with a trial's resources; ``rungs`` and ``stop`` are those of ``training.launch.fit``."""
+    from pause_ray.training.launch import fit  # imports Ray Train
+
     fewest, most = resources.worker_bounds
     return fit(
         job,
@@ -127,10 +131,12 @@ def run_training(
 
 
 def training_job(trial: PreparedTrial, shards: ShardSet | None) -> TrainJob | None:
-    """What decides the trial's adapter, or None when nothing is trained."""
+    """Return what decides the trial's adapter, or None when nothing is trained."""
     spec = trial.spec
     if spec.train is None or shards is None:
         return None
+    from pause_ray.training.launch import TrainJob
+
     return TrainJob(
         train=spec.train,
         model_dir=trial.model_dir,
@@ -144,19 +150,23 @@ def training_job(trial: PreparedTrial, shards: ShardSet | None) -> TrainJob | No
 
 
 def shares_on_storage(trial: PreparedTrial, *, shards: ShardSet | None, storage: Storage) -> tuple[float, float]:
-    """Of the trial's optimizer steps and of its cells, 0 to 1: what ``run_trial`` finds, and has not to do.
+    """Return the shares, 0 to 1, of the trial's optimizer steps and of its cells that are on storage.
 
     Raises:
-        StorageError: its ledger is damaged.
+        StorageError: the trial's ledger is damaged.
     """
     answered = Ledger(storage.trials / trial.digest / "cells.jsonl").done_ids()
     scored = len(answered) / sum(trial.spec.eval.num_positions.values())
     job = training_job(trial, shards)
-    return steps_on_storage(job, storage=storage) / job.train.max_steps if job is not None else 0.0, scored
+    if job is None:
+        return 0.0, scored
+    from pause_ray.training.launch import steps_on_storage
+
+    return steps_on_storage(job, storage=storage) / job.train.max_steps, scored
 
 
 def scoring_job(trial: PreparedTrial, *, arm: str, checkpoint: Checkpoint | None, storage: Storage) -> ScoringJob:
-    """What the fleet needs to answer the trial's cells."""
+    """Return what is needed to answer the trial's cells."""
     spec = trial.spec
     return ScoringJob(
         suite=spec.eval,
@@ -183,48 +193,53 @@ def scoring_job(trial: PreparedTrial, *, arm: str, checkpoint: Checkpoint | None
     )
 
 
-def score_cells(trial: PreparedTrial, job: ScoringJob, *, ledger: Ledger, fleet: Fleet, progress: TrialProgress) -> None:
-    """Ask the cells that the ledger does not have yet; each answer is in the ledger before the next is waited for."""
+def score_cells(trial: PreparedTrial, job: ScoringJob, *, ledger: Ledger, scorer: CellScorer, progress: TrialProgress) -> None:
+    """Answer the cells that the ledger lacks; each answer is in the ledger before the next is waited for."""
     done = ledger.done_ids()
     missing = [cell for cell in trial.cells if cell.id not in done]
-    answered = len(trial.cells) - len(missing)
+    num_answered = len(trial.cells) - len(missing)
 
-    def keep(result: CellResult) -> None:
-        nonlocal answered
+    def on_result(result: CellResult) -> None:
+        nonlocal num_answered
         ledger.append(result)
-        answered += 1
-        progress(Stage.SCORING, answered, len(trial.cells))
+        num_answered += 1
+        progress(Stage.SCORING, num_answered, len(trial.cells))
 
-    def show(waits: bool) -> None:  # noqa: FBT001 (the fleet's)
-        progress(Stage.QUEUED if waits else Stage.SCORING, answered, len(trial.cells))
+    def on_wait(waits: bool) -> None:  # noqa: FBT001 (the signature of CellScorer)
+        progress(Stage.QUEUED if waits else Stage.SCORING, num_answered, len(trial.cells))
 
     if missing:
-        fleet.score(job, missing, on_result=keep, on_wait=show)
+        scorer.score(job, missing, on_result=on_result, on_wait=on_wait)
 
 
-def recheck_cells(trial: PreparedTrial, job: ScoringJob, *, ledger: Ledger, fleet: Fleet, progress: TrialProgress) -> JsonObject | None:
-    """Answer some scored cells again in other shapes: how often the precision alone changes an answer, or its score.
+def recheck_cells(
+    trial: PreparedTrial, job: ScoringJob, *, ledger: Ledger, scorer: CellScorer, progress: TrialProgress
+) -> JsonObject | None:
+    """Answer a sample of scored cells again with other batch shapes, and count the answers and scores that the precision alone changes.
 
-    None where nothing is rechecked.
+    Returns:
+        The counts, or None where nothing is rechecked.
     """
     engine, model = trial.spec.engine, trial.spec.model
     if not isinstance(engine, HfEngineSpec):
         return None
-    wanted = engine.recheck_cells
-    if wanted is None:
-        wanted = RECHECKED_CELLS if depends_on_shapes(dtype=model.dtype, quantize=model.quantize) else 0
+    sample_size = engine.recheck_cells
+    if sample_size is None:
+        sample_size = RECHECKED_CELLS if depends_on_shapes(dtype=model.dtype, quantize=model.quantize) else 0
     rows = {row.cell_id: row for row in ledger.rows() if row.score is not None}
-    sample = sorted((cell for cell in trial.cells if cell.id in rows), key=lambda cell: cell.id)[:wanted]
+    sample = sorted((cell for cell in trial.cells if cell.id in rows), key=lambda cell: cell.id)[:sample_size]
     if not sample:
         return None
 
-    def show(waits: bool) -> None:  # noqa: FBT001 (the fleet's)
+    def on_wait(waits: bool) -> None:  # noqa: FBT001 (the signature of CellScorer)
         if waits:
             progress(Stage.QUEUED, len(rows), len(trial.cells))
         else:
             progress(Stage.RECHECKING, 0, len(sample))
 
-    again = [result for result in fleet.answer_otherwise(job, sample, on_wait=show) if result.score is not None]
+    results: list[CellResult] = []
+    scorer.score(dataclasses.replace(job, purpose="recheck"), sample, on_result=results.append, on_wait=on_wait)
+    again = [result for result in results if result.score is not None]
     if not again:
         return None
     return {
@@ -235,7 +250,7 @@ def recheck_cells(trial: PreparedTrial, job: ScoringJob, *, ledger: Ledger, flee
     }
 
 
-def _summary(
+def _manifest(
     trial: PreparedTrial, shards: ShardSet | None, checkpoint: Checkpoint | None, noise: JsonObject | None, *, seconds: float
 ) -> JsonObject:
     return {

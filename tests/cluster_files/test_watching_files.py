@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pause_ray.core.process import Stage
-from pause_ray.evaluation.cell_scheduler import Asked
+from pause_ray.evaluation.cell_scheduler import Purpose
 from pause_ray.sweep.heartbeat import METRICS
 from tests.cluster_files.autoscaler import CLUSTER, ROOT
 
@@ -82,8 +82,8 @@ def test_the_document_names_every_metric_label_and_state() -> None:
     named = {name: tuple(filter(None, labels.split(","))) for name, labels in re.findall(r"`(ray_pause_ray_\w+)(?:\{(\w+)\})?`", table)}
     assert named == {metric.exported: metric.labels for metric in METRICS}
     [trials] = [line for line in table.splitlines() if "ray_pause_ray_trials" in line]
-    assert set(re.findall(r"`([a-z_]+)`", trials)) == set(set(Stage))
-    assert set(re.findall(r"`(grid|proxy|recheck)`", table)) == set(typing.get_args(Asked))
+    assert set(re.findall(r"`([a-z_]+)`", trials)) == set(Stage)
+    assert set(re.findall(r"`(grid|proxy|recheck)`", table)) == set(typing.get_args(Purpose))
 
 
 def test_prometheus_asks_the_head_and_reads_the_token_from_a_file() -> None:

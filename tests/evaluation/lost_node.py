@@ -1,4 +1,4 @@
-"""A driver that scores on a cluster of two nodes of its own on this machine and loses one of them; run by ``test_fleet``.
+"""A driver that scores on a cluster of two nodes of its own on this machine and loses one of them; run by ``test_scoring_pool``.
 
 python -m tests.evaluation.lost_node TOKENIZER ESSAYS TOLD
 """
@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from pause_ray.evaluation.ledger import CellResult
-from pause_ray.evaluation.scoring_pool import Fleet
-from tests.evaluation.test_fleet import FACTS, SlowEngine, job_of, within
+from pause_ray.evaluation.scoring_pool import ScoringPool
+from tests.evaluation.test_scoring_pool import FACTS, SlowEngine, job_of, within
 
 SYSTEM = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 8}
 """Eight seconds until a node counts as lost; with two, a busy machine loses nodes that are there."""
@@ -32,9 +32,9 @@ def main(tokenizer: Path, essays: Path, told: Path) -> None:
     other = cluster.add_node(**NODE)
     ray.init(address=cluster.address, log_to_driver=False)
     job, asked = job_of(tokenizer, essays, depth_percent={"from": 0, "to": 100, "count": 10})
-    fleet = Fleet.start(num_actors=2, cpus=1, threads=1, engine=SlowEngine(facts=FACTS, cell_seconds=0.5))
-    within(180, lambda: len(fleet.state().pids) == 2)
-    before = fleet.state().pids
+    pool = ScoringPool.start(num_actors=2, cpus=1, threads=1, engine=SlowEngine(facts=FACTS, cell_seconds=0.5))
+    within(180, lambda: len(pool.state().pids) == 2)
+    before = pool.state().pids
     raylet = other.all_processes["raylet"][0].process.pid
     there = [pid for pid in before if parent_of(pid) == raylet]
     results: list[CellResult] = []
@@ -45,14 +45,14 @@ def main(tokenizer: Path, essays: Path, told: Path) -> None:
             for pid in (raylet, *there):
                 os.kill(pid, signal.SIGKILL)
 
-    fleet.score(job, asked, on_result=note)
+    pool.score(job, asked, on_result=note)
     told.write_text(
         json.dumps(
             {
                 "up_before": len(before),
                 "on_the_lost_node": len(there),
-                "up_after": len(fleet.state().pids),
-                "without_room": fleet.state().coming,
+                "up_after": len(pool.state().pids),
+                "without_room": pool.state().starting,
                 "asked": [cell.id for cell in asked],
                 "answered": [result.cell_id for result in results],
             }

@@ -22,7 +22,7 @@ from pause_ray.core.spec import JsonObject, read_yaml, with_overrides
 from pause_ray.core.storage import Storage, is_complete, read_json_lines, write_json
 from pause_ray.evaluation.ledger import Ledger
 from pause_ray.evaluation.proxy import proxy_suite
-from pause_ray.evaluation.scoring_pool import Fleet
+from pause_ray.evaluation.scoring_pool import ScoringPool
 from pause_ray.evaluation.suite import SuiteSpec, cells
 from pause_ray.inference.engine import Completion, EngineError, LoadedAs, Step
 from pause_ray.inference.scripted import ScriptedEngine
@@ -292,7 +292,7 @@ def judge(
     folder = storage.sweeps / "judged"
     write_json(folder / "sweep.json", {})
     judged = {key: trials[key] for key in governed(sweep, trials)}
-    fleet = Fleet.start(num_actors=(0, 1), cpus=0.5, threads=1, engine=RankEngine(facts=facts, root=root, waits_for=waits_for))
+    fleet = ScoringPool.start(num_actors=(0, 1), cpus=0.5, threads=1, engine=RankEngine(facts=facts, root=root, waits_for=waits_for))
     board = start_progress_actor()
     shared = Shared(folder=folder, trials=Stubbed(trials, root, held or {}), storage=storage, fleet=fleet, board=board, train_gpus=0.0)
     if ends_after is not None:

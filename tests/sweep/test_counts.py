@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pause_ray.core.process import Stage
-from pause_ray.evaluation.cell_scheduler import Answered
+from pause_ray.evaluation.cell_scheduler import ScoringStats
 from pause_ray.sweep.progress import TrialState
 from pause_ray.sweep.status import Cells, FleetSize, Speed, Speedometer, StepCounter, TrainingProgress, Work, idle_share
 
@@ -84,8 +84,8 @@ def test_what_the_driver_before_has_counted_is_not_new() -> None:
     assert (counts.of_trials(), counts.new.steps) == ({}, 1)
 
 
-def answered(cells: int) -> list[Answered]:
-    return [Answered(cells=cells, prefilled_tokens=10 * cells), Answered(cells=cells, decoded_tokens=10 * cells)]
+def answered(cells: int) -> list[ScoringStats]:
+    return [ScoringStats(cells=cells, prefilled_tokens=10 * cells), ScoringStats(cells=cells, decoded_tokens=10 * cells)]
 
 
 def test_speeds_are_those_of_the_last_minute() -> None:

@@ -19,7 +19,7 @@ from ray.exceptions import GetTimeoutError  # noqa: E402
 
 from pause_ray.core.process import Stage  # noqa: E402
 from pause_ray.core.storage import Storage  # noqa: E402
-from pause_ray.evaluation.cell_scheduler import Answered, FleetState  # noqa: E402
+from pause_ray.evaluation.cell_scheduler import PoolState, ScoringStats  # noqa: E402
 from pause_ray.sweep import heartbeat  # noqa: E402
 from pause_ray.sweep.heartbeat import PENDING_SECONDS, PendingNotice, StatusWriter  # noqa: E402
 from pause_ray.sweep.progress import ProgressDisplay, TrialState  # noqa: E402
@@ -34,10 +34,10 @@ class Broker:
 
     misses = False
 
-    def state(self, *, timeout_seconds: float) -> FleetState:
+    def state(self, *, timeout_seconds: float) -> PoolState:
         if self.misses:
             raise GetTimeoutError(f"no answer within {timeout_seconds} s")
-        return FleetState(pids=(1,), busy=1, coming=0, orders=1, waiting_cells=0, answered={"grid": Answered(cells=100_000)})
+        return PoolState(pids=(1,), busy=1, starting=0, requests=1, waiting_cells=0, stats={"grid": ScoringStats(cells=100_000)})
 
 
 class Told(dict[tuple[str, str], float]):

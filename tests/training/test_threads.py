@@ -54,7 +54,7 @@ def test_a_process_computes_on_no_more_cores_than_it_may_use(monkeypatch: pytest
     from pause_ray.training import worker
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert ScoringActor(None, threads=None, neighbours=1)._threads == 1
+    assert ScoringActor(None, threads=None, num_neighbors=1)._threads == 1
     assert worker._share_of_cores() == 1
     assert pipeline._tasks_at_once() == 1
 

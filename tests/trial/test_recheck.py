@@ -11,32 +11,35 @@ from typing import Any
 import pytest
 
 from pause_ray.core.spec import JsonObject
+from pause_ray.core.storage import Storage
 from pause_ray.evaluation.ledger import CellResult, Ledger
+from pause_ray.evaluation.scoring_actor import ScoringJob
 from pause_ray.evaluation.suite import Cell
 from pause_ray.text.tokenizer import Marker
+from pause_ray.trial import run
+from pause_ray.trial.prepare import PreparedTrial
 from pause_ray.trial.spec import TrialSpec
 from tests.evaluation.answered_rows import row
 from tests.evaluation.tiny import make_suite
 
-prepare = pytest.importorskip("pause_ray.trial.prepare")
-run = pytest.importorskip("pause_ray.trial.run")
-pytestmark = pytest.mark.ray  # is imported, not started
 OUT_OF_MEMORY = {"response": None, "score": None, "rubric": None, "unscored_reason": "out of memory"}
 
 
 @dataclass
 class Again:
-    """A fleet whose answers in other shapes are the ledger's, but for what ``differs`` says of the first ones."""
+    """A scorer whose second answers are the ledger's, with the changes in ``differs`` for the first ones."""
 
     ledger: Ledger
     differs: Sequence[JsonObject] = ()
     asked: int = 0
 
-    def answer_otherwise(self, job: object, sample: Sequence[Cell], *, on_wait: object) -> list[CellResult]:
+    def score(self, job: ScoringJob, sample: Sequence[Cell], *, on_result: Callable[[CellResult], None], on_wait: object) -> None:
+        assert job.purpose == "recheck"
         self.asked = len(sample)
         rows = {its.cell_id: its for its in self.ledger.rows()}
         changes = [*self.differs, *({} for _ in sample)]
-        return [dataclasses.replace(rows[cell.id], **change) for cell, change in zip(sample, changes, strict=False)]
+        for cell, change in zip(sample, changes, strict=False):
+            on_result(dataclasses.replace(rows[cell.id], **change))
 
 
 @pytest.fixture
@@ -45,14 +48,15 @@ def recheck(tmp_path: Path) -> Callable[..., tuple[JsonObject | None, int]]:
         suite = make_suite(None, noise="Grass is green.", context_tokens=[200, 300, 400, 500, 600])
         data: dict[str, Any] = {"model": {"source": "m", **(model or {})}, "engine": engine or {}, "eval": suite.resolved()}
         spec = TrialSpec.parse(data, origin="test")
-        trial = prepare.PreparedTrial(spec=spec, digest="d", model_dir=tmp_path, base_digest="b", marker=Marker((), None), shards=None)
+        trial = PreparedTrial(spec=spec, digest="d", model_dir=tmp_path, base_digest="b", marker=Marker((), None), shards=None)
         grid = trial.cells
         ledger = Ledger(tmp_path / "cells.jsonl")
         for cell in grid:
             ledger.append(row(0, "Eat a sandwich.", cell_id=cell.id) if cell is not grid[0] else row(0, None, cell_id=cell.id))
-        fleet = Again(ledger, differs)
-        noise = run.recheck_cells(trial, None, ledger=ledger, fleet=fleet, progress=lambda stage, done, total: None)
-        return noise, fleet.asked
+        scorer = Again(ledger, differs)
+        job = run.scoring_job(trial, arm="a", checkpoint=None, storage=Storage.open(str(tmp_path / "runs")))
+        noise = run.recheck_cells(trial, job, ledger=ledger, scorer=scorer, progress=lambda stage, done, total: None)
+        return noise, scorer.asked
 
     return found
 

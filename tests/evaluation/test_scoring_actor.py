@@ -32,7 +32,7 @@ def test_a_cell_that_could_not_be_scored_is_named_with_its_trial(
     )
     asked = cells(suite, identity="i", replicate=0, seed=0)
     engine = ScriptedEngine(facts={STOCK.question: STOCK.needle}, fails_from_tokens=600)
-    actor = ScoringActor(engine, threads=1, neighbours=1)
+    actor = ScoringActor(engine, threads=1, num_neighbors=1)
     caplog.set_level("INFO", logger="pause_ray")
     assert len(list(actor.answer(0, job, asked))) == 1 + 2, "their order, then the results"
     assert caplog.messages[0] == "trial baseline (0123abcd): answering 2 cells (grid)"

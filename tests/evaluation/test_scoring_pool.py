@@ -1,7 +1,8 @@
-"""The fleet answers each cell once, also when actors, callers or nodes die; it shares actors fairly and gives their places back."""
+"""The pool answers each cell once, also when actors, callers or nodes die; it shares actors fairly and frees their resources."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,15 +18,16 @@ from typing import Any
 
 import pytest
 
-from pause_ray.core.errors import ClusterError, FleetError, ModelError, StoppedError, StorageError
+from pause_ray.core.errors import ClusterError, ModelError, ScoringPoolError, StoppedError, StorageError
 from pause_ray.evaluation.answer import Condition
 from pause_ray.evaluation.ledger import CellResult, Ledger
+from pause_ray.evaluation.scoring_actor import ScoringJob
+from pause_ray.evaluation.scoring_pool import ScoringPool
 from pause_ray.evaluation.suite import Cell, cells
 from pause_ray.inference.engine import Completion, EngineError, HfEngineSpec, Step
 from pause_ray.inference.scripted import ScriptedEngine
 from tests.evaluation.tiny import STOCK, base, make_suite
 
-fleet = pytest.importorskip("pause_ray.evaluation.scoring_pool")
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -71,8 +73,8 @@ class SlowEngine(ScriptedEngine):
 
 
 @contextmanager
-def running(engine: ScriptedEngine, *, num_actors: int | tuple[int, int] = 2, cpus: float = 0.5, **more: Any) -> Iterator[fleet.Fleet]:
-    started = fleet.Fleet.start(num_actors=num_actors, cpus=cpus, threads=1, engine=engine, **more)
+def running(engine: ScriptedEngine, *, num_actors: int | tuple[int, int] = 2, cpus: float = 0.5, **more: Any) -> Iterator[ScoringPool]:
+    started = ScoringPool.start(num_actors=num_actors, cpus=cpus, threads=1, engine=engine, **more)
     try:
         yield started
     finally:
@@ -87,9 +89,9 @@ def within(seconds: float, happened: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def job_of(tokenizer_dir: Path, essays_dir: Path, **changes: Any) -> tuple[fleet.ScoringJob, list[Cell]]:
+def job_of(tokenizer_dir: Path, essays_dir: Path, **changes: Any) -> tuple[ScoringJob, list[Cell]]:
     suite = make_suite(essays_dir, **{"context_tokens": [512, 700, 900]} | changes)
-    job = fleet.ScoringJob(
+    job = ScoringJob(
         suite=suite,
         policy=None,
         replicate=0,
@@ -152,31 +154,35 @@ class OtherEngine(ScriptedEngine):
         return outcome
 
 
-def test_cells_are_asked_otherwise(tokenizer_dir: Path, essays_dir: Path) -> None:
+def test_cells_are_rechecked_and_counted_by_purpose(tokenizer_dir: Path, essays_dir: Path) -> None:
     job, asked = job_of(tokenizer_dir, essays_dir)
+    recheck = dataclasses.replace(job, purpose="recheck")
+    results: list[CellResult] = []
     with running(OtherEngine(facts=FACTS, fails_from_tokens=900)) as started:
-        results = started.answer_otherwise(job, asked)
-    assert [result.cell_id for result in results] == [cell.id for cell in asked]
-    assert {cell.context_tokens for cell, result in zip(asked, results, strict=True) if result.score is None} == {900}
+        started.score(recheck, asked, on_result=results.append)
+        started.score(job, asked[:2], on_result=lambda _: None)
+        assert {purpose: stats.cells for purpose, stats in started.state().stats.items()} == {"recheck": len(asked), "grid": 2}
+    assert sorted(result.cell_id for result in results) == sorted(cell.id for cell in asked)
+    assert {result.context_tokens for result in results if result.score is None} == {900}
     with (
         running(OtherEngine(facts=FACTS, dies=True), num_actors=1) as started,
-        pytest.raises(FleetError, match="3 scoring actors were lost"),
+        pytest.raises(ScoringPoolError, match="3 scoring actors were lost"),
     ):
-        started.answer_otherwise(job, asked)
+        started.score(recheck, asked, on_result=results.append)
 
 
 def test_a_cell_that_kills_every_actor_stops_the_scoring_with_its_name(tokenizer_dir: Path, essays_dir: Path) -> None:
     job, asked = job_of(tokenizer_dir, essays_dir)
     with running(MortalEngine(facts=FACTS, dies_at_tokens=700, tombstone=None), num_actors=1) as started:
         # The answer before, of 512 tokens, is lost with its process where that had no time to send it.
-        with pytest.raises(FleetError, match=r"3 scoring actors were lost at or soon after the cell of (700|512) tokens at depth"):
+        with pytest.raises(ScoringPoolError, match=r"3 scoring actors were lost at or soon after the cell of (700|512) tokens at depth"):
             started.score(job, asked, on_result=lambda _: None)
 
 
 @pytest.mark.parametrize(
     ("because", "raised", "told"),
     [
-        (RuntimeError("this engine cannot be made here"), FleetError, "no scoring actor comes up: .*this engine cannot be made here"),
+        (RuntimeError("this engine cannot be made here"), ScoringPoolError, "no scoring actor starts: .*this engine cannot be made here"),
         (ModuleNotFoundError("No module named 'torch.nn'"), ClusterError, "^a node of the cluster has no torch: use one image"),
     ],
 )
@@ -188,7 +194,7 @@ def test_actors_that_cannot_start_stop_the_scoring_with_the_reason(
         started.score(job, asked, on_result=lambda _: None)
 
 
-def test_a_users_mistake_in_an_actor_arrives_as_itself_and_the_fleet_goes_on(tokenizer_dir: Path, essays_dir: Path) -> None:
+def test_a_users_mistake_in_an_actor_arrives_as_itself_and_the_pool_goes_on(tokenizer_dir: Path, essays_dir: Path) -> None:
     job, asked = job_of(tokenizer_dir, essays_dir)
     short = [cell for cell in asked if cell.context_tokens < 800]
     results: list[CellResult] = []
@@ -204,8 +210,8 @@ def test_a_bug_in_an_actor_arrives_with_its_traceback(tokenizer_dir: Path, essay
     job, asked = job_of(tokenizer_dir, essays_dir)
     with running(ScriptedEngine(facts=FACTS), num_actors=1) as started:
         with pytest.raises(TypeError, match="cannot compute an answer in other shapes") as caught:
-            started.answer_otherwise(job, asked)
-        assert "ray::ScoringActor.answer_otherwise" in str(caught.value), "the actor's traceback"
+            started.score(dataclasses.replace(job, purpose="recheck"), asked, on_result=lambda _: None)
+        assert "ray::ScoringActor.answer" in str(caught.value), "the actor's traceback"
         started.score(job, asked[:1], on_result=lambda _: None)
 
 
@@ -218,7 +224,7 @@ def test_an_error_of_the_receiver_stops_the_scoring_and_costs_no_actor(tokenizer
     with running(SlowEngine(facts=FACTS), num_actors=1) as started:
         with pytest.raises(StorageError, match="the disk is full"):
             started.score(job, asked, on_result=full)
-        within(60, lambda: started.state().orders == 0)
+        within(60, lambda: started.state().requests == 0)
         before = started.state().pids
         started.score(job, asked[:1], on_result=lambda _: None)
         assert started.state().pids == before
@@ -230,7 +236,7 @@ def caller(ray_cluster: None) -> type:
     import ray
 
     class Caller:
-        def score(self, started: fleet.Fleet, job: fleet.ScoringJob, asked: list[Cell]) -> list[str]:
+        def score(self, started: ScoringPool, job: ScoringJob, asked: list[Cell]) -> list[str]:
             results: list[CellResult] = []
             started.score(job, asked, on_result=results.append)
             return [result.cell_id for result in results]
@@ -278,9 +284,9 @@ def test_the_cells_of_a_caller_whose_process_dies_are_asked_no_further(tokenizer
         before = started.state().pids
         dying = caller.remote()
         dying.score.remote(started, job, asked)
-        within(120, lambda: started.state().orders == 1)
+        within(120, lambda: started.state().requests == 1)
         ray.kill(dying)
-        within(60, lambda: started.state().orders == 0)
+        within(60, lambda: started.state().requests == 0)
         began = time.monotonic()
         started.score(job, asked[:1], on_result=lambda _: None)
         assert time.monotonic() - began < 20, "thirty cells take thirty seconds"
