@@ -42,7 +42,7 @@ from pause_ray.data.shards import NO_LOSS, PackedRow, rows_to_table, seal, write
 from pause_ray.models.shape import ModelShape
 from pause_ray.models.sources import resolve_model
 from pause_ray.models.spec import ModelSpec
-from pause_ray.training.batching import num_labelled
+from pause_ray.training.batching import num_loss_tokens
 from pause_ray.training.metrics import model_flops_utilization, step_flops
 from pause_ray.training.spec import LoraSpec, TrainSpec
 
@@ -194,8 +194,8 @@ def _mfu(workload: Workload, seconds: float) -> float | None:
     if not torch.cuda.is_available():
         return None
     lengths = [len(row.input_ids) for row in workload.rows]
-    labelled = sum(num_labelled(row) for row in workload.rows)
-    flops = step_flops(ModelShape.load(workload.model_dir), document_tokens=lengths, labelled_tokens=labelled)
+    labelled = sum(num_loss_tokens(row) for row in workload.rows)
+    flops = step_flops(ModelShape.load(workload.model_dir), document_tokens=lengths, loss_tokens=labelled)
     timed = (workload.train.max_steps - 1) / workload.train.max_steps
     return model_flops_utilization(flops * timed, seconds=seconds, device_names=[torch.cuda.get_device_name()])
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from pause_ray.data.shards import NO_LOSS, PackedRow, ShardSet
-from pause_ray.training.batching import collate, deal, learning_rate, num_labelled, rows_of_step
+from pause_ray.training.batching import assign_rows, collate, learning_rate, num_loss_tokens, rows_of_step
 from pause_ray.training.metrics import peak_memory_bytes
 from pause_ray.training.spec import TrainSpec
 
@@ -62,7 +62,7 @@ class Case:
         for step in range(train.max_steps):
             numbers = rows_of_step(step, num_rows=shards.num_rows, rows_per_step=train.rows_per_step, seed=self.seed)
             lengths = [len(row.input_ids) for row in shards.rows(numbers)]
-            [passes] = deal(numbers, lengths=lengths, micro_rows=train.micro_batch_size, groups=1)
+            [passes] = assign_rows(numbers, lengths=lengths, micro_rows=train.micro_batch_size, groups=1)
             steps.append([shards.rows(chosen) for chosen in passes])
         return steps
 
@@ -132,7 +132,7 @@ def step(case: Case) -> dict[str, Any]:
     masters = [parameter.detach().float().clone() for parameter in trained]
     optimizer = torch.optim.AdamW(masters, lr=train.learning_rate, weight_decay=train.weight_decay)
     for number, passes in enumerate(case.rows()):
-        labelled = sum(num_labelled(row) for rows in passes for row in rows)
+        labelled = sum(num_loss_tokens(row) for rows in passes for row in rows)
         total = torch.zeros((), device=case.device)
         for rows in passes:
             loss = model(**tensors(collate(rows), device=case.device)) / labelled

@@ -149,7 +149,7 @@ def _of_model(name: str, *, site: Site, row_tokens: int, suite: SuiteSpec, set_:
     check_lengths(suite, limit_tokens=limit_tokens, origin=name)
     if row_tokens > limit_tokens:
         raise ModelError(f"--row-tokens {row_tokens} exceeds the {limit_tokens} tokens that {name} can read")
-    rows = Rows(longest_tokens=row_tokens, mean_tokens=row_tokens, learned_tokens=row_tokens)
+    rows = Rows(longest_tokens=row_tokens, mean_tokens=row_tokens, loss_tokens=row_tokens)
     grid = grid_of(suite, shape=shape, site=site, dtype="bfloat16")
     return make_plan(name.rpartition("/")[2], shape=shape, train=train, rows=rows, grid=grid, site=site, rows_may_grow=True)
 

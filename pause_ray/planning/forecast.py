@@ -257,12 +257,12 @@ def plan_trials(trials: Sequence[PlannedTrial], *, site: Site, root: Storage) ->
 
 def _rows(trial: TrialSpec, *, paused: float) -> Rows:
     if trial.train is None or trial.corpus is None:
-        return Rows(longest_tokens=0, mean_tokens=0, learned_tokens=0)
+        return Rows(longest_tokens=0, mean_tokens=0, loss_tokens=0)
     longest = trial.corpus.sequence_len * paused
     if trial.corpus.objective == "language_modeling":
-        return Rows(longest_tokens=round(longest), mean_tokens=longest, learned_tokens=round(longest))
+        return Rows(longest_tokens=round(longest), mean_tokens=longest, loss_tokens=round(longest))
     mean = (trial.corpus.min_context_tokens * paused + longest) / 2
-    return Rows(longest_tokens=round(longest), mean_tokens=mean, learned_tokens=SFT_LEARNED_TOKENS)
+    return Rows(longest_tokens=round(longest), mean_tokens=mean, loss_tokens=SFT_LEARNED_TOKENS)
 
 
 StepName = Literal["data", "training", "scoring"]

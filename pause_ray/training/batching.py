@@ -1,6 +1,6 @@
-"""The order of rows, how they are dealt to workers and laid end to end, and the learning rate. Pure; knows no model and no Ray.
+"""Order of rows, their assignment to workers, packing of rows into batches, and the learning rate. Knows no model and no Ray.
 
-Everything a step does follows from (seed, step): the same rows with the same weight, however many workers share them.
+Everything that a step does follows from (seed, step): the same rows with the same weight, however many workers share them.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +17,13 @@ from pause_ray.core.errors import SpecError, TrainingError
 from pause_ray.data.shards import NO_LOSS, PackedRow, ShardSet
 from pause_ray.training.spec import TrainSpec
 
+IDLE = -1
+"""Row number of what a group computes when there are not enough rows for all: one token without a loss."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
-    """How the rows of one optimizer step are cut up."""
+class BatchLayout:
+    """How the rows of one optimizer step are divided among groups of workers and forward passes."""
 
     rows_per_step: int
     """Rows of one optimizer step, all workers together."""
@@ -28,22 +32,22 @@ class Share:
     passes: int
     """Forward passes of each group in one step."""
     sequence_parallel: int = 1
-    """Workers of one group: neighbours in rank, which share the tokens of the same rows."""
+    """Workers of one group: they are neighbours in rank and share the tokens of the same rows."""
     groups: int = 1
-    """Groups of workers, each with rows of its own."""
+    """Number of groups of workers; no two groups compute the same row."""
 
     def place(self, rank: int) -> tuple[int, int]:
-        """The group of worker ``rank``, and its part of the group's tokens."""
+        """Return the group of worker ``rank``, and the index of its part of the group's tokens."""
         return divmod(rank, self.sequence_parallel)
 
 
-def share(train: TrainSpec, *, num_workers: int, even: bool = True) -> Share:
-    """Cut the rows of a step into equal shares; a forward pass never exceeds ``micro_batch_size`` rows.
+def batch_layout(train: TrainSpec, *, num_workers: int, even: bool = True) -> BatchLayout:
+    """Divide the rows of a step equally; a forward pass never exceeds ``micro_batch_size`` rows.
 
     Args:
         train: What is trained.
         num_workers: Workers in all.
-        even: Refuse rows that do not go round; otherwise shares are rounded up, and some places stay idle.
+        even: Refuse a number of rows that does not divide evenly; otherwise it is rounded up, and some places stay idle.
 
     Raises:
         SpecError: the workers cannot form equal groups, or the rows cannot be shared evenly.
@@ -63,7 +67,9 @@ def share(train: TrainSpec, *, num_workers: int, even: bool = True) -> Share:
         )
     per_group = math.ceil(total / groups)
     micro_rows = math.gcd(train.micro_batch_size, per_group)
-    return Share(rows_per_step=total, micro_rows=micro_rows, passes=per_group // micro_rows, sequence_parallel=together, groups=groups)
+    return BatchLayout(
+        rows_per_step=total, micro_rows=micro_rows, passes=per_group // micro_rows, sequence_parallel=together, groups=groups
+    )
 
 
 def check_corpus(train: TrainSpec, *, num_rows: int, longest_row_tokens: int, limit_tokens: int) -> None:
@@ -72,8 +78,8 @@ def check_corpus(train: TrainSpec, *, num_rows: int, longest_row_tokens: int, li
     Args:
         train: What is trained.
         num_rows: Training rows.
-        longest_row_tokens: Of training and validation rows.
-        limit_tokens: The longest sequence that the model was made for.
+        longest_row_tokens: Tokens of the longest training or validation row.
+        limit_tokens: Tokens of the longest sequence that the model was made for.
 
     Raises:
         SpecError: fewer rows than one optimizer step takes, or a row longer than the model.
@@ -104,55 +110,68 @@ def check_heads(train: TrainSpec, *, num_heads: int) -> None:
 
 
 def rows_of_step(step: int, *, num_rows: int, rows_per_step: int, seed: int) -> list[int]:
-    """Row numbers of optimizer step ``step`` (from 0): every epoch is a permutation of all rows, epochs follow without a gap."""
+    """Return the row numbers of optimizer step ``step`` (from 0); epochs are permutations of all rows and follow without a gap."""
     wanted = range(step * rows_per_step, (step + 1) * rows_per_step)
     epochs = {epoch: _permutation(num_rows, seed, epoch) for epoch in range(wanted[0] // num_rows, wanted[-1] // num_rows + 1)}
     return [int(epochs[place // num_rows][place % num_rows]) for place in wanted]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepRows:
-    """What one optimizer step learns from, all workers together."""
-
-    numbers: list[int]
-    """In the order in which they are dealt."""
-    rows: dict[int, PackedRow]
-    """By number."""
-    labelled: int
-    """Learned tokens of all of them, at least 1."""
-
-
-def read_step(shards: ShardSet, step: int, *, rows_per_step: int, seed: int) -> StepRows:
-    """The rows of optimizer step ``step`` (from 0).
-
-    Raises:
-        TrainingError: none of them has a token with a loss.
-    """
-    numbers = rows_of_step(step, num_rows=shards.num_rows, rows_per_step=rows_per_step, seed=seed)
-    rows = dict(zip(numbers, shards.rows(numbers), strict=True))
-    labelled = sum(num_labelled(rows[number]) for number in numbers)
-    if not labelled:
-        raise TrainingError(f"rows {numbers} of step {step + 1} have no token with a loss; look at the corpus in {shards.folder}")
-    return StepRows(numbers=numbers, rows=rows, labelled=labelled)
 
 
 def _permutation(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
-def deal(rows: Sequence[int], *, lengths: Sequence[int], micro_rows: int, groups: int) -> list[list[list[int]]]:
-    """Forward passes of each group: ``result[group][pass]`` is ``micro_rows`` row numbers.
+def assign_rows(rows: Sequence[int], *, lengths: Sequence[int], micro_rows: int, groups: int) -> list[list[list[int]]]:
+    """Return the forward passes of each group: ``result[group][pass]`` is ``micro_rows`` row numbers.
 
-    Passes of like length run at the same time in all groups (little waiting). Each row keeps its weight, so this changes
-    no result beyond rounding.
+    Passes of similar length run at the same time in all groups, which keeps waiting short. Each row keeps its weight, so the
+    assignment changes no result beyond rounding.
     """
     ordered = [row for _, row in sorted(zip(lengths, rows, strict=True), reverse=True)]
     passes = [ordered[start : start + micro_rows] for start in range(0, len(ordered), micro_rows)]
     return [passes[group::groups] for group in range(groups)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class GlobalBatch:
+    """The rows of one optimizer step, and which group of workers computes which of them."""
+
+    numbers: list[int]
+    """Row numbers in the order of the epoch."""
+    rows: dict[int, PackedRow]
+    """Rows by number, with one for ``IDLE`` where a group computes it."""
+    passes: list[list[list[int]]]
+    """``passes[group][pass]``: row numbers of one forward pass."""
+    loss_tokens: int
+    """Tokens with a loss in all rows together; at least 1."""
+
+    @classmethod
+    def read(cls, shards: ShardSet, step: int, *, layout: BatchLayout, seed: int) -> Self:
+        """Read the rows of optimizer step ``step`` (from 0); groups that would stay without a row compute one idle token.
+
+        Raises:
+            TrainingError: no row has a token with a loss.
+        """
+        numbers = rows_of_step(step, num_rows=shards.num_rows, rows_per_step=layout.rows_per_step, seed=seed)
+        rows = dict(zip(numbers, shards.rows(numbers), strict=True))
+        loss_tokens = sum(num_loss_tokens(rows[number]) for number in numbers)
+        if not loss_tokens:
+            raise TrainingError(f"rows {numbers} of step {step + 1} have no token with a loss; look at the corpus in {shards.folder}")
+        computed = numbers + [IDLE] * (layout.micro_rows * layout.passes * layout.groups - len(numbers))
+        if IDLE in computed:
+            first_token = rows[numbers[0]].input_ids[:1]
+            rows[IDLE] = PackedRow(input_ids=first_token, labels=np.array([NO_LOSS], np.int32), num_pauses=0, num_documents=1)
+        lengths = [len(rows[number].input_ids) for number in computed]
+        passes = assign_rows(computed, lengths=lengths, micro_rows=layout.micro_rows, groups=layout.groups)
+        return cls(numbers=numbers, rows=rows, passes=passes, loss_tokens=loss_tokens)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows, without padding and idle ones."""
+        return sum(len(self.rows[number].input_ids) for number in self.numbers)
+
+
 def learning_rate(step: int, train: TrainSpec) -> float:
-    """Of optimizer step ``step`` (from 0): linear warm-up that ends at the peak, then the schedule down towards zero.
+    """Return the rate of optimizer step ``step`` (from 0): a linear warm-up to the peak, then the schedule down towards zero.
 
     Neither the first nor the last step has rate zero, so every step of a short run counts.
     """
@@ -168,20 +187,20 @@ def learning_rate(step: int, train: TrainSpec) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Rows end to end, so that nothing is computed for padding; each of their documents attends to itself alone."""
+    """Rows laid end to end, so that nothing is computed for padding; each of their documents attends to itself alone."""
 
     input_ids: NDArray[np.int64]
     """(1, tokens)."""
     position_ids: NDArray[np.int64]
     """(1, tokens): counted from the first token of each document, as when the model is used."""
     targets: NDArray[np.int64]
-    """(1, tokens): the token that follows in the same document where it is learned, ``NO_LOSS`` elsewhere."""
+    """(1, tokens): the next token of the same document where it has a loss, ``NO_LOSS`` elsewhere."""
     documents: tuple[tuple[int, int], ...]
-    """First token and the one after the last of each document, in the whole batch also where the arrays are a part of it. Tokens
-    after the last document are there to make equal parts, and see nothing."""
+    """(first token, token after the last) of each document; places in the whole batch, also where the arrays are a part of it. Tokens
+    after the last document are padding that makes parts equal, and attend to nothing."""
 
     def part(self, index: int, *, of: int) -> Batch:
-        """The ``index``-th of ``of`` equal parts of the tokens, for one of the workers that share them."""
+        """Return part ``index`` of ``of`` equal parts of the tokens, for one of the workers that share them."""
         spare = -self.input_ids.shape[1] % of
         tokens = (self.input_ids.shape[1] + spare) // of
 
@@ -196,11 +215,11 @@ class Batch:
         )
 
 
-def num_labelled(row: PackedRow) -> int:
-    """Tokens of ``row`` that are learned; the first of a document has nothing before it to be predicted from."""
-    learned = row.labels != NO_LOSS
-    learned[row.document_starts] = False
-    return int(np.count_nonzero(learned))
+def num_loss_tokens(row: PackedRow) -> int:
+    """Count the tokens of ``row`` that have a loss; the first of a document has nothing before it to be predicted from."""
+    has_loss = row.labels != NO_LOSS
+    has_loss[row.document_starts] = False
+    return int(np.count_nonzero(has_loss))
 
 
 def collate(rows: Sequence[PackedRow]) -> Batch:
@@ -219,18 +238,6 @@ def collate(rows: Sequence[PackedRow]) -> Batch:
     )
 
 
-def check_loss(loss: float, *, step: int, rows: Sequence[int]) -> None:
-    """Stop before a loss that is not a number spoils the adapter.
-
-    Raises:
-        TrainingError: naming the step (from 1) and the rows.
-    """
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"loss is {loss} at step {step + 1}, rows {list(rows)}; lower train.learning_rate, or look for what is odd in these rows"
-        )
-
-
 def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """So that no random state has to be kept: a step's dropout is the same whenever and after whatever it is taken."""
+    """Return the seed of one worker's dropout in one step. It follows from the step, so no random state is saved in checkpoints."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])

@@ -24,7 +24,7 @@ from pause_ray.core.errors import CheckpointError, ModelError
 from pause_ray.core.spec import JsonObject
 from pause_ray.models.weights import StoredWeights, start_marker_row
 from pause_ray.text.tokenizer import MarkerToken
-from pause_ray.training.batching import Share, share
+from pause_ray.training.batching import BatchLayout, batch_layout
 from pause_ray.training.spec import Offload, TrainSpec, ZeroSpec
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
@@ -90,6 +90,11 @@ def loss_scale(engine: Any) -> JsonObject:
     """What float16's dynamic loss scale remembers; empty without one."""
     scale = _scale_of(engine)
     return {name: getattr(scale, name) for name in _SCALE_FIELDS if hasattr(scale, name)}
+
+
+def unapplied_scale(engine: Any) -> float:
+    """Return the factor by which the caller has to multiply the loss, because DeepSpeed's plain float16 optimizer divides by it."""
+    return float(getattr(getattr(engine.optimizer, "loss_scale_config", None), "cur_scale", 1.0))
 
 
 def restore_loss_scale(engine: Any, remembered: JsonObject) -> None:
@@ -205,7 +210,7 @@ FIRST_LOSS_SCALE_POWER = 12
 """float16's first loss scale is two to this. DeepSpeed's 16 would lose the first steps of a short run to overflows."""
 
 
-def deepspeed_config(train: TrainSpec, *, share: Share, stage: int, world_size: int) -> JsonObject:
+def deepspeed_config(train: TrainSpec, *, layout: BatchLayout, stage: int, world_size: int) -> JsonObject:
     """Configuration for ``deepspeed.initialize``.
 
     In 16 bits every stage keeps a float32 master copy of the trained weights and float32 AdamW moments. The learning rate is
@@ -214,14 +219,14 @@ def deepspeed_config(train: TrainSpec, *, share: Share, stage: int, world_size: 
 
     Args:
         train: What is trained.
-        share: How the rows of a step are cut up.
+        layout: How the rows of a step are cut up.
         stage: ZeRO stage, resolved.
         world_size: Number of workers; DeepSpeed refuses to start with another.
     """
     return {
-        "train_batch_size": share.micro_rows * share.passes * world_size,
-        "train_micro_batch_size_per_gpu": share.micro_rows,
-        "gradient_accumulation_steps": share.passes,
+        "train_batch_size": layout.micro_rows * layout.passes * world_size,
+        "train_micro_batch_size_per_gpu": layout.micro_rows,
+        "gradient_accumulation_steps": layout.passes,
         "gradient_clipping": train.gradient_clip,
         "optimizer": {
             "type": "AdamW",
@@ -257,7 +262,7 @@ def _offload(device: Offload, nvme_path: str | None) -> JsonObject:
     return {"device": device} | ({"nvme_path": nvme_path} if device == "nvme" else {})
 
 
-class Dealer:
+class ShardingLoader:
     """Fills an empty base model, in which an adapter may have been put meanwhile, and deals its parameters to all workers.
 
     Every worker reads every tensor, so that what depends on whole weights (4-bit statistics, DoRA's magnitudes, the
@@ -280,7 +285,7 @@ class Dealer:
             self._names.setdefault(id(parameter), []).append(name)
         self._owners = {name: _owner(base, name) for names in self._names.values() for name in names}
         self._buffers = {name: _owner(base, name) for name, _ in base.named_buffers()}
-        self._first: Any = None
+        self._first_parameter: Any = None
 
     def fill(self, model: peft.PeftModel, *, start: Callable[[str, LoraLayer], None]) -> None:
         """Give every parameter its value and cut it up.
@@ -300,15 +305,15 @@ class Dealer:
                 self._fill_weights(layer.get_base_layer())
                 layer.update_layer(adapter, config.r, config.lora_alpha, config=config)
                 start(name, layer)
-                self._deal(layer.parameters())
+                self._shard(layer.parameters())
         for module in dict.fromkeys(module for module, _ in self._owners.values()):
             self._fill_weights(module)
             if module not in self._tables:
-                self._deal(module.parameters(recurse=False))
+                self._shard(module.parameters(recurse=False))
         for layer in model.modules():
             if isinstance(layer, TrainableTokensLayer):
                 _start_rows(layer)
-        self._deal(model.parameters())
+        self._shard(model.parameters())
 
     def _fill_buffers(self) -> None:
         for name, (module, leaf) in self._buffers.items():
@@ -344,20 +349,22 @@ class Dealer:
     def _dtype(self, parameter: nn.Parameter) -> torch.dtype:
         return parameter.dtype if type(parameter) is nn.Parameter else getattr(torch, self._train.precision)
 
-    def _deal(self, parameters: Iterable[nn.Parameter]) -> None:
+    def _shard(self, parameters: Iterable[nn.Parameter]) -> None:
         """Cut parameters up among all workers, with the settings that training will use; those that are cut up already stay."""
         whole = [parameter for parameter in parameters if not hasattr(parameter, "ds_id")]
         if not whole:
             return
-        if self._first is not None:
-            self._first.convert_to_zero_parameters(param_list=whole)
+        if self._first_parameter is not None:
+            self._first_parameter.convert_to_zero_parameters(param_list=whole)
             return
         import deepspeed
 
         workers = torch.distributed.get_world_size()
-        config = deepspeed_config(self._train, share=share(self._train, num_workers=workers, even=False), stage=3, world_size=workers)
+        config = deepspeed_config(
+            self._train, layout=batch_layout(self._train, num_workers=workers, even=False), stage=3, world_size=workers
+        )
         deepspeed.zero.Init(module=nn.ParameterList(whole), config_dict_or_path=config)
-        self._first = whole[0]
+        self._first_parameter = whole[0]
 
 
 def _owner(base: nn.Module, name: str) -> tuple[nn.Module, str]:

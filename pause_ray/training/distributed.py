@@ -1,4 +1,4 @@
-"""The workers of one training: what they tell each other, and what they are asked. Knows torch's process group; starts none."""
+"""Agreement among the workers of one training, and requests to it from outside. Knows torch's process group; starts none."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from pause_ray.models.checkpoint import STOP
 
 Chosen = TypeVar("Chosen")
 LOOK_SECONDS = 5.0
-"""Between two questions whether a node goes away, which all workers must ask together; Ray itself looks as often."""
+"""Time between two checks for a node that goes away, which all workers must make together; Ray itself checks as often."""
 
 
-class Crew:
-    """The workers that train together, this one among them. All must call the same methods in the same order."""
+class WorkerGroup:
+    """The workers of one training. All of them must call the same methods in the same order."""
 
     def __init__(self, device: torch.device) -> None:
-        """Read this worker's place in torch's process group, whose messages go through tensors on ``device``."""
+        """Read this worker's rank in torch's process group, whose messages are tensors on ``device``."""
         self.device = device
         self.rank = torch.distributed.get_rank()
         self.size = torch.distributed.get_world_size()
 
-    def most(self, value: float) -> float:
-        """The largest of all workers' values."""
+    def maximum(self, value: float) -> float:
+        """Return the largest of all workers' values."""
         if self.size == 1:
             return value
         box = torch.tensor(value, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
         return box.item()
 
-    def first_ones(self, choose: Callable[[], Chosen]) -> Chosen:
-        """What the first worker chooses, for all: files may be there for one machine and not yet for another."""
+    def from_first_worker(self, choose: Callable[[], Chosen]) -> Chosen:
+        """Return what ``choose`` returns on the first worker: a new file may be visible on one machine and not yet on another."""
         box: list[Any] = [choose() if self.rank == 0 else None]
         if self.size > 1:
             torch.distributed.broadcast_object_list(box, src=0)
@@ -44,26 +44,26 @@ class Crew:
 
 
 class Requests:
-    """What is asked of a training from outside while it runs."""
+    """Requests to a running training: to stop, or to save because a node goes away."""
 
-    def __init__(self, crew: Crew, folder: Path, *, loses_a_node: Callable[[], bool]) -> None:
-        """Nothing is asked yet.
+    def __init__(self, workers: WorkerGroup, folder: Path, *, loses_a_node: Callable[[], bool]) -> None:
+        """Begin without a request.
 
         Args:
-            crew: The workers.
-            folder: The first worker looks for ``STOP`` in it.
-            loses_a_node: Whether a node with workers on it is about to go away; all workers call it together.
+            workers: All workers of the training.
+            folder: Folder in which the first worker looks for ``STOP``.
+            loses_a_node: Returns whether a node with workers on it is about to go away; all workers call it together.
         """
-        self._crew, self._folder, self._loses_a_node = crew, folder, loses_a_node
+        self._workers, self._folder, self._loses_a_node = workers, folder, loses_a_node
         self._looked = time.monotonic()
 
     def look(self) -> tuple[bool, bool]:
-        """Whether to end after a checkpoint, and whether one is due because a node goes away; the same on all workers."""
+        """Return whether to end after a checkpoint, and whether one is due because a node goes away; the same on all workers."""
         stop, look = False, False
-        if self._crew.rank == 0:
+        if self._workers.rank == 0:
             stop = (self._folder / STOP).exists()
             look = time.monotonic() - self._looked >= LOOK_SECONDS
-        asked = int(self._crew.most(2 * stop + look))
+        asked = int(self._workers.maximum(2 * stop + look))
         if not asked % 2:
             return asked >= 2, False
         self._looked = time.monotonic()

@@ -25,9 +25,9 @@ from pause_ray.models.checkpoint import STOP, TRAINING_LOG, Checkpoint, RunningT
 from pause_ray.models.shape import ModelShape
 from pause_ray.models.sources import row_limit_tokens
 from pause_ray.text.tokenizer import MarkerToken, ModelTokenizer
-from pause_ray.training.batching import check_corpus, check_heads, share
+from pause_ray.training.batching import batch_layout, check_corpus, check_heads
 from pause_ray.training.metrics import Progress, following
-from pause_ray.training.spec import Assignment, Rungs, TrainSpec
+from pause_ray.training.spec import Rungs, TrainSpec, WorkerConfig
 
 FRUITLESS_ATTEMPTS = 3
 """Attempts in a row that were lost without a new checkpoint, after which training gives up."""
@@ -214,15 +214,15 @@ def fit(
                 raise StoppedError("training was asked to end before it began; the same command begins it")
             _check_job(job, shards)
             with (
-                _making(job, shards, folder=folder, on_gpu=gpus_per_worker > 0 if num_workers else None, rungs=rungs) as assignment,
-                following(assignment.folder / TRAINING_LOG, steps=job.train.max_steps, progress=progress, failures=failures),
-                _stoppable(assignment.folder / STOP, asked=stop),
+                _making(job, shards, folder=folder, on_gpu=gpus_per_worker > 0 if num_workers else None, rungs=rungs) as config,
+                following(config.folder / TRAINING_LOG, steps=job.train.max_steps, progress=progress, failures=failures),
+                _stoppable(config.folder / STOP, asked=stop),
             ):
                 run_workers(
                     _train_on_worker,
-                    {"assignment": assignment},
-                    running=assignment.running,
-                    notes=assignment.folder,
+                    {"worker": config},
+                    running=config.running,
+                    notes=config.folder,
                     num_workers=num_workers,
                     cpus_per_worker=cpus_per_worker,
                     gpus_per_worker=gpus_per_worker,
@@ -242,14 +242,14 @@ def _wait_for(holder: str, *, stage: StageCallback | None) -> None:
 
 
 @contextlib.contextmanager
-def _making(job: TrainJob, shards: ShardSet, *, folder: Path, on_gpu: bool | None, rungs: Sequence[int]) -> Iterator[Assignment]:
+def _making(job: TrainJob, shards: ShardSet, *, folder: Path, on_gpu: bool | None, rungs: Sequence[int]) -> Iterator[WorkerConfig]:
     """What a worker is told to train so that the checkpoint ``folder`` exists when the block ends well; hold its lock.
 
     Args:
         job: What to train.
         shards: Its rows.
         folder: Of the checkpoint.
-        on_gpu: As in ``Assignment``.
+        on_gpu: As in ``WorkerConfig``.
         rungs: As in ``fit``.
 
     Raises:
@@ -265,7 +265,7 @@ def _making(job: TrainJob, shards: ShardSet, *, folder: Path, on_gpu: bool | Non
     with building(folder) as scratch:
         copy_tokenizer(job.model_dir, scratch, marker=job.marker)
         spec = {"train": job.train.resolved(), "pauses": job.policy, "shards": job.shards.name, "seed": job.seed}
-        yield Assignment(
+        yield WorkerConfig(
             train=job.train,
             model_dir=job.model_dir.absolute(),
             shards=job.shards.absolute(),
@@ -308,7 +308,7 @@ def _check_workers(train: TrainSpec, num_workers: int | tuple[int, int]) -> None
         SpecError: rows that do not go round, or elastic workers that would start over or could not form groups.
     """
     if isinstance(num_workers, int):
-        share(train, num_workers=max(1, num_workers))
+        batch_layout(train, num_workers=max(1, num_workers))
         return
     fewest, most = num_workers
     if train.checkpoint_every is None:

@@ -14,7 +14,7 @@ from dataclasses import KW_ONLY, dataclass
 
 from pause_ray.core.errors import SpecError
 from pause_ray.models.shape import BYTES, ModelShape
-from pause_ray.training.batching import share
+from pause_ray.training.batching import batch_layout
 from pause_ray.training.deepspeed import LIVE_BUCKETS, WHOLE_ELEMENTS
 from pause_ray.training.spec import TrainSpec
 
@@ -100,7 +100,7 @@ def plan_memory(
     workers: Workers,
     stage: int,
     longest_row_tokens: int,
-    learned_tokens: int | None = None,
+    loss_tokens: int | None = None,
 ) -> MemoryPlan:
     """What one worker and one machine hold at the peak.
 
@@ -110,11 +110,11 @@ def plan_memory(
         workers: Who trains.
         stage: ZeRO stage; the spec's own is not looked at.
         longest_row_tokens: Pauses included.
-        learned_tokens: Of one row; None where all may be.
+        loss_tokens: Of one row; None where all may be.
     """
-    rows = share(train, num_workers=max(workers.number, train.sequence_parallel), even=False).micro_rows
+    rows = batch_layout(train, num_workers=max(workers.number, train.sequence_parallel), even=False).micro_rows
     tokens = math.ceil(rows * longest_row_tokens / train.sequence_parallel)
-    learned = tokens if learned_tokens is None else min(tokens, rows * learned_tokens)
+    learned = tokens if loss_tokens is None else min(tokens, rows * loss_tokens)
     sizes = _Sizes(train, shape, workers, stage, tokens=tokens, learned=learned, longest=longest_row_tokens)
     return MemoryPlan(stage=stage, worker=sizes.worker(), host=sizes.host(), reading_bytes=sizes.reading())
 
@@ -303,7 +303,7 @@ def cheapest_plan(
     workers: Workers,
     memory_bytes: int,
     longest_row_tokens: int,
-    learned_tokens: int | None = None,
+    loss_tokens: int | None = None,
 ) -> MemoryPlan | None:
     """The plan of the first possible stage that fits workers with ``memory_bytes`` each; None where none does."""
     plans = (
@@ -313,7 +313,7 @@ def cheapest_plan(
             workers=workers,
             stage=stage,
             longest_row_tokens=longest_row_tokens,
-            learned_tokens=learned_tokens,
+            loss_tokens=loss_tokens,
         )
         for stage in possible_stages(train)
     )

@@ -71,7 +71,7 @@ def step_record(
     learning_rate: float,
     gradient_norm: float,
     tokens: int,
-    labelled_tokens: int,
+    loss_tokens: int,
     computed_tokens: int,
     seconds: float,
     peak_memory_bytes: int,
@@ -85,7 +85,7 @@ def step_record(
         learning_rate: With which the step was made.
         gradient_norm: Global L2 norm before clipping.
         tokens: Of the step's rows, without padding.
-        labelled_tokens: Those that are learned.
+        loss_tokens: Those that are learned.
         computed_tokens: With padding: what went through the model (``computed_tokens``).
         seconds: From reading the rows to the end of the optimizer's step; no validation, no checkpoint.
         peak_memory_bytes: The most that any worker has held so far (``peak_memory_bytes``).
@@ -97,7 +97,7 @@ def step_record(
         "learning_rate": learning_rate,
         "gradient_norm": gradient_norm,
         "tokens": tokens,
-        "labelled_tokens": labelled_tokens,
+        "loss_tokens": loss_tokens,
         "padding_share": round(1 - tokens / computed_tokens, 4),
         "seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / seconds, 1),
@@ -126,7 +126,7 @@ def known_shape(model_dir: Path) -> ModelShape | None:
         return None
 
 
-def step_flops(shape: ModelShape, *, document_tokens: Iterable[int], labelled_tokens: int, recomputed: bool = False) -> int:
+def step_flops(shape: ModelShape, *, document_tokens: Iterable[int], loss_tokens: int, recomputed: bool = False) -> int:
     """Operations that one step with a frozen base needs, two per multiply-add: forward and backward, whatever is recomputed or padded.
 
     Attention counts what a causal mask leaves: each token with those before it in its document, as far as the layer's
@@ -135,12 +135,12 @@ def step_flops(shape: ModelShape, *, document_tokens: Iterable[int], labelled_to
     Args:
         shape: Of the base model.
         document_tokens: Length of each document in the step's rows.
-        labelled_tokens: Of the whole step.
+        loss_tokens: Of the whole step.
         recomputed: Count the layers' second forward pass under gradient checkpointing, which is no part of an MFU.
     """
     score_flops = 4 * shape.num_heads * shape.head_dim
     linear_flops = shape.forward_flops(new_tokens=1, past_tokens=0, logit_rows=0) - shape.num_layers * score_flops
-    head_flops = 2 * shape.hidden_size * shape.vocab_size * labelled_tokens
+    head_flops = 2 * shape.hidden_size * shape.vocab_size * loss_tokens
     linear = attention = 0
     for tokens in document_tokens:
         linear += linear_flops * tokens
@@ -174,7 +174,7 @@ def model_flops_utilization(flops: float, *, seconds: float, device_names: Seque
 
 
 def measured_utilization(
-    model_dir: Path, rows: Iterable[PackedRow], *, labelled_tokens: int, seconds: float, device: torch.device, workers: int
+    model_dir: Path, rows: Iterable[PackedRow], *, loss_tokens: int, seconds: float, device: torch.device, workers: int
 ) -> float | None:
     """``model_flops_utilization`` of a step with these ``rows``; None on a CPU, and where model or GPU is not known."""
     shape = _kept_shape(model_dir)
@@ -184,7 +184,7 @@ def measured_utilization(
 
     ends = ((row, np.append(row.document_starts[1:], len(row.input_ids))) for row in rows)
     documents = [int(tokens) for row, end in ends for tokens in end - row.document_starts]
-    flops = step_flops(shape, document_tokens=documents, labelled_tokens=labelled_tokens)
+    flops = step_flops(shape, document_tokens=documents, loss_tokens=loss_tokens)
     return model_flops_utilization(flops, seconds=seconds, device_names=[torch.cuda.get_device_name(device)] * workers)
 
 

@@ -22,7 +22,7 @@ from pause_ray.core.errors import SpecError
 from pause_ray.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pause_ray.models.weights import empty_base, load_base
 from pause_ray.text.tokenizer import MarkerToken
-from pause_ray.training.deepspeed import Dealer
+from pause_ray.training.deepspeed import ShardingLoader
 from pause_ray.training.spec import LoraSpec, TrainSpec
 
 ADAPTER = "default"
@@ -53,10 +53,10 @@ def load_trainable(train: TrainSpec, *, model_dir: Path, marker: MarkerToken | N
     config = adapter_config(train.lora, empty, marker)
     start = functools.partial(start_adapter, seed=seed, dtype=getattr(torch, train.precision))
     if stage == 3:
-        dealer = Dealer(empty, model_dir, train=train, marker=marker, device=device)
+        loader = ShardingLoader(empty, model_dir, train=train, marker=marker, device=device)
         without_magnitudes = dataclasses.replace(config, use_dora=False)  # DoRA's cannot be taken from empty weights
         model = peft.get_peft_model(empty, without_magnitudes, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
-        dealer.fill(model, start=start)
+        loader.fill(model, start=start)
     else:
         base = load_base(model_dir, dtype=train.precision, marker=marker, device=device, quantize=train.quantize)
         model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)

@@ -167,7 +167,7 @@ class Rungs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Assignment:
+class WorkerConfig:
     """All that a worker needs; picklable, with paths that every node sees."""
 
     train: TrainSpec

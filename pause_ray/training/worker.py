@@ -27,44 +27,44 @@ from pause_ray.data.shards import ShardSet
 from pause_ray.models.checkpoint import TRAINING_LOG, copy_tokenizer, rung_folder, seal
 from pause_ray.training import deepspeed
 from pause_ray.training.attention import sequence_group
-from pause_ray.training.batching import share
+from pause_ray.training.batching import batch_layout
 from pause_ray.training.deepspeed import deepspeed_config
 from pause_ray.training.loss import LossModel
 from pause_ray.training.memory import resolve_stage
 from pause_ray.training.metrics import known_shape
 from pause_ray.training.model import load_trainable, write_adapter
-from pause_ray.training.spec import Assignment, TrainSpec
-from pause_ray.training.trainer import Steps
+from pause_ray.training.spec import TrainSpec, WorkerConfig
+from pause_ray.training.trainer import Trainer
 
 
 def train_on_worker(config: dict[str, Any]) -> None:
-    """Train from the last checkpoint on and leave adapter and training log in the assignment's folder.
+    """Train from the last checkpoint on and leave adapter and training log in the folder of ``WorkerConfig``.
 
     Args:
-        config: ``{"assignment": Assignment}``; Ray Train passes it to every worker.
+        config: ``{"worker": WorkerConfig}``; Ray Train passes it to every worker.
 
     Raises:
         TrainingError: loss, gradient or validation loss is not a number.
         StoppedError: asked to end; a checkpoint was written.
         StorageError: the disk is full.
         CheckpointError: the last checkpoint is damaged or of another training.
-        SpecError, ModelError, SourceError: model, layers or rows that do not fit the assignment.
+        SpecError, ModelError, SourceError: model, layers or rows that do not fit together.
     """
-    assignment: Assignment = config["assignment"]
-    device = "cuda" if (torch.cuda.is_available() if assignment.on_gpu is None else assignment.on_gpu) else "cpu"
+    settings: WorkerConfig = config["worker"]
+    device = "cuda" if (torch.cuda.is_available() if settings.on_gpu is None else settings.on_gpu) else "cpu"
     _prepare_deepspeed(device)
-    with warnings.catch_warnings(), _threads(assignment.threads), _process_group(device):
+    with warnings.catch_warnings(), _threads(settings.threads), _process_group(device):
         # Torch's collectives and transformers announce renamings to DeepSpeed, and to no reader of our output.
         warnings.simplefilter("ignore", FutureWarning)
-        engine = _start_engine(assignment, device=device)
+        engine = _start_engine(settings, device=device)
         try:
-            write_rung = functools.partial(_write_rung, engine, assignment)
-            Steps(engine, assignment, loses_a_node=_loses_a_node, write_rung=write_rung).run()
+            write_rung = functools.partial(_write_rung, engine, settings)
+            Trainer(engine, settings, loses_a_node=_loses_a_node, write_rung=write_rung).run()
             del write_rung
             trained = deepspeed.gather_weights(engine)
             if torch.distributed.get_rank() == 0:
-                with space_errors(assignment.folder):
-                    write_adapter(engine.module.model, trained=trained, folder=assignment.folder)
+                with space_errors(settings.folder):
+                    write_adapter(engine.module.model, trained=trained, folder=settings.folder)
         finally:
             _release(engine)
             del engine
@@ -73,23 +73,23 @@ def train_on_worker(config: dict[str, Any]) -> None:
                 torch.cuda.empty_cache()
 
 
-def _write_rung(engine: Any, assignment: Assignment, step: int) -> None:
+def _write_rung(engine: Any, settings: WorkerConfig, step: int) -> None:
     """Leave the adapter as it is now beside the training's own checkpoints, unless an earlier attempt has left it; on all workers."""
     trained = deepspeed.gather_weights(engine)
-    folder = rung_folder(assignment.running.folder, step=step)
-    if torch.distributed.get_rank() != 0 or assignment.rungs is None or is_complete(folder):
+    folder = rung_folder(settings.running.folder, step=step)
+    if torch.distributed.get_rank() != 0 or settings.rungs is None or is_complete(folder):
         return
     with building(folder) as scratch:
-        copy_tokenizer(assignment.model_dir, scratch, marker=assignment.marker)
+        copy_tokenizer(settings.model_dir, scratch, marker=settings.marker)
         write_adapter(engine.module.model, trained=trained, folder=scratch)
-        shutil.copyfile(assignment.folder / TRAINING_LOG, scratch / TRAINING_LOG)
+        shutil.copyfile(settings.folder / TRAINING_LOG, scratch / TRAINING_LOG)
         seal(
             scratch,
-            base_digest=assignment.rungs.base_digest,
-            tokenizer_digest=assignment.rungs.tokenizer_digest,
-            marker=assignment.marker,
-            spec=assignment.rungs.spec,
-            document_digests=ShardSet.open(assignment.shards).document_digests(),
+            base_digest=settings.rungs.base_digest,
+            tokenizer_digest=settings.rungs.tokenizer_digest,
+            marker=settings.marker,
+            spec=settings.rungs.spec,
+            document_digests=ShardSet.open(settings.shards).document_digests(),
         )
 
 
@@ -191,29 +191,29 @@ def _check_nvme(train: TrainSpec) -> None:
         )
 
 
-def _start_engine(assignment: Assignment, *, device: str) -> Any:
+def _start_engine(settings: WorkerConfig, *, device: str) -> Any:
     import deepspeed
 
-    if assignment.train.precision == "float16" and not deepspeed.get_accelerator().is_fp16_supported():
+    if settings.train.precision == "float16" and not deepspeed.get_accelerator().is_fp16_supported():
         raise SpecError(f"train.precision float16: this {device} does not compute in it; use bfloat16 or float32")
-    _check_nvme(assignment.train)
-    train, num_workers = assignment.train, torch.distributed.get_world_size()
+    _check_nvme(settings.train)
+    train, num_workers = settings.train, torch.distributed.get_world_size()
     where = "cpu" if device == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}"
     stage = resolve_stage(
         train,
-        shape=known_shape(assignment.model_dir),
+        shape=known_shape(settings.model_dir),
         workers=num_workers,
         memory_bytes=_free_memory_bytes(where),
-        longest_row_tokens=ShardSet.open(assignment.shards).longest_row_tokens() if device == "cuda" else 0,
+        longest_row_tokens=ShardSet.open(settings.shards).longest_row_tokens() if device == "cuda" else 0,
     )
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats(where)  # of a training before this one in the same process
-    cut = share(train, num_workers=num_workers, even=False)
+    layout = batch_layout(train, num_workers=num_workers, even=False)
     adapted = load_trainable(
         train,
-        model_dir=assignment.model_dir,
-        marker=assignment.marker,
-        seed=assignment.seed,
+        model_dir=settings.model_dir,
+        marker=settings.marker,
+        seed=settings.seed,
         device=where,
         stage=stage,
     )
@@ -221,7 +221,7 @@ def _start_engine(assignment: Assignment, *, device: str) -> Any:
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
-        config=deepspeed_config(train, share=cut, stage=stage, world_size=num_workers),
+        config=deepspeed_config(train, layout=layout, stage=stage, world_size=num_workers),
     )
     if stage == 0:
         # Its bfloat16 wrapper allocates AdamW's state by a step with zero gradients, which counts as one in the bias

@@ -20,7 +20,7 @@ from pause_ray.evaluation.prefix_plan import Forecast, Visit, Walk, forecast, ne
 from pause_ray.evaluation.suite import SuiteSpec, cells
 from pause_ray.inference.engine import default_chunk_tokens, default_decode_batch
 from pause_ray.models.shape import BYTES, ModelShape
-from pause_ray.training.batching import check_heads, share
+from pause_ray.training.batching import batch_layout, check_heads
 from pause_ray.training.memory import ROOM, MemoryPlan, Workers, cheapest_plan, plan_memory, possible_stages, what_would_fit
 from pause_ray.training.metrics import step_flops
 from pause_ray.training.spec import TrainSpec
@@ -137,7 +137,7 @@ class Rows:
 
     longest_tokens: int
     mean_tokens: float
-    learned_tokens: int
+    loss_tokens: int
     """Of one row, with a loss."""
 
 
@@ -225,7 +225,7 @@ def make_plan(
         train.lora.check_rank(shape.hidden_size)
         train.lora.check_targets(shape.linear_layers.keys())
         check_heads(train, num_heads=shape.num_heads)
-        share(train, num_workers=site.gpus)
+        batch_layout(train, num_workers=site.gpus)
         memory, remedy = _memory(train, shape=shape, rows=rows, site=site)
         training = _training(train, shape=shape, rows=rows, site=site, stage=memory.stage)
     copies = 0 if grid is None else math.ceil((grid.prompts.weight_bytes + grid.prompts.kv_bytes) / (ROOM * site.memory_bytes))
@@ -252,12 +252,12 @@ def _memory(train: TrainSpec, *, shape: ModelShape, rows: Rows, site: Site) -> t
     workers = Workers(number=site.gpus, per_node=site.gpus_per_node)
     longest, memory_bytes = rows.longest_tokens, site.memory_bytes
     found = cheapest_plan(
-        train, shape=shape, workers=workers, memory_bytes=memory_bytes, longest_row_tokens=longest, learned_tokens=rows.learned_tokens
+        train, shape=shape, workers=workers, memory_bytes=memory_bytes, longest_row_tokens=longest, loss_tokens=rows.loss_tokens
     )
     if found is not None:
         return found, None
     stage = possible_stages(train)[-1]
-    least = plan_memory(train, shape=shape, workers=workers, stage=stage, longest_row_tokens=longest, learned_tokens=rows.learned_tokens)
+    least = plan_memory(train, shape=shape, workers=workers, stage=stage, longest_row_tokens=longest, loss_tokens=rows.loss_tokens)
     return least, what_would_fit(train, shape=shape, workers=workers, memory_bytes=memory_bytes, longest_row_tokens=longest)
 
 
@@ -265,8 +265,8 @@ def step_work(train: TrainSpec, *, shape: ModelShape, rows: Rows) -> tuple[int, 
     """Tokens and operations of one optimizer step, with what is computed again in the backward pass."""
     tokens = round(rows.mean_tokens * train.rows_per_step)
     documents = [round(rows.mean_tokens)] * train.rows_per_step
-    labelled = min(rows.learned_tokens * train.rows_per_step, tokens)
-    return tokens, step_flops(shape, document_tokens=documents, labelled_tokens=labelled, recomputed=train.gradient_checkpointing)
+    learned = min(rows.loss_tokens * train.rows_per_step, tokens)
+    return tokens, step_flops(shape, document_tokens=documents, loss_tokens=learned, recomputed=train.gradient_checkpointing)
 
 
 def _training(train: TrainSpec, *, shape: ModelShape, rows: Rows, site: Site, stage: int) -> Spent:
@@ -286,7 +286,7 @@ def _training(train: TrainSpec, *, shape: ModelShape, rows: Rows, site: Site, st
 def _moving_seconds(train: TrainSpec, *, shape: ModelShape, site: Site) -> float:
     """Stage 3 brings all weights to every GPU on the way there and back, in every pass of a step; each GPU fetches its share first."""
     nodes = math.ceil(site.gpus / site.gpus_per_node)
-    gigabytes = shape.weight_bytes(train.precision, train.quantize) / 1e9 * 2 * share(train, num_workers=site.gpus).passes
+    gigabytes = shape.weight_bytes(train.precision, train.quantize) / 1e9 * 2 * batch_layout(train, num_workers=site.gpus).passes
     fetched = {"none": 0.0, "cpu": gigabytes / site.gpus / HOST_LINK_GB_PER_SECOND, "nvme": gigabytes / nodes / LOCAL_DISK_GB_PER_SECOND}
     within = gigabytes / site.gpu.link_gb_per_second if site.gpus > 1 else 0.0
     between = gigabytes * (nodes - 1) / nodes / site.network_gb_per_second
@@ -332,7 +332,7 @@ def _smallest(train: TrainSpec | None, *, shape: ModelShape, rows: Rows, site: S
             workers=workers,
             memory_bytes=site.memory_bytes,
             longest_row_tokens=rows.longest_tokens,
-            learned_tokens=rows.learned_tokens,
+            loss_tokens=rows.loss_tokens,
         ):
             return number
     return None

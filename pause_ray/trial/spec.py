@@ -13,7 +13,7 @@ from pause_ray.evaluation.suite import SuiteSpec
 from pause_ray.inference.engine import EndpointSpec, EngineSpec, HfEngineSpec
 from pause_ray.models.spec import ModelSpec
 from pause_ray.text.pauses import PausePolicy
-from pause_ray.training.batching import share
+from pause_ray.training.batching import batch_layout
 from pause_ray.training.spec import TrainSpec
 
 _SUITE_FILE_FIELDS = ("task.needles", "task.groups")
@@ -173,7 +173,7 @@ class TrialSpec(Spec):
     @model_validator(mode="after")
     def _workers_share_the_rows(self) -> Self:
         if self.train is not None and isinstance(self.resources.train_workers, int):
-            share(self.train, num_workers=max(1, self.resources.train_workers))
+            batch_layout(self.train, num_workers=max(1, self.resources.train_workers))
         return self
 
     @model_validator(mode="after")

@@ -51,7 +51,7 @@ def test_a_training_takes_what_is_planned(model_dir: Path, tmp_path: Path, case:
         workers=Workers(number=1, per_node=1, on_gpu=False),
         stage=train.zero.stage if train.zero.stage != "auto" else 0,
         longest_row_tokens=tokens,
-        learned_tokens=LEARNED,
+        loss_tokens=LEARNED,
     )
     asked = {"train": train.resolved(), "tokens": tokens, "learned": LEARNED}
     peak = measured(model_dir, tmp_path / "tight", asked, MALLOC_MMAP_THRESHOLD_="262144")

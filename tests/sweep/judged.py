@@ -95,30 +95,30 @@ def wait_until(condition: Callable[[], bool], *, seconds: float = 240) -> None:
         time.sleep(0.02)
 
 
-def train_by_rule(assignment: Any, *, root: Path, held: Mapping[int, int]) -> None:
+def train_by_rule(settings: Any, *, root: Path, held: Mapping[int, int]) -> None:
     """What a worker does: one row of the log per step, rungs and checkpoints when they are due, an adapter at the end."""
-    rank = assignment.train.lora.rank
+    rank = settings.train.lora.rank
     if rank == FAILING_RANK:
         raise SpecError(f"train.lora.rank {rank}: no such rank; choose another")
-    saved, stop = assignment.running.latest(), assignment.folder / STOP
+    saved, stop = settings.running.latest(), settings.folder / STOP
     rows = saved.log_rows() if saved else []
-    rungs = assignment.rungs.steps if assignment.rungs else ()
-    log = assignment.folder / TRAINING_LOG
+    rungs = settings.rungs.steps if settings.rungs else ()
+    log = settings.folder / TRAINING_LOG
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     trace(root, what="begins", rank=rank, done=len(rows), groups=num_groups())
-    for step in range(len(rows) + 1, assignment.train.max_steps + 1):
+    for step in range(len(rows) + 1, settings.train.max_steps + 1):
         rows.append({"step": step, "loss": 2.0 / step, "learning_rate": 0.001, "tokens": 100, "seconds": 0.1})
         log.write_text("".join(json.dumps(row) + "\n" for row in rows))
         trace(root, what="step", rank=rank, step=step)
-        if step in rungs and not is_complete(rung_folder(assignment.running.folder, step=step)):
-            leave_rung(assignment, rank=rank, step=step)
+        if step in rungs and not is_complete(rung_folder(settings.running.folder, step=step)):
+            leave_rung(settings, rank=rank, step=step)
         if held.get(rank) == step and saved is None:
             wait_until(stop.exists)
-        if stop.exists() and step < assignment.train.max_steps:
-            assignment.running.save(step, write_tensors=lambda path: path.write_bytes(b""), log_rows=rows, facts={}, keep_last=1)
+        if stop.exists() and step < settings.train.max_steps:
+            settings.running.save(step, write_tensors=lambda path: path.write_bytes(b""), log_rows=rows, facts={}, keep_last=1)
             trace(root, what="stops", rank=rank, step=step, line=logged("stops"))
             raise StoppedError(f"stopped after step {step}")
-    write_files(assignment.folder, rank=rank)
+    write_files(settings.folder, rank=rank)
     trace(root, what="ends", rank=rank)
 
 
@@ -135,15 +135,15 @@ def num_groups() -> int:
     return sum(group["state"] != "REMOVED" for group in ray.util.placement_group_table().values())
 
 
-def leave_rung(assignment: Any, *, rank: int, step: int) -> None:
+def leave_rung(settings: Any, *, rank: int, step: int) -> None:
     """The adapter as it is after ``step`` steps."""
-    folder = rung_folder(assignment.running.folder, step=step)
+    folder = rung_folder(settings.running.folder, step=step)
     scratch = folder.with_name("making")
     scratch.mkdir(parents=True, exist_ok=True)
     write_files(scratch, rank=rank)
-    (scratch / "tokenizer.json").write_bytes((assignment.model_dir / "tokenizer.json").read_bytes())
-    (scratch / TRAINING_LOG).write_text((assignment.folder / TRAINING_LOG).read_text())
-    rungs = assignment.rungs
+    (scratch / "tokenizer.json").write_bytes((settings.model_dir / "tokenizer.json").read_bytes())
+    (scratch / TRAINING_LOG).write_text((settings.folder / TRAINING_LOG).read_text())
+    rungs = settings.rungs
     seal(
         scratch,
         base_digest=rungs.base_digest,
@@ -185,7 +185,7 @@ def _unpacked(trials: Mapping[str, SweepTrial], root: Path, held: Mapping[int, i
     from pause_ray.training import launch
 
     def by_rule(config: dict[str, Any]) -> None:
-        train_by_rule(config["assignment"], root=root, held=held)
+        train_by_rule(config["worker"], root=root, held=held)
 
     run_workers = launch.run_workers
 

@@ -52,17 +52,17 @@ def write_adapter(train: Callable[[dict[str, Any]], None], config: dict[str, Any
     from pause_ray.core.errors import StoppedError
     from pause_ray.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STOP, TRAINING_LOG
 
-    assignment = config["assignment"]
-    lora = assignment.train.lora
+    settings = config["worker"]
+    lora = settings.train.lora
     if lora.rank == FAILING_RANK:
-        raise SpecError(f"train.lora.rank {lora.rank}: this stub has no such rank (seed {assignment.seed}); choose another")
+        raise SpecError(f"train.lora.rank {lora.rank}: this stub has no such rank (seed {settings.seed}); choose another")
     while lora.rank == HANGING_RANK:
         time.sleep(1)
     if lora.rank == KILLING_RANK:
         os.kill(os.getpid(), signal.SIGKILL)
-    with (assignment.folder / TRAINING_LOG).open("w") as log:
-        for step in range(1, assignment.train.max_steps + 1):
-            if (assignment.folder / STOP).exists():
+    with (settings.folder / TRAINING_LOG).open("w") as log:
+        for step in range(1, settings.train.max_steps + 1):
+            if (settings.folder / STOP).exists():
                 raise StoppedError(f"stopped before step {step}; the same command goes on")
             time.sleep(step_seconds)
             row = {
@@ -75,8 +75,8 @@ def write_adapter(train: Callable[[dict[str, Any]], None], config: dict[str, Any
             }
             log.write(json.dumps(row) + "\n")
             log.flush()
-    (assignment.folder / ADAPTER_CONFIG).write_text(json.dumps({"r": lora.rank, "seed": assignment.seed}))
-    (assignment.folder / ADAPTER_WEIGHTS).write_bytes(b"")
+    (settings.folder / ADAPTER_CONFIG).write_text(json.dumps({"r": lora.rank, "seed": settings.seed}))
+    (settings.folder / ADAPTER_WEIGHTS).write_bytes(b"")
 
 
 def make_stub_engine(*, cell_seconds: float) -> StubEngine:

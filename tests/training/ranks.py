@@ -12,8 +12,8 @@ PRELOADED = ["torch", "transformers", "peft", "deepspeed", "pause_ray.training.w
 SECONDS = 240
 
 
-def train_on_ranks(assignment: Any, *, num_ranks: int) -> list[Exception | None]:
-    """Run an ``Assignment`` to its end on each rank; returns what each raised."""
+def train_on_ranks(config: Any, *, num_ranks: int) -> list[Exception | None]:
+    """Run an ``WorkerConfig`` to its end on each rank; returns what each raised."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(PRELOADED)
@@ -21,7 +21,7 @@ def train_on_ranks(assignment: Any, *, num_ranks: int) -> list[Exception | None]
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     queue = processes.Queue()
-    ranks = [processes.Process(target=_run, args=(assignment, rank, num_ranks, port, queue), daemon=True) for rank in range(num_ranks)]
+    ranks = [processes.Process(target=_run, args=(config, rank, num_ranks, port, queue), daemon=True) for rank in range(num_ranks)]
     for rank in ranks:
         rank.start()
     ended = dict(queue.get(timeout=SECONDS) for _ in ranks)
@@ -30,7 +30,7 @@ def train_on_ranks(assignment: Any, *, num_ranks: int) -> list[Exception | None]
     return [ended[rank] for rank in range(num_ranks)]
 
 
-def _run(assignment: Any, rank: int, num_ranks: int, port: int, queue: Any) -> None:
+def _run(config: Any, rank: int, num_ranks: int, port: int, queue: Any) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     import ray.train
@@ -40,9 +40,9 @@ def _run(assignment: Any, rank: int, num_ranks: int, port: int, queue: Any) -> N
 
     trainer = TorchTrainer(
         train_on_worker,
-        train_loop_config={"assignment": assignment},
+        train_loop_config={"worker": config},
         scaling_config=ray.train.ScalingConfig(num_workers=0),
-        run_config=ray.train.RunConfig(name="ranks", storage_path=str(Path(assignment.folder).absolute())),
+        run_config=ray.train.RunConfig(name="ranks", storage_path=str(Path(config.folder).absolute())),
     )
     try:
         trainer.fit()

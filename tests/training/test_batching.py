@@ -10,18 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pause_ray.core.errors import SpecError, TrainingError
+from pause_ray.core.errors import SpecError
 from pause_ray.data.shards import NO_LOSS, PackedRow
 from pause_ray.training.batching import (
+    assign_rows,
+    batch_layout,
     check_corpus,
     check_heads,
-    check_loss,
     collate,
-    deal,
     learning_rate,
-    num_labelled,
+    num_loss_tokens,
     rows_of_step,
-    share,
 )
 from pause_ray.training.spec import TrainSpec
 
@@ -57,14 +56,14 @@ def test_rows_are_shared_evenly_or_refused(
     )
     if num_workers % together:
         with pytest.raises(SpecError, match=f"train.sequence_parallel {together} needs groups of {together}.* there are {num_workers}"):
-            share(train, num_workers=num_workers)
+            batch_layout(train, num_workers=num_workers)
         return
     if micro_batch_size * gradient_accumulation_steps % (num_workers // together):
         sharers = f"{num_workers} workers" if together == 1 else f"{num_workers // together} groups of {together} workers"
         with pytest.raises(SpecError, match=f"cannot be shared by {sharers}"):
-            share(train, num_workers=num_workers)
+            batch_layout(train, num_workers=num_workers)
         return
-    cut = share(train, num_workers=num_workers)
+    cut = batch_layout(train, num_workers=num_workers)
     assert cut.rows_per_step == cut.micro_rows * cut.passes * cut.groups == micro_batch_size * gradient_accumulation_steps
     assert cut.micro_rows <= micro_batch_size
     places = [cut.place(rank) for rank in range(num_workers)]
@@ -76,7 +75,7 @@ def test_dealing_gives_each_row_to_one_pass_of_one_group(data: st.DataObject, mi
     total = micro_rows * passes * groups
     rows = data.draw(st.lists(st.integers(0, 30), min_size=total, max_size=total))
     lengths = [10 + row for row in rows]
-    dealt = deal(rows, lengths=lengths, micro_rows=micro_rows, groups=groups)
+    dealt = assign_rows(rows, lengths=lengths, micro_rows=micro_rows, groups=groups)
     assert [[len(one) for one in group] for group in dealt] == [[micro_rows] * passes] * groups
     assert Counter(row for group in dealt for one in group for row in one) == Counter(rows)
     longest_first = [max(one) for nth in zip(*dealt, strict=True) for one in nth]
@@ -134,7 +133,7 @@ def test_rows_lie_end_to_end_and_every_document_begins_anew(rows: list[PackedRow
         assert batch.position_ids[0, begin:end].tolist() == list(range(len(tokens)))
         assert batch.targets[0, begin:end].tolist() == [*labels[1:], NO_LOSS], "the last token of a document predicts nothing"
     assert [begin for begin, _ in batch.documents] == [0, *(end for _, end in batch.documents[:-1])]
-    assert np.count_nonzero(batch.targets != NO_LOSS) == sum(num_labelled(row) for row in rows)
+    assert np.count_nonzero(batch.targets != NO_LOSS) == sum(num_loss_tokens(row) for row in rows)
 
 
 @given(st.lists(packed_rows(), min_size=1, max_size=3), st.integers(1, 5))
@@ -163,13 +162,3 @@ def test_more_workers_for_a_row_than_heads_are_refused() -> None:
     check_heads(TrainSpec(sequence_parallel=9), num_heads=9)
     with pytest.raises(SpecError, match=r"train.sequence_parallel 10 .* 9 attention heads"):
         check_heads(TrainSpec(sequence_parallel=10), num_heads=9)
-
-
-@pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf")])
-def test_a_loss_that_is_no_number_names_step_and_rows(loss: float) -> None:
-    with pytest.raises(TrainingError, match=r"step 8, rows \[3, 14\]"):
-        check_loss(loss, step=7, rows=[3, 14])
-
-
-def test_an_ordinary_loss_passes() -> None:
-    check_loss(0.0, step=0, rows=[1])

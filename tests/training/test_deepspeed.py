@@ -28,8 +28,8 @@ def shards(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shards(tmp_path_factory.mktemp("shards") / "set", rows[:20], validation=rows[20:])
 
 
-def assignment(llama: Path, shards: Path, folder: Path, *, stage: int = 0, dropout: float = 0.0, **changes: Any) -> Any:
-    from pause_ray.training.spec import Assignment
+def config(llama: Path, shards: Path, folder: Path, *, stage: int = 0, dropout: float = 0.0, **changes: Any) -> Any:
+    from pause_ray.training.spec import WorkerConfig
 
     (folder / "out").mkdir(parents=True, exist_ok=True)
     settings = {
@@ -41,7 +41,7 @@ def assignment(llama: Path, shards: Path, folder: Path, *, stage: int = 0, dropo
         "precision": "float32",
     }
     settings |= {"checkpoint_every": INTERRUPTED_AFTER, "keep_checkpoints": 9, "validate_every": 2}
-    return Assignment(
+    return WorkerConfig(
         train=TrainSpec(lora=LoraSpec(rank=4, alpha=4, dropout=dropout), zero=ZeroSpec(stage=stage), **(settings | changes)),
         model_dir=llama,
         shards=shards,
@@ -78,9 +78,9 @@ def test_the_same_ranks_give_the_same_bytes(llama: Path, shards: Path, tmp_path:
     """With dropout, whose draws must be the same too; the first rows of the log are those of the first attempt, seconds and all."""
     settings = {"stage": stage, "precision": precision, "dropout": 0.2}
     whole, second = tmp_path / "whole", tmp_path / "second"
-    assert train_on_ranks(assignment(llama, shards, whole, **settings), num_ranks=2) == [None, None]
+    assert train_on_ranks(config(llama, shards, whole, **settings), num_ranks=2) == [None, None]
     interrupted(whole, second)
-    assert train_on_ranks(assignment(llama, shards, second, **settings), num_ranks=2) == [None, None]
+    assert train_on_ranks(config(llama, shards, second, **settings), num_ranks=2) == [None, None]
     assert (second / "out" / ADAPTER_WEIGHTS).read_bytes() == (whole / "out" / ADAPTER_WEIGHTS).read_bytes()
     assert curve(second) == curve(whole)
     rows = [read_training_log(folder / "out" / TRAINING_LOG) for folder in (whole, second)]
@@ -95,7 +95,7 @@ def undisturbed(llama: Path, shards: Path, tmp_path_factory: pytest.TempPathFact
     """(ranks, stage) → a training that ran through."""
     folders = {key: tmp_path_factory.mktemp("undisturbed") for key in [(1, 0), (2, 0), (2, 3)]}
     for (num_ranks, stage), folder in folders.items():
-        assert set(train_on_ranks(assignment(llama, shards, folder, stage=stage), num_ranks=num_ranks)) == {None}
+        assert set(train_on_ranks(config(llama, shards, folder, stage=stage), num_ranks=num_ranks)) == {None}
     return folders
 
 
@@ -109,7 +109,7 @@ def test_other_ranks_or_another_stage_give_the_same_within_rounding(
     """Four rows do not go round among three ranks: two places stay idle."""
     whole = undisturbed[before]
     folder = interrupted(whole, tmp_path)
-    assert set(train_on_ranks(assignment(llama, shards, folder, stage=after[1]), num_ranks=after[0])) == {None}
+    assert set(train_on_ranks(config(llama, shards, folder, stage=after[1]), num_ranks=after[0])) == {None}
     expected, found = weights(whole), weights(folder)
     assert expected.keys() == found.keys()
     assert max(float((expected[name] - found[name]).abs().max()) for name in expected) < TOLERANCE
@@ -121,7 +121,7 @@ def test_a_request_to_end_is_followed_after_the_running_step_by_every_rank(
     llama: Path, shards: Path, tmp_path: Path, undisturbed: dict[tuple[int, int], Path]
 ) -> None:
     """Asked again and again, it gets one step further each time, and nothing is lost."""
-    job = assignment(llama, shards, tmp_path, checkpoint_every=None)
+    job = config(llama, shards, tmp_path, checkpoint_every=None)
     for step in range(1, STEPS):
         (job.folder / STOP).touch()
         ended = train_on_ranks(job, num_ranks=2)
@@ -137,7 +137,7 @@ def test_a_loss_that_is_no_number_stops_every_rank_before_its_optimizer_step(lla
     import safetensors.torch
     import torch
 
-    job = assignment(llama, shards, tmp_path, checkpoint_every=1, learning_rate=1e30, warmup_steps=0)
+    job = config(llama, shards, tmp_path, checkpoint_every=1, learning_rate=1e30, warmup_steps=0)
     ended = train_on_ranks(job, num_ranks=2)
     assert [type(error) for error in ended] == [TrainingError, TrainingError]
     assert str(ended[0]) == str(ended[1])

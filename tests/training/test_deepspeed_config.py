@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from pause_ray.training.batching import Share
+from pause_ray.training.batching import BatchLayout
 from pause_ray.training.deepspeed import deepspeed_config
 from pause_ray.training.spec import TrainSpec, ZeroSpec
 
-SHARE = Share(rows_per_step=8, micro_rows=2, passes=4)
+LAYOUT = BatchLayout(rows_per_step=8, micro_rows=2, passes=4)
 ALL_STAGES: dict[str, Any] = {
     "train_batch_size": 8,
     "train_micro_batch_size_per_gpu": 2,
@@ -32,7 +32,7 @@ CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": "/local"}
 
 
 def configured(train: TrainSpec, *, stage: int, world_size: int = 1) -> dict[str, Any]:
-    return deepspeed_config(train, share=SHARE, stage=stage, world_size=world_size)
+    return deepspeed_config(train, layout=LAYOUT, stage=stage, world_size=world_size)
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,15 @@ def choose(rank: int, folder: Path) -> None:
     """One of two processes, each of which sees another checkpoint as the last."""
     import torch
 
-    from pause_ray.training.distributed import Crew
+    from pause_ray.training.distributed import WorkerGroup
 
     store = torch.distributed.FileStore(str(folder / "store"), 2)  # type: ignore[attr-defined]
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    crew = Crew(torch.device("cpu"))
-    chosen = [crew.first_ones(lambda: f"step-{40 - 20 * rank}"), crew.first_ones(lambda: None if rank == 0 else "step-20")]
+    workers = WorkerGroup(torch.device("cpu"))
+    chosen = [
+        workers.from_first_worker(lambda: f"step-{40 - 20 * rank}"),
+        workers.from_first_worker(lambda: None if rank == 0 else "step-20"),
+    ]
     (folder / f"{rank}.json").write_text(json.dumps(chosen))
     torch.distributed.destroy_process_group()
 

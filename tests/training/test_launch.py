@@ -345,7 +345,7 @@ def test_the_loss_of_held_out_rows_is_told_and_changes_nothing(llama: Path, tmp_
     import torch
 
     from pause_ray.models.weights import load_base
-    from pause_ray.training.batching import collate, num_labelled
+    from pause_ray.training.batching import collate, num_loss_tokens
     from pause_ray.training.loss import LossModel, tensors
 
     rows = make_rows(23, marker_id=added_marker(llama).token_id)
@@ -359,7 +359,7 @@ def test_the_loss_of_held_out_rows_is_told_and_changes_nothing(llama: Path, tmp_
     model = peft.PeftModel.from_pretrained(load_base(llama, dtype="float32", marker=job.marker, device="cpu"), checkpoint.folder)
     with torch.no_grad():
         loss = sum(LossModel(model)(**tensors(collate([row]), device="cpu")).item() for row in rows[20:])
-    assert told[4] == pytest.approx(loss / sum(num_labelled(row) for row in rows[20:]), abs=1e-4)
+    assert told[4] == pytest.approx(loss / sum(num_loss_tokens(row) for row in rows[20:]), abs=1e-4)
     seldom = dataclasses.replace(job, train=job.train.model_copy(update={"validate_every": None}))
     assert largest_difference(checkpoint, run(seldom, tmp_path / "seldom")) == 0
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pause_ray.data.shards import NO_LOSS, PackedRow
-from pause_ray.training.batching import collate, num_labelled
+from pause_ray.training.batching import collate, num_loss_tokens
 from pause_ray.training.spec import TrainSpec
 from tests.training.tiny_llama import added_marker, make_model, make_rows
 
@@ -77,7 +77,7 @@ def test_the_loss_is_the_one_of_transformers(llama: Path, learned: str) -> None:
     model = loss_model(llama)
     with model.model.disable_adapter():
         ours = loss_of(model, [row])
-    assert ours == pytest.approx(mean * num_labelled(row), rel=1e-5)
+    assert ours == pytest.approx(mean * num_loss_tokens(row), rel=1e-5)
 
 
 def test_a_changed_neighbour_changes_no_gradient_of_a_document(llama: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from pause_ray.core.errors import SpecError
 from pause_ray.core.spec import parse_assignments, with_overrides
 from pause_ray.models.shape import PUBLISHED, ModelShape, published_config
-from pause_ray.training.batching import collate, share
+from pause_ray.training.batching import batch_layout, collate
 from pause_ray.training.memory import (
     BLOCK,
     CHUNK_LOGITS,
@@ -193,7 +193,7 @@ def test_more_workers_are_offered_only_where_they_can_share_the_rows(rows: int) 
     workers, parts = (re.search(pattern, remedy) for pattern in (r"(\d+) workers", r"sequence_parallel: (\d+)"))
     assert workers
     changed = train.model_copy(update={"sequence_parallel": int(parts[1]) if parts else 1})
-    assert share(changed, num_workers=int(workers[1])).rows_per_step == rows
+    assert batch_layout(changed, num_workers=int(workers[1])).rows_per_step == rows
 
 
 def test_where_nothing_helps_that_is_said() -> None:
@@ -260,7 +260,7 @@ def test_autograd_keeps_what_is_planned(tmp_path: Path, kind: str, precision: An
         workers=Workers(number=1, per_node=1, on_gpu=False),
         stage=0,
         longest_row_tokens=tokens // 8,
-        learned_tokens=3,
+        loss_tokens=3,
     )
     value = 4 if precision == "float32" else 2
     later = 3 * tokens * value * max(outputs for _, outputs in shape.linear_layers.values())

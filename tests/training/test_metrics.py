@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pause_ray.core.spec import read_yaml
 from pause_ray.data.shards import PackedRow
 from pause_ray.models.shape import ModelShape
-from pause_ray.training.batching import collate, deal
+from pause_ray.training.batching import assign_rows, collate
 from pause_ray.training.metrics import (
     PEAK_TFLOPS,
     computed_tokens,
@@ -49,7 +49,7 @@ def record(**changes: Any) -> dict[str, Any]:
         "learning_rate": 1e-4,
         "gradient_norm": 0.3,
         "tokens": 300,
-        "labelled_tokens": 30,
+        "loss_tokens": 30,
         "computed_tokens": 400,
         "seconds": 2.0,
         "peak_memory_bytes": 1024,
@@ -66,7 +66,7 @@ def test_a_row_has_no_field_for_what_was_not_measured() -> None:
 
 @given(st.lists(st.integers(1, 50), min_size=12, max_size=12), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3]))
 def test_computed_tokens_are_those_of_the_batches_that_workers_get(lengths: list[int], micro_rows: int, parts: int) -> None:
-    passes = deal(range(12), lengths=lengths, micro_rows=micro_rows, groups=1)
+    passes = assign_rows(range(12), lengths=lengths, micro_rows=micro_rows, groups=1)
     rows = [
         PackedRow(input_ids=np.ones(tokens, np.int32), labels=np.ones(tokens, np.int32), num_pauses=0, num_documents=1)
         for tokens in lengths
@@ -83,21 +83,21 @@ def test_attention_counts_the_pairs_that_a_mask_leaves(window: int | None) -> No
     shape = ModelShape.from_config(LLAMA | kinds)
     tokens = 8
     seen = sum(1 for query, key in itertools.product(range(tokens), repeat=2) if key <= query and (window is None or query - key < window))
-    linear_only = 2 * (step_flops(shape, document_tokens=[tokens], labelled_tokens=0)) - step_flops(
-        shape, document_tokens=[tokens, tokens], labelled_tokens=0
+    linear_only = 2 * (step_flops(shape, document_tokens=[tokens], loss_tokens=0)) - step_flops(
+        shape, document_tokens=[tokens, tokens], loss_tokens=0
     )
     assert linear_only == 0, "documents add up"
     attention = 3 * 4 * 4 * 16 * seen * 2  # forward once and backward twice; heads × head size, two products of two operations; layers
     weights = 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96)
-    assert step_flops(shape, document_tokens=[tokens], labelled_tokens=0) == 2 * 2 * weights * tokens + attention
-    head = step_flops(plain, document_tokens=[], labelled_tokens=5)
+    assert step_flops(shape, document_tokens=[tokens], loss_tokens=0) == 2 * 2 * weights * tokens + attention
+    head = step_flops(plain, document_tokens=[], loss_tokens=5)
     assert head == 2 * 2 * 5 * 64 * 300
 
 
 def test_many_short_documents_cost_less_than_a_long_one() -> None:
     shape = ModelShape.from_config(LLAMA)
     long, short = ([64], [8] * 8)
-    assert step_flops(shape, document_tokens=long, labelled_tokens=8) > step_flops(shape, document_tokens=short, labelled_tokens=8)
+    assert step_flops(shape, document_tokens=long, loss_tokens=8) > step_flops(shape, document_tokens=short, loss_tokens=8)
 
 
 @pytest.mark.torch
@@ -117,7 +117,7 @@ def test_operations_are_those_that_torch_counts_with_a_frozen_base() -> None:
     shape = ModelShape.from_config(LLAMA | {"num_hidden_layers": 6})
     score_flops = 4 * 4 * 16 * 6
     masked = 3 * score_flops * (tokens * tokens - tokens * (tokens + 1) // 2)
-    rotary = counter.get_total_flops() - step_flops(shape, document_tokens=[tokens], labelled_tokens=tokens) - masked
+    rotary = counter.get_total_flops() - step_flops(shape, document_tokens=[tokens], loss_tokens=tokens) - masked
     assert 0 <= rotary <= 0.001 * counter.get_total_flops()
 
 

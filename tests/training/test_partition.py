@@ -61,7 +61,7 @@ def losses_with_four_bits(model_dir: Path, *, stage: int) -> list[float]:
     import deepspeed
     import torch
 
-    from pause_ray.training.batching import share
+    from pause_ray.training.batching import batch_layout
     from pause_ray.training.deepspeed import deepspeed_config
     from pause_ray.training.loss import LossModel
     from pause_ray.training.model import load_trainable
@@ -72,7 +72,7 @@ def losses_with_four_bits(model_dir: Path, *, stage: int) -> list[float]:
     if stage == 0:
         return [model(**row).item()]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    config = deepspeed_config(QUANTISED, share=share(QUANTISED, num_workers=2), stage=stage, world_size=2)
+    config = deepspeed_config(QUANTISED, layout=batch_layout(QUANTISED, num_workers=2), stage=stage, world_size=2)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # tensors this small would stay whole
     engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config)
     loss = engine(**row)

@@ -64,17 +64,17 @@ def _threads_of_a_training(job: TrainJob, root: Path) -> tuple[int, int]:
 
     from pause_ray.training import worker
 
-    class CountingSteps(worker.Steps):
+    class CountingTrainer(worker.Trainer):
         def run(self) -> None:
             seen.append(torch.get_num_threads())
             super().run()
 
     seen = [torch.get_num_threads()]
-    worker.Steps = CountingSteps  # type: ignore[misc]
+    worker.Trainer = CountingTrainer  # type: ignore[misc]
     try:
         fit(job, storage=Storage.open(root), num_workers=0, cpus_per_worker=1, gpus_per_worker=0, progress=_unseen)
     finally:
-        worker.Steps = CountingSteps.__base__  # type: ignore[misc, assignment]
+        worker.Trainer = CountingTrainer.__base__  # type: ignore[misc, assignment]
     return seen[0], seen[1]
 
 

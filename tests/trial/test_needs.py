@@ -34,7 +34,7 @@ from tests.training.tiny_llama import make_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL, MIDDLE, LARGE = (ModelShape.from_config(config) for config in PUBLISHED.values())
-ROWS = Rows(longest_tokens=4096, mean_tokens=2048, learned_tokens=64)
+ROWS = Rows(longest_tokens=4096, mean_tokens=2048, loss_tokens=64)
 TINY = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -139,7 +139,7 @@ def test_an_answer_reads_the_keys_of_its_own_prompt_and_not_of_the_longest(site:
 
 @pytest.mark.parametrize("tokens", [512, 131_072])
 def test_recomputing_takes_one_more_pass_through_the_layers_and_none_through_the_output(site: Site, tokens: int) -> None:
-    rows = Rows(longest_tokens=tokens, mean_tokens=tokens, learned_tokens=tokens)
+    rows = Rows(longest_tokens=tokens, mean_tokens=tokens, loss_tokens=tokens)
     kept, again = (planned(site, train_of(max_steps=1, gradient_checkpointing=on), rows=rows).training for on in (False, True))
     assert kept is not None
     assert again is not None
@@ -254,7 +254,7 @@ def test_planned_operations_are_those_that_torch_counts(site: Site, tmp_path: Pa
     with flops.FlopCounterMode(display=False) as counter:
         wrapped(**loss.tensors(batch, device="cpu")).backward()
     tokens = batch.input_ids.shape[1] / 8
-    rows = Rows(longest_tokens=41, mean_tokens=tokens, learned_tokens=3)
+    rows = Rows(longest_tokens=41, mean_tokens=tokens, loss_tokens=3)
     found = planned(site, train, shape=ModelShape.load(folder), rows=rows, gpus=1).training
     assert found is not None
     assert found.flops == pytest.approx(counter.get_total_flops(), rel=0.15)
