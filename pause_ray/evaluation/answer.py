@@ -1,4 +1,7 @@
-"""Cells in, answered and graded cells out: prompts, their walk, the engine, the score. Knows no Ray and no files."""
+"""Answer cells: build their prompts, plan shared prefixes, ask the engine and grade the completions.
+
+The module knows neither Ray nor files.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from pause_ray.text.tokenizer import Marker, ModelTokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """What the ledger says about who was asked, beyond the cell itself."""
+    """The arm, model, adapter and pauses that a ledger row names beside its cell."""
 
     arm: str
     model: str
@@ -34,7 +37,7 @@ class Condition:
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """Turns the cells of one haystack and policy into prompts, and answers back into text."""
+    """Builds the prompts of cells over one haystack and pause policy, and turns completions into text and scores."""
 
     builder: PromptBuilder
     tokenizer: ModelTokenizer
@@ -43,7 +46,7 @@ class Reader:
     max_new_tokens: int
 
     def prompts(self, cells: Sequence[Cell]) -> list[BuiltPrompt]:
-        """Prompt of each cell. The shortest and the longest are built first, so that a grid that cannot be built fails at once.
+        """Build the prompt of each cell; the shortest and the longest come first, so that an impossible grid fails at once.
 
         Raises:
             TextError: a prompt cannot be built.
@@ -56,12 +59,12 @@ class Reader:
         return [built[cell.id] for cell in cells]
 
     def step(self, cell: Cell, prompt: BuiltPrompt, *, keep_tokens: int, drafts: bool) -> Step:
-        """What an engine gets."""
+        """Return the prompt and its draft in the form that an engine takes."""
         draft = tuple(int(token) for token in self.tokenizer.encode(cell.draft).ids) if drafts and cell.draft else ()
         return Step(prompt=prompt, keep_tokens=keep_tokens, draft_ids=draft, max_new_tokens=self.max_new_tokens)
 
     def shown(self, completion: Completion) -> str:
-        """The answer's text with the markers that it copied, which an engine leaves out where they are entries of the vocabulary."""
+        """Return the answer's text with the markers that it copied; decoding drops markers that are vocabulary entries."""
         token = self.marker.token
         if token is None or token.token_id not in completion.ids:
             return completion.text
@@ -69,20 +72,20 @@ class Reader:
         return token.text.join(self.tokenizer.decode(completion.ids[before + 1 : after]) for before, after in itertools.pairwise(edges))
 
     def graded(self, cell: Cell, completion: Completion) -> Score | Unscored:
-        """The answer's score; a copied marker is no part of what was said, of whichever kind it is."""
+        """Grade the answer's text without the markers that it copied."""
         said = completion.text.replace(self.policy.marker.strip(), "") if self.policy else completion.text
         return grade(said, cell.facts, scorer=cell.scorer, labels=cell.labels, question=cell.question)
 
 
 class Asked(NamedTuple):
-    """A cell and the step that asks it."""
+    """A cell and what the engine is asked for it."""
 
     cell: Cell
     step: Step
 
 
 def planned(cells: Sequence[Cell], *, reader: Reader, grain_tokens: int, reuse: Reuse = "full", drafts: bool = True) -> list[Asked]:
-    """The cells of one haystack in the order of their walk.
+    """Return the cells of one haystack in the order of their prefix plan.
 
     Raises:
         TextError: a prompt cannot be built.
@@ -97,7 +100,7 @@ def planned(cells: Sequence[Cell], *, reader: Reader, grain_tokens: int, reuse: 
 
 
 def answer_cells(asked: Sequence[Asked], *, engine: Engine, reader: Reader, condition: Condition) -> Iterator[CellResult]:
-    """Ask the engine; results come as they are answered, in the order of ``asked`` where the engine keeps one.
+    """Ask the engine and yield each result as soon as it is answered; engines that batch may change the order.
 
     Raises:
         ModelError: a prompt is longer than the model takes, or the engine cannot be asked at all.
@@ -112,7 +115,7 @@ class OtherwiseEngine(Engine, Protocol):
     """An engine that can compute an answer in other shapes."""
 
     def answer_otherwise(self, step: Step) -> Completion:
-        """The same prompt, cut and computed differently: equal up to the rounding of the precision.
+        """Answer the same prompt with other chunk shapes: the result is equal up to rounding.
 
         Raises:
             EngineError: no answer could be computed.

@@ -1,7 +1,7 @@
-"""Where a ledger's answers stand on the grid: the columns, rows and fields of a heatmap. Pure; draws nothing, reads no file.
+"""Heatmaps and profiles of a ledger's scores over context length and needle depth. Pure: draws nothing and reads no file.
 
-The rows of a heatmap are depths as asked, in percent; on a lattice, haystack tokens before the fact; where facts stand at
-random places, tenths of the prompt by where they landed.
+The rows of a heatmap are the asked depths in percent; on a lattice, the haystack tokens before the fact; for random samples,
+tenths of the prompt by where the fact landed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pause_ray.evaluation.statistics import Interval, t_interval, wilson
 NUM_BINS = 10
 BIN_PERCENT = 100 / NUM_BINS
 MOST_DEPTHS = 20
-"""With more asked depths than this a profile is drawn in tenths."""
+"""Most asked depths that a profile shows one by one; beyond it, it is drawn in tenths of the prompt."""
 UNCERTAIN_WIDTH = 0.5
 """A mean score whose 95 % interval is this wide is marked as uncertain."""
 
@@ -33,14 +33,14 @@ Place = tuple[int, float]
 
 @dataclass(frozen=True)
 class Axis:
-    """How a grid's positions are told apart."""
+    """The vertical axis of a heatmap."""
 
     kind: Literal["percent", "lattice", "bins"]
     lattice_tokens: int = 0
     """Distance of a lattice's positions; 0 on other grids."""
 
     def position(self, row: CellResult, *, paired_with: CellResult | None = None) -> float:
-        """Of a row: percent, tokens, or the lower edge of its bin in percent; a pair landed half-way between its two."""
+        """Return a row's place on the axis: percent, tokens, or the lower edge of its bin; a pair counts half-way between its two."""
         if self.kind == "percent":
             return row.depth_percent
         if self.kind == "bins":
@@ -55,15 +55,15 @@ class Field:
     """One cell of a heatmap."""
 
     value: float | None
-    """Mean, or None where nothing could be scored."""
+    """Mean score or difference, or None where nothing could be scored."""
     low: float
     high: float
     """Smallest and largest single value."""
     num_scored: int
     num_unscored: int
     uncertain: bool
-    """Its answers do not agree, and the 95 % interval of their mean is half as wide as the scale (of a score) or has zero in it
-    (of a difference)."""
+    """Whether the answers disagree so much that the 95 % interval of a mean score is half the scale wide, or that of a mean
+    difference contains zero."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Point:
 
 
 def axis_of(suites: Iterable[JsonObject]) -> Axis:
-    """The axis that fits all of these resolved suites: their own where they agree, else bins."""
+    """Return the axis that fits all of these resolved suites: their own where they agree, else bins."""
     kinds = {
         Axis("bins") if suite.get("samples") else Axis("lattice", lattice) if (lattice := suite.get("lattice_tokens")) else Axis("percent")
         for suite in suites
@@ -84,12 +84,12 @@ def axis_of(suites: Iterable[JsonObject]) -> Axis:
 
 
 def drawn_in_tenths(rows: Iterable[CellResult], *, axis: Axis) -> bool:
-    """Whether a profile over depth needs bins."""
+    """Return whether a profile over depth needs bins."""
     return axis.kind != "percent" or len({row.depth_percent for row in rows}) > MOST_DEPTHS
 
 
 def score_fields(rows: Sequence[CellResult], *, axis: Axis) -> dict[Place, Field]:
-    """Mean score at every length and position, with the spread over replicates, samples and tasks."""
+    """Return the mean score at every length and position, with the spread over replicates, samples and tasks."""
     found: defaultdict[Place, list[float | None]] = defaultdict(list)
     for row in rows:
         for fact in by_fact(row, axis=axis):
@@ -98,7 +98,7 @@ def score_fields(rows: Sequence[CellResult], *, axis: Axis) -> dict[Place, Field
 
 
 def difference_fields(rows: Sequence[CellResult], reference: Sequence[CellResult], *, axis: Axis) -> dict[Place, Field]:
-    """Mean paired difference at every length and position that both asked about."""
+    """Return the mean paired difference at every length and position that both ledgers have."""
     other = {_question(row): row for row in reference}
     found: defaultdict[Place, list[float | None]] = defaultdict(list)
     for row in rows:
@@ -111,12 +111,12 @@ def difference_fields(rows: Sequence[CellResult], reference: Sequence[CellResult
 
 
 def length_profile(rows: Sequence[CellResult]) -> dict[int, Point]:
-    """``context_tokens`` → mean score over all depths, where anything was scored."""
+    """Return the mean score over all depths by ``context_tokens``, where anything was scored."""
     return _points((row.context_tokens, row) for row in rows)
 
 
 def depth_profile(rows: Sequence[CellResult], *, axis: Axis, in_tenths: bool) -> dict[float, Point]:
-    """Depth in percent → mean score over all lengths: at the asked depths, or in the middle of each tenth."""
+    """Return the mean score over all lengths by depth in percent: at the asked depths, or in the middle of each tenth."""
     seen = [fact for row in rows for fact in by_fact(row, axis=axis)]
     if not in_tenths:
         return _points((fact.depth_percent, fact) for fact in seen)
@@ -125,7 +125,7 @@ def depth_profile(rows: Sequence[CellResult], *, axis: Axis, in_tenths: bool) ->
 
 
 def by_fact(row: CellResult, *, axis: Axis) -> list[CellResult]:
-    """On an axis of landed facts, the row as seen from each fact that was asked for; elsewhere the row itself."""
+    """Return the row once for each fact that was asked for where the axis shows landed facts; else the row itself."""
     asked = [fact for fact in row.facts if fact.references]
     if axis.kind != "bins" or not asked:
         return [row]
@@ -141,7 +141,7 @@ def by_fact(row: CellResult, *, axis: Axis) -> list[CellResult]:
 
 
 def landed_share(row: CellResult) -> float:
-    """Where the needle begins, from 0 at the prompt's beginning to 1; where it was to begin, if the row does not say."""
+    """Return where the needle begins, from 0 to 1 of the prompt; the asked depth where the row does not say."""
     return row.depth_percent / 100 if row.needle_token == UNKNOWN_TOKEN else row.needle_token / row.prompt_tokens
 
 

@@ -26,17 +26,17 @@ UNKNOWN_TOKEN = -1
 
 @dataclass(frozen=True, kw_only=True)
 class FactResult:
-    """What became of one hidden fact."""
+    """One hidden fact of an answered cell."""
 
     text: str
     references: tuple[str, ...]
     """Empty for a distractor."""
     depth_percent: float
-    """Where it was to go."""
+    """Asked depth in percent."""
     token: int
     """Index in the prompt of its first token, or ``UNKNOWN_TOKEN``."""
     score: float | None
-    """Share of its references that the answer contains; None without references or answer."""
+    """Share of the fact's references that the answer contains; None without references or answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class CellResult:
     arm: str
     replicate: int
     sample: int = 0
-    """Which of the random samples of a length; 0 where depths are given."""
+    """Index of the random sample of a length; 0 where depths are given."""
     seed: int
     model: str
     adapter: str | None
@@ -58,16 +58,16 @@ class CellResult:
     content_tokens: int
     num_pauses: int
     rule: str
-    """What ends a paragraph in the documents that the context reads, ``+`` between several."""
+    """Paragraph rules of the documents that the context reads, joined by ``+``."""
     depth_percent: float
-    """Of the first fact."""
+    """Asked depth of the first fact in percent."""
     needle_token: int
     """Index in the prompt of the first fact's first token, or ``UNKNOWN_TOKEN``."""
     facts: tuple[FactResult, ...]
-    """All that was hidden, the first fact first."""
+    """All hidden facts, the first one first."""
     question: str
     references: tuple[str, ...]
-    """Of all facts."""
+    """The references of all facts."""
     labels: tuple[str, ...] = ()
     """All answers that the task knows, where the scorer needs them."""
     response: str | None
@@ -84,9 +84,9 @@ class CellResult:
     reference_margin: float | None = None
     """Gap between the chosen token's logit and the reference's where the answer first leaves it; None if it never does."""
     cost: float | None = None
-    """Of an endpoint's answer, where prices were given."""
+    """Price of an endpoint's answer in the price list's currency; None where no prices were given."""
     transcript: str | None = None
-    """What a judge wrote."""
+    """Reply of the judge that scored the answer; None without a judge."""
 
     def __post_init__(self) -> None:
         if (self.score is None) == (self.unscored_reason is None):

@@ -1,12 +1,11 @@
-"""A grid as a plan: in which order prompts are computed, and how much of each the one before has computed already.
+"""Order the prompts of a grid so that each shared prefix is prefilled once (prefix caching).
 
-The prompts of a grid are paths in a tree of tokens. The trunk is the paused haystack; a fact at some position is a branch;
-each context length is a stop on that branch, and the question after it a twig. Walking the tree depth first computes every
-node once and holds one path: keys and values of one prompt are all the memory that a grid needs. Sorted by their tokens,
-prompts stand in the order of such a walk, and each has its longest common beginning with its predecessor, so the plan needs
-no knowledge of facts, pauses or questions, and is right for every task.
+The prompts of a grid form a tree of tokens: they share the haystack up to the first fact, and then branch by fact position,
+context length and question. Visiting the tree depth first prefills every node once and needs the keys and values of one
+prompt only. Sorting prompts by their token ids gives such an order: each prompt shares its longest prefix with the prompt
+before it. The plan needs no knowledge of facts, pauses or questions, so it is right for every task.
 
-Pure: knows tokens, no engine, no torch and no files.
+The module is pure: it knows tokens, but no engine, no torch and no files.
 """
 
 from __future__ import annotations
@@ -26,40 +25,40 @@ Ids = NDArray[np.int32]
 
 
 class Visit(NamedTuple):
-    """One prompt of a walk."""
+    """One prompt of a plan."""
 
     prompt: int
-    """Which of the planned prompts."""
+    """Index of the prompt among those that were planned."""
     keep_tokens: int
-    """Leading tokens that it has in common with the visit before and that are not computed again."""
+    """Number of leading tokens that are kept from the prompt before and not prefilled again."""
     num_tokens: int
-    """All of the prompt's."""
+    """Number of tokens of the whole prompt."""
 
 
 @dataclass(frozen=True)
 class Walk:
-    """The visits of a plan, in their order."""
+    """The prompts of a grid in the order in which an engine answers them."""
 
     visits: tuple[Visit, ...]
 
     @property
     def asked_tokens(self) -> int:
-        """Of all prompts: what is computed where nothing is shared."""
+        """Total tokens of all prompts, which are prefilled where nothing is shared."""
         return sum(visit.num_tokens for visit in self.visits)
 
     @property
     def prefilled_tokens(self) -> int:
-        """What is computed on this walk."""
+        """Tokens that are prefilled when prompts are answered in this order."""
         return sum(visit.num_tokens - visit.keep_tokens for visit in self.visits)
 
     @property
     def longest_tokens(self) -> int:
-        """Of one prompt: as many keys and values are held at most, and those of its answer."""
+        """Tokens of the longest prompt; its keys and values and those of its answer are the most that are held."""
         return max((visit.num_tokens for visit in self.visits), default=0)
 
 
 def plan(prompts: Sequence[Ids], *, reuse: Reuse = "full", grain_tokens: int = 1, lengths: Sequence[int] = ()) -> Walk:
-    """The walk over ``prompts`` that computes least.
+    """Return the order of ``prompts`` in which the fewest tokens are prefilled.
 
     Args:
         prompts: Token ids, each 1-D and not empty.
@@ -81,7 +80,7 @@ def plan(prompts: Sequence[Ids], *, reuse: Reuse = "full", grain_tokens: int = 1
 
 
 def reusable_tokens(computed: Ids, prompt: Ids, *, grain_tokens: int) -> int:
-    """Leading tokens of ``prompt`` that need no computing right after ``computed``.
+    """Return how many leading tokens of ``prompt`` need no prefill right after ``computed``.
 
     The last token is always computed, for its logits; so is a whole last chunk of ``computed``, which was computed together
     with a draft of its answer where prompts are kept by chunks.
@@ -94,7 +93,7 @@ def reusable_tokens(computed: Ids, prompt: Ids, *, grain_tokens: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What a walk takes, from the model's ``config.json`` alone."""
+    """Tokens, operations and memory of a plan, computed from the model's ``config.json`` alone."""
 
     num_prompts: int
     asked_tokens: int
@@ -103,10 +102,10 @@ class Forecast:
     """Floating-point operations (two per multiply-add) of the forward passes over prompts; attention counts every key that a
     chunk of queries meets. Answers come on top: ``answer_flops`` each at most."""
     answer_flops: int
-    """Of one answer of full length after the longest prompt, token by token."""
+    """Operations of one answer of full length after the longest prompt, decoded token by token."""
     kv_bytes: int
-    """Keys and values of the longest prompt and its answer and, where answers go on together, of as many tokens again that are
-    their own: the most that are held at a time."""
+    """Most bytes of keys and values that are held at a time: those of the longest prompt and its answer and, where several answers
+    are decoded together, a second copy and the answers' own tokens."""
     weight_bytes: int
 
 
@@ -120,7 +119,7 @@ def forecast(
     dtype: str,
     quantize: str | None = None,
 ) -> Forecast:
-    """Tokens, operations and memory of a walk, before anything is loaded."""
+    """Compute tokens, operations and memory of a plan before anything is loaded."""
     bytes_per_value = 4 if dtype == "float32" else 2
     grain = grain_of(dtype=dtype, quantize=quantize, chunk_tokens=chunk_tokens)
     longest = walk.longest_tokens
@@ -142,12 +141,12 @@ def forecast(
 
 
 def by_position(cells: Iterable[Cell]) -> list[Cell]:
-    """Cells so that neighbours share much, without their prompts: by position of the first fact, then by length."""
+    """Sort cells so that neighbours share a long prefix, without building prompts: by position of the first fact, then by length."""
     return sorted(cells, key=lambda cell: (cell.replicate, cell.sample, cell.seed, _position(cell), cell.context_tokens, cell.id))
 
 
 def split_for_actors(cells: Sequence[Cell], *, num_actors: int) -> list[list[Cell]]:
-    """At most ``num_actors`` runs of neighbours, of about equal work, no cell left out or doubled."""
+    """Split cells into at most ``num_actors`` groups of neighbours with about equal work; every cell is in exactly one group."""
     ordered = by_position(cells)
     costs = new_tokens(ordered)
     share = sum(costs) / num_actors
@@ -160,7 +159,7 @@ def split_for_actors(cells: Sequence[Cell], *, num_actors: int) -> list[list[Cel
 
 
 def new_tokens(cells: Sequence[Cell]) -> list[float]:
-    """About how many prompt tokens each cell adds to what its predecessor computed, for cells in the order ``by_position``."""
+    """Estimate how many tokens each cell prefills beyond those of its predecessor, for cells in the order of ``by_position``."""
     costs: list[float] = []
     last_position, last_length = 0.0, 0
     for cell in cells:
@@ -172,7 +171,7 @@ def new_tokens(cells: Sequence[Cell]) -> list[float]:
 
 
 def _position(cell: Cell) -> float:
-    """About how many tokens stand before the first fact that differs from cell to cell."""
+    """Estimate how many tokens precede the first fact that differs from cell to cell."""
     first = cell.facts[0]
     if len(cell.facts) > 1 and all(fact.position_tokens is not None for fact in cell.facts):
         return cell.context_tokens  # the same facts in every cell: only the question differs

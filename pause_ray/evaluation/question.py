@@ -1,4 +1,4 @@
-"""One question and the facts it is about, before they have a place. Pure data; knows no grid, no file and no model."""
+"""A question and the facts that it asks about, before they have a place in a context. Pure data."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ class Fact:
     """A text that is hidden in a context."""
 
     text: str
-    """Inserted as a sentence, or a line, of its own."""
+    """Text that is inserted as a sentence, or a line, of its own."""
     references: tuple[str, ...] = ()
-    """What of it a right answer contains; none for a distractor or a step on the way."""
+    """Strings that a right answer contains; empty for a distractor or an intermediate step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlacedFact:
-    """A fact of one cell: what is hidden, and where."""
+    """A fact of one cell and its place."""
 
     text: str
     references: tuple[str, ...]
     depth_percent: float
-    """Of the context's haystack tokens; on a lattice, of the asked length."""
+    """Place in percent of the context's haystack tokens; on a lattice, in percent of the asked length."""
     position_tokens: int | None = None
     """Haystack tokens before it, on a lattice; None where ``depth_percent`` decides."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is hidden and asked; drawn by a task from a seed."""
+    """The facts that are hidden and the question about them, drawn by a task from a seed."""
 
     facts: tuple[Fact, ...]
     """At least one. The first stands at the cell's depth."""
     question: str
-    """What is asked after the context."""
+    """Text of the question, which follows the context."""
     answer_prefix: str = ""
-    """Beginning of the answer that is given to the model; part of the prompt."""
+    """Beginning of the answer, which is part of the prompt."""
     draft: str = ""
-    """The answer that is likely: verified as a speculative draft, which never changes an answer."""
+    """Likely answer, verified as a speculative draft; it never changes an answer."""
     labels: tuple[str, ...] = ()
-    """All answers that the task knows, for the ``label`` scorer; what leads to the answer, in order, for ``furthest``."""
+    """All answers that the task knows, for the ``label`` scorer; the steps that lead to the answer, in order, for ``furthest``."""
     spread: Literal["random", "spaced"] = "random"
-    """Where the other facts go when the first has a depth: anywhere, or evenly from there to the end."""
+    """Places of the other facts when the first has a depth: anywhere, or evenly spaced from there to the end."""
     in_order: bool = False
-    """The facts keep their order in the text wherever they are put."""
+    """Whether the facts keep their order in the text wherever they are put."""
 
     @property
     def references(self) -> tuple[str, ...]:
-        """Of all facts."""
+        """The references of all facts, in their order."""
         return tuple(reference for fact in self.facts for reference in fact.references)

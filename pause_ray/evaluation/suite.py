@@ -1,7 +1,7 @@
-"""What is asked: suites and their cells. Pure specs and their expansion; renders nothing, loads nothing.
+"""Suites of questions and their cells.
 
-A suite is a task (what is hidden and asked, ``needle.tasks``) on a grid: context lengths × needle positions. Positions are
-percent of each length, as published; or one absolute lattice for all lengths; or random samples.
+A suite is a task (``evaluation.tasks``) on a grid of context lengths × needle positions. Positions are percent of each length,
+as published; or one absolute lattice for all lengths; or random samples. The module is pure: it renders and loads nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TaskSpec = Annotated[
 ]
 Scorer = Literal["keywords", "all", "exact", "string_match", "label", "furthest"]
 _SIGMOID_STEEPNESS = 0.1
-"""Per percent; the original's value, around 50 %."""
+"""Steepness per percent of the sigmoid spacing around 50 %, as in the original tester."""
 _KEYED_CHARS_PER_TOKEN = 3
 """Names and numbers make shorter tokens than prose."""
 
@@ -44,9 +44,9 @@ class SuiteSpec(Spec):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     """Short name; the ledger's ``task``."""
     task: TaskSpec
-    """What is hidden and asked."""
+    """Task that draws the facts to hide and the question about them."""
     scorer: Scorer = "keywords"
-    """From an answer to a score (``needle.score``). ``label`` is for task combine, ``furthest`` for task uuid_chain."""
+    """Rule that turns an answer into a score (``evaluation.scorers``). ``label`` is for task combine, ``furthest`` for task uuid_chain."""
     haystack: tuple[SourceSpec, ...] = ()
     """Documents that contexts are cut from, joined by blank lines in a seeded order. Empty: ``noise``, or the task's own lines."""
     noise: str | None = None
@@ -72,7 +72,7 @@ class SuiteSpec(Spec):
     @field_validator("context_tokens", "depth_percent", mode="before")
     @classmethod
     def _as_strict_tuple(cls, value: Any) -> Any:
-        """What a strict schema takes after a validator. Validators that are written last run first."""
+        """Turn a list into the tuple that the strict schema wants; pydantic runs the validators that stand last first."""
         return tuple(value) if isinstance(value, list) else value
 
     @field_validator("context_tokens", mode="before")
@@ -129,7 +129,7 @@ class SuiteSpec(Spec):
 
     @property
     def num_positions(self) -> dict[int, int]:
-        """Length → cells of one replicate at it."""
+        """Number of cells of one replicate by context length."""
         return {tokens: len(list(_positions(self, tokens))) for tokens in self.context_tokens}
 
 
@@ -140,41 +140,41 @@ class Cell:
     task: str
     context_tokens: int
     depth_percent: float
-    """Of the first fact."""
+    """Depth of the first fact in percent."""
     replicate: int
     sample: int
-    """Which of the random samples; 0 on other grids."""
+    """Index of the random sample; 0 on grids of depths or a lattice."""
     seed: int
     facts: tuple[PlacedFact, ...]
     question: str
     answer_prefix: str
     draft: str
-    """A likely answer; not part of what is asked."""
+    """Likely answer, used as a speculative draft; not part of the cell's identity."""
     labels: tuple[str, ...]
     scorer: Scorer
     identity: str
-    """Digest of all that changes the answer: suite, model, adapter, pauses, seed (given by the trial)."""
+    """Digest of everything that changes the answer: suite, model, adapter, pauses, seed (given by the trial)."""
 
     @functools.cached_property
     def id(self) -> str:
-        """The resume key: same id, same question put to the same model."""
+        """Key by which a resumed run knows the cell: equal ids mean the same question put to the same model."""
         asked = dataclasses.asdict(self)
         del asked["draft"]
         return digest(asked)
 
     @property
     def words(self) -> str:
-        """For a line of a log: ``cell of 4096 tokens at depth 50 % (1c3e52d7)``."""
+        """Short description for logs: ``cell of 4096 tokens at depth 50 % (1c3e52d7)``."""
         return f"cell of {self.context_tokens} tokens at depth {self.depth_percent:g} % ({self.id[:8]})"
 
     @property
     def references(self) -> tuple[str, ...]:
-        """Of all facts."""
+        """The references of all facts, in their order."""
         return tuple(reference for fact in self.facts for reference in fact.references)
 
 
 def cells(suite: SuiteSpec, *, identity: str, replicate: int, seed: int) -> list[Cell]:
-    """Every cell of one replicate, in the order length by length, position by position."""
+    """Return every cell of one replicate, length by length and position by position."""
     return [
         Cell(
             task=suite.name,
@@ -203,7 +203,7 @@ def cells(suite: SuiteSpec, *, identity: str, replicate: int, seed: int) -> list
 
 
 def ask_for(suite: SuiteSpec, *, seed: int, replicate: int, sample: int, place: int = 0) -> Question:
-    """The question of one replicate and sample; the same at every length and depth, so that these alone differ.
+    """Draw the question of one replicate and sample; it is the same at every length and depth, so that only these differ.
 
     Only a keyed task asks for another of its facts at each depth, that of index ``place``.
     """
@@ -214,7 +214,7 @@ def ask_for(suite: SuiteSpec, *, seed: int, replicate: int, sample: int, place: 
 
 
 def known_facts(suite: SuiteSpec, *, seed: int, replicate: int) -> tuple[Fact, ...]:
-    """Every fact that an evaluation hides: of a file all of them, of a drawing task those of this replicate."""
+    """Return every fact that an evaluation may hide: all facts of a needle file, or those that a task draws for this replicate."""
     if isinstance(suite.task, SingleTask | MultiTask):
         return suite.task.known_facts()
     if isinstance(suite.task, KeyedTask):
@@ -226,10 +226,10 @@ def known_facts(suite: SuiteSpec, *, seed: int, replicate: int) -> tuple[Fact, .
 
 @dataclass(frozen=True)
 class _Position:
-    """Where the first fact of a cell goes."""
+    """Place of a cell's first fact."""
 
     depth_percent: float | None
-    """None: anywhere, drawn per sample."""
+    """Depth in percent; None where a random depth is drawn for each sample."""
     position_tokens: int | None
     sample: int
 
@@ -246,7 +246,7 @@ def _positions(suite: SuiteSpec, tokens: int) -> Iterator[_Position]:
 
 
 def _placed(question: Question, position: _Position, *, seed: int, replicate: int) -> tuple[PlacedFact, ...]:
-    """Depths for all facts. Drawn depths are the same at every length."""
+    """Place all facts of a question; drawn depths are the same at every length."""
     draw = _random(seed, replicate, position.sample, "depths")
     drawn = [round(100 * draw.random(), 1) for _ in question.facts]
     first = position.depth_percent
@@ -268,7 +268,7 @@ def _placed(question: Question, position: _Position, *, seed: int, replicate: in
 
 
 def _placed_by_key(suite: SuiteSpec, question: Question, *, place: int, tokens: int) -> tuple[PlacedFact, ...]:
-    """Facts at the same haystack tokens whichever of them is asked for; by depth, the question's own length would move them."""
+    """Place facts at the same haystack tokens whichever of them is asked for; depths would move with the question's length."""
     others = [other for other in range(len(question.facts)) if other != place]
     chars = [len(fact.text) + 1 for fact in question.facts]
     chat = [suite.prompt.system or "", suite.prompt.before, suite.prompt.user_after(question="", instruction=None)]
@@ -291,7 +291,7 @@ def _random(*parts: object) -> random.Random:
 
 
 def _spaced(wanted: dict[str, Any], *, low: float | None, spacings: tuple[str, ...]) -> list[float]:
-    """Values from ``{from, to, count, spacing}``; sigmoid after the original tester, whose end points are kept."""
+    """Return the values of ``{from, to, count, spacing}``; the sigmoid spacing keeps the end points, as the original tester does."""
     unknown = set(wanted) - {"from", "to", "count", "spacing"}
     begin, end, count, spacing = wanted.get("from", low), wanted.get("to"), wanted.get("count"), wanted.get("spacing", "linear")
     numbers = [value for value in (begin, end) if isinstance(value, int | float) and not isinstance(value, bool)]

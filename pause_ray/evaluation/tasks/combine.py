@@ -87,7 +87,7 @@ def _about_thing(draw: random.Random, person: str, thing: str, supporting: int) 
 
 
 def _others(draw: random.Random, persons: list[str], things: list[str], steps: int) -> list[str]:
-    """What others do, possible one after the other: nobody takes what another holds, nor from where it is not."""
+    """Draw distracting actions that are possible one after the other: nobody takes an item that another holds or that is elsewhere."""
     where: dict[str, str] = {}
     held: dict[str, str] = {}
     lying: dict[str, str | None] = dict.fromkeys(things)

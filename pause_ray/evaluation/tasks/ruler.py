@@ -48,7 +48,7 @@ class RulerNiahTask(Spec):
     value_kind: ValueKind = "numbers"
     """``numbers``: seven digits; ``uuids``; ``words``: as keys."""
     filler: Literal["suite", "needles"] = "suite"
-    """What the facts are hidden in. ``suite``: its documents or noise; ``needles``: lines of their own form with other keys."""
+    """Text that the facts are hidden in. ``suite``: its documents or noise; ``needles``: lines of the same form with other keys."""
 
     @property
     def has_filler(self) -> bool:

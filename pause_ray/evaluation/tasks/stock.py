@@ -22,7 +22,7 @@ class NeedleSpec(Spec):
     needle: str = Field(min_length=1)
     """The sentence that is hidden; inserted as a sentence of its own."""
     question: str = Field(min_length=1)
-    """What is asked after the context."""
+    """Text of the question, which follows the context."""
     keywords: tuple[str, ...] = Field(min_length=1)
     """The score is the share of these that the answer contains; letter case, white space and Unicode compatibility forms aside."""
 
@@ -43,7 +43,7 @@ class NeedleGroup(Spec):
     """Several facts that one question asks for."""
 
     question: str = Field(min_length=1)
-    """What is asked after the context."""
+    """Text of the question, which follows the context."""
     needles: dict[str, tuple[str, ...]] = Field(min_length=2)
     """Sentence that is hidden → the keywords that tell it was found."""
 
@@ -86,7 +86,7 @@ class SingleTask(Spec):
         return Question(facts=(Fact(text=spec.needle, references=spec.keywords),), question=spec.question, draft=spec.needle)
 
     def known_facts(self) -> tuple[Fact, ...]:
-        """Of every replicate: none of them may occur in training text."""
+        """Return the facts of every replicate; none of them may occur in training text."""
         return tuple(Fact(text=spec.needle, references=spec.keywords) for spec in self.needles.needles)
 
 
@@ -109,7 +109,7 @@ class MultiTask(Spec):
         return Question(facts=facts, question=group.question, draft=draft, spread=self.spread)
 
     def known_facts(self) -> tuple[Fact, ...]:
-        """Of every replicate: none of them may occur in training text."""
+        """Return the facts of every replicate; none of them may occur in training text."""
         return tuple(Fact(text=text, references=words) for group in self.groups.groups for text, words in group.needles.items())
 
 
