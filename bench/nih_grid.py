@@ -29,7 +29,7 @@ from tables import as_table
 
 from pause_ray.core.spec import inline_files, read_yaml
 from pause_ray.core.storage import Storage
-from pause_ray.evaluation.answer import Asked, Reader, planned
+from pause_ray.evaluation.answer import CellRunner, PlannedCell, plan_cells
 from pause_ray.evaluation.haystack import load_haystack, prompt_builder
 from pause_ray.evaluation.suite import SuiteSpec, cells
 from pause_ray.inference.engine import EngineError, HfEngineSpec, LoadedAs, default_chunk_tokens, grain_of
@@ -80,19 +80,19 @@ class Bench:
     grain_tokens: int
     """What can be kept in this precision."""
 
-    def compare(self, name: str, suite: SuiteSpec, reader: Reader, *, chunk_tokens: int) -> Iterator[Row]:
+    def compare(self, name: str, suite: SuiteSpec, reader: CellRunner, *, chunk_tokens: int) -> Iterator[Row]:
         """The baseline on the suite's cells, then the walk without drafts and with them."""
         grid = cells(suite, identity="bench", replicate=0, seed=0)
-        each = planned(grid, reader=reader, grain_tokens=1, reuse="none", drafts=False)
+        each = plan_cells(grid, reader=reader, grain_tokens=1, reuse="none", drafts=False)
         answers, base = self._generate(each, name=f"generate ({name})")
         yield base
         for drafts in (False, True):
             engine = HfEngine(HfEngineSpec(chunk_tokens=chunk_tokens), device=self.device)
             engine.use(LoadedAs(model_dir=self.model_dir, dtype=self.dtype))
-            asked = planned(grid, reader=reader, grain_tokens=engine.grain_tokens, drafts=drafts)
+            asked = plan_cells(grid, reader=reader, grain_tokens=engine.grain_tokens, drafts=drafts)
             yield self._walk(asked, engine, name=f"{name}, drafts" if drafts else name, answers=answers, base=base)
 
-    def _generate(self, asked: Sequence[Asked], *, name: str) -> tuple[Answers, Row]:
+    def _generate(self, asked: Sequence[PlannedCell], *, name: str) -> tuple[Answers, Row]:
         model = load_base(self.model_dir, dtype=self.dtype, marker=None, device=self.device)
         ends = list(ModelTokenizer.load(self.model_dir).end_ids)
         settings = transformers.GenerationConfig(
@@ -124,7 +124,7 @@ class Bench:
             identical=len(answers),
         )
 
-    def _walk(self, asked: Sequence[Asked], engine: HfEngine, *, name: str, answers: Answers, base: Row) -> Row:
+    def _walk(self, asked: Sequence[PlannedCell], engine: HfEngine, *, name: str, answers: Answers, base: Row) -> Row:
         steps = [step for _, step in asked]
 
         def run() -> list[tuple[int, Any]]:
@@ -152,7 +152,7 @@ class Bench:
             identical=sum(found[cell] == answers[cell] for cell in answers),
         )
 
-    def _prefill(self, asked: Sequence[Asked], *, chunk_tokens: int) -> int:
+    def _prefill(self, asked: Sequence[PlannedCell], *, chunk_tokens: int) -> int:
         return sum(
             self.shape.prompt_flops(
                 prompt_tokens=len(step.prompt.ids), kept_tokens=step.keep_tokens, chunk_tokens=chunk_tokens, grain_tokens=self.grain_tokens
@@ -160,7 +160,7 @@ class Bench:
             for _, step in asked
         )
 
-    def _decoding(self, asked: Sequence[Asked], answers: Answers) -> int:
+    def _decoding(self, asked: Sequence[PlannedCell], answers: Answers) -> int:
         """Of the answers, token by token: a draft that is verified costs the same operations in fewer passes."""
         flops = 0
         for cell, step in asked:
@@ -235,12 +235,12 @@ def _suite(lengths: Sequence[int], **grid: Any) -> SuiteSpec:
     return SuiteSpec.parse({**data, "context_tokens": list(lengths), **grid}, origin="bench")
 
 
-def _reader(suite: SuiteSpec, model_dir: Path, cache: Path) -> Reader:
+def _reader(suite: SuiteSpec, model_dir: Path, cache: Path) -> CellRunner:
     tokenizer = ModelTokenizer.load(model_dir)
     marker = resolve_marker(tokenizer, None)
     haystack = load_haystack(suite, cache=cache, seed=0, replicate=0)
     builder = prompt_builder(haystack, suite=suite, tokenizer=tokenizer, policy=None, marker=marker, seed=0)
-    return Reader(builder=builder, tokenizer=tokenizer, policy=None, marker=marker, max_new_tokens=suite.max_new_tokens)
+    return CellRunner(builder=builder, tokenizer=tokenizer, policy=None, marker=marker, max_new_tokens=suite.max_new_tokens)
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {

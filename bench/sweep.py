@@ -149,7 +149,7 @@ def _timed_send(sent: Callable[[Callable[[], None]], bool], send: Callable[[], N
 def answering_alone(sweep: object, storage: object) -> float:
     """Seconds per cell of reading the text, building prompts and answering by the rule, in this process."""
     from pause_ray.core.storage import Storage
-    from pause_ray.evaluation.answer import Condition, Reader, answer_cells, planned
+    from pause_ray.evaluation.answer import CellRunner, Condition, answer_cells, plan_cells
     from pause_ray.evaluation.haystack import load_haystack, prompt_builder
     from pause_ray.inference.engine import LoadedAs
     from pause_ray.sweep.spec import SweepSpec, expand
@@ -166,10 +166,10 @@ def answering_alone(sweep: object, storage: object) -> float:
     tokenizer = ModelTokenizer.load(trial.model_dir)
     haystack = load_haystack(spec.eval, cache=storage.cache, seed=spec.seed, replicate=0)
     builder = prompt_builder(haystack, suite=spec.eval, tokenizer=tokenizer, policy=spec.pauses, marker=trial.marker, seed=0)
-    reader = Reader(builder=builder, tokenizer=tokenizer, policy=spec.pauses, marker=trial.marker, max_new_tokens=8)
+    reader = CellRunner(builder=builder, tokenizer=tokenizer, policy=spec.pauses, marker=trial.marker, max_new_tokens=8)
     engine.use(LoadedAs(model_dir=trial.model_dir, dtype="float32"))
     condition = Condition(arm="", model="", adapter=None, pauses="none")
-    asked = planned(cells, reader=reader, grain_tokens=1)
+    asked = plan_cells(cells, reader=reader, grain_tokens=1)
     for _ in answer_cells(asked, engine=engine, reader=reader, condition=condition):
         pass
     return (time.perf_counter() - started) / len(cells)

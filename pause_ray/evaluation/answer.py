@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from pause_ray.evaluation.haystack import ask
 from pause_ray.evaluation.ledger import CellResult, FactResult
-from pause_ray.evaluation.prefix_plan import by_position, plan
+from pause_ray.evaluation.prefix_plan import by_position, plan_prefixes
 from pause_ray.evaluation.scorers import Score, Unscored, grade
 from pause_ray.evaluation.suite import Cell
 from pause_ray.inference.engine import Completion, Engine, EngineError, Reuse, Step
@@ -36,7 +36,7 @@ class Condition:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reader:
+class CellRunner:
     """Builds the prompts of cells over one haystack and pause policy, and turns completions into text and scores."""
 
     builder: PromptBuilder
@@ -77,14 +77,16 @@ class Reader:
         return grade(said, cell.facts, scorer=cell.scorer, labels=cell.labels, question=cell.question)
 
 
-class Asked(NamedTuple):
+class PlannedCell(NamedTuple):
     """A cell and what the engine is asked for it."""
 
     cell: Cell
     step: Step
 
 
-def planned(cells: Sequence[Cell], *, reader: Reader, grain_tokens: int, reuse: Reuse = "full", drafts: bool = True) -> list[Asked]:
+def plan_cells(
+    cells: Sequence[Cell], *, reader: CellRunner, grain_tokens: int, reuse: Reuse = "full", drafts: bool = True
+) -> list[PlannedCell]:
     """Return the cells of one haystack in the order of their prefix plan.
 
     Raises:
@@ -92,14 +94,14 @@ def planned(cells: Sequence[Cell], *, reader: Reader, grain_tokens: int, reuse: 
     """
     prompts = reader.prompts(cells)
     lengths = [cell.context_tokens for cell in cells]
-    walk = plan([prompt.ids for prompt in prompts], reuse=reuse, grain_tokens=grain_tokens, lengths=lengths)
+    plan = plan_prefixes([prompt.ids for prompt in prompts], reuse=reuse, grain_tokens=grain_tokens, lengths=lengths)
     return [
-        Asked(cells[visit.prompt], reader.step(cells[visit.prompt], prompts[visit.prompt], keep_tokens=visit.keep_tokens, drafts=drafts))
-        for visit in walk.visits
+        PlannedCell(cells[each.prompt], reader.step(cells[each.prompt], prompts[each.prompt], keep_tokens=each.keep_tokens, drafts=drafts))
+        for each in plan.prompts
     ]
 
 
-def answer_cells(asked: Sequence[Asked], *, engine: Engine, reader: Reader, condition: Condition) -> Iterator[CellResult]:
+def answer_cells(asked: Sequence[PlannedCell], *, engine: Engine, reader: CellRunner, condition: Condition) -> Iterator[CellResult]:
     """Ask the engine and yield each result as soon as it is answered; engines that batch may change the order.
 
     Raises:
@@ -122,7 +124,7 @@ class OtherwiseEngine(Engine, Protocol):
         """
 
 
-def answer_otherwise(cells: Sequence[Cell], *, engine: OtherwiseEngine, reader: Reader, condition: Condition) -> list[CellResult]:
+def answer_otherwise(cells: Sequence[Cell], *, engine: OtherwiseEngine, reader: CellRunner, condition: Condition) -> list[CellResult]:
     """The cells' results computed in other shapes, in their order; unscored where none could be computed.
 
     Raises:
@@ -140,7 +142,7 @@ def answer_otherwise(cells: Sequence[Cell], *, engine: OtherwiseEngine, reader: 
 
 
 def _row(
-    cell: Cell, prompt: BuiltPrompt, outcome: Completion | EngineError, *, reader: Reader, condition: Condition, engine: str
+    cell: Cell, prompt: BuiltPrompt, outcome: Completion | EngineError, *, reader: CellRunner, condition: Condition, engine: str
 ) -> CellResult:
     if isinstance(outcome, EngineError):
         return _result(cell, prompt, None, Unscored(reason=str(outcome)), condition=condition, engine=engine)

@@ -24,7 +24,7 @@ from pause_ray.models.shape import ModelShape
 Ids = NDArray[np.int32]
 
 
-class Visit(NamedTuple):
+class PlannedPrompt(NamedTuple):
     """One prompt of a plan."""
 
     prompt: int
@@ -36,28 +36,28 @@ class Visit(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Walk:
+class PrefixPlan:
     """The prompts of a grid in the order in which an engine answers them."""
 
-    visits: tuple[Visit, ...]
+    prompts: tuple[PlannedPrompt, ...]
 
     @property
     def asked_tokens(self) -> int:
         """Total tokens of all prompts, which are prefilled where nothing is shared."""
-        return sum(visit.num_tokens for visit in self.visits)
+        return sum(each.num_tokens for each in self.prompts)
 
     @property
     def prefilled_tokens(self) -> int:
         """Tokens that are prefilled when prompts are answered in this order."""
-        return sum(visit.num_tokens - visit.keep_tokens for visit in self.visits)
+        return sum(each.num_tokens - each.keep_tokens for each in self.prompts)
 
     @property
     def longest_tokens(self) -> int:
         """Tokens of the longest prompt; its keys and values and those of its answer are the most that are held."""
-        return max((visit.num_tokens for visit in self.visits), default=0)
+        return max((each.num_tokens for each in self.prompts), default=0)
 
 
-def plan(prompts: Sequence[Ids], *, reuse: Reuse = "full", grain_tokens: int = 1, lengths: Sequence[int] = ()) -> Walk:
+def plan_prefixes(prompts: Sequence[Ids], *, reuse: Reuse = "full", grain_tokens: int = 1, lengths: Sequence[int] = ()) -> PrefixPlan:
     """Return the order of ``prompts`` in which the fewest tokens are prefilled.
 
     Args:
@@ -70,13 +70,13 @@ def plan(prompts: Sequence[Ids], *, reuse: Reuse = "full", grain_tokens: int = 1
     keys = [prompt.astype(">u4").tobytes() for prompt in prompts]
     groups = list(lengths) if reuse == "depth" else [0] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: (groups[index], keys[index]))
-    visits = list[Visit]()
+    planned = list[PlannedPrompt]()
     for place, index in enumerate(order):
         before = order[place - 1] if place else None
         shares = before is not None and reuse != "none" and groups[before] == groups[index]
         kept = reusable_tokens(prompts[before], prompts[index], grain_tokens=grain_tokens) if before is not None and shares else 0
-        visits.append(Visit(index, kept, len(prompts[index])))
-    return Walk(tuple(visits))
+        planned.append(PlannedPrompt(index, kept, len(prompts[index])))
+    return PrefixPlan(tuple(planned))
 
 
 def reusable_tokens(computed: Ids, prompt: Ids, *, grain_tokens: int) -> int:
@@ -110,7 +110,7 @@ class Forecast:
 
 
 def forecast(
-    walk: Walk,
+    plan: PrefixPlan,
     shape: ModelShape,
     *,
     chunk_tokens: int,
@@ -122,17 +122,17 @@ def forecast(
     """Compute tokens, operations and memory of a plan before anything is loaded."""
     bytes_per_value = 4 if dtype == "float32" else 2
     grain = grain_of(dtype=dtype, quantize=quantize, chunk_tokens=chunk_tokens)
-    longest = walk.longest_tokens
+    longest = plan.longest_tokens
     held = longest + max_new_tokens
     if decode_batch > 1:
         held += held + decode_batch * max_new_tokens
     return Forecast(
-        num_prompts=len(walk.visits),
-        asked_tokens=walk.asked_tokens,
-        prefilled_tokens=walk.prefilled_tokens,
+        num_prompts=len(plan.prompts),
+        asked_tokens=plan.asked_tokens,
+        prefilled_tokens=plan.prefilled_tokens,
         prefill_flops=sum(
-            shape.prompt_flops(prompt_tokens=visit.num_tokens, kept_tokens=visit.keep_tokens, chunk_tokens=chunk_tokens, grain_tokens=grain)
-            for visit in walk.visits
+            shape.prompt_flops(prompt_tokens=each.num_tokens, kept_tokens=each.keep_tokens, chunk_tokens=chunk_tokens, grain_tokens=grain)
+            for each in plan.prompts
         ),
         answer_flops=sum(shape.forward_flops(new_tokens=1, past_tokens=longest + place, logit_rows=1) for place in range(max_new_tokens)),
         kv_bytes=held * shape.kv_bytes_per_token(bytes_per_value),

@@ -19,7 +19,7 @@ from pause_ray.core.errors import SpecError, StorageError, TextError
 from pause_ray.core.spec import JsonObject, digest
 from pause_ray.core.storage import exclusive, read_json, write_json
 from pause_ray.evaluation.ledger import CellResult, Ledger
-from pause_ray.evaluation.prefix_plan import plan
+from pause_ray.evaluation.prefix_plan import plan_prefixes
 from pause_ray.evaluation.scorers import JudgeSpec, Score, Unscored, grade, judge_step, read_grade
 from pause_ray.evaluation.suite import Scorer
 from pause_ray.inference.endpoint import EndpointEngine
@@ -211,9 +211,9 @@ def judged(rows: Sequence[CellResult], *, judge: Judge) -> Iterator[tuple[CellRe
         except TextError as error:
             yield _with_verdict(row, Unscored(reason=f"cannot be shown to the judge: {error}"), scorer=judge.scorer, transcript=None), None
     if judge.tokenizer is not None:
-        walk = plan([step.prompt.ids for _, step in asked], grain_tokens=judge.engine.grain_tokens)
+        plan = plan_prefixes([step.prompt.ids for _, step in asked], grain_tokens=judge.engine.grain_tokens)
         asked = [
-            (row, dataclasses.replace(step, keep_tokens=visit.keep_tokens)) for visit in walk.visits for row, step in [asked[visit.prompt]]
+            (row, dataclasses.replace(step, keep_tokens=each.keep_tokens)) for each in plan.prompts for row, step in [asked[each.prompt]]
         ]
     for index, outcome in judge.engine.answer([step for _, step in asked]):
         row = asked[index][0]

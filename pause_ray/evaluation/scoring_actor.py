@@ -16,7 +16,7 @@ from joblib import cpu_count
 
 from pause_ray.core.errors import StoppedError
 from pause_ray.core.process import about, write_lines
-from pause_ray.evaluation.answer import Condition, OtherwiseEngine, Reader, answer_cells, answer_otherwise, planned
+from pause_ray.evaluation.answer import CellRunner, Condition, OtherwiseEngine, answer_cells, answer_otherwise, plan_cells
 from pause_ray.evaluation.cell_scheduler import Purpose
 from pause_ray.evaluation.haystack import Haystack, load_haystack, prompt_builder
 from pause_ray.evaluation.ledger import CellResult
@@ -105,7 +105,7 @@ class ScoringActor:
         self._threads = threads or max(1, cpu_count() // num_neighbors)
         self._engine: _LastMade[Engine] = _LastMade()
         self._haystack: _LastMade[Haystack] = _LastMade()
-        self._reader: _LastMade[Reader] = _LastMade()
+        self._reader: _LastMade[CellRunner] = _LastMade()
         self._stopped_batch: int | None = None
         write_lines()
 
@@ -129,7 +129,7 @@ class ScoringActor:
                 ordered, results = cells, _recheck(cells, engine=engine, reader=reader, condition=job.condition)
             else:
                 local = job.engine if isinstance(job.engine, HfEngineSpec) else HfEngineSpec()
-                steps = planned(cells, reader=reader, grain_tokens=engine.grain_tokens, reuse=local.reuse, drafts=local.drafts)
+                steps = plan_cells(cells, reader=reader, grain_tokens=engine.grain_tokens, reuse=local.reuse, drafts=local.drafts)
                 ordered = [cell for cell, _ in steps]
                 results = answer_cells(steps, engine=engine, reader=reader, condition=job.condition)
             yield ordered
@@ -140,13 +140,13 @@ class ScoringActor:
                 if self._stopped_batch == batch:
                     return
 
-    def _reader_of(self, job: ScoringJob) -> Reader:
+    def _reader_of(self, job: ScoringJob) -> CellRunner:
         """Return the job's reader; trials that differ in their adapters share it."""
 
         def make_haystack() -> Haystack:
             return load_haystack(job.suite, cache=job.cache, seed=job.seed, replicate=job.replicate, data_seed=job.data_seed)
 
-        def make_reader() -> Reader:
+        def make_reader() -> CellRunner:
             tokenizer = ModelTokenizer.load(job.loaded.model_dir)
             marker = resolve_marker(tokenizer, job.policy)
             builder = prompt_builder(
@@ -158,12 +158,14 @@ class ScoringActor:
                 seed=job.data_seed,
                 cache=job.cache,
             )
-            return Reader(builder=builder, tokenizer=tokenizer, policy=job.policy, marker=marker, max_new_tokens=job.suite.max_new_tokens)
+            return CellRunner(
+                builder=builder, tokenizer=tokenizer, policy=job.policy, marker=marker, max_new_tokens=job.suite.max_new_tokens
+            )
 
         return self._reader.get((job.suite, job.policy, job.seed, job.replicate, job.data_seed, job.loaded.model_dir), make_reader)
 
 
-def _recheck(cells: Sequence[Cell], *, engine: Engine, reader: Reader, condition: Condition) -> Iterator[CellResult]:
+def _recheck(cells: Sequence[Cell], *, engine: Engine, reader: CellRunner, condition: Condition) -> Iterator[CellResult]:
     if not isinstance(engine, OtherwiseEngine):
         raise TypeError(f"engine {engine.name} cannot compute an answer in other shapes")
     for cell in cells:

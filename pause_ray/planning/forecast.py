@@ -1,7 +1,7 @@
 """What a sweep will do and take, before anything is started: every trial and step, what is on storage of it, and what is left.
 
-Builds texts and prompts, and plans walks; loads no weights and starts no Ray. Times are those of a named GPU (``plan``), or as fast
-as the same model was on this storage before (``sweep.pace``).
+Builds texts and prompts, and plans shared prefixes; loads no weights and starts no Ray. Times are those of a named GPU
+(``plan``), or as fast as the same model was on this storage before (``sweep.pace``).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pause_ray.core.spec import JsonObject, digest
 from pause_ray.core.storage import Storage, is_complete
 from pause_ray.data.pipeline import shards_digest
 from pause_ray.data.shards import ShardSet
-from pause_ray.evaluation.answer import Reader
+from pause_ray.evaluation.answer import CellRunner
 from pause_ray.evaluation.haystack import check_fits, check_lengths, load_haystack, prompt_builder
 from pause_ray.evaluation.ledger import Ledger
-from pause_ray.evaluation.prefix_plan import Forecast, Walk, by_position, forecast, new_tokens, plan, split_for_actors
+from pause_ray.evaluation.prefix_plan import Forecast, PrefixPlan, by_position, forecast, new_tokens, plan_prefixes, split_for_actors
 from pause_ray.evaluation.suite import Cell, cells
 from pause_ray.inference.engine import EndpointSpec, HfEngineSpec, Reuse, default_chunk_tokens, grain_of
 from pause_ray.models.checkpoint import Checkpoint
@@ -62,7 +62,7 @@ class TrialForecast:
 
 
 def forecast_trial(spec: TrialSpec, *, cache: Path, tokenizer: ModelTokenizer | None = None) -> TrialForecast:
-    """Build the trial's prompts and plan their walk, or the walks of several actors.
+    """Build the trial's prompts and plan their shared prefixes, for one actor or several.
 
     Args:
         spec: Any trial.
@@ -84,7 +84,7 @@ def forecast_trial(spec: TrialSpec, *, cache: Path, tokenizer: ModelTokenizer | 
     marker = resolve_marker(tokenizer, spec.pauses)
     haystack = load_haystack(spec.eval, cache=cache, seed=spec.seed, replicate=spec.replicate, data_seed=spec.data_seed)
     builder = prompt_builder(haystack, suite=spec.eval, tokenizer=tokenizer, policy=spec.pauses, marker=marker, seed=spec.data_seed)
-    reader = Reader(builder=builder, tokenizer=tokenizer, policy=spec.pauses, marker=marker, max_new_tokens=spec.eval.max_new_tokens)
+    reader = CellRunner(builder=builder, tokenizer=tokenizer, policy=spec.pauses, marker=marker, max_new_tokens=spec.eval.max_new_tokens)
     grid = cells(spec.eval, identity="", replicate=spec.replicate, seed=spec.data_seed)
     prompts = {cell.id: prompt for cell, prompt in zip(grid, reader.prompts(grid), strict=True)}
     for prompt in prompts.values():
@@ -96,8 +96,8 @@ def forecast_trial(spec: TrialSpec, *, cache: Path, tokenizer: ModelTokenizer | 
     shape = ModelShape.load(model_dir)
 
     def of(reuse: Reuse) -> Forecast:
-        walks = [
-            plan(
+        plans = [
+            plan_prefixes(
                 [prompts[cell.id].ids for cell in run],
                 reuse=reuse,
                 grain_tokens=grain,
@@ -106,7 +106,7 @@ def forecast_trial(spec: TrialSpec, *, cache: Path, tokenizer: ModelTokenizer | 
             for run in runs
         ]
         return forecast(
-            Walk(tuple(visit for walk in walks for visit in walk.visits)),
+            PrefixPlan(tuple(each for plan in plans for each in plan.prompts)),
             shape,
             chunk_tokens=chunk,
             decode_batch=engine.answers_together(dtype=spec.model.dtype, quantize=spec.model.quantize),

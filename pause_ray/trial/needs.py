@@ -16,7 +16,7 @@ from pydantic import Field
 
 from pause_ray.core.errors import SpecError
 from pause_ray.core.spec import JsonObject, Spec, read_yaml
-from pause_ray.evaluation.prefix_plan import Forecast, Visit, Walk, forecast, new_tokens, split_for_actors
+from pause_ray.evaluation.prefix_plan import Forecast, PlannedPrompt, PrefixPlan, forecast, new_tokens, split_for_actors
 from pause_ray.evaluation.suite import SuiteSpec, cells
 from pause_ray.inference.engine import default_chunk_tokens, default_decode_batch
 from pause_ray.models.shape import BYTES, ModelShape
@@ -345,13 +345,13 @@ def _cluster_sizes(per_node: int) -> Sequence[int]:
 
 def grid_of(suite: SuiteSpec, *, shape: ModelShape, site: Site, dtype: str) -> Grid:
     """About what scoring takes, from a suite's lengths and positions without its texts: pauses and the chat around are left out."""
-    visits = [
-        Visit(prompt=0, keep_tokens=cell.context_tokens - max(1, round(new)), num_tokens=cell.context_tokens)
+    planned = [
+        PlannedPrompt(prompt=0, keep_tokens=cell.context_tokens - max(1, round(new)), num_tokens=cell.context_tokens)
         for run in split_for_actors(cells(suite, identity="", replicate=0, seed=0), num_actors=site.gpus)
         for cell, new in zip(run, new_tokens(run), strict=True)
     ]
     prompts = forecast(
-        Walk(tuple(visits)),
+        PrefixPlan(tuple(planned)),
         shape,
         chunk_tokens=default_chunk_tokens(on_gpu=True),
         decode_batch=default_decode_batch(dtype=dtype, quantize=None),

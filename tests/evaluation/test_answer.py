@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pause_ray.core.errors import ModelError, TextError
-from pause_ray.evaluation.answer import Condition, Reader, answer_cells, planned
+from pause_ray.evaluation.answer import CellRunner, Condition, answer_cells, plan_cells
 from pause_ray.evaluation.haystack import load_haystack, prompt_builder
 from pause_ray.evaluation.ledger import CellResult
 from pause_ray.evaluation.suite import SuiteSpec, cells
@@ -31,9 +31,9 @@ def answers(
     marker = resolve_marker(tokenizer, policy)
     haystack = load_haystack(suite, cache=model_dir, seed=0, replicate=0)
     builder = prompt_builder(haystack, suite=suite, tokenizer=tokenizer, policy=policy, marker=marker, seed=0)
-    reader = Reader(builder=builder, tokenizer=tokenizer, policy=policy, marker=marker, max_new_tokens=suite.max_new_tokens)
+    reader = CellRunner(builder=builder, tokenizer=tokenizer, policy=policy, marker=marker, max_new_tokens=suite.max_new_tokens)
     engine.use(base(model_dir))
-    asked = planned(cells(suite, identity="i", replicate=0, seed=0), reader=reader, grain_tokens=engine.grain_tokens, reuse=reuse)
+    asked = plan_cells(cells(suite, identity="i", replicate=0, seed=0), reader=reader, grain_tokens=engine.grain_tokens, reuse=reuse)
     return list(answer_cells(asked, engine=engine, reader=reader, condition=CONDITION))
 
 
@@ -140,8 +140,8 @@ def test_the_reference_is_the_draft_where_drafts_are_wanted(tokenizer_dir: Path,
     suite, tokenizer = make_suite(essays_dir, context_tokens=[1024]), ModelTokenizer.load(tokenizer_dir)
     haystack, marker = load_haystack(suite, cache=tokenizer_dir, seed=0, replicate=0), resolve_marker(tokenizer, None)
     builder = prompt_builder(haystack, suite=suite, tokenizer=tokenizer, policy=None, marker=marker, seed=0)
-    reader = Reader(builder=builder, tokenizer=tokenizer, policy=None, marker=marker, max_new_tokens=5)
-    asked = planned(cells(suite, identity="i", replicate=0, seed=0), reader=reader, grain_tokens=1, drafts=drafts)
+    reader = CellRunner(builder=builder, tokenizer=tokenizer, policy=None, marker=marker, max_new_tokens=5)
+    asked = plan_cells(cells(suite, identity="i", replicate=0, seed=0), reader=reader, grain_tokens=1, drafts=drafts)
     expected = tuple(tokenizer.encode(STOCK.needle).ids.tolist()) if drafts else ()
     assert {(step.draft_ids, step.max_new_tokens) for _, step in asked} == {(expected, 5)}
 

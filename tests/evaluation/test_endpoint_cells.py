@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pause_ray.evaluation.answer import Condition, Reader, answer_cells, planned
+from pause_ray.evaluation.answer import CellRunner, Condition, answer_cells, plan_cells
 from pause_ray.evaluation.haystack import load_haystack, prompt_builder
 from pause_ray.evaluation.ledger import CellResult
 from pause_ray.evaluation.suite import SuiteSpec, cells
@@ -27,9 +27,9 @@ def rows_of(suite: SuiteSpec, engine: Engine, model_dir: Path) -> dict[str, Cell
     marker = resolve_marker(tokenizer, policy)
     haystack = load_haystack(suite, cache=model_dir, seed=0, replicate=0)
     builder = prompt_builder(haystack, suite=suite, tokenizer=tokenizer, policy=policy, marker=marker, seed=0)
-    reader = Reader(builder=builder, tokenizer=tokenizer, policy=policy, marker=marker, max_new_tokens=suite.max_new_tokens)
+    reader = CellRunner(builder=builder, tokenizer=tokenizer, policy=policy, marker=marker, max_new_tokens=suite.max_new_tokens)
     engine.use(base(model_dir))
-    asked = planned(cells(suite, identity="i", replicate=0, seed=0), reader=reader, grain_tokens=engine.grain_tokens)
+    asked = plan_cells(cells(suite, identity="i", replicate=0, seed=0), reader=reader, grain_tokens=engine.grain_tokens)
     rows = list(answer_cells(asked, engine=engine, reader=reader, condition=CONDITION))
     assert len(rows) == len(asked)
     return {row.cell_id: dataclasses.replace(row, engine="", prefilled_tokens=0, decoded_tokens=0, seconds=0.0) for row in rows}

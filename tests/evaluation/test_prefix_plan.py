@@ -1,4 +1,4 @@
-"""A plan visits every prompt once, keeps only what is common, and computes every token of the tree once."""
+"""A plan has every prompt once, keeps only what is common, and prefills every token of the tree once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pause_ray.evaluation.prefix_plan import Forecast, Ids, Walk, by_position, forecast, new_tokens, plan, split_for_actors
+from pause_ray.evaluation.prefix_plan import Forecast, Ids, PrefixPlan, by_position, forecast, new_tokens, plan_prefixes, split_for_actors
 from pause_ray.evaluation.question import PlacedFact
 from pause_ray.evaluation.suite import Cell
 from pause_ray.models.shape import ModelShape
@@ -32,46 +32,46 @@ def distinct_prefixes(prompts: Sequence[Ids]) -> int:
 
 @given(prompts=prompts_of_few_tokens, grain=st.integers(1, 4), reuse=st.sampled_from(["full", "depth", "none"]))
 def test_following_the_plan_gives_every_prompt(prompts: list[Ids], grain: int, reuse: str) -> None:
-    walk = plan(prompts, reuse=reuse, grain_tokens=grain, lengths=[len(prompt) for prompt in prompts])  # type: ignore[arg-type]
-    assert sorted(visit.prompt for visit in walk.visits) == list(range(len(prompts)))
+    plan = plan_prefixes(prompts, reuse=reuse, grain_tokens=grain, lengths=[len(prompt) for prompt in prompts])  # type: ignore[arg-type]
+    assert sorted(each.prompt for each in plan.prompts) == list(range(len(prompts)))
     held = np.empty(0, dtype=np.int32)
-    for visit in walk.visits:
-        assert visit.keep_tokens % grain == 0
-        assert visit.keep_tokens < visit.num_tokens, "the last token's logits are needed"
-        assert visit.keep_tokens <= max(0, len(held) - 1)
-        held = np.concatenate([held[: visit.keep_tokens], prompts[visit.prompt][visit.keep_tokens :]])
-        assert held.tolist() == prompts[visit.prompt].tolist()
+    for each in plan.prompts:
+        assert each.keep_tokens % grain == 0
+        assert each.keep_tokens < each.num_tokens, "the last token's logits are needed"
+        assert each.keep_tokens <= max(0, len(held) - 1)
+        held = np.concatenate([held[: each.keep_tokens], prompts[each.prompt][each.keep_tokens :]])
+        assert held.tolist() == prompts[each.prompt].tolist()
 
 
 @given(prompts=prompts_of_few_tokens)
 def test_every_token_of_the_tree_is_computed_once(prompts: list[Ids]) -> None:
-    assert plan(prompts).prefilled_tokens == distinct_prefixes(prompts)
+    assert plan_prefixes(prompts).prefilled_tokens == distinct_prefixes(prompts)
 
 
 @given(prompts=prompts_of_few_tokens)
 def test_reuse_by_depth_shares_within_a_length_only(prompts: list[Ids]) -> None:
     lengths = [len(prompt) for prompt in prompts]
     groups = [[prompt for prompt in prompts if len(prompt) == length] for length in set(lengths)]
-    assert plan(prompts, reuse="depth", lengths=lengths).prefilled_tokens == sum(map(distinct_prefixes, groups))
+    assert plan_prefixes(prompts, reuse="depth", lengths=lengths).prefilled_tokens == sum(map(distinct_prefixes, groups))
 
 
 @given(prompts=prompts_of_few_tokens, seed=st.integers(0, 9))
 def test_without_reuse_everything_is_computed(prompts: list[Ids], seed: int) -> None:
-    walk = plan(random.Random(seed).sample(prompts, len(prompts)), reuse="none")
-    assert walk.prefilled_tokens == walk.asked_tokens == sum(map(len, prompts))
-    assert walk.longest_tokens == max(map(len, prompts))
+    plan = plan_prefixes(random.Random(seed).sample(prompts, len(prompts)), reuse="none")
+    assert plan.prefilled_tokens == plan.asked_tokens == sum(map(len, prompts))
+    assert plan.longest_tokens == max(map(len, prompts))
 
 
 def test_equal_prompts_compute_one_token_each_beyond_the_first() -> None:
     prompt = np.arange(100, dtype=np.int32)
-    assert plan([prompt, prompt, prompt]).prefilled_tokens == 102
+    assert plan_prefixes([prompt, prompt, prompt]).prefilled_tokens == 102
 
 
 def test_large_ids_sort_as_numbers() -> None:
     """Byte order matters: 256 is less than 65,535, and bytes of the wrong end would tear neighbours apart."""
     trunk = [70_000, 3]
     prompts = [np.array([*trunk, last], dtype=np.int32) for last in (256, 65_535, 1)]
-    assert plan(prompts).prefilled_tokens == 3 + 1 + 1
+    assert plan_prefixes(prompts).prefilled_tokens == 3 + 1 + 1
 
 
 CONFIG = {
@@ -90,19 +90,19 @@ def test_a_forecast_is_of_what_is_computed_and_held(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     shape = ModelShape.load(tmp_path)
 
-    def expect(walk: Walk, *, chunk: int = 8) -> Forecast:
-        return forecast(walk, shape, chunk_tokens=chunk, max_new_tokens=4, dtype="float32")
+    def expect(plan: PrefixPlan, *, chunk: int = 8) -> Forecast:
+        return forecast(plan, shape, chunk_tokens=chunk, max_new_tokens=4, dtype="float32")
 
     prompts = [np.arange(40, dtype=np.int32), np.append(np.arange(30, dtype=np.int32), END)]
-    shared, alone = expect(plan(prompts)), expect(plan(prompts, reuse="none"))
+    shared, alone = expect(plan_prefixes(prompts)), expect(plan_prefixes(prompts, reuse="none"))
     assert shared.prefill_flops < alone.prefill_flops
     assert shared.kv_bytes == alone.kv_bytes == (40 + 4) * 2 * 2 * 2 * 16 * 4, "keys and values, layers, heads, size, bytes"
-    together = forecast(plan(prompts), shape, chunk_tokens=8, decode_batch=3, max_new_tokens=4, dtype="float32")
+    together = forecast(plan_prefixes(prompts), shape, chunk_tokens=8, decode_batch=3, max_new_tokens=4, dtype="float32")
     assert together.kv_bytes == (44 + 44 + 3 * 4) * 2 * 2 * 2 * 16 * 4, "as much again that is answers' own, and what they say"
     whole = shape.forward_flops(new_tokens=40, past_tokens=0, logit_rows=1)
-    assert expect(plan(prompts[:1]), chunk=40).prefill_flops == whole
+    assert expect(plan_prefixes(prompts[:1]), chunk=40).prefill_flops == whole
     in_chunks = sum(shape.forward_flops(new_tokens=8, past_tokens=past, logit_rows=past == 32) for past in range(0, 40, 8))
-    assert expect(plan(prompts[:1]), chunk=8).prefill_flops == in_chunks
+    assert expect(plan_prefixes(prompts[:1]), chunk=8).prefill_flops == in_chunks
 
 
 def grid(lengths: list[int], depths: list[float]) -> list[Cell]:

@@ -10,7 +10,7 @@ import pytest
 
 from pause_ray.core.errors import SpecError, UserError
 from pause_ray.core.spec import JsonObject, with_overrides
-from pause_ray.evaluation.answer import Reader, planned
+from pause_ray.evaluation.answer import CellRunner, plan_cells
 from pause_ray.evaluation.haystack import load_haystack, prompt_builder
 from pause_ray.evaluation.prefix_plan import split_for_actors
 from pause_ray.evaluation.suite import cells
@@ -55,12 +55,12 @@ def computed(spec: TrialSpec, found: TrialForecast) -> int:
     marker = resolve_marker(tokenizer, spec.pauses)
     haystack = load_haystack(spec.eval, cache=model_dir, seed=0, replicate=0)
     builder = prompt_builder(haystack, suite=spec.eval, tokenizer=tokenizer, policy=spec.pauses, marker=marker, seed=0)
-    reader = Reader(builder=builder, tokenizer=tokenizer, policy=spec.pauses, marker=marker, max_new_tokens=spec.eval.max_new_tokens)
+    reader = CellRunner(builder=builder, tokenizer=tokenizer, policy=spec.pauses, marker=marker, max_new_tokens=spec.eval.max_new_tokens)
     tokens = 0
     for run in split_for_actors(cells(spec.eval, identity="", replicate=0, seed=0), num_actors=spec.resources.scoring_actors):
         engine = ScriptedEngine(facts={STOCK.question: STOCK.needle})
         engine.use(base(model_dir))
-        asked = planned(run, reader=reader, grain_tokens=1, reuse=found.reuse)
+        asked = plan_cells(run, reader=reader, grain_tokens=1, reuse=found.reuse)
         for _, outcome in engine.answer([step for _, step in asked]):
             assert isinstance(outcome, Completion)
             tokens += outcome.prefilled_tokens

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pause_ray.core.spec import inline_files
-from pause_ray.evaluation.answer import Asked, Reader, planned
+from pause_ray.evaluation.answer import CellRunner, PlannedCell, plan_cells
 from pause_ray.evaluation.haystack import load_haystack, prompt_builder
 from pause_ray.evaluation.suite import SuiteSpec, cells
 from pause_ray.inference.engine import Completion, HfEngineSpec, LoadedAs, Reuse
@@ -46,13 +46,13 @@ def short(name: str) -> SuiteSpec:
     return SuiteSpec.parse(data, origin=str(path))
 
 
-def reader_of(suite: SuiteSpec, model_dir: Path, cache: Path) -> Reader:
+def reader_of(suite: SuiteSpec, model_dir: Path, cache: Path) -> CellRunner:
     tokenizer = ModelTokenizer.load(model_dir)
     policy = PausePolicy(unit="sentence", every=3) if suite.name in PAUSED else None
     marker = resolve_marker(tokenizer, policy)
     haystack = load_haystack(suite, cache=cache, seed=0, replicate=0)
     builder = prompt_builder(haystack, suite=suite, tokenizer=tokenizer, policy=policy, marker=marker, seed=0)
-    return Reader(builder=builder, tokenizer=tokenizer, policy=policy, marker=marker, max_new_tokens=suite.max_new_tokens)
+    return CellRunner(builder=builder, tokenizer=tokenizer, policy=policy, marker=marker, max_new_tokens=suite.max_new_tokens)
 
 
 @pytest.mark.parametrize("name", SUITES if FULL else STAND_INS)
@@ -67,7 +67,7 @@ def test_answers_are_the_same_however_they_are_computed(name: str, model_dir: Pa
     grid = cells(suite, identity="exactness", replicate=0, seed=0)
 
     def answers(reuse: Reuse, *, drafts: bool) -> dict[str, Completion]:
-        asked = planned(grid, reader=reader, grain_tokens=engine.grain_tokens, reuse=reuse, drafts=drafts)
+        asked = plan_cells(grid, reader=reader, grain_tokens=engine.grain_tokens, reuse=reuse, drafts=drafts)
         return {asked[place].cell.id: completion_of(asked[place], outcome) for place, outcome in engine.answer([step for _, step in asked])}
 
     reference = answers("none", drafts=False)
@@ -82,7 +82,7 @@ def test_answers_are_the_same_however_they_are_computed(name: str, model_dir: Pa
             )
 
 
-def completion_of(asked: Asked, outcome: object) -> Completion:
+def completion_of(asked: PlannedCell, outcome: object) -> Completion:
     assert isinstance(outcome, Completion), f"{asked.cell}: {outcome}"
     return outcome
 

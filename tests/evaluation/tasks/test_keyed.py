@@ -10,7 +10,7 @@ import pytest
 
 from pause_ray.core.errors import SpecError
 from pause_ray.evaluation.haystack import ask, load_haystack, prompt_builder
-from pause_ray.evaluation.prefix_plan import plan, split_for_actors
+from pause_ray.evaluation.prefix_plan import plan_prefixes, split_for_actors
 from pause_ray.evaluation.scorers import Score, grade
 from pause_ray.evaluation.suite import Cell, SuiteSpec, cells, known_facts
 from pause_ray.evaluation.tasks.keyed import MOST_FACTS
@@ -80,9 +80,9 @@ def test_other_seeds_hide_other_facts_and_all_of_them_are_known(haystack: Path) 
 @pytest.mark.parametrize("pauses", [None, PausePolicy(unit="sentence", every=2)])
 def test_the_context_is_computed_once(haystack: Path, tokenizer: ModelTokenizer, pauses: PausePolicy | None, tmp_path: Path) -> None:
     built = prompts(keyed(haystack), tokenizer, pauses, tmp_path)
-    walk = plan([prompt.ids for prompt in built])
+    plan = plan_prefixes([prompt.ids for prompt in built])
     longest = max(len(prompt.ids) for prompt in built)
-    assert walk.prefilled_tokens < longest + NUM_FACTS * 120, "more than the questions and the last words of the context is computed again"
+    assert plan.prefilled_tokens < longest + NUM_FACTS * 120, "more than the questions and the last words of the context is computed again"
     assert longest >= 2048
 
 
