@@ -15,8 +15,8 @@ from dataclasses import KW_ONLY, dataclass
 from pause_ray.core.errors import SpecError
 from pause_ray.models.shape import BYTES, ModelShape
 from pause_ray.training.batching import batch_layout
-from pause_ray.training.deepspeed import LIVE_BUCKETS, WHOLE_ELEMENTS
 from pause_ray.training.spec import TrainSpec
+from pause_ray.training.zero_config import LIVE_BUCKETS, WHOLE_ELEMENTS
 
 ROOM = 0.9
 """Share of a GPU that a plan may fill: the rest is lost between the blocks of torch's allocator."""

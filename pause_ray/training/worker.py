@@ -28,13 +28,13 @@ from pause_ray.models.checkpoint import TRAINING_LOG, copy_tokenizer, rung_folde
 from pause_ray.training import deepspeed
 from pause_ray.training.attention import sequence_group
 from pause_ray.training.batching import batch_layout
-from pause_ray.training.deepspeed import deepspeed_config
 from pause_ray.training.loss import LossModel
 from pause_ray.training.memory import resolve_stage
 from pause_ray.training.metrics import known_shape
 from pause_ray.training.model import load_trainable, write_adapter
 from pause_ray.training.spec import TrainSpec, WorkerConfig
 from pause_ray.training.trainer import Trainer
+from pause_ray.training.zero_config import deepspeed_config
 
 
 def train_on_worker(config: dict[str, Any]) -> None:

@@ -149,6 +149,13 @@ def test_the_command_line_loads_no_heavy_library() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_planning_a_trial_loads_no_heavy_library() -> None:
+    """What a trial needs is computed from numbers, so ``pause-ray plan`` answers at once and needs the core alone."""
+    code = f"import sys, pause_ray.trial.needs; print([name for name in {sorted(HEAVY)} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.torch
 def test_what_runs_on_an_accelerator_needs_neither_ray_nor_deepspeed_nor_mlflow() -> None:
     code = (

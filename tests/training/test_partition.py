@@ -62,9 +62,9 @@ def losses_with_four_bits(model_dir: Path, *, stage: int) -> list[float]:
     import torch
 
     from pause_ray.training.batching import batch_layout
-    from pause_ray.training.deepspeed import deepspeed_config
     from pause_ray.training.loss import LossModel
     from pause_ray.training.model import load_trainable
+    from pause_ray.training.zero_config import deepspeed_config
 
     ids = torch.arange(5, 30).unsqueeze(0)
     row: dict[str, Any] = {"input_ids": ids, "position_ids": ids - 5, "targets": ids.roll(-1), "documents": ((0, 25),)}

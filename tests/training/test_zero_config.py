@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from pause_ray.training.batching import BatchLayout
-from pause_ray.training.deepspeed import deepspeed_config
 from pause_ray.training.spec import TrainSpec, ZeroSpec
+from pause_ray.training.zero_config import deepspeed_config
 
 LAYOUT = BatchLayout(rows_per_step=8, micro_rows=2, passes=4)
 ALL_STAGES: dict[str, Any] = {

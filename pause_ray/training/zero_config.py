@@ -1,0 +1,68 @@
+"""The configuration that DeepSpeed is given for a training. Pure: planning reads it without loading torch or DeepSpeed."""
+
+from __future__ import annotations
+
+from pause_ray.core.spec import JsonObject
+from pause_ray.training.batching import BatchLayout
+from pause_ray.training.spec import Offload, TrainSpec, ZeroSpec
+
+NEVER = 2**31 - 1
+"""Steps between DeepSpeed's own progress lines; the training log has them all."""
+LIVE_BUCKETS = 20
+"""Gathered parameters that stage 3 keeps at a time, in buckets: with the default bucket DeepSpeed's own billion."""
+WHOLE_ELEMENTS = 100_000
+"""Parameters up to this size (norms, most adapter matrices) stay whole on every worker under stage 3: they cost messages, not memory."""
+FIRST_LOSS_SCALE_POWER = 12
+"""float16's first loss scale is two to this. DeepSpeed's 16 would lose the first steps of a short run to overflows."""
+
+
+def deepspeed_config(train: TrainSpec, *, layout: BatchLayout, stage: int, world_size: int) -> JsonObject:
+    """Configuration for ``deepspeed.initialize``.
+
+    In 16 bits every stage keeps a float32 master copy of the trained weights and float32 AdamW moments. The learning rate is
+    set anew before every step. ``torch_adam`` is torch's AdamW: DeepSpeed's own ones need a compiler. Workers that share the
+    tokens of a row count as data-parallel ones: their gradients are summed in the same way.
+
+    Args:
+        train: What is trained.
+        layout: How the rows of a step are cut up.
+        stage: ZeRO stage, resolved.
+        world_size: Number of workers; DeepSpeed refuses to start with another.
+    """
+    return {
+        "train_batch_size": layout.micro_rows * layout.passes * world_size,
+        "train_micro_batch_size_per_gpu": layout.micro_rows,
+        "gradient_accumulation_steps": layout.passes,
+        "gradient_clipping": train.gradient_clip,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": train.learning_rate, "weight_decay": train.weight_decay, "torch_adam": True},
+        },
+        "bf16": {"enabled": train.precision == "bfloat16"},
+        "fp16": {"enabled": train.precision == "float16", "initial_scale_power": FIRST_LOSS_SCALE_POWER, "hysteresis": 1},
+        "zero_optimization": _zero(train.zero, stage),
+        "steps_per_print": NEVER,
+    }
+
+
+def _zero(zero: ZeroSpec, stage: int) -> JsonObject:
+    if stage == 0:
+        return {"stage": 0}
+    bucket = zero.bucket_elements - zero.bucket_elements % 2  # DeepSpeed wants an even number
+    config: JsonObject = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if stage == 3:
+        config |= {
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_max_live_parameters": LIVE_BUCKETS * bucket,
+            "stage3_max_reuse_distance": LIVE_BUCKETS * bucket,
+            "stage3_param_persistence_threshold": WHOLE_ELEMENTS,
+        }
+    if zero.offload_optimizer != "none":
+        config["offload_optimizer"] = _offload(zero.offload_optimizer, zero.nvme_path)
+    if zero.offload_parameters != "none" and stage == 3:
+        config["offload_param"] = _offload(zero.offload_parameters, zero.nvme_path)
+    return config
+
+
+def _offload(device: Offload, nvme_path: str | None) -> JsonObject:
+    return {"device": device} | ({"nvme_path": nvme_path} if device == "nvme" else {})
