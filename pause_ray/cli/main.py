@@ -16,7 +16,7 @@ from rich.markup import escape
 from pause_ray import __version__
 from pause_ray.cli import cluster, plan, results, run, status, sweep
 from pause_ray.cli.terminal import app, err
-from pause_ray.core.errors import UserError
+from pause_ray.core.errors import UserError, missing_extra
 
 __all__ = ["app", "cluster", "main", "plan", "results", "run", "status", "sweep"]
 
@@ -37,11 +37,14 @@ def _global(
 
 
 def main() -> None:
-    """The process border: a mistake of the user is one line and exit code 2, a bug keeps its traceback and exits with 1."""
+    """Run a verb. A mistake of the user and a missing extra are one line and exit code 2; a bug keeps its traceback and exits with 1."""
     try:
         app()
-    except UserError as error:
-        err.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+    except (UserError, ModuleNotFoundError) as error:
+        message = missing_extra(error) if isinstance(error, ModuleNotFoundError) else str(error)
+        if message is None:
+            raise
+        err.print(f"[red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except SystemExit as end:
         # Typer makes an exit of its own of Ctrl-C.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -197,6 +198,8 @@ def evaluate(
 ) -> None:
     """Score any model without training, with pauses or without.
 
+    Runs in this process, or on Ray with `--set resources.scoring_actors=2` (or more) or a cluster's address in `RAY_ADDRESS`.
+
     Examples: `pause-ray eval eval/suites/single.yaml --model HuggingFaceTB/SmolLM2-135M-Instruct`;
     with pauses: `--set pauses.unit=paragraph --set pauses.every=2`;
     a server: `--set engine.kind=endpoint --set engine.url=http://127.0.0.1:8000/v1 --set engine.model=NAME`
@@ -212,7 +215,14 @@ def evaluate(
         return
     name = f"eval-{data['eval'].get('name', 'suite')}"
     plan = {"name": name, "trial": data, "arm": "model", "replicates": replicates}
-    run_and_report(SweepSpec.parse(plan, origin=str(suite)), storage=storage, as_json=as_json)
+    sweep = SweepSpec.parse(plan, origin=str(suite))
+    run_and_report(sweep, storage=storage, as_json=as_json, in_process=not _needs_ray(sweep))
+
+
+def _needs_ray(sweep: SweepSpec) -> bool:
+    """Return whether a cluster (``RAY_ADDRESS``) or several scoring actors are asked for, or something is trained."""
+    specs = [trial.spec for trial in listed_trials(sweep)]
+    return bool(os.environ.get("RAY_ADDRESS")) or any(spec.train or spec.resources.scoring_bounds[1] > 1 for spec in specs)
 
 
 def _forecast(spec: TrialSpec, *, storage: str, as_json: bool, replicates: int) -> None:

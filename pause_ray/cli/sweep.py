@@ -25,7 +25,7 @@ from pause_ray.tracking.live import Tracker
 if TYPE_CHECKING:
     from pause_ray.planning.forecast import Effort, Step, SweepForecast, TrialOutlook
     from pause_ray.sweep.queue import Budget
-    from pause_ray.sweep.runner import SweepOutcome
+    from pause_ray.sweep.status import SweepOutcome
     from pause_ray.tracking.runs import LoggedSweep
     from pause_ray.trial.needs import Site
 
@@ -115,25 +115,31 @@ def _price_per_hour(spec: SweepSpec, site: Site | None) -> float:
     return site.cost(3600) if site else 0.0
 
 
-def run_and_report(spec: SweepSpec, *, storage: str, as_json: bool, budget: Budget | None = None) -> None:
-    """Run a sweep, log and report it, and say what failed and what to do next."""
+def run_and_report(spec: SweepSpec, *, storage: str, as_json: bool, budget: Budget | None = None, in_process: bool = False) -> None:
+    """Run a sweep on Ray or in this process, log and report it, and print what failed and what to do next."""
     from pause_ray.report.best import export_best
     from pause_ray.report.html import table, write_report
     from pause_ray.report.results import read_results
-    from pause_ray.sweep.runner import run_sweep
 
     root = Storage.open(storage)
     command = shlex.join(["pause-ray", *sys.argv[1:]])
     with Tracker(root, warn=warn) as tracker:
-        outcome = run_sweep(
-            spec,
-            storage=root,
-            console=err,
-            command=command,
-            after_step=tracker.step_of_trial,
-            after_trial=tracker.trial_ended,
-            budget=budget,
-        )
+        if in_process:
+            from pause_ray.sweep.in_process import run_in_process
+
+            outcome = run_in_process(spec, storage=root, console=err, command=command, after_trial=tracker.trial_ended)
+        else:
+            from pause_ray.sweep.runner import run_sweep
+
+            outcome = run_sweep(
+                spec,
+                storage=root,
+                console=err,
+                command=command,
+                after_step=tracker.step_of_trial,
+                after_trial=tracker.trial_ended,
+                budget=budget,
+            )
         tracker.interrupted = outcome.interrupted
         results = read_results(outcome.folder, root)
         export_best(results, root)

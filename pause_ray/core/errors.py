@@ -8,6 +8,33 @@ Every class takes exactly one positional message, so that it survives the way th
 
 from __future__ import annotations
 
+EXTRAS = {
+    "accelerate": "eval",
+    "gguf": "eval",
+    "peft": "eval",
+    "safetensors": "eval",
+    "torch": "eval",
+    "transformers": "eval",
+    "deepspeed": "eval,train",
+    "optuna": "eval,train",
+    "ray": "eval,train",
+    "bitsandbytes": "quantize",
+    "mlflow": "mlflow",
+    "boto3": "cluster",
+    "botocore": "cluster",
+    "googleapiclient": "cluster",
+    "psycopg2": "cluster",
+}
+"""Libraries that are no requirement of the package, and the extras that install them."""
+
+
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """Return the remedy if the module belongs to a library that an extra installs, in one line; otherwise None."""
+    library = (error.name or "").partition(".")[0]
+    if library not in EXTRAS:
+        return None
+    return f"{library} is not installed, and this needs it; pip install 'pause-ray[{EXTRAS[library]}]'"
+
 
 class PauseRayError(Exception):
     """Root of everything this package raises on purpose."""

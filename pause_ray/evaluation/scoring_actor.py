@@ -17,7 +17,7 @@ from joblib import cpu_count
 from pause_ray.core.errors import StoppedError
 from pause_ray.core.process import about, write_lines
 from pause_ray.evaluation.answer import CellRunner, Condition, OtherwiseEngine, answer_cells, answer_otherwise, plan_cells
-from pause_ray.evaluation.cell_scheduler import Purpose
+from pause_ray.evaluation.cell_scheduler import Purpose, ScoringStats
 from pause_ray.evaluation.haystack import Haystack, load_haystack, prompt_builder
 from pause_ray.evaluation.ledger import CellResult
 from pause_ray.evaluation.suite import Cell, SuiteSpec
@@ -192,6 +192,8 @@ class LocalScorer:
         """Create a scorer; the arguments are those of ``ScoringActor``."""
         self._actor = ScoringActor(engine, threads=threads, num_neighbors=1)
         self._finishing = False
+        self.stats = ScoringStats()
+        """Totals over all answers."""
 
     def score(
         self,
@@ -207,6 +209,7 @@ class LocalScorer:
             on_wait(False)  # noqa: FBT003
             for item in self._actor.answer(0, job, list(cells)):
                 if not isinstance(item, list):
+                    self.stats = self.stats.including(item)
                     on_result(item)
                     unanswered -= 1
         if self._finishing and unanswered:

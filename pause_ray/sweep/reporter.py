@@ -23,17 +23,6 @@ from pause_ray.core.spec import JsonObject
 from pause_ray.sweep.progress import TrialState
 from pause_ray.sweep.queue import TrialQueue
 
-
-@dataclass(frozen=True, kw_only=True)
-class Failure:
-    """Why a trial did not finish."""
-
-    label: str
-    message: str
-    trace: str | None
-    """None for a mistake of the user."""
-
-
 TrainedStep = tuple[str, JsonObject]
 """A trial's digest and a row of its training log."""
 Reason = tuple[str, str | None]

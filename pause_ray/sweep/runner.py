@@ -29,12 +29,13 @@ from pause_ray.sweep.governed import run_governed
 from pause_ray.sweep.heartbeat import StatusWriter
 from pause_ray.sweep.progress import ProgressDisplay
 from pause_ray.sweep.queue import Budget, BudgetMeter, TrialQueue, bill_of, left_over
-from pause_ray.sweep.reporter import Failure, TrialMonitor, start_progress_actor
+from pause_ray.sweep.reporter import TrialMonitor, start_progress_actor
 from pause_ray.sweep.resources import Placement
 from pause_ray.sweep.rungs import governed
 from pause_ray.sweep.search import Rounds, Search, SweepTrial
 from pause_ray.sweep.search_log import SearchLog
 from pause_ray.sweep.spec import SweepSpec, TpeAlgorithm
+from pause_ray.sweep.status import Failure, SweepOutcome
 from pause_ray.sweep.trainable import NOT_YET, Shared, run_trials, why_lost
 from pause_ray.trial.run import shares_on_storage
 
@@ -349,30 +350,6 @@ def _fleet(placement: Placement) -> Iterator[ScoringPool]:
         yield fleet
     finally:
         fleet.stop()
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepOutcome:
-    """What a sweep left on storage."""
-
-    folder: Path
-    finished: int
-    planned: int
-    """Trials that are known; a search that learns as it goes may ask for more."""
-    left_out: int = 0
-    """Of them, those that the scheduler stopped, and those that needed one of these to go on."""
-    failures: tuple[Failure, ...] = ()
-    ended_by: str | None = None
-    """Why it ended before its end, for people; None if nothing is left but what failed."""
-    given_up: tuple[str, ...] = ()
-    """Why trials of an arm were not begun, for people."""
-    interrupted: bool = False
-    """Whether a signal ended it."""
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether nothing is left to do."""
-        return self.finished + self.left_out == self.planned and self.ended_by is None
 
 
 def run_sweep(

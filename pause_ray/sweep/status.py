@@ -295,3 +295,37 @@ def idle_share(
     waiting = sum(state.stage not in (Stage.TRAINING, Stage.PAUSED) for state in running)
     idle = free_gpus + per_trial * waiting + (per_actor * fleet.idle if fleet else 0.0)
     return round(min(1.0, idle / gpus), 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a trial did not finish."""
+
+    label: str
+    message: str
+    trace: str | None
+    """The traceback; None for a mistake of the user."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOutcome:
+    """What a command left of a sweep on storage."""
+
+    folder: Path
+    finished: int
+    planned: int
+    """The number of known trials; a search that learns as it goes may ask for more."""
+    left_out: int = 0
+    """The number of trials that early stopping ended, or that needed one of these to go on."""
+    failures: tuple[Failure, ...] = ()
+    ended_by: str | None = None
+    """The reason, for people, for an early end; None if nothing is left but what failed."""
+    given_up: tuple[str, ...] = ()
+    """The reasons, for people, why trials of an arm were not begun."""
+    interrupted: bool = False
+    """Whether a signal ended it."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.finished + self.left_out == self.planned and self.ended_by is None

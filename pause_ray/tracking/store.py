@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pause_ray
-from pause_ray.core.errors import TrackingError
+from pause_ray.core.errors import TrackingError, missing_extra
 from pause_ray.core.storage import Storage, exclusive
 
 CONTENT_TAG = "pause_ray.content"
@@ -348,6 +348,10 @@ def _border(uri: str) -> Iterator[None]:
         yield
     except TrackingError:
         raise
+    except ModuleNotFoundError as error:
+        if (remedy := missing_extra(error)) is None:
+            raise
+        raise TrackingError(f"MLflow: {remedy}. Results on storage are unharmed") from None
     except Exception as error:  # noqa: BLE001 (border to another system)
         raise TrackingError(
             f"MLflow at {without_secrets(uri)}: {_reason(error)}; results on storage are unharmed. "

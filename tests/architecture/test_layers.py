@@ -52,6 +52,7 @@ HEAVY = {
 """The only packages or modules that may import a heavy library anywhere in their code."""
 
 PROCESS_BORDERS = {
+    "sweep.in_process",  # a trial: the error is kept and the sweep goes on
     "sweep.trainable",  # a trial's process: the error is kept and the sweep goes on
     "training.metrics",  # a thread: raised again by the one that started it
     "trial.early_stopping",  # likewise

@@ -115,3 +115,23 @@ def test_the_version_is_that_of_the_package() -> None:
     from pause_ray import __version__
 
     assert __version__ in pause_ray("--version").stdout
+
+
+@pytest.mark.parametrize(
+    ("library", "arguments", "extra"),
+    [
+        ("ray", ("sweep", QUICKSTART), "eval,train"),
+        ("ray", ("train", QUICKSTART), "eval,train"),
+        ("mlflow", ("report", "demo", "--log"), "mlflow"),
+    ],
+)
+def test_a_verb_that_lacks_a_library_names_the_extra(library: str, arguments: tuple[str, ...], extra: str, tmp_path: Path) -> None:
+    storage = Storage.open(str(tmp_path))
+    store_trial(storage, "b", rows({(1024, 10): 1.0}, trial="b"))
+    store_sweep(storage, [("b", "baseline", {}, 0)])
+    code = f"import sys; sys.modules[{library!r}] = None\nfrom pause_ray.cli.main import main\nmain()"
+    command = [sys.executable, "-c", code, *arguments, "--storage", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 2, done.stderr
+    assert f"{library} is not installed, and this needs it; pip install 'pause-ray[{extra}]'" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

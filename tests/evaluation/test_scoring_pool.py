@@ -21,7 +21,7 @@ import pytest
 from pause_ray.core.errors import ClusterError, ModelError, ScoringPoolError, StoppedError, StorageError
 from pause_ray.evaluation.answer import Condition
 from pause_ray.evaluation.ledger import CellResult, Ledger
-from pause_ray.evaluation.scoring_actor import ScoringJob
+from pause_ray.evaluation.scoring_actor import LocalScorer, ScoringJob
 from pause_ray.evaluation.scoring_pool import ScoringPool
 from pause_ray.evaluation.suite import Cell, cells
 from pause_ray.inference.engine import Completion, EngineError, HfEngineSpec, Step
@@ -137,6 +137,19 @@ def test_a_killed_actor_is_replaced(tokenizer_dir: Path, essays_dir: Path) -> No
         assert set(started.state().pids).isdisjoint(killed)
         started.score(job, asked[:2], on_result=results.append)
     assert sorted(result.cell_id for result in results) == sorted(cell.id for cell in [*asked, *asked[:2]])
+
+
+def test_the_pool_and_one_process_give_the_same_results(tokenizer_dir: Path, essays_dir: Path) -> None:
+    job, asked = job_of(tokenizer_dir, essays_dir)
+    engine = ScriptedEngine(facts=FACTS, fails_from_tokens=900)
+    there: list[CellResult] = []
+    here: list[CellResult] = []
+    with running(engine, num_actors=1) as started:
+        started.score(job, asked, on_result=there.append)
+    LocalScorer(engine, threads=1).score(job, asked, on_result=here.append)
+    untimed = {"seconds": 0.0, "prefilled_tokens": 0}
+    assert len(here) == len(asked)
+    assert [dataclasses.replace(row, **untimed) for row in here] == [dataclasses.replace(row, **untimed) for row in there]
 
 
 @dataclass(kw_only=True)
