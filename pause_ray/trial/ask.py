@@ -84,7 +84,7 @@ class Answerer:
         return cls(spec, model_dir=model_dir, adapter=adapter, cache=cache)
 
     def prompt(self, context: str, question: str) -> BuiltPrompt:
-        """What the model reads: as in the trial, with all of ``context`` and nothing hidden in it.
+        """Build the prompt as in the trial, with all of ``context`` and no needle hidden in it.
 
         Raises:
             TextError: the marker or a control token is in the context.
@@ -118,7 +118,7 @@ class Answerer:
 
 
 class _Served:
-    """What MLflow asks: a table of contexts and questions."""
+    """The model that MLflow calls with a table of contexts and questions."""
 
     def __init__(self, answerer: Answerer) -> None:
         self._answerer = answerer

@@ -1,4 +1,4 @@
-"""What a training and the scoring after it would take on given GPUs: memory, time, tokens, money, and the smallest cluster that does it.
+"""Estimates what a training and its scoring take on given GPUs: memory, time, tokens, money, and the smallest sufficient cluster.
 
 From sizes and a table of GPUs alone; loads nothing. Times are those of computing and of moving weights, with assumptions that are
 named where they are used (``Site``, ``HOST_LINK_GB_PER_SECOND``); starting, loading, validation and checkpoints come on top.
@@ -26,7 +26,7 @@ from pause_ray.training.metrics import step_flops
 from pause_ray.training.spec import TrainSpec
 
 MOST_GPUS = 1024
-"""Where the search for a cluster ends."""
+"""The largest cluster that is considered, in GPUs."""
 HOST_LINK_GB_PER_SECOND = 25.0
 """Assumed between a GPU and its machine's memory, where offloaded weights wait: PCIe 4.0, as it is reached."""
 LOCAL_DISK_GB_PER_SECOND = 5.0
@@ -38,7 +38,7 @@ class GpuSpec(Spec):
     """One kind of GPU."""
 
     name: str = Field(min_length=1)
-    """As ``--gpu`` names it."""
+    """The name for ``--gpu``."""
     memory_gb: float = Field(gt=0)
     """10⁹ bytes."""
     bf16_tflops: float = Field(gt=0)
@@ -48,13 +48,13 @@ class GpuSpec(Spec):
     link_gb_per_second: float = Field(gt=0)
     """To the other GPUs of its machine, one way."""
     price_per_hour: float = Field(ge=0)
-    """Of one GPU."""
+    """The price of one GPU."""
     currency: str = "USD"
-    """Of the price."""
+    """The currency of the price."""
     price_source: str = Field(min_length=1)
-    """Where the price was seen."""
+    """The page on which the price was seen."""
     price_date: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}$")
-    """When it was seen."""
+    """The date on which it was seen."""
 
 
 class GpuTable(Spec):
@@ -106,7 +106,7 @@ def parse_memory(text: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Where it would run, and what is assumed about it."""
+    """The GPUs that are planned for, and assumptions about them."""
 
     gpu: GpuSpec
     gpus: int
@@ -118,27 +118,27 @@ class Site:
 
     @property
     def memory_bytes(self) -> int:
-        """Of one GPU."""
+        """The memory of one GPU."""
         return round(self.gpu.memory_gb * 1e9)
 
     @property
     def flops_per_second(self) -> float:
-        """Of one GPU, as assumed."""
+        """The assumed speed of one GPU."""
         return self.gpu.bf16_tflops * 1e12 * self.utilization
 
     def cost(self, seconds: float) -> float:
-        """Of all GPUs, in the table's currency."""
+        """Return the price of all GPUs for this time, in the table's currency."""
         return seconds / 3600 * self.gpus * self.gpu.price_per_hour
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What is trained on."""
+    """Sizes of the training sequences."""
 
     longest_tokens: int
     mean_tokens: float
     loss_tokens: int
-    """Of one row, with a loss."""
+    """The number of tokens of one sequence that have a loss."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Grid:
 
     @property
     def flops(self) -> float:
-        """Of all prompts and of answers of full length."""
+        """The operations of all prompts and of answers of full length."""
         return self.prompts.prefill_flops + self.prompts.num_prompts * self.prompts.answer_flops
 
 
@@ -168,7 +168,7 @@ class Spent:
     seconds: float
     cost: float
     bound_by: str
-    """What decides the time: ``computing``; ``moving weights`` over the slowest link; ``writing answers``, token by token."""
+    """The bottleneck: ``computing``; ``moving weights`` over the slowest link; ``writing answers``, token by token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,13 +178,13 @@ class Plan:
     label: str
     parameters: int
     trained_parameters: int
-    """Of the adapter; a marker's row is not counted."""
+    """The adapter's parameters, without a marker's row."""
     train: TrainSpec | None
     longest_row_tokens: int
     memory: MemoryPlan | None
     """None where nothing is trained."""
     remedy: str | None
-    """What would make the training fit; None where it does."""
+    """A change that would make the training fit; None where it fits."""
     training: Spent | None
     evaluation: Spent | None
     """None where nothing is scored here, or where all GPUs together cannot hold the model."""

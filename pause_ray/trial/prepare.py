@@ -51,7 +51,7 @@ class PreparedTrial:
 
 @dataclass(frozen=True)
 class PrepareCache:
-    """What was read and checked for other trials of the same process, most of which share text and prompts."""
+    """Texts, tokenizers and checks of earlier trials in this process, most of which share them."""
 
     haystacks: dict[str, Haystack] = field(default_factory=dict)
     """The last haystack, which neighboring trials share, by the digest of what decides it."""

@@ -1,4 +1,4 @@
-"""What a trial is: model + pauses + corpus + training + evaluation + seed. Only the spec and the digests of its parts."""
+"""The spec of a trial: model + pauses + corpus + training + evaluation + seed, and the fields that define its identity."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILE_FIELDS = ("eval", *(f"eval.{field}" for field in _SUITE_FILE_FIELDS), "corp
 
 
 class _Range(Spec):
-    """As many as there is room or work for, between two bounds."""
+    """A number between two bounds that follows the free resources or the work."""
 
     min: int
     """The fewest."""
@@ -42,7 +42,7 @@ class WorkerRange(_Range):
     min: int = Field(ge=1)
     """With fewer, training waits."""
     max: int = Field(ge=1)
-    """What an autoscaling cluster is asked for."""
+    """The number that is requested from an autoscaling cluster."""
 
 
 class ActorRange(_Range):
@@ -66,7 +66,7 @@ IDLE_SECONDS = 60.0
 
 
 class Resources(Spec):
-    """Where a trial runs. In no digest: the same trial on other machines is the same trial."""
+    """Resources of a trial. They are in no digest: the same trial on other machines is the same trial."""
 
     train_workers: Workers = 0
     """Ray Train workers; 0 trains inside the trial's own process (one process start fewer), but on GPUs that a range of scoring
@@ -123,23 +123,23 @@ class TrialSpec(Spec):
     model: ModelSpec
     """The base model."""
     pauses: PausePolicy | None = None
-    """Where pauses go in training and evaluation text; null for none."""
+    """The pause policy of training and evaluation text; null for no pauses."""
     corpus: CorpusSpec | None = None
-    """What is trained on; unused without ``train``."""
+    """The training data; unused without ``train``."""
     train: TrainSpec | None = None
-    """How it is fine-tuned; null scores the base model."""
+    """The fine-tuning; null scores the base model."""
     adapter: str | None = None
     """Folder of a finished checkpoint to score instead of training one."""
     eval: SuiteSpec
-    """What is asked; in YAML, the path of a suite file."""
+    """The suite of questions; in YAML, the path of a suite file."""
     engine: EngineSpec = HfEngineSpec()
-    """Who answers: transformers here, or a server."""
+    """The engine that answers: transformers here, or a server."""
     seed: int = Field(default=0, ge=0)
-    """Of haystack order, training facts, data order and initial adapter."""
+    """The seed of haystack order, training facts, data order and initial adapter."""
     replicate: int = Field(default=0, ge=0)
     """Which repetition this is: shifts the seed and chooses the needle's wording."""
     resources: Resources = Resources()
-    """Where it runs."""
+    """The resources on which it runs."""
 
     @model_validator(mode="after")
     def _training_has_a_corpus(self) -> Self:
@@ -194,7 +194,7 @@ class TrialSpec(Spec):
 
     @model_validator(mode="after")
     def _a_server_can_answer_so(self) -> Self:
-        """What a server will refuse, before anything is trained for it."""
+        """Refuse what a server would refuse later, after a training."""
         if not isinstance(self.engine, EndpointSpec):
             return self
         if self.model.quantize is not None:
