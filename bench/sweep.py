@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from tables import as_table
@@ -103,13 +104,23 @@ def run_one(*, trials: int, cells: int, folder: Path, with_mlflow: bool) -> Row:
     row = Row(trials=trials, cells=cells, answer_seconds_per_cell=answering_alone(sweep, storage))
     began, ended, seen = [0.0], [0.0], [0]
 
-    def after_trial(sweep_folder: Path) -> None:
-        ended[0] = time.perf_counter()
-        seen[0] += 1
-        if seen[0] * MEMORY_SAMPLES // trials > len(row.driver_mib):
-            row.driver_mib.append(resident_mib())
-        if with_mlflow:
-            tracker.trial_ended(sweep_folder)
+    class Sampling:
+        """A tracker that also notes when trials end, and how much memory the driver has then."""
+
+        def step_of_trial(self, sweep_folder: Path, trial: str, step: dict[str, Any]) -> None:
+            if with_mlflow:
+                tracker.step_of_trial(sweep_folder, trial, step)
+
+        def trial_ended(self, sweep_folder: Path) -> None:
+            ended[0] = time.perf_counter()
+            seen[0] += 1
+            if seen[0] * MEMORY_SAMPLES // trials > len(row.driver_mib):
+                row.driver_mib.append(resident_mib())
+            if with_mlflow:
+                tracker.trial_ended(sweep_folder)
+
+        def send(self) -> None:
+            tracker.send()
 
     started = time.perf_counter()
     with Tracker(storage, warn=warn) as tracker:
@@ -121,8 +132,7 @@ def run_one(*, trials: int, cells: int, folder: Path, with_mlflow: bool) -> Row:
             storage=storage,
             console=Console(file=(folder / "console.txt").open("w")),
             command="bench",
-            after_step=tracker.step_of_trial if with_mlflow else lambda *step: None,
-            after_trial=after_trial,
+            tracker=Sampling(),
         )
         with timed(lambda seconds: setattr(row, "report_seconds", seconds)):
             write_report(outcome.folder, storage)

@@ -165,6 +165,7 @@ def _train(trial: PreparedTrial, *, storage: Storage, origin: Path) -> Checkpoin
             show(stage, done, total, row)
             if row:
                 tracker.step(training, row)
+                tracker.send()
 
         resources = trial.spec.resources
         train_gpus = min(1.0, ray_cluster.total_gpus()) if resources.train_gpus_per_worker is None else resources.train_gpus_per_worker

@@ -124,13 +124,13 @@ def _driver_words(found: SweepStatus) -> str:
 
 def _show_live(live: LiveStatus, *, age: float, is_current: bool) -> None:
     """What the driver said last."""
-    fleet, speed = live.fleet, live.speed
+    actors, speed = live.actors, live.speed
     speeds = {f"{speed.cells:.3g} cells/s": speed.cells, f"{count(speed.scored_tokens)} tokens/s scored": speed.scored_tokens}
     speeds |= {f"{count(speed.trained_tokens)} tokens/s trained": speed.trained_tokens}
     rows = {
         "speed": ", ".join(words for words, value in speeds.items() if value),
         "left": duration(live.seconds_left) if live.seconds_left is not None else "",
-        "actors": f"{fleet.busy} busy, {fleet.idle} idle, {fleet.coming} coming" if fleet else "",
+        "actors": f"{actors.busy} busy, {actors.idle} idle, {actors.coming} coming" if actors else "",
         "GPUs": f"{live.gpus:g}, {percent(live.gpu_idle_share)} idle" if live.gpus else "",
     }
     old = "" if is_current else "; it is old: the driver hangs, or cannot write here"

@@ -136,8 +136,7 @@ def run_and_report(spec: SweepSpec, *, storage: str, as_json: bool, budget: Budg
                 storage=root,
                 console=err,
                 command=command,
-                after_step=tracker.step_of_trial,
-                after_trial=tracker.trial_ended,
+                tracker=tracker,
                 budget=budget,
             )
         tracker.interrupted = outcome.interrupted
@@ -156,8 +155,8 @@ def run_and_report(spec: SweepSpec, *, storage: str, as_json: bool, budget: Budg
 
 def _say_what_is_left(outcome: SweepOutcome) -> None:
     """Failures and ends before the end, and the exit code that they mean; a budget that was reached is no failure."""
-    for failure in outcome.failures:
-        err.print(f"[red]{escape(failure.label)} failed:[/] {escape(failure.message)}", highlight=False)
+    for label, failure in outcome.failures.items():
+        err.print(f"[red]{escape(label)} failed:[/] {escape(failure.message)}", highlight=False)
         if failure.trace:
             err.print(failure.trace, highlight=False, markup=False)
     for reason in (*outcome.given_up, *([outcome.ended_by] if outcome.ended_by else [])):
@@ -168,7 +167,7 @@ def _say_what_is_left(outcome: SweepOutcome) -> None:
     if outcome.interrupted:
         raise typer.Exit(130)
     if outcome.failures or not outcome.ended_by:
-        raise typer.Exit(1 if any(failure.trace for failure in outcome.failures) else 2)
+        raise typer.Exit(1 if any(failure.trace for failure in outcome.failures.values()) else 2)
 
 
 def _say_what_next(folder: Path, path: Path, storage: Storage, logged: LoggedSweep | None) -> None:

@@ -27,7 +27,7 @@ from pause_ray.models.checkpoint import Checkpoint
 from pause_ray.models.shape import ModelShape
 from pause_ray.models.sources import model_limit_tokens, resolve_model, row_limit_tokens
 from pause_ray.planning.throughput import Pace
-from pause_ray.sweep.search import Rounds
+from pause_ray.sweep.search import SweepTrials
 from pause_ray.sweep.search_log import SearchLog
 from pause_ray.sweep.spec import PlannedTrial, SweepSpec, example_point, expand
 from pause_ray.text.tokenizer import ModelTokenizer, resolve_marker
@@ -386,17 +386,17 @@ def forecast_sweep(sweep: SweepSpec, *, storage: Storage, site: Site | None, sho
     fixed = expand(sweep)
     learns = sweep.algorithm.kind == "tpe"
     example = [trial for trial in expand(sweep, points=[example_point(sweep)]) if trial.point] if learns else []
-    rounds = _rounds(sweep, [*fixed, *example], storage, showing)
-    trials: list[Known] = [(trial.planned, trial.prepared) for trial in rounds.trials.values()] if rounds else []
-    asked = _asked(rounds.folder) if rounds and learns else []
-    if rounds is None:
+    known = _known_trials(sweep, [*fixed, *example], storage, showing)
+    trials: list[Known] = [(trial.planned, trial.prepared) for trial in known.by_digest.values()] if known else []
+    asked = _asked(known.folder) if known and learns else []
+    if known is None:
         trials = [(trial, None) for trial in fixed]
     elif asked:
-        seen, known = PrepareCache(), {trial.label for trial in fixed}
-        chosen = [trial for trial in expand(sweep, points=asked) if trial.label not in known]
+        seen, labels = PrepareCache(), {trial.label for trial in fixed}
+        chosen = [trial for trial in expand(sweep, points=asked) if trial.label not in labels]
         trials += [(trial, prepare(trial.spec, cache=storage.cache, shared=seen)) for trial in chosen]
     points_to_come = sweep.algorithm.points - len(asked) if sweep.algorithm.kind == "tpe" else 0
-    look = _Look(storage, site, left_out=rounds.left_out() if rounds else set())
+    look = _Look(storage, site, left_out=known.left_out() if known else set())
     found = []
     for number, (planned, prepared) in enumerate(trials):
         showing(number, len(trials))
@@ -410,12 +410,12 @@ def forecast_sweep(sweep: SweepSpec, *, storage: Storage, site: Site | None, sho
     )
 
 
-def _rounds(sweep: SweepSpec, planned: Sequence[PlannedTrial], storage: Storage, showing: Showing) -> Rounds | None:
+def _known_trials(sweep: SweepSpec, planned: Sequence[PlannedTrial], storage: Storage, showing: Showing) -> SweepTrials | None:
     """The sweep as it would begin; None where weights are not here to tell its trials by."""
     models = {digest(trial.spec.model): trial.spec for trial in planned}
     if not all(_weights_are_here(spec, storage) for spec in models.values()):
         return None
-    return Rounds(sweep, storage=storage, command="", showing=showing)
+    return SweepTrials(sweep, storage=storage, command="", progress=showing)
 
 
 def _asked(folder: Path) -> list[JsonObject]:

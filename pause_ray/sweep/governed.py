@@ -87,7 +87,7 @@ class _Minutes:
         if is_running:
             ray.get(self.verdicts.stop.remote(key))
         elif key not in self.settled:
-            ray.get(self.board.show.remote(key, TrialState(Stage.STOPPED, 1, 1)))
+            ray.get(self.board.report.remote(key, TrialState(Stage.STOPPED, 1, 1)))
 
 
 class _Heeding(TrialScheduler):  # type: ignore[misc]
@@ -127,7 +127,7 @@ class _Median(_Heeding, MedianStoppingRule):  # type: ignore[misc]
 class _Ends(TrialCallbacks):
     """Hears of trials that end. One that a scheduler gives up while it is paused has no process that could say so."""
 
-    def __init__(self, minutes: _Minutes, after_trial: Callable[[], None], *, ended: Callable[[str, str | None], None]) -> None:
+    def __init__(self, minutes: _Minutes, after_trial: Callable[[], None], *, ended: Callable[[str, Exception | None], None]) -> None:
         super().__init__(after_trial, ended=ended)
         self._minutes = minutes
 
@@ -152,7 +152,7 @@ def run_governed(
     placement: Placement,
     log: SearchLog,
     next_trial: Callable[[], str | None],
-    ended: Callable[[str, str | None], None],
+    ended: Callable[[str, Exception | None], None],
     after_trial: Callable[[], None],
 ) -> None:
     """Run the trials that the sweep's scheduler judges; who was given up is in the log (``SearchRecord.stops``).
@@ -186,7 +186,7 @@ def run_governed(
     schedule = Schedule.resume(scheduler, record, trials=trials, finished=finished, context_tokens=lengths)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     verdicts = ray.remote(Verdicts).options(num_cpus=0, scheduling_strategy=here).remote()
-    minutes = _Minutes(trials=trials, by=scheduler.kind, log=log, verdicts=verdicts, board=shared.board, settled=schedule.settled)
+    minutes = _Minutes(trials=trials, by=scheduler.kind, log=log, verdicts=verdicts, board=shared.progress_actor, settled=schedule.settled)
     judge = _judge(scheduler, mode=sweep.objective.mode)
     judge.minutes = minutes
     keys = _in_order(trials, schedule.settled, next_trial)

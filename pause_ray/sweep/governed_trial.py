@@ -20,7 +20,7 @@ from pause_ray.models.checkpoint import Checkpoint
 from pause_ray.sweep.reporter import TrialReporter
 from pause_ray.sweep.rungs import Schedule
 from pause_ray.sweep.search_log import Rung
-from pause_ray.sweep.trainable import SCORE, Shared, TuneTrial, guarded
+from pause_ray.sweep.trainable import SCORE, Shared, TuneTrial, check_storage, guarded
 from pause_ray.training.launch import train_digest
 from pause_ray.trial.early_stopping import TrainingInBackground, score_proxy
 from pause_ray.trial.run import make_shards, run_training, training_job
@@ -101,7 +101,7 @@ class GovernedTrial(TuneTrial):
         self._looked_at: tuple[int, ...] = ()
 
     def _reports(self) -> TrialReporter:
-        self._told = self._told or TrialReporter(self._shared.board, self._key)
+        self._told = self._told or TrialReporter(self._shared.progress_actor, self._key)
         return self._told
 
     def _end_training(self) -> None:
@@ -139,7 +139,7 @@ class GovernedTrial(TuneTrial):
             proxy_suite(trial.prepared.spec.eval, facts=proxy.facts, context_tokens=self._schedule.context_tokens),
             arm=trial.planned.arm,
             storage=self._shared.storage,
-            fleet=self._shared.fleet,
+            fleet=self._shared.pool,
             progress=lambda stage, done, total: self._tell(reports, stage, done, total),
         )
         return Rung(
@@ -159,6 +159,7 @@ class GovernedTrial(TuneTrial):
 
     def _begin_training(self, reports: TrialReporter, *, rungs: tuple[int, ...]) -> TrainingInBackground:
         shared, trial = self._shared, self._shared.trials[self._key].prepared
+        check_storage(shared.folder)
         job = training_job(trial, make_shards(trial, storage=shared.storage, progress=reports))
         if job is None:
             raise AssertionError(f"trial {self._key} is judged by a scheduler and not trained")

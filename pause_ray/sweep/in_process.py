@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pause_ray.core.errors import StoppedError, StorageError, UserError
+from pause_ray.core.errors import PauseRayError, StoppedError, StorageError, UserError
 from pause_ray.core.process import Stage, first_signal_asks
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import Storage, exclusive
@@ -21,23 +21,21 @@ from pause_ray.evaluation.scoring_actor import STOPPED, LocalScorer
 from pause_ray.inference.engine import Engine
 from pause_ray.sweep.progress import ProgressDisplay, TrialState
 from pause_ray.sweep.queue import TrialQueue
-from pause_ray.sweep.search import Rounds, SweepTrial
+from pause_ray.sweep.search import SweepTrial, SweepTrials
 from pause_ray.sweep.spec import SweepSpec
-from pause_ray.sweep.status import Failure, FleetSize, LiveStatus, RunningTrial, Speedometer, SweepOutcome
+from pause_ray.sweep.status import STATUS_SECONDS, ActorCounts, Failure, LiveStatus, RunningTrial, Speedometer, SweepOutcome
 from pause_ray.trial.run import run_trial, shares_on_storage
 
 log = logging.getLogger("pause_ray")
-STATUS_SECONDS = 3.0
-"""Interval of writing ``status.json``."""
 
 
 class _Run:
     """The trials of one command, and how far each is."""
 
-    def __init__(self, rounds: Rounds, *, storage: Storage, console: Console, scorer: LocalScorer) -> None:
-        self._rounds, self._storage, self._console, self._scorer = rounds, storage, console, scorer
+    def __init__(self, trials: SweepTrials, *, storage: Storage, console: Console, scorer: LocalScorer) -> None:
+        self._trials, self._storage, self._scorer = trials, storage, scorer
         self._states: dict[str, TrialState] = {}
-        self._display = ProgressDisplay(console, lambda: dict(self._states))
+        self._display = ProgressDisplay(console)
         self._queue = TrialQueue(start=lambda key: None)
         self._current: tuple[str, float] | None = None
         """The running trial and the monotonic time at which its stage began."""
@@ -59,9 +57,9 @@ class _Run:
 
     def run(self, missing: dict[str, SweepTrial], *, after_trial: Callable[[], None]) -> None:
         """Run the missing trials until all have ended, or an interrupt or failures end the sweep."""
-        trials = self._rounds.trials
+        trials = self._trials.by_digest
         self._queue.expect({key: trial.planned.arm for key, trial in trials.items()})
-        self._queue.note_finished(key for key in trials if self._rounds.is_finished(key))
+        self._queue.note_finished(key for key in trials if self._trials.is_finished(key))
         self._queue.add(missing)
         with contextlib.ExitStack() as stack:
             stack.callback(lambda: self._write_status(ended=time.time()))
@@ -69,7 +67,7 @@ class _Run:
             stack.enter_context(first_signal_asks(self._interrupt))
             self._display.add({key: (trial.planned.label, trial.planned.spec) for key, trial in missing.items()})
             found = {key: shares_on_storage(trial.prepared, shards=None, storage=self._storage) for key, trial in missing.items()}
-            self._display.found(found)
+            self._display.subtract_stored(found)
             while (key := self._queue.next()) is not None:
                 self._run_trial(key, trials[key])
                 after_trial()
@@ -79,6 +77,7 @@ class _Run:
             if self._current is None or key not in self._states or self._states[key].stage != stage:
                 self._current = (key, time.monotonic())
             self._states[key] = TrialState(stage, done, total)
+            self._display.show({key: self._states[key]})
             if time.monotonic() - self._written >= STATUS_SECONDS:
                 self._write_status(ended=None)
 
@@ -91,9 +90,9 @@ class _Run:
         except StoppedError:
             progress(Stage.STOPPED, 0, 1)
         except UserError as error:
-            failure = Failure(label=trial.planned.label, message=str(error), trace=None)
+            failure = Failure(error=error)
         except Exception as error:  # noqa: BLE001 (a trial's border: the error is kept and the sweep goes on, as on Ray)
-            failure = Failure(label=trial.planned.label, message=f"{type(error).__name__}: {error}", trace=traceback.format_exc())
+            failure = Failure(error=PauseRayError(f"{type(error).__name__}: {error}"), trace=traceback.format_exc())
         if failure is not None:
             self.failures[key] = failure
             self._queue.note_failed(key, failure.message)
@@ -103,7 +102,7 @@ class _Run:
         self.interrupted = True
         self._queue.end("it was interrupted")
         self._scorer.finish()
-        self._display.say("finishing the current cell, then stopping; Ctrl-C once more stops at once")
+        self._display.print("finishing the current cell, then stopping; Ctrl-C once more stops at once")
         if any(state.stage == Stage.WAITING for state in self._states.values()):
             raise StoppedError(STOPPED)  # this process waits for another, which may take hours
 
@@ -113,7 +112,7 @@ class _Run:
         running: tuple[RunningTrial, ...] = ()
         if self._current is not None and ended is None:
             key, since = self._current
-            state, label = self._states[key], self._rounds.trials[key].planned.label
+            state, label = self._states[key], self._trials.by_digest[key].planned.label
             seconds = round(now - since, 1)
             running = (RunningTrial(digest=key, label=label, stage=state.stage, done=state.done, total=state.total, seconds=seconds),)
         status = LiveStatus(
@@ -125,7 +124,7 @@ class _Run:
             driver=f"process {os.getpid()} on {socket.gethostname()}",
             seconds_left=self._display.seconds_left,
             speed=self._speedometer.speed([self._scorer.stats], trained_tokens=0, now=now),
-            fleet=FleetSize(busy=len(running), idle=0, coming=0),
+            actors=ActorCounts(busy=len(running), idle=0, coming=0),
             gpus=None,
             gpu_idle_share=None,
             running=running,
@@ -133,7 +132,7 @@ class _Run:
             given_up=dict(self._queue.given_up),
         )
         try:
-            status.write(self._rounds.folder)
+            status.write(self._trials.folder)
         except StorageError as error:
             log.warning("pause-ray status will show old figures: %s", error)
 
@@ -164,26 +163,27 @@ def run_in_process(
         UserError: the sweep cannot be prepared (model, text, marker or lengths do not fit).
     """
     with console.status("checking models, texts and lengths (a model from a package is fetched and converted once)") as status:
-        rounds = Rounds(
+        trials = SweepTrials(
             sweep,
             storage=storage,
             command=command,
-            showing=lambda done, total: status.update(f"checking models, texts and lengths: {done} of {total} trials"),
+            progress=lambda done, total: status.update(f"checking models, texts and lengths: {done} of {total} trials"),
         )
-    with exclusive(rounds.folder / ".lock"):
-        missing = rounds.begin(None)
+    with exclusive(trials.folder / ".lock"):
+        trials.write()
+        missing = trials.missing(trials.by_digest)
         threads = next((trial.planned.spec.resources.threads for trial in missing.values()), None)
-        run = _Run(rounds, storage=storage, console=console, scorer=LocalScorer(engine, threads=threads))
+        run = _Run(trials, storage=storage, console=console, scorer=LocalScorer(engine, threads=threads))
         if missing:
-            if finished := rounds.num_finished():
-                console.print(f"{finished} of {len(rounds.trials)} trials are finished already; going on with the rest")
-            run.run(missing, after_trial=lambda: after_trial(rounds.folder))
-        finished, planned = rounds.num_finished(), len(rounds.trials)
+            if finished := trials.num_finished():
+                console.print(f"{finished} of {len(trials.by_digest)} trials are finished already; going on with the rest")
+            run.run(missing, after_trial=lambda: after_trial(trials.folder))
+        finished, planned = trials.num_finished(), len(trials.by_digest)
     return SweepOutcome(
-        folder=rounds.folder,
+        folder=trials.folder,
         finished=finished,
         planned=planned,
-        failures=tuple(run.failures.values()),
+        failures={trials.by_digest[key].planned.label: failure for key, failure in run.failures.items()},
         ended_by=None if finished == planned else run.ended_by,
         given_up=run.given_up,
         interrupted=run.interrupted and finished < planned,

@@ -1,12 +1,11 @@
-"""What a sweep shows while it runs: one bar for all the work with an ETA, one line per running trial.
+"""The display of a running sweep: one bar for all the work with an ETA, and one line per running trial.
 
-Work is counted in prompt-token equivalents, so that the ETA does not jump between training and scoring. Knows no Ray:
-states come from a callable, whoever collects them.
+Work is counted in prompt-token equivalents, so that the ETA does not jump between training and scoring. Knows no Ray.
 """
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -26,7 +25,8 @@ from pause_ray.trial.spec import TrialSpec
 TRAINED_TOKEN_COST = 3.0
 """Prompt tokens that one trained token costs: a LoRA step is a forward pass and a backward pass of about twice its
 work (the frozen base needs no weight gradients, but activations are recomputed or spilled)."""
-POLL_SECONDS = 0.5
+PENDING_SECONDS = 60.0
+"""Time after which pending requests are shown; machines of a cloud take minutes to start, so the message is news and no alarm."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class TrialState:
     done: int
     total: int
     row: JsonObject | None = None
-    """While training: what the training log says of the last step."""
+    """The training log row of the last step, while training."""
 
 
 def work_of(spec: TrialSpec, *, seen: dict[str, float] | None = None) -> tuple[float, float]:
-    """Training and scoring work of a trial, in prompt-token equivalents.
+    """Return the training and the scoring work of a trial, in prompt-token equivalents.
 
     Args:
         spec: The trial.
-        seen: Scoring work of other trials, and added to: most trials of a sweep ask the same.
+        seen: Scoring work by digest of what is asked, read and extended here: most trials of a sweep ask the same.
     """
     seen = {} if seen is None else seen
     asked = digest([spec.eval.resolved(), spec.engine.resolved(), spec.replicate, spec.seed])
@@ -60,7 +60,7 @@ def work_of(spec: TrialSpec, *, seen: dict[str, float] | None = None) -> tuple[f
 
 
 def _scoring_work(spec: TrialSpec) -> float:
-    """Prompt tokens that are computed, roughly: what prompts share counts once where the engine shares it."""
+    """Return roughly how many prompt tokens are computed: shared prefixes count once where the engine shares them."""
     reuse = spec.engine.reuse if isinstance(spec.engine, HfEngineSpec) else "none"
     sharing: dict[object, list[Cell]] = {}
     for cell in cells(spec.eval, identity="", replicate=spec.replicate, seed=spec.data_seed):
@@ -70,7 +70,7 @@ def _scoring_work(spec: TrialSpec) -> float:
 
 
 def work_done(work: tuple[float, float], state: TrialState) -> float:
-    """The part of a trial's ``work_of`` that is behind it in this state."""
+    """Return the part of a trial's ``work_of`` that is done in this state."""
     training, scoring = work
     share = state.done / state.total if state.total else 0.0
     if state.stage == Stage.TRAINING:
@@ -82,25 +82,51 @@ def work_done(work: tuple[float, float], state: TrialState) -> float:
     return training + scoring if state.stage == Stage.RECHECKING or state.stage.is_end else 0.0
 
 
-class ProgressDisplay:
-    """Draws until left; in a terminal a live display, elsewhere a line per change of stage."""
+class PendingNotice:
+    """Decides when the user is told which resource requests wait: once, when they stay the same for a minute without any progress."""
 
-    def __init__(self, console: Console, states: Callable[[], Mapping[str, TrialState]]) -> None:
-        """Prepare a display; ``states`` is asked twice a second for the trials that have said something since."""
+    def __init__(self) -> None:
+        self._request: str | None = None
+        self._shown: str | None = None
+        self._active: dict[str, TrialState] = {}
+        self._since = 0.0
+
+    def due(self, request: str | None, states: Mapping[str, TrialState], *, now: float) -> str | None:
+        """Return ``request`` if it is time to show it.
+
+        Args:
+            request: The pending requests now, as ``ray_cluster.pending_requests`` formats them.
+            states: The last state of each trial.
+            now: Seconds of the monotonic clock.
+        """
+        active = {key: state for key, state in states.items() if not state.stage.waits_for_others}
+        if (request, active) != (self._request, self._active):
+            self._since = now
+        if request is None:
+            self._shown = None
+        self._request, self._active = request, active
+        if request == self._shown or now - self._since < PENDING_SECONDS:
+            return None
+        self._shown = request
+        return request
+
+
+class ProgressDisplay:
+    """Draws what it is given until left: in a terminal bars, elsewhere a line per change of a trial's stage."""
+
+    def __init__(self, console: Console) -> None:
+        """Prepare a display on this console."""
         self._console = console
-        self._states = states
         self._labels: dict[str, str] = {}
         self._work: dict[str, tuple[float, float]] = {}
-        self._found: dict[str, float] = {}
-        """Of a trial's work, what storage has of it: no time goes into that."""
+        self._stored: dict[str, float] = {}
+        """The part of each trial's work that storage had at the start: no time goes into it."""
         self._scoring: dict[str, float] = {}
         self._done: dict[str, float] = {}
         self._bars: dict[str, TaskID] = {}
-        self._stages: dict[str, Stage] = {}
-        self._seen: dict[str, TrialState] = {}
-        self._looking = threading.Lock()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="sweep-progress", daemon=True)
+        self.states: dict[str, TrialState] = {}
+        """The last state of every trial that has begun, by digest."""
+        self._pending = PendingNotice()
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
@@ -117,74 +143,68 @@ class ProgressDisplay:
     def __enter__(self) -> Self:
         self._progress.start()
         self._all = self._progress.add_task("all trials", total=None, detail="")
-        self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stop.set()
-        self._thread.join()
         self._progress.stop()
 
     def add(self, trials: Mapping[str, tuple[str, TrialSpec]]) -> None:
-        """Count these trials (key → label and spec) as work to be done."""
+        """Add the work of these trials, given as digest → label and spec."""
         self._work |= {key: work_of(spec, seen=self._scoring) for key, (_, spec) in trials.items()}
         self._labels |= {key: label for key, (label, _) in trials.items()}
-        self._count()
+        self._update_total()
 
-    def found(self, shares: Mapping[str, tuple[float, float]]) -> None:
-        """Count no more what storage has of these trials: key → share of training and of scoring, 0 to 1."""
+    def subtract_stored(self, shares: Mapping[str, tuple[float, float]]) -> None:
+        """Leave out the work that storage already has, given as digest → shares of training and of scoring, 0 to 1."""
         for key, (trained, scored) in shares.items():
             training, scoring = self._work[key]
-            self._found[key] = trained * training + scored * scoring
-        self._count()
+            self._stored[key] = trained * training + scored * scoring
+        self._update_total()
 
-    def _count(self) -> None:
-        self._progress.update(self._all, total=sum(map(sum, self._work.values())) - sum(self._found.values()))
+    def _update_total(self) -> None:
+        self._progress.update(self._all, total=sum(map(sum, self._work.values())) - sum(self._stored.values()))
 
-    def say(self, text: str) -> None:
+    def label(self, key: str) -> str:
+        """Return the name under which a trial is shown."""
+        return self._labels[key]
+
+    def print(self, text: str) -> None:
         """Print a line above the bars."""
         self._console.print(text, highlight=False, markup=False)
 
-    def showing(self, label: str) -> Callable[[int, int], None]:
-        """A progress callback that draws one line under ``label`` until its work is done."""
+    def bar(self, label: str) -> Callable[[int, int], None]:
+        """Return a progress callback that draws one bar under ``label`` until its work is done."""
         bar = self._progress.add_task(f"  {label}", total=None, detail="")
 
-        def show(done: int, total: int) -> None:
+        def update(done: int, total: int) -> None:
             self._progress.update(bar, completed=done, total=total, visible=done < total)
 
-        return show
-
-    def _follow(self) -> None:
-        last_look = False
-        while not last_look:
-            last_look = self._stop.wait(POLL_SECONDS)
-            self.look()
-
-    def look(self) -> dict[str, TrialState]:
-        """Show what is new; the last state of every trial that has said something."""
-        with self._looking:
-            self._show(self._states())
-            return dict(self._seen)
+        return update
 
     @property
     def seconds_left(self) -> float | None:
-        """By the speed of the last ten minutes; None while nothing tells it."""
+        """The time left at the speed of the last ten minutes; None while the speed is unknown."""
         return next((task.time_remaining for task in self._progress.tasks if task.id == self._all), None)
 
-    def _show(self, states: Mapping[str, TrialState]) -> None:
-        self._seen |= states
+    def show(self, states: Mapping[str, TrialState]) -> None:
+        """Draw the trials that have reported something new."""
         for key, state in states.items():
-            self._done[key] = max(0.0, work_done(self._work[key], state) - self._found.get(key, 0.0))
+            self._done[key] = max(0.0, work_done(self._work[key], state) - self._stored.get(key, 0.0))
             self._show_trial(key, state)
-        ended = sum(stage.is_end for stage in self._stages.values())
+        self.states |= states
+        ended = sum(state.stage.is_end for state in self.states.values())
         self._progress.update(self._all, completed=sum(self._done.values()), detail=f"{ended}/{len(self._labels)}")
+
+    def note_pending(self, request: str | None) -> None:
+        """Tell the user about requests that Ray has not placed, when ``PendingNotice`` says so."""
+        if (line := self._pending.due(request, self.states, now=time.monotonic())) is not None:
+            self.print(f"no trial has made progress for a minute, and Ray has not placed {line}; `ray status` on the head shows the nodes")
 
     def _show_trial(self, key: str, state: TrialState) -> None:
         label = self._labels[key]
-        if self._stages.get(key) != state.stage:
-            self._stages[key] = state.stage
+        if key not in self.states or self.states[key].stage != state.stage:
             if not self._console.is_terminal:
-                self._console.print(f"{label}: {state.stage}", highlight=False, markup=False)
+                self.print(f"{label}: {state.stage}")
             if key in self._bars:
                 self._progress.remove_task(self._bars.pop(key))
             if not state.stage.is_end:

@@ -1,7 +1,8 @@
-"""Running a sweep: its trials round by round, until all are finished or something ends it.
+"""The driver of a sweep: prepares its trials, runs them until all are finished or something ends the sweep, and watches them.
 
-Knows the order of things; which trials there are is in ``rounds``, where they run in ``execution``. Storage decides what is left
-to do, so the same command resumes.
+``run_sweep`` is the order of things. While trials run, Tune has the main thread and asks ``SweepDriver`` for one trial after another; one
+thread beside it, the driver loop, reads reports, draws, writes the status and feeds the tracker. Storage decides what is left to do, so
+the same command resumes.
 """
 
 from __future__ import annotations
@@ -9,347 +10,62 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import pickle
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import ray
+from ray.exceptions import RayError
 from rich.console import Console
 
 from pause_ray.core import ray_cluster
 from pause_ray.core.errors import UserError
+from pause_ray.core.process import Stage
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import Storage, exclusive
 from pause_ray.data.pipeline import build_shards, shards_digest
 from pause_ray.data.shards import ShardSet, corpus_words
 from pause_ray.evaluation.scoring_pool import ScoringPool
 from pause_ray.sweep.governed import run_governed
-from pause_ray.sweep.heartbeat import StatusWriter
 from pause_ray.sweep.progress import ProgressDisplay
 from pause_ray.sweep.queue import Budget, BudgetMeter, TrialQueue, bill_of, left_over
 from pause_ray.sweep.reporter import TrialMonitor, start_progress_actor
 from pause_ray.sweep.resources import Placement
 from pause_ray.sweep.rungs import governed
-from pause_ray.sweep.search import Rounds, Search, SweepTrial
+from pause_ray.sweep.search import Search, SearchLoop, SweepTrial, SweepTrials
 from pause_ray.sweep.search_log import SearchLog
 from pause_ray.sweep.spec import SweepSpec, TpeAlgorithm
-from pause_ray.sweep.status import Failure, SweepOutcome
-from pause_ray.sweep.trainable import NOT_YET, Shared, run_trials, why_lost
+from pause_ray.sweep.status import STATUS_SECONDS, ClusterState, Failure, StatusWriter, SweepOutcome
+from pause_ray.sweep.trainable import NOT_YET, Shared, failure_of_lost_process, run_trials
 from pause_ray.trial.run import shares_on_storage
 
-MOST_LOSSES = 3
-"""A trial whose process was lost so often (with its node, or for want of memory) without having got further has failed."""
+log = logging.getLogger("pause_ray")
+
+LOOP_SECONDS = 1.0
+"""Time between two rounds of the driver loop."""
+ASK_SECONDS = 10.0
+"""Time to wait for the scoring pool's state. Its actor is on the driver's node; if it does not answer for so long, it is lost."""
+MAX_LOSSES = 3
+"""Losses of a trial's process in a row, without progress between them, after which the trial has failed."""
 
 
-@dataclass(frozen=True)
-class Loss:
-    """Of a trial's process."""
+class SweepTracker(Protocol):
+    """Receives what a sweep makes while it runs (``tracking.live.Tracker``); no method may block for long."""
 
-    times: int
-    """In a row without anything new done between them, this one included."""
-    work: int
-    """Steps and cells that were done."""
+    def step_of_trial(self, sweep_folder: Path, trial: str, row: JsonObject) -> None:
+        """Take a row of the training log of the trial with this digest."""
 
+    def trial_ended(self, sweep_folder: Path) -> None:
+        """Note that a trial of the sweep has ended."""
 
-class TrialRegistry(Mapping[str, SweepTrial]):
-    """Trials by digest: the driver has them, other processes fetch those that they need from the board.
-
-    A sweep's later trials do not exist yet when its processes start, and a thousand of them are more than each wants to load.
-    """
-
-    def __init__(self, board: Any) -> None:
-        """None yet."""
-        self._board = board
-        self._here: dict[str, SweepTrial] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_board": self._board, "_here": {}}
-
-    def __getitem__(self, key: str) -> SweepTrial:
-        if key in self._here:
-            return self._here[key]
-        trial: SweepTrial = pickle.loads(ray.get(self._board.posted.remote(key)))  # noqa: S301 (written by ``post``)
-        return trial
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._here)
-
-    def __len__(self) -> int:
-        return len(self._here)
-
-    def post(self, trials: Mapping[str, SweepTrial]) -> None:
-        """Let all processes find these too."""
-        ray.get(self._board.post.remote({key: pickle.dumps(trial) for key, trial in trials.items()}))
-        self._here |= trials
-
-
-@dataclass(frozen=True, kw_only=True)
-class Execution:
-    """Everything that runs while trials of a sweep run."""
-
-    sweep: SweepSpec
-    rounds: Rounds
-    storage: Storage
-    placement: Placement
-    fleet: ScoringPool
-    board: Any
-    watch: TrialMonitor
-    progress: ProgressDisplay
-    heartbeat: StatusWriter
-    line: TrialQueue
-    posted: TrialRegistry
-    log: SearchLog
-    after_trial: Callable[[], None]
-    running: set[str] = field(default_factory=set)
-    """Trials that have begun and not ended."""
-    losses: dict[str, Loss] = field(default_factory=dict)
-    """Trial → the last one."""
-    set_aside: list[str] = field(default_factory=list)
-    """Judged trials whose processes were lost; they begin again together, since a scheduler has heard of their ends."""
-    errors: list[UserError] = field(default_factory=list)
-    """What kept the next round from being prepared; Tune would wrap it in its own."""
-
-    def run(self, trials: Mapping[str, SweepTrial]) -> None:
-        """Run trials, and those of further rounds, until there are none or the sweep is to end.
-
-        Raises:
-            UserError: a further round could not be prepared.
-        """
-        judged = governed(self.sweep, self.rounds.trials)
-        waiting = self._admit(trials)
-        shared = Shared(
-            folder=self.rounds.folder,
-            trials=self.posted,
-            storage=self.storage,
-            fleet=self.fleet,
-            board=self.board,
-            train_gpus=self.placement.train_gpus,
-        )
-        with self.watch.interruptible():
-            self.line.add(key for key in waiting if key in judged)
-            goes_on = bool(judged)
-            while goes_on:
-                run_governed(
-                    self.sweep,
-                    shared,
-                    trials={key: self.rounds.trials[key] for key in judged},
-                    placement=self.placement,
-                    log=self.log,
-                    next_trial=self._next_trial,
-                    ended=functools.partial(self._ended, begin_again=self._set_aside),
-                    after_trial=self.after_trial,
-                )
-                goes_on = bool([key for key in self.set_aside if self.line.take_back(key)])
-                self.set_aside.clear()
-            left_out = self.rounds.left_out()
-            self.heartbeat.leave_out(left_out)
-            self.line.add(key for key in waiting if key not in judged and key not in left_out)
-            if self.line.ended_by is None:
-                run_trials(
-                    self.sweep,
-                    shared,
-                    placement=self.placement,
-                    next_trial=functools.partial(self._next_trial, may_return=True),
-                    ended=functools.partial(self._ended, begin_again=self.line.take_back),
-                    after_trial=self.after_trial,
-                )
-        if self.errors:
-            raise self.errors[0]
-
-    def failures(self) -> tuple[Failure, ...]:
-        """Why trials did not finish."""
-        return tuple(
-            Failure(label=self.rounds.trials[key].planned.label, message=message, trace=trace)
-            for key, (message, trace) in self.watch.failures.items()
-        )
-
-    def _next_trial(self, *, may_return: bool = False) -> str | None:
-        """As for ``QueueSearcher``: who is next in line, when it is empty and all have ended of the next round.
-
-        While trials run that ``may_return`` to the line when they are lost, it is not known whether there is another.
-        """
-        self.watch.look()
-        key = self.line.next()
-        while key is None and self.line.ended_by is None and not self.rounds.are_known:
-            if self.running:
-                return NOT_YET
-            if self.sweep.arm in self.line.given_up:
-                return None  # points that are chosen without a value would stay chosen
-            try:
-                more = self.rounds.advance()
-            except UserError as error:
-                self.errors.append(error)
-                return None
-            if not more:
-                return None
-            self.line.add(self._admit(more))
-            key = self.line.next()
-        if key is not None:
-            self.running.add(key)
-        elif may_return and self.running and self.line.may_take_back:
-            return NOT_YET
-        return key
-
-    def _ended(self, key: str, account: str | None, *, begin_again: Callable[[str], bool]) -> None:
-        """Note a trial's end. A lost trial may ``begin_again``, unless a mistake ended it that would be made again."""
-        self.running.discard(key)
-        self.watch.look()
-        if account is None:
-            return
-        message, trace = why_lost(account)
-        before, work = self.losses.get(key), self.watch.work_of(key)
-        self.losses[key] = Loss(before.times + 1 if before is not None and before.work == work else 1, work)
-        may = trace is not None and self.losses[key].times < MOST_LOSSES and self.watch.forgive(key)
-        if may and begin_again(key):
-            label = self.rounds.trials[key].planned.label
-            self.progress.say(f"{label}: the trial's process was lost ({message}); it begins again where it was")
-        else:
-            self.watch.note_lost(key, message, trace)
-
-    def _set_aside(self, key: str) -> bool:
-        if self.line.may_take_back:
-            self.set_aside.append(key)
-        return self.line.may_take_back
-
-    def _admit(self, trials: Mapping[str, SweepTrial]) -> list[str]:
-        """Count trials as work; those whose training rows are on storage now, in their order. For the others the board says why."""
-        self.progress.add({key: (trial.planned.label, trial.planned.spec) for key, trial in trials.items()})
-        self.heartbeat.expect(trials)
-        self._count_in_arms()
-        rows, failed = self._make_rows(trials)
-        runnable = {
-            key: dataclasses.replace(trial, prepared=self.placement.placed(trial.prepared))
-            for key, trial in trials.items()
-            if key not in failed
-        }
-        self.progress.found(
-            {key: shares_on_storage(trial.prepared, shards=rows.get(key), storage=self.storage) for key, trial in runnable.items()}
-        )
-        self.posted.post(runnable)
-        for key, message in failed.items():
-            ray.get(self.board.fail.remote(key, message, None))
-        return list(runnable)
-
-    def _count_in_arms(self) -> None:
-        """Let the line know all trials, and which came to their end in earlier commands: an arm of which some did is not given up."""
-        new = {key: trial.planned.arm for key, trial in self.rounds.trials.items() if not self.line.expects(key)}
-        self.line.expect(new)
-        self.line.note_finished(key for key in new if self.rounds.is_finished(key))
-
-    def _make_rows(self, trials: Mapping[str, SweepTrial]) -> tuple[dict[str, ShardSet], dict[str, str]]:
-        """Make the shard sets that trials train on; trial → its set, or why that could not be made."""
-        jobs = {key: trial.prepared.shards for key, trial in trials.items() if trial.prepared.shards is not None}
-        sharing: dict[str, list[str]] = {}
-        for key, job in jobs.items():
-            sharing.setdefault(shards_digest(job), []).append(key)
-        made: dict[str, ShardSet] = {}
-        failed: dict[str, str] = {}
-        for keys in sharing.values():
-            job, label = jobs[keys[0]], trials[keys[0]].planned.label
-            try:
-                rows = build_shards(job, storage=self.storage, progress=self.progress.showing(f"text for {label}"))
-            except UserError as error:
-                failed |= dict.fromkeys(keys, str(error))
-                continue
-            made |= dict.fromkeys(keys, rows)
-            self.progress.say(f"training rows for {label}: {corpus_words(rows.manifest['stats'])}")
-        return made, failed
-
-
-@contextlib.contextmanager
-def executing(
-    sweep: SweepSpec,
-    trials: Mapping[str, SweepTrial],
-    *,
-    rounds: Rounds,
-    storage: Storage,
-    console: Console,
-    line: TrialQueue,
-    log: SearchLog,
-    after_step: Callable[[Path, str, JsonObject], None],
-    after_trial: Callable[[Path], None],
-) -> Iterator[Execution]:
-    """Start what trials need, and end it.
-
-    Args:
-        sweep: What they belong to.
-        trials: Those that decide what is needed: the first to be run.
-        rounds: All that are known, and the way to more.
-        storage: Where everything is kept.
-        console: Where progress is shown.
-        line: Where trials wait.
-        log: Of the sweep's search.
-        after_step: As for ``run_sweep``.
-        after_trial: As for ``run_sweep``.
-
-    Raises:
-        SpecError: the cluster has no room for them.
-    """
-
-    def note_step(key: str, row: JsonObject) -> None:
-        heartbeat.note_step(key, row)
-        after_step(rounds.folder, key, row)
-
-    with ray_cluster.connection():
-        ray_cluster.hold_shared_actor_here()
-        placement = Placement.of(sweep, [trial.planned.spec for trial in trials.values()])
-        board = start_progress_actor()
-        with _fleet(placement) as fleet:
-            watch = TrialMonitor(
-                board,
-                line,
-                timeout_minutes=sweep.trial_timeout_minutes,
-                after_step=note_step,
-                finish=fleet.finish,
-                label=lambda key: rounds.trials[key].planned.label,
-                say=lambda text: progress.say(text),
-            )
-            with (
-                ProgressDisplay(console, watch.states) as progress,
-                StatusWriter(
-                    rounds,
-                    storage=storage,
-                    placement=placement,
-                    fleet=fleet,
-                    progress=progress,
-                    failures=lambda: dict(watch.failures),
-                    given_up=lambda: dict(line.given_up),
-                    ended_by=lambda: line.ended_by,
-                ) as heartbeat,
-                watch,
-            ):
-                yield Execution(
-                    sweep=sweep,
-                    rounds=rounds,
-                    storage=storage,
-                    placement=placement,
-                    fleet=fleet,
-                    board=board,
-                    watch=watch,
-                    progress=progress,
-                    heartbeat=heartbeat,
-                    line=line,
-                    posted=TrialRegistry(board),
-                    log=log,
-                    after_trial=lambda: after_trial(rounds.folder),
-                )
-
-
-@contextlib.contextmanager
-def _fleet(placement: Placement) -> Iterator[ScoringPool]:
-    fleet = ScoringPool.start(
-        num_actors=placement.resources.scoring_bounds,
-        cpus=placement.resources.scoring_cpus_per_actor,
-        gpus=placement.scoring_gpus,
-        threads=placement.resources.threads,
-        idle_seconds=placement.resources.idle_seconds,
-    )
-    try:
-        yield fleet
-    finally:
-        fleet.stop()
+    def send(self) -> None:
+        """Begin to send what waits; the driver loop calls this every second."""
 
 
 def run_sweep(
@@ -358,78 +74,422 @@ def run_sweep(
     storage: Storage,
     console: Console,
     command: str,
-    after_step: Callable[[Path, str, JsonObject], None],
-    after_trial: Callable[[Path], None],
+    tracker: SweepTracker | None = None,
     budget: Budget | None = None,
 ) -> SweepOutcome:
     """Run what is missing of a sweep; what is on storage already is not run again.
 
-    A first Ctrl-C (or SIGTERM) lets what is being answered or trained come to an end where it can go on; a second ends at once.
+    A first Ctrl-C (or SIGTERM) lets running cells and training steps finish and keeps what they made; a second ends at once.
 
     Args:
         sweep: The trials.
         storage: Where everything is kept.
         console: Where progress is shown.
         command: How the user started this, for the report.
-        after_step: Called with the sweep's folder, a trial's digest and a row of its training log, for every step that
-            a trial trains; from a thread of its own.
-        after_trial: Called with the sweep's folder whenever a trial has ended.
+        tracker: Receives training steps and ends of trials while they happen.
         budget: What the command may spend; None for no limit.
 
     Raises:
         StorageError: another process runs this sweep, or the storage root cannot be written.
-        UserError: the sweep cannot be prepared (model, text, marker or lengths do not fit).
+        UserError: the sweep cannot be prepared (model, text, pause token or lengths do not fit).
     """
-    meter = BudgetMeter(budget or Budget(), bill=bill_of(storage))
-    line = TrialQueue(start=meter.start)
-    with console.status("checking models, texts and lengths (a model from a package is fetched and converted once)") as status:
-
-        def show(done: int, total: int) -> None:
-            status.update(f"checking models, texts and lengths: {done} of {total} trials")
-
-        rounds = Rounds(sweep, storage=storage, command=command, showing=show)
-    failures: tuple[Failure, ...] = ()
+    queue = TrialQueue(start=BudgetMeter(budget or Budget(), bill=bill_of(storage)).start)
+    trials = _prepared_trials(sweep, storage=storage, console=console, command=command)
+    failures: dict[str, Failure] = {}
     interrupted = False
-    with exclusive(rounds.folder / ".lock"):
-        log = SearchLog(rounds.folder)
-        missing = rounds.begin(_search(sweep, log=log))
+    with exclusive(trials.folder / ".lock"):
+        search_log = SearchLog(trials.folder)
+        trials.write()
+        search = SearchLoop(trials, _search(sweep, search_log=search_log))
+        missing = trials.missing(trials.by_digest) | search.next_round()
         if missing:
-            if there := rounds.num_finished():
-                console.print(f"{there} of {len(rounds.trials)} trials are finished already; going on with the rest")
-            with executing(
-                sweep,
-                missing,
-                rounds=rounds,
-                storage=storage,
-                console=console,
-                line=line,
-                log=log,
-                after_step=after_step,
-                after_trial=after_trial,
-            ) as execution:
-                execution.run(missing)
-                failures, interrupted = execution.failures(), execution.watch.interrupted
-        finished, planned, left_out = rounds.num_finished(), len(rounds.trials), len(rounds.left_out())
-    is_all = rounds.are_known and finished + left_out == planned
-    ended_by = None if is_all else line.ended_by
-    if ended_by is not None and line.is_out_of_budget:
+            if finished := trials.num_finished():
+                console.print(f"{finished} of {len(trials.by_digest)} trials are finished already; going on with the rest")
+            with _driver(
+                trials, missing, search=search, search_log=search_log, storage=storage, queue=queue, console=console, tracker=tracker
+            ) as driver:
+                driver.run(missing)
+                failures, interrupted = driver.failures(), driver.monitor.interrupted
+        finished, planned, left_out = trials.num_finished(), len(trials.by_digest), len(trials.left_out())
+    is_all = trials.all_known and finished + left_out == planned
+    ended_by = None if is_all else queue.ended_by
+    if ended_by is not None and queue.is_out_of_budget:
         ended_by = left_over(ended_by, trials=planned - finished - left_out - len(failures))
     return SweepOutcome(
-        folder=rounds.folder,
+        folder=trials.folder,
         finished=finished,
         planned=planned,
         left_out=left_out,
         failures=failures,
         ended_by=ended_by,
-        given_up=tuple(line.given_up.values()),
+        given_up=tuple(queue.given_up.values()),
         interrupted=interrupted and not is_all,
     )
 
 
-def _search(sweep: SweepSpec, *, log: SearchLog) -> Search | None:
-    """What chooses points as the sweep goes on; None where all are known."""
+@contextlib.contextmanager
+def _driver(
+    trials: SweepTrials,
+    missing: Mapping[str, SweepTrial],
+    *,
+    search: SearchLoop,
+    search_log: SearchLog,
+    storage: Storage,
+    queue: TrialQueue,
+    console: Console,
+    tracker: SweepTracker | None,
+) -> Iterator[SweepDriver]:
+    """Connect to the cluster and start what the missing trials need.
+
+    Raises:
+        SpecError: the cluster has no room for them.
+    """
+    with ray_cluster.connection():
+        ray_cluster.hold_shared_actor_here()
+        placement = Placement.of(trials.sweep, [trial.planned.spec for trial in missing.values()])
+        with (
+            _scoring_pool(placement) as pool,
+            ProgressDisplay(console) as display,
+            SweepDriver(
+                trials,
+                search=search,
+                search_log=search_log,
+                storage=storage,
+                queue=queue,
+                placement=placement,
+                pool=pool,
+                display=display,
+                tracker=tracker,
+            ) as driver,
+        ):
+            yield driver
+
+
+def _prepared_trials(sweep: SweepSpec, *, storage: Storage, console: Console, command: str) -> SweepTrials:
+    with console.status("checking models, texts and lengths (a model from a package is fetched and converted once)") as status:
+
+        def show(done: int, total: int) -> None:
+            status.update(f"checking models, texts and lengths: {done} of {total} trials")
+
+        return SweepTrials(sweep, storage=storage, command=command, progress=show)
+
+
+def _search(sweep: SweepSpec, *, search_log: SearchLog) -> Search | None:
+    """Return what chooses points while the sweep runs; None where all are known."""
     if not isinstance(sweep.algorithm, TpeAlgorithm):
         return None
     from pause_ray.sweep.tpe import TpeSearch  # loads Optuna
 
-    return TpeSearch(sweep, sweep.algorithm, log=log)
+    return TpeSearch(sweep, sweep.algorithm, log=search_log)
+
+
+@contextlib.contextmanager
+def _scoring_pool(placement: Placement) -> Iterator[ScoringPool]:
+    pool = ScoringPool.start(
+        num_actors=placement.resources.scoring_bounds,
+        cpus=placement.resources.scoring_cpus_per_actor,
+        gpus=placement.scoring_gpus,
+        threads=placement.resources.threads,
+        idle_seconds=placement.resources.idle_seconds,
+    )
+    try:
+        yield pool
+    finally:
+        pool.stop()
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The last loss of a trial's process, with its node or for want of memory."""
+
+    times: int
+    """Losses in a row without progress between them, this one included."""
+    work: int
+    """Steps and cells that were done."""
+
+
+class SweepDriver:
+    """Runs trials while its ``with`` block lasts: gives them to Tune, and watches them from the driver loop's thread."""
+
+    def __init__(
+        self,
+        trials: SweepTrials,
+        *,
+        search: SearchLoop,
+        search_log: SearchLog,
+        storage: Storage,
+        queue: TrialQueue,
+        placement: Placement,
+        pool: ScoringPool,
+        display: ProgressDisplay,
+        tracker: SweepTracker | None,
+    ) -> None:
+        """Prepare to run; Ray must be initialised, and the display entered."""
+        self._trials, self._search, self._search_log = trials, search, search_log
+        self._storage, self._queue, self._placement, self._pool = storage, queue, placement, pool
+        self._display, self._tracker = display, tracker
+        self._progress_actor = start_progress_actor()
+        self._registry = TrialRegistry(self._progress_actor)
+        self.monitor = TrialMonitor(
+            self._progress_actor, queue=queue, pool=pool, display=display, timeout_minutes=trials.sweep.trial_timeout_minutes
+        )
+        self._status = StatusWriter(
+            trials.folder,
+            storage=storage,
+            per_actor_gpus=placement.scoring_gpus,
+            per_trial_gpus=0.0 if placement.resources.train_workers else placement.train_gpus,
+            settled={Stage.STOPPED: len(trials.left_out()), Stage.DONE: trials.num_finished()},
+        )
+        self._running: set[str] = set()
+        """Trials that have begun and not ended."""
+        self._losses: dict[str, Loss] = {}
+        self._set_aside: list[str] = []
+        """Trials under early stopping whose processes were lost; they begin again together, since the scheduler has noted their ends."""
+        self._next_round_error: UserError | None = None
+        """Why the search's next round could not be prepared; raised when Tune has returned, which would wrap it in an error of its own."""
+        self._lock = threading.RLock()
+        """Guards the monitor, the display, the status and the queue: the main thread and the driver loop use them."""
+        self._left = threading.Event()
+        self._loop = threading.Thread(target=self._run_loop, name="sweep-driver", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._loop.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._left.set()
+        self._loop.join()
+        reason = self._queue.ended_by
+        if error is not None:
+            reason = str(error) if isinstance(error, UserError) else type(error).__name__
+        self._write_status(ended=time.time(), ended_by=reason)
+
+    def run(self, trials: Mapping[str, SweepTrial]) -> None:
+        """Run trials, and those of further rounds, until there are none or the sweep is to end.
+
+        Raises:
+            UserError: a further round could not be prepared.
+        """
+        sweep = self._trials.sweep
+        stopped_early = governed(sweep, self._trials.by_digest)
+        waiting = self._admit(trials)
+        shared = Shared(
+            folder=self._trials.folder,
+            trials=self._registry,
+            storage=self._storage,
+            pool=self._pool,
+            progress_actor=self._progress_actor,
+            train_gpus=self._placement.train_gpus,
+        )
+        with self.monitor.interruptible():
+            self._queue.add(key for key in waiting if key in stopped_early)
+            again = bool(stopped_early)
+            while again:
+                run_governed(
+                    sweep,
+                    shared,
+                    trials={key: self._trials.by_digest[key] for key in stopped_early},
+                    placement=self._placement,
+                    log=self._search_log,
+                    next_trial=self._next_trial,
+                    ended=functools.partial(self._note_end, begin_again=self._begin_again_later),
+                    after_trial=self._tell_tracker,
+                )
+                again = bool([key for key in self._set_aside if self._queue.take_back(key)])
+                self._set_aside.clear()
+            left_out = self._trials.left_out()
+            with self._lock:
+                self._status.leave_out(left_out)
+            self._queue.add(key for key in waiting if key not in stopped_early and key not in left_out)
+            if self._queue.ended_by is None:
+                run_trials(
+                    sweep,
+                    shared,
+                    placement=self._placement,
+                    next_trial=functools.partial(self._next_trial, may_return=True),
+                    ended=functools.partial(self._note_end, begin_again=self._queue.take_back),
+                    after_trial=self._tell_tracker,
+                )
+        self._read_reports()
+        if self._next_round_error is not None:
+            raise self._next_round_error
+
+    def failures(self) -> dict[str, Failure]:
+        """Return why trials did not finish, by their labels."""
+        return {self._display.label(key): failure for key, failure in self.monitor.failures.items()}
+
+    def _run_loop(self) -> None:
+        """Each second read reports, draw, and let the tracker send; every few seconds write the status."""
+        status_due = time.monotonic()
+        while True:
+            self._read_reports()
+            if time.monotonic() >= status_due:
+                self._write_status()
+                status_due = time.monotonic() + STATUS_SECONDS
+            if self._tracker is not None:
+                self._tracker.send()
+            if self._left.wait(LOOP_SECONDS):
+                return
+
+    def _read_reports(self) -> None:
+        """Act on new reports. The main thread does so too before it begins a trial, so that failures are known by then."""
+        with self._lock:
+            update = self.monitor.read()
+            for key, row in update.steps:
+                self._status.count_step(key, row)
+                if self._tracker is not None:
+                    self._tracker.step_of_trial(self._trials.folder, key, row)
+            self._display.show(update.states)
+
+    def _write_status(self, *, ended: float | None = None, ended_by: str | None = None) -> None:
+        cluster = cluster_state(self._pool)  # outside of the lock: the cluster may take seconds to answer
+        with self._lock:
+            self._display.note_pending(cluster.pending)
+            self._status.write(
+                self._display.states,
+                cluster,
+                failures={key: failure.message for key, failure in self.monitor.failures.items()},
+                given_up=self._queue.given_up,
+                seconds_left=self._display.seconds_left,
+                ended=ended,
+                ended_by=ended_by,
+            )
+
+    def _tell_tracker(self) -> None:
+        if self._tracker is not None:
+            self._tracker.trial_ended(self._trials.folder)
+
+    def _next_trial(self, *, may_return: bool = False) -> str | None:
+        """Return the key of the next trial, advancing the search when the queue is empty, or ``NOT_YET``, or None at the end.
+
+        While trials run that ``may_return`` to the queue when they are lost, it is not known whether there is another.
+        """
+        self._read_reports()
+        key = self._queue.next()
+        while key is None and self._queue.ended_by is None and not self._trials.all_known:
+            if self._running:
+                return NOT_YET
+            if self._trials.sweep.arm in self._queue.given_up:
+                return None  # points that are chosen without a value would stay chosen
+            try:
+                more = self._search.next_round()
+            except UserError as error:
+                self._next_round_error = error
+                return None
+            if not more:
+                return None
+            self._queue.add(self._admit(more))
+            key = self._queue.next()
+        if key is not None:
+            self._running.add(key)
+        elif may_return and self._running and self._queue.may_take_back:
+            return NOT_YET
+        return key
+
+    def _note_end(self, key: str, error: Exception | None, *, begin_again: Callable[[str], bool]) -> None:
+        """Note that a trial has ended; one whose process was lost begins again, unless a mistake ended it that would be made again."""
+        self._running.discard(key)
+        self._read_reports()
+        if error is None:
+            return
+        failure = failure_of_lost_process(error)
+        with self._lock:
+            before, work = self._losses.get(key), self.monitor.work_done(key)
+            self._losses[key] = Loss(before.times + 1 if before is not None and before.work == work else 1, work)
+            may_restart = failure.trace is not None and self._losses[key].times < MAX_LOSSES and self.monitor.may_restart(key)
+            if may_restart and begin_again(key):
+                label = self._display.label(key)
+                self._display.print(f"{label}: the trial's process was lost ({failure.message}); it begins again where it was")
+            else:
+                self.monitor.note_lost(key, failure)
+
+    def _begin_again_later(self, key: str) -> bool:
+        if self._queue.may_take_back:
+            self._set_aside.append(key)
+        return self._queue.may_take_back
+
+    def _admit(self, trials: Mapping[str, SweepTrial]) -> list[str]:
+        """Count trials as work and make their training sequences; return those that can run. The others have failed."""
+        with self._lock:
+            self._display.add({key: (trial.planned.label, trial.planned.spec) for key, trial in trials.items()})
+            self._status.expect(trials)
+            # An arm of which earlier commands finished a trial is not given up.
+            new = {key: trial.planned.arm for key, trial in self._trials.by_digest.items() if not self._queue.expects(key)}
+            self._queue.expect(new)
+            self._queue.note_finished(key for key in new if self._trials.is_finished(key))
+        shards, failed = self._make_shards(trials)
+        runnable = {
+            key: dataclasses.replace(trial, prepared=self._placement.placed(trial.prepared))
+            for key, trial in trials.items()
+            if key not in failed
+        }
+        stored = {key: shares_on_storage(trial.prepared, shards=shards.get(key), storage=self._storage) for key, trial in runnable.items()}
+        with self._lock:
+            self._display.subtract_stored(stored)
+        self._registry.publish(runnable)
+        for key, error in failed.items():
+            ray.get(self._progress_actor.fail.remote(key, Failure(error=error)))
+        return list(runnable)
+
+    def _make_shards(self, trials: Mapping[str, SweepTrial]) -> tuple[dict[str, ShardSet], dict[str, UserError]]:
+        """Make the shard sets that trials train on; return them by trial digest, and why others could not be made."""
+        jobs = {key: trial.prepared.shards for key, trial in trials.items() if trial.prepared.shards is not None}
+        sharing: dict[str, list[str]] = {}
+        for key, job in jobs.items():
+            sharing.setdefault(shards_digest(job), []).append(key)
+        made: dict[str, ShardSet] = {}
+        failed: dict[str, UserError] = {}
+        for keys in sharing.values():
+            job, label = jobs[keys[0]], trials[keys[0]].planned.label
+            try:
+                shards = build_shards(job, storage=self._storage, progress=self._display.bar(f"data for {label}"))
+            except UserError as error:
+                failed |= dict.fromkeys(keys, error)
+                continue
+            made |= dict.fromkeys(keys, shards)
+            self._display.print(f"training data for {label}: {corpus_words(shards.manifest['stats'])}")
+        return made, failed
+
+
+def cluster_state(pool: ScoringPool) -> ClusterState:
+    """Ask the scoring pool and Ray for their state; a part that does not answer is left out."""
+    state = ClusterState()
+    try:
+        state = dataclasses.replace(state, scoring=pool.state(timeout_seconds=ASK_SECONDS))
+        state = dataclasses.replace(state, free_gpus=ray_cluster.free_gpus(), gpus=ray_cluster.total_gpus())
+        state = dataclasses.replace(state, pending=ray_cluster.pending_requests())
+    except RayError as error:
+        log.debug("a part of the cluster does not answer: %s", error)
+    return state
+
+
+class TrialRegistry(Mapping[str, SweepTrial]):
+    """Trials by digest: the driver has them, and other processes fetch those that they need from the ``ProgressActor``.
+
+    A sweep's later trials do not exist yet when its processes start, and a thousand of them are more than each wants to load.
+    """
+
+    def __init__(self, progress_actor: Any) -> None:
+        """Create an empty registry."""
+        self._actor = progress_actor
+        self._local: dict[str, SweepTrial] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_actor": self._actor, "_local": {}}
+
+    def __getitem__(self, key: str) -> SweepTrial:
+        if key in self._local:
+            return self._local[key]
+        trial: SweepTrial = pickle.loads(ray.get(self._actor.published.remote(key)))  # noqa: S301 (pickled by ``publish``)
+        return trial
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._local)
+
+    def __len__(self) -> int:
+        return len(self._local)
+
+    def publish(self, trials: Mapping[str, SweepTrial]) -> None:
+        """Let all processes find these trials."""
+        ray.get(self._actor.publish.remote({key: pickle.dumps(trial) for key, trial in trials.items()}))
+        self._local |= trials

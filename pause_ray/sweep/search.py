@@ -1,6 +1,6 @@
-"""The trials of a sweep, round by round: points are asked for, made into prepared trials and written to ``sweep.json``.
+"""The trials of a sweep: those that are known, prepared and written to ``sweep.json``, and the search that asks for more.
 
-Knows storage and the search, neither Ray nor who runs the trials. With a grid or random points there is one round.
+Knows storage and the search algorithm, neither Ray nor where trials run. With a grid or random points all trials are known at once.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pause_ray.sweep.search_space import corners
 from pause_ray.sweep.spec import PlannedTrial, SweepSpec, arms_of, expand
 from pause_ray.trial.prepare import PrepareCache, PreparedTrial, prepare
 
-PLACES = ("max_concurrent_trials", "trial_timeout_minutes")
-"""Fields of a sweep that change where and how long, not what."""
+NOT_IDENTIFYING = ("max_concurrent_trials", "trial_timeout_minutes")
+"""Fields of a sweep that change where and how long it runs, not its results."""
 
 
 @dataclass(frozen=True)
@@ -32,102 +32,56 @@ class SweepTrial:
     prepared: PreparedTrial
 
 
-class Search(Protocol):
-    """Chooses points by what came of those before (``sweep.tpe``)."""
+class SweepTrials:
+    """The trials that are known so far, and what storage has of them."""
 
-    def ask(self) -> list[JsonObject] | None:
-        """The points to run next, whose values it must be told before it is asked again; None at the end.
-
-        Raises:
-            SpecError: no valid point is left to ask for.
-        """
-
-    def tell(self, point: JsonObject, value: float | None) -> None:
-        """The objective's value at a point that was asked for, or None where there is none as its trial failed."""
-
-
-class Rounds:
-    """The trials that are known so far, and the way to the next ones."""
-
-    def __init__(self, sweep: SweepSpec, *, storage: Storage, command: str, showing: Callable[[int, int], None]) -> None:
+    def __init__(self, sweep: SweepSpec, *, storage: Storage, command: str, progress: Callable[[int, int], None]) -> None:
         """Prepare the trials that are known before anything runs.
 
         Args:
             sweep: What to run.
             storage: Where models and trials are.
             command: How the user started this, for the report.
-            showing: Told how many trials of how many are prepared.
+            progress: Called with how many trials of how many are prepared.
 
         Raises:
             UserError: a trial cannot be prepared, or two are the same.
         """
-        self._sweep = sweep
+        self.sweep = sweep
         self._storage = storage
         self._command = command
-        self._showing = showing
+        self._progress = progress
         self._seen = PrepareCache()
-        self.trials: dict[str, SweepTrial] = {}
-        """By digest, in the order in which they are to be run."""
-        self.are_known = sweep.algorithm.kind != "tpe"
-        """Whether these are all trials of the sweep."""
-        self._add(expand(sweep))
+        self.by_digest: dict[str, SweepTrial] = {}
+        """The known trials, in the order in which they are to be run."""
+        self.all_known = sweep.algorithm.kind != "tpe"
+        """Whether no search will add trials."""
+        self.add(expand(sweep))
         self._digest = digest([sweep.name, sweep.reference_arm, sweep.control, self._identity()])
         self.folder: Path = storage.sweeps / f"{sweep.name}-{self._digest}"
-        self._search: Search | None = None
-        self._asked: list[JsonObject] = []
 
-    def begin(self, search: Search | None) -> dict[str, SweepTrial]:
-        """Write down what is known, take further points from ``search``, and give the trials that are missing now.
-
-        The sweep's folder must be this process's alone.
+    def add(self, planned: Sequence[PlannedTrial]) -> None:
+        """Prepare further trials; those that are known already are not added twice.
 
         Raises:
             UserError: as for the constructor.
         """
-        self._search = search
-        self._write()
-        return self._missing(self.trials) | self.advance()
+        for number, each in enumerate(planned):
+            self._progress(number, len(planned))
+            prepared = prepare(each.spec, cache=self._storage.cache, shared=self._seen)
+            known = self.by_digest.setdefault(prepared.digest, SweepTrial(each, prepared))
+            same_point = known.planned.point == each.point or not self.all_known  # a search may ask for one trial in several ways
+            if known.planned.arm != each.arm or not same_point:
+                raise SpecError(f"sweep {self.sweep.name}: {known.planned.label} and {each.label} are the same trial; drop one")
+        self._progress(len(planned), len(planned))
 
-    def advance(self) -> dict[str, SweepTrial]:
-        """Tell what came of the points asked last, whose trials must have ended, and ask on until one is missing; {} at the end.
-
-        Raises:
-            UserError: as for the constructor.
-            StorageError: a trial's ledger is damaged.
-        """
-        while self._search is not None:
-            for point in self._asked:
-                self._search.tell(point, self._value(point))
-            self._asked = self._search.ask() or []
-            if not self._asked:
-                break
-            known = set(self.trials)
-            self._add(expand(self._sweep, points=self._asked))
-            self._write()
-            if missing := self._missing(self.trials.keys() - known):
-                return missing
-        return {}
-
-    def num_finished(self) -> int:
-        """Of the trials that are known."""
-        return sum(map(self.is_finished, self.trials))
-
-    def left_out(self) -> set[str]:
-        """Trials that will not be finished, since the scheduler stopped them or all that they depend on."""
-        left_out = SearchRecord.read(self.folder).left_out(self.description()["trials"], governed_arm=self._sweep.arm)
-        return {key for key in left_out if not self.is_finished(key)}
-
-    def is_finished(self, key: str) -> bool:
-        """Whether a trial came to its end, in this command or another."""
-        return is_complete(self._storage.trials / key)
-
-    def _missing(self, among: Collection[str]) -> dict[str, SweepTrial]:
-        left_out = self.left_out()
-        return {key: self.trials[key] for key in self.trials if key in among and key not in left_out and not self.is_finished(key)}
+    def write(self) -> None:
+        """Write ``sweep.json``; the sweep's folder must belong to this process alone."""
+        write_json(self.folder / "sweep.json", self.description())
 
     def description(self) -> JsonObject:
-        """What ``sweep.json`` holds."""
-        sweep = self._sweep
+        """Return the content of ``sweep.json``."""
+        sweep = self.sweep
         return {
             "name": sweep.name,
             "digest": self._digest,
@@ -144,47 +98,102 @@ class Rounds:
                     "cells": sum(trial.planned.spec.eval.num_positions.values()),
                     "steps": trial.planned.spec.train.max_steps if trial.planned.spec.train else 0,
                 }
-                for key, trial in self.trials.items()
+                for key, trial in self.by_digest.items()
             ],
             "command": self._command,
             "version": __version__,
         }
 
-    def _write(self) -> None:
-        write_json(self.folder / "sweep.json", self.description())
+    def is_finished(self, key: str) -> bool:
+        """Return whether a trial is complete, by this command or another."""
+        return is_complete(self._storage.trials / key)
 
-    def _add(self, planned: Sequence[PlannedTrial]) -> None:
-        for number, each in enumerate(planned):
-            self._showing(number, len(planned))
-            prepared = prepare(each.spec, cache=self._storage.cache, shared=self._seen)
-            there = self.trials.setdefault(prepared.digest, SweepTrial(each, prepared))
-            same_point = there.planned.point == each.point or not self.are_known  # an estimator may ask for one trial in several ways
-            if there.planned.arm != each.arm or not same_point:
-                raise SpecError(f"sweep {self._sweep.name}: {there.planned.label} and {each.label} are the same trial; drop one")
-        self._showing(len(planned), len(planned))
+    def num_finished(self) -> int:
+        """Return how many of the known trials are complete."""
+        return sum(map(self.is_finished, self.by_digest))
 
-    def _identity(self) -> Any:
-        """What makes this the same sweep: its trials, and who ends them early.
+    def left_out(self) -> set[str]:
+        """Return the trials that will not be finished, since early stopping ended them or all that they depend on."""
+        left_out = SearchRecord.read(self.folder).left_out(self.description()["trials"], governed_arm=self.sweep.arm)
+        return {key for key in left_out if not self.is_finished(key)}
 
-        Where trials are not known, what they will be drawn from and a trial of that kind.
+    def missing(self, among: Collection[str]) -> dict[str, SweepTrial]:
+        """Return those of these trials that are to be run."""
+        left_out = self.left_out()
+        return {key: trial for key, trial in self.by_digest.items() if key in among and key not in left_out and not self.is_finished(key)}
+
+    def objective(self, point: JsonObject) -> float | None:
+        """Return the objective of the unchanged arm at a point, over its replicates.
+
+        It is None if a replicate is not finished or too few cells could be scored.
         """
-        places = sorted([key, trial.planned.arm, trial.planned.point] for key, trial in self.trials.items())
-        if self.are_known:
-            scheduler = self._sweep.scheduler  # its stops and rungs are in the folder, and mean nothing to another one
-            return [places, scheduler.resolved(), self._sweep.objective.mode] if scheduler is not None else places
-        spec = {name: value for name, value in self._sweep.resolved().items() if name not in PLACES}
-        del spec["trial"]
-        ours = arms_of(self._sweep)[0]
-        drawn = (ours.trial(ours.applied(point), replicate=0) for point in corners(self._sweep.search))
-        example = next((trial for trial in drawn if trial is not None), None)
-        return [spec, places, prepare(example, cache=self._storage.cache).digest if example else None]
-
-    def _value(self, point: JsonObject) -> float | None:
-        """The objective of the unchanged trial's arm at a point, over its replicates; None if one is not finished, or too little scored."""
-        planned = [trial.spec for trial in expand(self._sweep, points=[point]) if trial.arm == self._sweep.arm]
+        planned = [trial.spec for trial in expand(self.sweep, points=[point]) if trial.arm == self.sweep.arm]
         digests = [prepare(spec, cache=self._storage.cache, shared=self._seen).digest for spec in planned]
         if not digests or not all(map(self.is_finished, digests)):
             return None
-        return self._sweep.objective.comparable_value(
+        return self.sweep.objective.comparable_value(
             [row for key in digests for row in Ledger(self._storage.trials / key / "cells.jsonl").rows()]
         )
+
+    def _identity(self) -> Any:
+        """Return what makes this the same sweep: its trials, and how they are stopped early.
+
+        Where the trials are not known yet, it is what they will be drawn from and one example.
+        """
+        known = sorted([key, trial.planned.arm, trial.planned.point] for key, trial in self.by_digest.items())
+        if self.all_known:
+            scheduler = self.sweep.scheduler  # its stops and rungs are in the folder, and mean nothing to another scheduler
+            return [known, scheduler.resolved(), self.sweep.objective.mode] if scheduler is not None else known
+        spec = {name: value for name, value in self.sweep.resolved().items() if name not in NOT_IDENTIFYING}
+        del spec["trial"]
+        ours = arms_of(self.sweep)[0]
+        drawn = (ours.trial(ours.applied(point), replicate=0) for point in corners(self.sweep.search))
+        example = next((trial for trial in drawn if trial is not None), None)
+        return [spec, known, prepare(example, cache=self._storage.cache).digest if example else None]
+
+
+class Search(Protocol):
+    """Chooses points by the values of earlier ones (``sweep.tpe``)."""
+
+    def ask(self) -> list[JsonObject] | None:
+        """Return the points to run next, whose values must be told before the next call; None at the end.
+
+        Raises:
+            SpecError: no valid point is left to ask for.
+        """
+
+    def tell(self, point: JsonObject, value: float | None) -> None:
+        """Learn the objective's value at a point that was asked for, or None where its trial failed."""
+
+
+class SearchLoop:
+    """Adds trials round by round: the values of a round's points go to the search before the next points are asked for."""
+
+    def __init__(self, trials: SweepTrials, search: Search | None) -> None:
+        """Create a loop that adds to ``trials``; without a search it adds nothing."""
+        self._trials = trials
+        self._search = search
+        self._asked: list[JsonObject] = []
+
+    def next_round(self) -> dict[str, SweepTrial]:
+        """Tell the search the values of the last round, whose trials must have ended, and add trials until one of them is to be run.
+
+        Returns:
+            The trials to be run; empty at the end of the search.
+
+        Raises:
+            UserError: as for ``SweepTrials``.
+            StorageError: a trial's ledger is damaged.
+        """
+        while self._search is not None:
+            for point in self._asked:
+                self._search.tell(point, self._trials.objective(point))
+            self._asked = self._search.ask() or []
+            if not self._asked:
+                break
+            known = set(self._trials.by_digest)
+            self._trials.add(expand(self._trials.sweep, points=self._asked))
+            self._trials.write()
+            if missing := self._trials.missing(self._trials.by_digest.keys() - known):
+                return missing
+        return {}

@@ -1,28 +1,43 @@
-"""What the driver of a sweep says of itself while it runs: ``status.json`` in the sweep's folder, replaced every few seconds.
+"""The status of a running sweep: ``status.json`` in the sweep's folder, and Ray's metrics for Prometheus.
 
-Only what storage does not tell otherwise: speeds, the fleet, who is at what, why trials failed. Reads and writes the file; measures
-nothing, and knows no Ray.
+The file has only what storage does not tell otherwise: speeds, scoring actors, running trials, reasons of failures. ``report.overview``
+reads it, on machines without Ray too, so this module imports Ray only where metrics are filled.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import threading
+import logging
+import os
+import socket
+import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from pause_ray.core.errors import PauseRayError, StorageError
 from pause_ray.core.process import Stage
 from pause_ray.core.spec import JsonObject
-from pause_ray.core.storage import read_json, write_json
-from pause_ray.evaluation.cell_scheduler import ScoringStats
+from pause_ray.core.storage import Storage, is_complete, read_json, write_json
+from pause_ray.evaluation.cell_scheduler import PoolState, ScoringStats
+from pause_ray.evaluation.ledger import Ledger
 from pause_ray.sweep.progress import TrialState
+
+if TYPE_CHECKING:
+    from pause_ray.sweep.search import SweepTrial
+
+log = logging.getLogger("pause_ray")
 
 STATUS_FILE = "status.json"
 FORMAT = 3
-BEATS_UNTIL_OLD = 5
-"""A file that was due so often and has not come is old: its driver hangs, was killed, or cannot write."""
+STATUS_SECONDS = 3.0
+"""Time between two status files."""
+MISSED_UNTIL_OLD = 5
+"""Status files that may be overdue before the last one counts as old: its driver hangs, was killed, or cannot write."""
+MAX_REASON_CHARS = 500
+"""Characters of a failure's reason; the whole of it is shown when the sweep ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,34 +49,34 @@ class RunningTrial:
     stage: Stage
     done: int
     total: int
-    """Of the stage: steps while training, cells while scoring."""
+    """The stage's size: steps while training, cells while scoring."""
     seconds: float
-    """Since it came to this stage."""
+    """Time in this stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FleetSize:
+class ActorCounts:
     """Scoring actors."""
 
     busy: int
     idle: int
     coming: int
-    """Starting, or without room."""
+    """Actors that are starting or have no room."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Of the last minute, per second."""
+    """Means of the last minute, per second."""
 
     cells: float = 0.0
     scored_tokens: float = 0.0
-    """Of prompts and answers, those that went through the model."""
+    """Tokens of prompts and answers that went through the model."""
     trained_tokens: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingProgress:
-    """How far the training of a trial has come."""
+    """How far a trial's training is."""
 
     steps: int
     tokens: int
@@ -69,38 +84,38 @@ class TrainingProgress:
 
 @dataclass(frozen=True, kw_only=True)
 class LiveStatus:
-    """One moment of a driver. Times are seconds since 1970 by its clock."""
+    """One moment of a sweep. Times are seconds since 1970 by the driver's clock."""
 
     written: float
     every_seconds: float
-    """The next one is due after so long."""
+    """Time until the next file is due."""
     began: float
     ended: float | None = None
-    """None while it runs, and for ever if it was killed."""
+    """When the driver ended; None while it runs, and for ever if it was killed."""
     ended_by: str | None = None
-    """Why it ended before its end."""
+    """Why the run ended early."""
     driver: str
     """Process and machine."""
     seconds_left: float | None
-    """As the display says; None while nothing tells how fast it goes."""
+    """The display's estimate; None while the speed is unknown."""
     speed: Speed
-    fleet: FleetSize | None
-    """None while nothing is known of it."""
+    actors: ActorCounts | None
+    """Scoring actors; None while they cannot be asked."""
     gpus: float | None
-    """Of the cluster, as Ray counts them; None while it does not answer."""
+    """GPUs of the cluster as Ray counts them; None while it does not answer."""
     gpu_idle_share: float | None
-    """Of them, 0 to 1, those that nobody holds or whose holder waits; None if none are known."""
+    """Share of the GPUs, 0 to 1, that are free or whose holder waits; None if no GPU is known."""
     running: tuple[RunningTrial, ...] = ()
     failures: Mapping[str, str] = field(default_factory=dict)
-    """Trial → why it did not finish in this run."""
+    """Reasons why trials failed in this run, by trial digest."""
     given_up: Mapping[str, str] = field(default_factory=dict)
-    """Arm → why its other trials were not begun in this run."""
+    """Reasons why the remaining trials of an arm were not begun in this run, by arm."""
     trained: Mapping[str, TrainingProgress] = field(default_factory=dict)
-    """Trial → how far it is, of those that are not finished; also as drivers before this one left it."""
+    """How far unfinished trials are, by digest, those of earlier runs included."""
 
     @classmethod
     def read(cls, sweep_folder: Path) -> LiveStatus | None:
-        """The last one; None where no driver wrote one, or one of another version did.
+        """Return the last status, or None where no driver of this version wrote one.
 
         Raises:
             StorageError: the file is damaged.
@@ -111,23 +126,23 @@ class LiveStatus:
         data = read_json(path)
         if data.pop("format", None) != FORMAT:
             return None
-        fleet = data.pop("fleet")
+        actors = data.pop("actors")
         return cls(
             **data
             | {
                 "speed": Speed(**data["speed"]),
-                "fleet": FleetSize(**fleet) if fleet else None,
+                "actors": ActorCounts(**actors) if actors else None,
                 "running": tuple(RunningTrial(**trial | {"stage": Stage(trial["stage"])}) for trial in data["running"]),
-                "trained": {key: TrainingProgress(**its) for key, its in data["trained"].items()},
+                "trained": {key: TrainingProgress(**each) for key, each in data["trained"].items()},
             }
         )
 
     def as_json(self) -> JsonObject:
-        """Plain data."""
+        """Return plain data."""
         return dataclasses.asdict(self)
 
     def write(self, sweep_folder: Path) -> None:
-        """Replace the file; readers see the old one or this one.
+        """Replace the file atomically.
 
         Raises:
             StorageError: disk full or not writable.
@@ -135,65 +150,137 @@ class LiveStatus:
         write_json(sweep_folder / STATUS_FILE, {"format": FORMAT, **self.as_json()})
 
     def age_seconds(self, now: float) -> float:
-        """Since it was written; machines' clocks may differ by a little."""
+        """Return the file's age; clocks of machines may differ a little."""
         return max(0.0, now - self.written)
 
     def is_current(self, now: float) -> bool:
-        """Whether its driver can be taken to run, and this to be how things are."""
-        return self.ended is None and self.age_seconds(now) <= BEATS_UNTIL_OLD * self.every_seconds
-
-
-SPEED_SECONDS = 60.0
-"""Of the past, that speeds are means of: an answer may take a few seconds."""
-States = Mapping[str, TrialState]
-"""Trial → what it said last; only those that have begun."""
+        """Return whether the driver can be taken to run and the figures to be current."""
+        return self.ended is None and self.age_seconds(now) <= MISSED_UNTIL_OLD * self.every_seconds
 
 
 @dataclass(frozen=True)
-class Cells:
-    """Of a trial."""
+class Metric:
+    """One series, or one for each value of its labels."""
+
+    name: str
+    meaning: str
+    labels: tuple[str, ...] = ()
+    """Labels beside ``sweep``."""
+    counts: bool = False
+    """Whether the value only rises, so that Prometheus takes its rate."""
+
+    @property
+    def exported(self) -> str:
+        """The name under which Ray exports the series."""
+        return f"ray_{self.name}" + ("_total" if self.counts else "")
+
+
+CELLS = Metric(
+    "pause_ray_cells", "Cells answered; asked: for the ledger (grid), again in other shapes (recheck), by a proxy", ("asked",), counts=True
+)
+UNSCORED_CELLS = Metric("pause_ray_unscored_cells", "Of the answered cells, those that could not be scored", ("asked",), counts=True)
+PREFILLED_TOKENS = Metric("pause_ray_prefilled_tokens", "Prompt tokens that went through the model", ("asked",), counts=True)
+DECODED_TOKENS = Metric("pause_ray_decoded_tokens", "Tokens of answers", ("asked",), counts=True)
+TRAINED_STEPS = Metric("pause_ray_trained_steps", "Optimizer steps, each step of a trial once", counts=True)
+TRAINED_TOKENS = Metric("pause_ray_trained_tokens", "Tokens of those steps, without padding", counts=True)
+CELLS_LEFT = Metric("pause_ray_cells_left", "Cells that trials to come and running ones have not answered yet")
+TRIALS = Metric("pause_ray_trials", "Trials by state", ("state",))
+SCORING_ACTORS = Metric("pause_ray_scoring_actors", "Scoring actors: busy, idle, or coming (starting, or without room)", ("state",))
+GPUS = Metric("pause_ray_gpus", "GPUs of the cluster as Ray counts them")
+GPU_IDLE_SHARE = Metric("pause_ray_gpu_idle_share", "Share of the GPUs, 0 to 1, that nobody holds or whose holder waits")
+METRICS = (
+    CELLS,
+    UNSCORED_CELLS,
+    PREFILLED_TOKENS,
+    DECODED_TOKENS,
+    TRAINED_STEPS,
+    TRAINED_TOKENS,
+    CELLS_LEFT,
+    TRIALS,
+    SCORING_ACTORS,
+    GPUS,
+    GPU_IDLE_SHARE,
+)
+
+
+class RayMetrics:
+    """All metrics of one sweep. Ray, which must be initialised, exports them every ten seconds and when the driver leaves."""
+
+    def __init__(self, sweep: str) -> None:
+        """Register the series, all with the label ``sweep``."""
+        from ray.util.metrics import Counter, Gauge
+
+        self._labels = {"sweep": sweep}
+        self._series = {
+            metric: (Counter if metric.counts else Gauge)(metric.name, metric.meaning, ("sweep", *metric.labels)) for metric in METRICS
+        }
+        self._counted: dict[tuple[Metric, tuple[tuple[str, str], ...]], float] = {}
+
+    def set(self, metric: Metric, value: float, **labels: str) -> None:
+        """Set a gauge. Ray forgets one that is not set again within twenty seconds."""
+        self._series[metric].set(value, tags=self._labels | labels)
+
+    def count(self, metric: Metric, total: float, **labels: str) -> None:
+        """Raise a counter to ``total``; a total below the last one has started again from zero."""
+        key = (metric, tuple(sorted(labels.items())))
+        before = self._counted.get(key, 0)
+        self._counted[key] = total
+        more = total - before if total >= before else total
+        if more:
+            self._series[metric].inc(more, tags=self._labels | labels)
+
+
+SPEED_SECONDS = 60.0
+"""The time over which speeds are averaged, since an answer may take a few seconds."""
+States = Mapping[str, TrialState]
+"""The last state of each trial that has begun, by digest."""
+
+
+@dataclass(frozen=True)
+class CellCounts:
+    """How many cells a trial has."""
 
     number: int
     answered: int
-    """Before it began."""
+    """Cells answered before this run."""
 
 
-class Work:
-    """The trials of a sweep, and what is left of their cells. One thread adds, another one looks."""
+class TrialCounts:
+    """Counts the trials of a sweep by state, and the cells that are left of them."""
 
-    def __init__(self, *, settled: Mapping[str, int]) -> None:
-        """``settled``: state → trials that had ended before."""
+    def __init__(self, *, settled: Mapping[Stage, int]) -> None:
+        """``settled`` counts the trials that had ended before this run, by state."""
         self._settled = Counter(settled)
-        self._cells: Mapping[str, Cells] = {}
+        self._cells: Mapping[str, CellCounts] = {}
         self._left_out: frozenset[str] = frozenset()
         self._not_begun: frozenset[str] = frozenset()
 
-    def expect(self, trials: Mapping[str, Cells]) -> None:
-        """These are to be run."""
+    def expect(self, trials: Mapping[str, CellCounts]) -> None:
+        """Add trials that are to be run."""
         self._cells = {**self._cells, **trials}
 
     def leave_out(self, trials: Iterable[str]) -> None:
-        """Nothing more comes of these."""
+        """Count trials as stopped unless they have begun."""
         self._left_out = self._left_out.union(trials)
 
     def begin_no_more(self, trials: Iterable[str]) -> None:
-        """Nothing comes of these unless they have begun; they replace those that were given before."""
+        """Count these trials as stopped unless they have begun, in place of those of the last call."""
         self._not_begun = frozenset(trials)
 
-    def by_state(self, states: States, *, failed: Collection[str]) -> Counter[str]:
-        """State → trials; a failure is known before the trial's process says so, where it was lost."""
+    def by_state(self, states: States, *, failed: Collection[str]) -> Counter[Stage]:
+        """Return the number of trials in each state. A failed trial may not have reported it, where its process was lost."""
         begun = Counter(Stage.FAILED if key in failed else state.stage for key, state in states.items())
         out = self._left_out | self._not_begun
         others = Counter(Stage.STOPPED if key in out else Stage.TO_COME for key in self._cells.keys() - states.keys())
         return self._settled + begun + others
 
     def cells_left(self, states: States, *, failed: Collection[str]) -> int:
-        """Of trials that are to come or running, those without an answer."""
+        """Return how many cells of running and coming trials have no answer yet."""
         cells, out = self._cells, self._left_out | (self._not_begun - states.keys())
         return sum(_left(cells[key], states.get(key)) for key in cells if key not in failed and key not in out)
 
 
-def _left(cells: Cells, state: TrialState | None) -> int:
+def _left(cells: CellCounts, state: TrialState | None) -> int:
     if state is not None and (state.stage.is_end or state.stage == Stage.RECHECKING):
         return 0
     if state is not None and state.stage in (Stage.QUEUED, Stage.SCORING):
@@ -202,54 +289,49 @@ def _left(cells: Cells, state: TrialState | None) -> int:
 
 
 class StepCounter:
-    """Training steps, each step of a trial once: a training that goes on tells again what its checkpoint has. Threads may share it."""
+    """Counts each training step once, even if a resumed training reports steps that its checkpoint already contains."""
 
     def __init__(self, before: Mapping[str, TrainingProgress]) -> None:
-        """``before``: how far trials were when the driver before this one ended."""
+        """``before`` tells how far trials were when the last driver ended."""
         self._trained = dict(before)
         self._steps, self._tokens = 0, 0
-        self._counting = threading.Lock()
 
     def note(self, trial: str, row: JsonObject) -> None:
-        """A row of a trial's training log."""
-        with self._counting:
-            known = self._trained.get(trial, TrainingProgress(steps=0, tokens=0))
-            if row["step"] > known.steps:
-                self._trained[trial] = TrainingProgress(steps=row["step"], tokens=known.tokens + row["tokens"])
-                self._steps += 1
-                self._tokens += row["tokens"]
+        """Count a row of a trial's training log."""
+        known = self._trained.get(trial, TrainingProgress(steps=0, tokens=0))
+        if row["step"] > known.steps:
+            self._trained[trial] = TrainingProgress(steps=row["step"], tokens=known.tokens + row["tokens"])
+            self._steps += 1
+            self._tokens += row["tokens"]
 
-    def of_trials(self) -> dict[str, TrainingProgress]:
-        """How far each is that has not been forgotten."""
-        with self._counting:
-            return dict(self._trained)
+    def by_trial(self) -> dict[str, TrainingProgress]:
+        """Return how far each trial is that has not been forgotten."""
+        return dict(self._trained)
 
     def forget(self, trials: Iterable[str]) -> None:
-        """Storage tells it of these."""
-        with self._counting:
-            for key in trials:
-                self._trained.pop(key, None)
+        """Forget trials about which storage has the figures."""
+        for key in trials:
+            self._trained.pop(key, None)
 
     @property
     def new(self) -> TrainingProgress:
-        """All that was counted since the beginning, of all trials together."""
-        with self._counting:
-            return TrainingProgress(steps=self._steps, tokens=self._tokens)
+        """The steps and tokens counted in this run, over all trials."""
+        return TrainingProgress(steps=self._steps, tokens=self._tokens)
 
 
 class Speedometer:
-    """Speeds from totals that rise."""
+    """Computes speeds from rising totals."""
 
     def __init__(self) -> None:
         self._past: deque[tuple[float, Speed]] = deque()
-        """When, and the totals then."""
+        """Times and the totals at them."""
 
     def speed(self, answers: Collection[ScoringStats] | None, *, trained_tokens: int, now: float) -> Speed:
-        """Of the last minute, or as long as it runs; totals that fall were begun anew, and so is this.
+        """Return the speeds of the last minute; totals that fall have started again from zero, and so does this.
 
         Args:
-            answers: What was answered so far; None when nobody could be asked, which says nothing of speeds.
-            trained_tokens: So far.
+            answers: What was answered so far; None if the scoring actors could not be asked, which says nothing about speeds.
+            trained_tokens: Tokens trained so far.
             now: Seconds of any clock.
         """
         if answers is not None:
@@ -268,8 +350,8 @@ class Speedometer:
 
     def _note(self, answers: Collection[ScoringStats], *, trained_tokens: int, now: float) -> None:
         totals = Speed(
-            cells=sum(its.cells for its in answers),
-            scored_tokens=sum(its.prefilled_tokens + its.decoded_tokens for its in answers),
+            cells=sum(each.cells for each in answers),
+            scored_tokens=sum(each.prefilled_tokens + each.decoded_tokens for each in answers),
             trained_tokens=trained_tokens,
         )
         if self._past and totals.cells < self._past[-1][1].cells:
@@ -277,55 +359,224 @@ class Speedometer:
         self._past.append((now, totals))
 
 
-def idle_share(
-    running: Collection[TrialState], fleet: FleetSize | None, *, gpus: float | None, free_gpus: float, per_actor: float, per_trial: float
-) -> float | None:
-    """Share of the GPUs, 0 to 1, that are free, an idle actor's, or a trial's own while it does not train; None if none are known.
+@dataclass(frozen=True, kw_only=True)
+class ClusterState:
+    """What the cluster tells of itself; None for what does not answer."""
+
+    scoring: PoolState | None = None
+    """The scoring pool's state."""
+    gpus: float | None = None
+    """All GPUs as Ray counts them."""
+    free_gpus: float = 0.0
+    pending: str | None = None
+    """Resource requests that Ray has not placed, for people."""
+
+    @property
+    def actors(self) -> ActorCounts | None:
+        """How many scoring actors there are."""
+        scoring = self.scoring
+        return ActorCounts(busy=scoring.busy, idle=len(scoring.pids) - scoring.busy, coming=scoring.starting) if scoring else None
+
+
+def idle_share(running: Collection[TrialState], cluster: ClusterState, *, per_actor: float, per_trial: float) -> float | None:
+    """Return the share of the GPUs, 0 to 1, that are free, held by an idle actor, or by a trial that does not train now.
 
     Args:
         running: Trials that have begun and not ended.
-        fleet: Scoring actors, where they are known.
-        gpus: Of the cluster; None while it cannot be asked.
-        free_gpus: Of them, those that nobody holds.
+        cluster: The cluster's state; without a GPU the share is None.
         per_actor: GPUs of each scoring actor.
         per_trial: GPUs that a trial holds in its own process from its beginning to its end.
     """
-    if not gpus:
+    if not cluster.gpus:
         return None
     waiting = sum(state.stage not in (Stage.TRAINING, Stage.PAUSED) for state in running)
-    idle = free_gpus + per_trial * waiting + (per_actor * fleet.idle if fleet else 0.0)
-    return round(min(1.0, idle / gpus), 4)
+    idle = cluster.free_gpus + per_trial * waiting + (per_actor * cluster.actors.idle if cluster.actors else 0.0)
+    return round(min(1.0, idle / cluster.gpus), 4)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
     """Why a trial did not finish."""
 
-    label: str
-    message: str
-    trace: str | None
+    error: PauseRayError
+    """What the trial raised; an error from outside of this package is wrapped, since it may not survive pickling."""
+    trace: str | None = None
     """The traceback; None for a mistake of the user."""
+
+    @property
+    def message(self) -> str:
+        """The error in one line."""
+        return str(self.error)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOutcome:
-    """What a command left of a sweep on storage."""
+    """What a sweep left on storage."""
 
     folder: Path
     finished: int
     planned: int
-    """The number of known trials; a search that learns as it goes may ask for more."""
+    """Trials that are known; a search may still add more."""
     left_out: int = 0
-    """The number of trials that early stopping ended, or that needed one of these to go on."""
-    failures: tuple[Failure, ...] = ()
+    """Trials that early stopping ended, or that only make sense beside one of these."""
+    failures: Mapping[str, Failure] = field(default_factory=dict)
+    """Failures of this run, by the trial's label."""
     ended_by: str | None = None
-    """The reason, for people, for an early end; None if nothing is left but what failed."""
+    """Why the sweep ended early, for people; None if only failed trials are left."""
     given_up: tuple[str, ...] = ()
-    """The reasons, for people, why trials of an arm were not begun."""
+    """Reasons why the remaining trials of an arm were not begun, for people."""
     interrupted: bool = False
     """Whether a signal ended it."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing is left to do."""
+        """Return whether nothing is left to do."""
         return self.finished + self.left_out == self.planned and self.ended_by is None
+
+
+class StatusWriter:
+    """Writes ``status.json`` and fills the Ray metrics. Not safe for threads: the driver calls it under its own lock.
+
+    What storage or the cluster refuses is logged once and may be possible the next time: a sweep never ends because of its status.
+    """
+
+    def __init__(
+        self, folder: Path, *, storage: Storage, per_actor_gpus: float, per_trial_gpus: float, settled: Mapping[Stage, int]
+    ) -> None:
+        """Prepare to write; Ray must be initialised.
+
+        Args:
+            folder: The sweep's.
+            storage: Where ledgers are.
+            per_actor_gpus: GPUs that a scoring actor holds.
+            per_trial_gpus: GPUs that a trial's own process holds from its beginning to its end.
+            settled: Trials that had ended before this run, by state.
+        """
+        self._folder, self._storage = folder, storage
+        self._per_actor_gpus, self._per_trial_gpus = per_actor_gpus, per_trial_gpus
+        self._metrics = RayMetrics(folder.name)
+        self._counts = TrialCounts(settled=settled)
+        self._arms: dict[str, str] = {}
+        """The arms of the trials that are expected, by digest."""
+        self._labels: dict[str, str] = {}
+        self._steps = StepCounter(_trained_before(folder))
+        self._speedometer = Speedometer()
+        self._stages: dict[str, tuple[Stage, float]] = {}
+        """The stage of each trial and when it began, by the monotonic clock."""
+        self._began = time.time()
+        self._could_write = True
+
+    def expect(self, trials: Mapping[str, SweepTrial]) -> None:
+        """Add trials that are to be run."""
+        self._counts.expect({key: self._cells(key, trial) for key, trial in trials.items()})
+        self._arms |= {key: trial.planned.arm for key, trial in trials.items()}
+        self._labels |= {key: trial.planned.label for key, trial in trials.items()}
+
+    def leave_out(self, trials: Iterable[str]) -> None:
+        """Count trials as stopped that early stopping has left out."""
+        self._counts.leave_out(trials)
+
+    def count_step(self, trial: str, row: JsonObject) -> None:
+        """Count a row of a trial's training log."""
+        self._steps.note(trial, row)
+
+    def _cells(self, key: str, trial: SweepTrial) -> CellCounts:
+        answered = len(Ledger(self._storage.trials / key / "cells.jsonl").done_ids())
+        return CellCounts(sum(trial.planned.spec.eval.num_positions.values()), answered)
+
+    def write(
+        self,
+        states: States,
+        cluster: ClusterState,
+        *,
+        failures: Mapping[str, str],
+        given_up: Mapping[str, str],
+        seconds_left: float | None,
+        ended: float | None = None,
+        ended_by: str | None = None,
+    ) -> None:
+        """Write the file and fill the metrics.
+
+        Args:
+            states: The last state of each trial that has begun.
+            cluster: What the cluster has told just now.
+            failures: Reasons of this run's failures, by trial digest.
+            given_up: Reasons why arms were given up, by arm.
+            seconds_left: The time left, as the display estimates it.
+            ended: When the run ended, in seconds since 1970; None while it runs.
+            ended_by: Why the run ended early.
+        """
+        try:
+            running = {key: state for key, state in states.items() if not state.stage.is_end and key not in failures}
+            self._steps.forget([key for key in self._steps.by_trial() if is_complete(self._storage.trials / key)])
+            answers = cluster.scoring.stats.values() if cluster.scoring else None
+            status = LiveStatus(
+                written=time.time(),
+                every_seconds=STATUS_SECONDS,
+                began=self._began,
+                ended=ended,
+                ended_by=ended_by,
+                driver=f"process {os.getpid()} on {socket.gethostname()}",
+                seconds_left=seconds_left,
+                speed=self._speedometer.speed(answers, trained_tokens=self._steps.new.tokens, now=time.monotonic()),
+                actors=cluster.actors,
+                gpus=cluster.gpus,
+                gpu_idle_share=idle_share(running.values(), cluster, per_actor=self._per_actor_gpus, per_trial=self._per_trial_gpus),
+                running=tuple(self._running(key, state) for key, state in running.items()) if ended is None else (),
+                failures={key: message[:MAX_REASON_CHARS] for key, message in failures.items()},
+                given_up={arm: reason[:MAX_REASON_CHARS] for arm, reason in given_up.items()},
+                trained=self._steps.by_trial(),
+            )
+            self._counts.begin_no_more(key for key, arm in self._arms.items() if arm in given_up)
+            self._fill_metrics(states, status, cluster)
+            status.write(self._folder)
+        except (OSError, StorageError) as error:
+            if self._could_write:
+                log.warning("pause-ray status will show old figures: %s", error)
+            self._could_write = False
+        else:
+            self._could_write = True
+
+    def _running(self, key: str, state: TrialState) -> RunningTrial:
+        now = time.monotonic()
+        if self._stages.get(key, (None, now))[0] != state.stage:
+            self._stages[key] = (state.stage, now)
+        return RunningTrial(
+            digest=key,
+            label=self._labels[key],
+            stage=state.stage,
+            done=state.done,
+            total=state.total,
+            seconds=round(now - self._stages[key][1], 1),
+        )
+
+    def _fill_metrics(self, states: States, status: LiveStatus, cluster: ClusterState) -> None:
+        metrics, failed = self._metrics, status.failures
+        by_state = self._counts.by_state(states, failed=failed)
+        for stage in Stage:
+            metrics.set(TRIALS, by_state[stage], state=stage)
+        metrics.set(CELLS_LEFT, self._counts.cells_left(states, failed=failed))
+        if status.gpus is not None:
+            metrics.set(GPUS, status.gpus)
+        if status.gpu_idle_share is not None:
+            metrics.set(GPU_IDLE_SHARE, status.gpu_idle_share)
+        if status.actors is not None:
+            for name in ("busy", "idle", "coming"):
+                metrics.set(SCORING_ACTORS, getattr(status.actors, name), state=name)
+        for asked, stats in (cluster.scoring.stats if cluster.scoring else {}).items():
+            metrics.count(CELLS, stats.cells, asked=asked)
+            metrics.count(UNSCORED_CELLS, stats.unscored_cells, asked=asked)
+            metrics.count(PREFILLED_TOKENS, stats.prefilled_tokens, asked=asked)
+            metrics.count(DECODED_TOKENS, stats.decoded_tokens, asked=asked)
+        metrics.count(TRAINED_STEPS, self._steps.new.steps)
+        metrics.count(TRAINED_TOKENS, self._steps.new.tokens)
+
+
+def _trained_before(folder: Path) -> dict[str, TrainingProgress]:
+    """Return how far trials were by the last driver's status; a file that cannot be read costs a count and no sweep."""
+    try:
+        before = LiveStatus.read(folder)
+    except (OSError, StorageError) as error:
+        log.warning("%s", error)
+        return {}
+    return dict(before.trained) if before else {}

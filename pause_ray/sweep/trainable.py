@@ -1,10 +1,9 @@
-"""Trials under Ray Tune, which only placement them: storage decides what is left to do in each. Knows Tune, no MLflow and no report."""
+"""Trials under Ray Tune, which only places them on the cluster: storage decides what is left to do in each."""
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import socket
 import time
 import traceback
@@ -19,12 +18,13 @@ from ray.tune.execution import class_cache
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from pause_ray.core.errors import StoppedError, StorageError, UserError
+from pause_ray.core.errors import PauseRayError, StoppedError, StorageError, UserError
 from pause_ray.core.process import Stage, about, trial_words, write_lines
 from pause_ray.core.ray_cluster import without_package
 from pause_ray.core.storage import Storage
 from pause_ray.evaluation.scoring_pool import ScoringPool
 from pause_ray.sweep.reporter import TrialReporter
+from pause_ray.sweep.status import Failure
 from pause_ray.sweep.resources import Placement
 from pause_ray.sweep.search import SweepTrial
 from pause_ray.sweep.spec import SweepSpec
@@ -33,24 +33,23 @@ from pause_ray.trial.run import run_trial
 log = logging.getLogger("pause_ray")
 
 SCORE, INTERRUPTED = "mean_score", "was_interrupted"
-"""Of a trial's last result: the mean of its cells; whether it was asked to end before it was done."""
-MISTAKE = re.compile(r"pause_ray\.core\.errors\.(StorageError|SpecError): (?P<message>.*)")
+"""Keys of a trial's last result: the mean score of its cells, and whether it was asked to stop before it was done."""
 IDLE_SECONDS = 60.0
-"""Without a trial, after which a trial's process gives back what it holds; the start of another costs up to 25 s of CPU."""
+"""Time without a trial after which a process gives its resources back; starting another one costs up to 25 s of CPU."""
 NOT_YET = ""
-"""Instead of a trial: what runs now decides whether there is another."""
+"""Returned instead of a trial while the running trials decide whether there is another."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """What all trials of a sweep share; travels to their processes."""
+    """What all trials of a sweep share; it is sent to their processes."""
 
     folder: Path
-    """The sweep's."""
+    """The sweep's folder."""
     trials: Mapping[str, SweepTrial]
     storage: Storage
-    fleet: ScoringPool
-    board: Any
+    pool: ScoringPool
+    progress_actor: Any
     train_gpus: float
 
 
@@ -58,81 +57,86 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
     """One trial as Tune runs it: a single step. A class, because ``ray.train.report`` is refused inside Tune's function trials."""
 
     def setup(self, config: dict[str, Any], *, shared: Shared) -> None:
-        """Check that this machine sees the sweep's storage.
-
-        Raises:
-            StorageError: it does not, so results would be scattered over machines.
-        """
-        if not (shared.folder / "sweep.json").is_file():
-            raise StorageError(
-                f"{shared.folder}: not seen by {socket.gethostname()}; give --storage a path that is the same shared folder on every node"
-            )
+        """Keep what trials share. A problem of this machine is reported by a trial, since Ray would pass on its text only."""
         self._shared = shared
         write_lines()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next trial in this process."""
+        """Accept the next trial in this process."""
         return True
 
     def step(self) -> dict[str, Any]:
-        """Run the trial to its end; what went wrong goes to the board, and the sweep goes on with the next."""
-        reports = TrialReporter(self._shared.board, self.config["trial"])
+        """Run the trial to its end and report what went wrong; the sweep goes on with the next trial."""
+        reporter = TrialReporter(self._shared.progress_actor, self.config["trial"])
         with self._named():
             log.info("begins")
-            return guarded(reports, lambda: self._finish(reports))
+            return guarded(reporter, lambda: self._finish(reporter))
 
     def _named(self) -> AbstractContextManager[None]:
-        """Whatever this process logs within is about the trial."""
+        """Name the trial in every line that this process logs within the block."""
         key = str(self.config["trial"])
         return about(trial_words(self._shared.trials[key].planned.label, key))
 
-    def _finish(self, reports: TrialReporter) -> dict[str, Any]:
+    def _finish(self, reporter: TrialReporter) -> dict[str, Any]:
         shared, trial = self._shared, self._shared.trials[self.config["trial"]]
+        check_storage(shared.folder)
         score = run_trial(
             trial.prepared,
             arm=trial.planned.arm,
             storage=shared.storage,
-            scorer=shared.fleet,
+            scorer=shared.pool,
             train_gpus=shared.train_gpus,
-            progress=reports,
-            stop=reports.ending,
+            progress=reporter,
+            stop=reporter.ending,
         )
         log.info("done")
-        reports.finish(Stage.DONE)
+        reporter.finish(Stage.DONE)
         return {SCORE: score, tune.result.DONE: True}
 
 
-def guarded(reports: TrialReporter, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``work`` returns; where it may not begin or does not end well the board knows why, and the trial is done."""
+def check_storage(sweep_folder: Path) -> None:
+    """Check that this machine sees the sweep's storage.
+
+    Raises:
+        StorageError: it does not, so results would be scattered over machines.
+    """
+    if not (sweep_folder / "sweep.json").is_file():
+        raise StorageError(
+            f"{sweep_folder}: not seen by {socket.gethostname()}; give --storage a path that is the same shared folder on every node"
+        )
+
+
+def guarded(reporter: TrialReporter, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the result of ``work``. Where it may not begin or fails, report that, and return the result of a trial that is done."""
     done: dict[str, Any] = {SCORE: None, tune.result.DONE: True}
-    if not reports.begin():
-        reports.finish(Stage.STOPPED)
+    if not reporter.begin():
+        reporter.finish(Stage.STOPPED)
         return done | {INTERRUPTED: True}
     try:
         return work()
     except StoppedError:
         log.info("stopped; it can go on")
-        reports.finish(Stage.STOPPED)
+        reporter.finish(Stage.STOPPED)
         return done | {INTERRUPTED: True}
     except UserError as error:
         log.error("failed: %s", error)  # noqa: TRY400 (a mistake of the user has no traceback)
-        reports.fail(str(error), None)
+        reporter.fail(Failure(error=error))
     except Exception as error:  # the border of a trial's process
         log.exception("failed")
-        reports.fail(f"{type(error).__name__}: {error}", traceback.format_exc())
+        reporter.fail(Failure(error=PauseRayError(f"{type(error).__name__}: {error}"), trace=traceback.format_exc()))
     return done
 
 
 class QueueSearcher(Searcher):  # type: ignore[misc]
-    """Hands Tune one trial after another as ``{"trial": key}``, however many there turn out to be."""
+    """Gives Tune the queue's trials as ``{"trial": key}``, however many there turn out to be."""
 
-    def __init__(self, next_trial: Callable[[], str | None], *, ended: Callable[[str, str | None], None]) -> None:
-        """Begin.
+    def __init__(self, next_trial: Callable[[], str | None], *, ended: Callable[[str, Exception | None], None]) -> None:
+        """Create a searcher.
 
         Args:
-            next_trial: The key of the trial to begin, ``NOT_YET``, or None when there are no more.
-            ended: Is given the key of every trial whose process has come to the trial's end, and None. Of those that were lost
-                callbacks know more (``TrialCallbacks``).
+            next_trial: Returns the key of the trial to begin, ``NOT_YET``, or None when there are no more.
+            ended: Called with the key of every trial that its process has run to its end, and None. ``TrialCallbacks`` report the
+                trials whose processes were lost.
         """
         super().__init__()
         self._next_trial = next_trial
@@ -140,11 +144,11 @@ class QueueSearcher(Searcher):  # type: ignore[misc]
         self._keys: dict[str, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles searchers to restore an experiment, which storage makes unnecessary here."""
+        """Return nothing: Tune pickles searchers to restore an experiment, which storage makes unnecessary here."""
         return {}
 
     def suggest(self, trial_id: str) -> dict[str, str] | str | None:
-        """The next trial's config."""
+        """Return the next trial's config."""
         key = self._next_trial()
         if key is None:
             finished: str = Searcher.FINISHED
@@ -155,33 +159,33 @@ class QueueSearcher(Searcher):  # type: ignore[misc]
         return {"trial": key}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: FBT001, FBT002 (Tune's)
-        """Pass on that a trial has ended."""
+        """Report that a trial has ended."""
         key = self._keys.pop(trial_id, None)
         if key is not None and not error:
             self._ended(key, None)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing, as for ``__getstate__``."""
+        """Do nothing, as for ``__getstate__``."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing, as for ``__getstate__``."""
+        """Do nothing, as for ``__getstate__``."""
 
 
 class ReapIdleActors(FIFOScheduler):  # type: ignore[misc]
-    """Begins trials as they come, and ends a process that has had none for long.
+    """Begins trials in their order, and ends processes that have had no trial for long.
 
-    Tune keeps one, and what it holds of the cluster, until the searcher says that there are no more trials; which trials will be lost
-    and begin again is not known before the last has ended.
+    Tune keeps such a process and its resources until the searcher has no more trials, which is not known before the last trial has ended,
+    since a lost trial begins again.
     """
 
     def __init__(self, patience_seconds: float) -> None:
-        """End it after so long."""
+        """End a process after this time without a trial."""
         super().__init__()
         self._patience = patience_seconds
         self._idle_since: float | None = None
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """The next trial, if one waits."""
+        """Return the next trial, if one waits."""
         trial = super().choose_trial_to_run(tune_controller)
         controller = tune_controller._tune_controller  # Ray 2.60
         if trial is not None or not controller._actor_cache.num_cached_objects:
@@ -194,30 +198,30 @@ class ReapIdleActors(FIFOScheduler):  # type: ignore[misc]
 
 
 class TrialCallbacks(tune.Callback):  # type: ignore[misc]
-    """Tells the driver that a trial has ended while the next one runs, and what Ray says of a process that was lost."""
+    """Reports to the driver that a trial has ended, and Ray's error where its process was lost."""
 
-    def __init__(self, tell: Callable[[], None], *, ended: Callable[[str, str | None], None]) -> None:
-        """Begin.
+    def __init__(self, after_trial: Callable[[], None], *, ended: Callable[[str, Exception | None], None]) -> None:
+        """Create the callbacks.
 
         Args:
-            tell: Called when a trial has ended.
-            ended: Is given the key of every trial whose process was lost or could not begin, and Ray's account of it.
+            after_trial: Called when a trial has ended.
+            ended: Called with the key of every trial whose process was lost or could not begin, and Ray's error.
         """
-        self._tell = tell
+        self._after_trial = after_trial
         self._ended = ended
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles its callbacks to restore an experiment, which storage makes unnecessary here."""
+        """Return nothing: Tune pickles its callbacks to restore an experiment, which storage makes unnecessary here."""
         return {}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Pass it on."""
-        self._tell()
+        """Report it."""
+        self._after_trial()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Pass it on; Tune begins every account in its file with a line of its own."""
-        _, _, account = Path(trial.error_file).read_text(encoding="utf-8").partition("\n")
-        self._ended(trial.config["trial"], account.strip())
+        """Report it with the error object, which Tune has pickled if it is Ray's, as that of a lost process is."""
+        error = trial.get_pickled_error() or trial.get_error()
+        self._ended(trial.config["trial"], error)
 
 
 def run_trials(
@@ -226,15 +230,15 @@ def run_trials(
     *,
     placement: Placement,
     next_trial: Callable[[], str | None],
-    ended: Callable[[str, str | None], None],
+    ended: Callable[[str, Exception | None], None],
     after_trial: Callable[[], None],
 ) -> None:
-    """Run trials of ``shared`` to their ends; what went wrong in one is on the board, or told to ``ended`` if its process was lost.
+    """Run trials to their ends. A trial reports its own failure; ``ended`` gets the error where its process was lost.
 
     Args:
-        sweep: What they belong to.
-        shared: What their processes know.
-        placement: What of the cluster they get.
+        sweep: The sweep of the trials.
+        shared: What their processes need to know.
+        placement: The resources that they get.
         next_trial: As for ``QueueSearcher``.
         ended: As for ``QueueSearcher`` and ``TrialCallbacks``.
         after_trial: Called when a trial has ended.
@@ -255,9 +259,9 @@ def run_trials(
 
 
 def trial_bundles(placement: Placement, *, beside: Mapping[str, float] | None = None) -> tune.PlacementGroupFactory:
-    """What Tune holds for a trial, on the nodes where trials run; ``beside`` is held with it, anywhere."""
-    its = placement.of_one_trial()
-    bundles: list[dict[str, float]] = [{"CPU": its["cpu"], "GPU": its.get("gpu", 0)}]
+    """Return the resources that Tune holds for a trial, on the nodes where trials run; ``beside`` is held with it, on any node."""
+    bundle = placement.of_one_trial()
+    bundles: list[dict[str, float]] = [{"CPU": bundle["cpu"], "GPU": bundle.get("gpu", 0)}]
     labels = [dict(placement.trial_labels)]
     if beside is not None:
         bundles.append(dict(beside))
@@ -266,14 +270,14 @@ def trial_bundles(placement: Placement, *, beside: Mapping[str, float] | None = 
 
 
 def run_tuner(trainable: Any, config: tune.TuneConfig, *, name: str, storage: Storage, callbacks: list[tune.Callback]) -> None:
-    """Let Tune run trials: silently, and with nothing of its own to take part in what they leave."""
+    """Let Tune run trials silently, without its own loggers and signal handler."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the ledger and MLflow hold the results
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own banner; progress is shown by ProgressDisplay
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths in specs mean the same in every process
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # TrialMonitor.interruptible answers Ctrl-C
     # Tune would put Amazon's keys into every trial's runtime environment, which Ray logs; trials have what their nodes have.
     class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is kept on the board and shown once
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is reported and shown once
     run_config = tune.RunConfig(
         name=name,
         storage_path=str(storage.root / "tune"),
@@ -284,9 +288,13 @@ def run_tuner(trainable: Any, config: tune.TuneConfig, *, name: str, storage: St
     tune.Tuner(trainable, tune_config=config, run_config=run_config).fit()
 
 
-def why_lost(account: str) -> tuple[str, str | None]:
-    """The last line of what Ray tells of an ended process, and all of it unless that is a mistake of the user."""
-    last = account.splitlines()[-1]
-    mistake = MISTAKE.fullmatch(last)
-    told = mistake["message"] if mistake else without_package(last)
-    return (told, None) if told else (last, account)
+def failure_of_lost_process(error: Exception) -> Failure:
+    """Return why a trial's process was lost: a mistake of the user without a trace, and anything else with Ray's account as its trace."""
+    cause = getattr(error, "cause", None)  # a RayTaskError has the object that was raised
+    if isinstance(cause, UserError):
+        return Failure(error=cause)
+    account = str(error).strip()
+    last_line = account.splitlines()[-1]
+    if missing := without_package(last_line):  # the process could not import the trial's class, of which Ray has only the text
+        return Failure(error=UserError(missing))
+    return Failure(error=PauseRayError(last_line), trace=account)

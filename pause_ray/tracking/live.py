@@ -1,4 +1,8 @@
-"""Sends to MLflow what a command makes, while it makes it; a server that is away is said once and delays nothing."""
+"""Sends to MLflow what a command makes, while it makes it. A server that is away is reported once and delays nothing.
+
+The command queues what it has and calls ``send`` now and then. One batch at a time goes out, from a thread that ends with it, since a
+slow server would hold up the caller: the driver loop of a sweep, or a training.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +24,16 @@ if TYPE_CHECKING:
     from pause_ray.tracking.runs import LiveTrainings, LoggedSweep, Training
 
 SEND_SECONDS = 5.0
-"""Between two batches of steps: curves grow while one looks, and a step of milliseconds costs no request of its own."""
+"""Time between two batches: curves grow while one looks, and a step of milliseconds costs no request of its own."""
 RETRY_SECONDS = 60.0
-"""After a batch that did not arrive; a server that is away costs up to 16 s of a thread."""
+"""Time until the next batch after one that did not arrive; a server that is away costs up to 16 s of a thread."""
 
 
 class Tracker:
-    """Steps of trainings go out in batches, from a thread of its own; sweeps and finished trainings when they are logged."""
+    """Sends steps of trainings in batches, and sweeps and finished trainings when they are logged."""
 
     def __init__(self, storage: Storage, *, warn: Callable[[str], None], send_seconds: float = SEND_SECONDS) -> None:
-        """Prepare a tracker; inside its ``with`` block steps are sent while they come in.
+        """Prepare a tracker; its ``with`` block sends what is left at its end.
 
         Args:
             storage: The storage whose sweeps and trainings are sent.
@@ -46,28 +50,27 @@ class Tracker:
         self._steps: dict[str, list[JsonObject]] = defaultdict(list)
         self._ended_in: set[Path] = set()
         self._waiting = threading.Lock()
-        """Guards these three."""
+        """Guards the three fields above."""
         self._sent: dict[Path, set[str]] = defaultdict(set)
-        """Sweep → trials whose runs are whole."""
+        """Trials whose runs are complete, by sweep folder."""
         self._sending = threading.Lock()
         """Held while anything is sent: the store's own lock is for other processes."""
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._send_regularly, name="mlflow", daemon=True)
+        self._sender: threading.Thread | None = None
+        self._next_batch = time.monotonic() + send_seconds
         self.interrupted = False
-        """Whether the user stopped what runs, and it came to an end that is no error."""
+        """Whether the user stopped the command, which is no error."""
         self.logged: LoggedSweep | None = None
-        """Where the sweep is, or None if the last attempt to log it failed."""
+        """Where the sweep was logged, or None if the last attempt failed."""
 
     def __enter__(self) -> Self:
-        self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Send what waits, and close the runs of trainings that did not come to their end."""
-        self._ended.set()
         if isinstance(error, KeyboardInterrupt) and self._live is None:
-            return  # who wants it to end at once does not wait until MLflow is loaded; it is sent with the next command
-        self._thread.join()
+            return  # a user who wants an end at once does not wait until MLflow is loaded; the next command sends it
+        if self._sender is not None:
+            self._sender.join()
         self._send_waiting()
         stopped = self.interrupted or isinstance(error, KeyboardInterrupt | StoppedError)
         live, status = self._live, "KILLED" if stopped else "FAILED"
@@ -75,11 +78,11 @@ class Tracker:
             self._tried(lambda: live.end(status=status))
 
     def step(self, training: Training, row: JsonObject) -> None:
-        """Have a row of the training's log sent soon."""
+        """Queue a row of the training's log."""
         self._wait(training.run.digest, lambda: training, row)
 
     def step_of_trial(self, sweep_folder: Path, trial: str, row: JsonObject) -> None:
-        """Have a row of the training log of a sweep's trial, named by its digest, sent soon."""
+        """Queue a row of the training log of a sweep's trial, named by its digest."""
         from pause_ray.tracking.runs import Training
 
         self._wait(trial, lambda: Training.of_trial(sweep_folder, trial, self._storage), row)
@@ -90,9 +93,21 @@ class Tracker:
             self._steps[key].append(row)
 
     def trial_ended(self, folder: Path) -> None:
-        """Have the runs of a sweep's trials that have finished sent soon; the sweep's own is brought up to date by ``log``."""
+        """Queue the runs of a sweep's finished trials; ``log`` brings the sweep's own run up to date."""
         with self._waiting:
             self._ended_in.add(folder)
+
+    def send(self) -> None:
+        """Begin to send what waits, unless a batch is on its way or the last one was a moment ago. Returns at once."""
+        now = time.monotonic()
+        if now < self._next_batch or (self._sender is not None and self._sender.is_alive()):
+            return
+        with self._waiting:
+            if not (self._steps or self._ended_in):
+                return
+        self._next_batch = now + self._send_seconds
+        self._sender = threading.Thread(target=self._send_waiting, name="mlflow", daemon=True)
+        self._sender.start()
 
     def log(self, sweep: Path | SweepResults) -> None:
         """Bring MLflow up to date with a sweep, named by its folder or read already."""
@@ -116,12 +131,8 @@ class Tracker:
     def _is_away(self) -> bool:
         return time.monotonic() < self._away_until
 
-    def _send_regularly(self) -> None:
-        while not self._ended.wait(self._send_seconds):
-            self._send_waiting()
-
     def _send_waiting(self) -> None:
-        """Send all that waits; what does not arrive waits on."""
+        """Send all that waits; what does not arrive stays queued."""
         with self._waiting:
             steps, self._steps = self._steps, defaultdict(list)
             folders, self._ended_in = self._ended_in, set()
@@ -148,7 +159,7 @@ class Tracker:
         self._live.send(self._trainings[key](), rows)
 
     def _tried(self, send: Callable[[], None]) -> bool:
-        """Whether it arrived; the first failure is said."""
+        """Return whether it arrived; warn of the first failure."""
         try:
             with self._sending:
                 send()

@@ -13,7 +13,7 @@ import yaml
 
 from pause_ray.core.process import Stage
 from pause_ray.evaluation.cell_scheduler import Purpose
-from pause_ray.sweep.heartbeat import METRICS
+from pause_ray.sweep.status import METRICS
 from tests.cluster_files.autoscaler import CLUSTER, ROOT
 
 DASHBOARD: dict[str, Any] = json.loads((CLUSTER / "grafana" / "pause_ray.json").read_text())

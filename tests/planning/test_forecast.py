@@ -16,7 +16,7 @@ from pause_ray.data.pipeline import shards_digest
 from pause_ray.data.shards import ShardSet
 from pause_ray.evaluation.ledger import Ledger
 from pause_ray.planning.forecast import Effort, SweepForecast, TrialOutlook, forecast_sweep, total
-from pause_ray.sweep.search import Rounds, SweepTrial
+from pause_ray.sweep.search import SweepTrial, SweepTrials
 from pause_ray.sweep.search_log import SearchLog
 from pause_ray.sweep.spec import SweepSpec
 from pause_ray.training.launch import train_digest
@@ -105,8 +105,8 @@ def look(sweep: SweepSpec, storage: Storage, *, at: Site | None = None) -> Sweep
 
 
 def trials_of(sweep: SweepSpec, storage: Storage) -> list[SweepTrial]:
-    rounds = Rounds(sweep, storage=storage, command="", showing=lambda done, of: None)
-    return list(rounds.trials.values())
+    known = SweepTrials(sweep, storage=storage, command="", progress=lambda done, of: None)
+    return list(known.by_digest.values())
 
 
 def steps_of(trial: TrialOutlook) -> dict[str, tuple[int, int, bool]]:
@@ -230,8 +230,8 @@ def test_a_search_that_learns_is_told_by_an_example(folder: Path, storage: Stora
     assert (found.points_to_come, [trial.arm for trial in found.example]) == (10, ["pause_tuned"])
     one = found.example[0].left.tokens or 0
     assert found.left.tokens == (found.trials[0].left.tokens or 0) + 10 * one
-    rounds = Rounds(sweep, storage=storage, command="", showing=lambda done, of: None)
-    SearchLog(rounds.folder).append({"event": "asked", "round": 0, "points": [{"train.lora.rank": 5}]})
+    known = SweepTrials(sweep, storage=storage, command="", progress=lambda done, of: None)
+    SearchLog(known.folder).append({"event": "asked", "round": 0, "points": [{"train.lora.rank": 5}]})
     asked = look(sweep, storage, at=site())
     assert [trial.label for trial in asked.trials] == ["baseline #0", "pause_tuned rank=5 #0"]
     assert asked.points_to_come == 9
@@ -245,10 +245,10 @@ def test_stopped_points_are_left_out_in_all_arms(folder: Path, storage: Storage)
         scheduler={"kind": "asha", "rungs": 2},
         arms__bare={"pauses": None},
     )
-    rounds = Rounds(sweep, storage=storage, command="", showing=lambda done, of: None)
-    stopped = next(key for key, trial in rounds.trials.items() if trial.planned.label == "pause_tuned rank=4 #0")
+    known = SweepTrials(sweep, storage=storage, command="", progress=lambda done, of: None)
+    stopped = next(key for key, trial in known.by_digest.items() if trial.planned.label == "pause_tuned rank=4 #0")
     event = {"event": "stopped", "trial": stopped, "point": {"train.lora.rank": 4}, "rung": 0, "by": "asha"}
-    SearchLog(rounds.folder).append(event)
+    SearchLog(known.folder).append(event)
     states = {trial.label: trial.state for trial in look(sweep, storage, at=site()).trials}
     assert states == {
         "pause_tuned rank=4 #0": "stopped",

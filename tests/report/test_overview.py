@@ -21,7 +21,7 @@ from pause_ray.core import storage as storage_module
 from pause_ray.core.errors import StorageError, UserError
 from pause_ray.core.storage import Storage, exclusive, holder_of, read_json, write_json
 from pause_ray.report.overview import overview, sweep_status
-from pause_ray.sweep.status import FleetSize, LiveStatus, RunningTrial, Speed, TrainingProgress
+from pause_ray.sweep.status import ActorCounts, LiveStatus, RunningTrial, Speed, TrainingProgress
 from tests.stored_sweep import grid, rows, stop_event, store_search, store_sweep, store_trial
 from tests.sweep.tiny_sweep import write_sweep
 
@@ -72,7 +72,7 @@ def live(**changes: Any) -> LiveStatus:
         driver="process 1 on elsewhere",
         seconds_left=600.0,
         speed=Speed(cells=1.5, scored_tokens=2000.0, trained_tokens=0.0),
-        fleet=FleetSize(busy=2, idle=1, coming=0),
+        actors=ActorCounts(busy=2, idle=1, coming=0),
         gpus=4.0,
         gpu_idle_share=0.25,
         running=(RunningTrial(digest="tuned2", label="pause_tuned rank=2 #0", stage="scoring", done=1, total=4, seconds=12.0),),
@@ -261,7 +261,7 @@ def test_what_is_not_there_is_told_and_nothing_is_written(storage: Storage, tmp_
 
 
 def test_a_live_status_is_read_as_it_was_written(tmp_path: Path) -> None:
-    nothing = live(fleet=None, gpus=None, gpu_idle_share=None, running=(), failures={}, trained={}, seconds_left=None)
+    nothing = live(actors=None, gpus=None, gpu_idle_share=None, running=(), failures={}, trained={}, seconds_left=None)
     for status in (live(given_up={"pause_tuned": "they failed"}), nothing):
         status.write(tmp_path)
         assert LiveStatus.read(tmp_path) == status

@@ -294,7 +294,9 @@ def judge(
     judged = {key: trials[key] for key in governed(sweep, trials)}
     fleet = ScoringPool.start(num_actors=(0, 1), cpus=0.5, threads=1, engine=RankEngine(facts=facts, root=root, waits_for=waits_for))
     board = start_progress_actor()
-    shared = Shared(folder=folder, trials=Stubbed(trials, root, held or {}), storage=storage, fleet=fleet, board=board, train_gpus=0.0)
+    shared = Shared(
+        folder=folder, trials=Stubbed(trials, root, held or {}), storage=storage, pool=fleet, progress_actor=board, train_gpus=0.0
+    )
     if ends_after is not None:
         threading.Thread(target=end_later, args=(board, root, ends_after), daemon=True).start()
     stops = SearchRecord.read(folder).stops
@@ -304,18 +306,20 @@ def judge(
             sweep,
             shared,
             trials=judged,
-            places=Placement(resources=suite_resources(trials), train_gpus=0.0, scoring_gpus=0.0, trains=True, concurrent_trials=at_a_time),
+            placement=Placement(
+                resources=suite_resources(trials), train_gpus=0.0, scoring_gpus=0.0, trains=True, concurrent_trials=at_a_time
+            ),
             log=SearchLog(folder),
             next_trial=lambda: next(missing, None),
             ended=lambda key, lost: None,
             after_trial=lambda: None,
         )
-        failed: dict[str, tuple[str, str | None]] = ray.get(board.failures.remote())
+        failed = ray.get(board.drain.remote()).failures
     finally:
         fleet.stop()
         ray.kill(board)
     ranks = {key: trial.planned.point["train.lora.rank"] for key, trial in trials.items()}
-    return Judged(root, folder, ranks, {ranks[key]: message for key, (message, _) in failed.items()})
+    return Judged(root, folder, ranks, {ranks[key]: failure.message for key, failure in failed.items()})
 
 
 def end_later(board: Any, root: Path, scored: int) -> None:

@@ -72,9 +72,7 @@ def main(folder: Path, resources: dict[str, Any]) -> None:
         runtime_env={"worker_process_setup_hook": lambda: hook()},
     )
     storage = Storage.open(folder / "runs")
-    outcome = run_sweep(
-        sweep, storage=storage, console=Console(), command="", after_step=lambda *step: None, after_trial=lambda folder: None
-    )
+    outcome = run_sweep(sweep, storage=storage, console=Console(), command="")
     assert outcome.is_complete, outcome
 
 

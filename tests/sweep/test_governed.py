@@ -161,7 +161,7 @@ def replayed(storage: Storage, schedule: Schedule, trials: Mapping[str, SweepTri
     log = SearchLog(storage.root)
     scheduler.minutes = _Minutes(trials=trials, by="median", log=log, verdicts=verdicts, board=None, settled=schedule.settled)
     write_json(storage.root / "sweep.json", {})
-    shared = Shared(folder=storage.root, trials=trials, storage=storage, fleet=None, board=None, train_gpus=0.0)
+    shared = Shared(folder=storage.root, trials=trials, storage=storage, pool=None, progress_actor=None, train_gpus=0.0)
     process_of = tune.with_parameters(GovernedTrial, shared=shared, schedule=schedule, verdicts=verdicts)
     for key in trials:
         trial = Trial("trial", config={"trial": key}, stub=True)

@@ -45,7 +45,7 @@ def test_a_process_without_a_trial_ends_while_others_run_and_another_starts_for_
     ended: list[str] = []
     free: list[float] = []
 
-    def note_end(key: str, account: str | None) -> None:
+    def note_end(key: str, error: Exception | None) -> None:
         ended.append(key)
         (tmp_path / f"{key}-ended").touch()
 

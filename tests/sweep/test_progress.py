@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 
 import pytest
 from rich.console import Console
 
 from pause_ray.core.process import Stage
-from pause_ray.sweep.progress import ProgressDisplay, TrialState, work_done, work_of
+from pause_ray.sweep.progress import PENDING_SECONDS, PendingNotice, ProgressDisplay, TrialState, work_done, work_of
 from pause_ray.trial.spec import TrialSpec
 
 NEEDLES = {"needles": [{"needle": "The key is under the mat.", "question": "Where is it?", "keywords": ["mat"]}]}
@@ -74,8 +75,30 @@ def test_work_that_is_behind_a_trial_never_shrinks() -> None:
 )
 def test_what_storage_has_is_no_part_of_the_bar(found: dict[str, tuple[float, float]], states: dict[str, TrialState], shown: str) -> None:
     screen = io.StringIO()
-    with ProgressDisplay(Console(file=screen, force_terminal=True, no_color=True, width=200), lambda: states) as progress:
+    with ProgressDisplay(Console(file=screen, force_terminal=True, no_color=True, width=200)) as progress:
         progress.add({key: (key, trial(samples=2)) for key in "ab"})
-        progress.found(found)
+        progress.subtract_stored(found)
+        progress.show(states)
     last = screen.getvalue().split("all trials")[-1]
     assert f" {shown} " in last.splitlines()[0]
+
+
+def shown(line: str | None, states: Mapping[str, TrialState], notice: PendingNotice, *, start: float) -> list[float]:
+    """The times, in steps of a second for two minutes, at which the line is shown."""
+    return [now for now in range(int(start), int(start) + 120) if notice.due(line, states, now=now) is not None]
+
+
+def test_pending_requests_are_shown_once_after_a_minute_without_progress() -> None:
+    notice, waits = PendingNotice(), {"a": TrialState(Stage.WAITING, 0, 1), "b": TrialState(Stage.QUEUED, 0, 1)}
+    line = "{'GPU': 1.0}: 1+ pending tasks/actors"
+    assert shown(line, waits, notice, start=0) == [PENDING_SECONDS]
+    assert shown(line, waits, notice, start=120) == []
+    assert shown(line.replace("1+", "2+"), waits, notice, start=240) == [240 + PENDING_SECONDS]
+    assert shown(None, waits, notice, start=360) == []
+    assert shown(line, waits, notice, start=480) == [480 + PENDING_SECONDS], "a new shortage"
+
+
+def test_while_a_trial_makes_progress_no_pending_request_is_shown() -> None:
+    notice = PendingNotice()
+    steps = [{"a": TrialState(Stage.TRAINING, step, 999)} for step in range(300)]
+    assert not any(notice.due("{'GPU': 1.0}: 1+", states, now=now) for now, states in enumerate(steps))

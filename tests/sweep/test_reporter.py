@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from rich.console import Console
 
 from pause_ray.core.process import Stage
-from pause_ray.sweep.progress import TrialState
+from pause_ray.evaluation.cell_scheduler import PoolState
+from pause_ray.sweep import progress
+from pause_ray.sweep.progress import ProgressDisplay, TrialState
 from pause_ray.sweep.queue import TrialQueue
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -29,32 +34,30 @@ def board() -> Iterator[Any]:
     ray.kill(started)
 
 
+def monitor(board: Any, queue: TrialQueue, *, timeout_minutes: float | None) -> Any:
+    from pause_ray.sweep.reporter import TrialMonitor
+
+    display = ProgressDisplay(Console(file=io.StringIO()))
+    pool: Any = SimpleNamespace(finish=lambda: None)
+    return TrialMonitor(board, queue=queue, pool=pool, display=display, timeout_minutes=timeout_minutes)
+
+
 def failures_after(board: Any, states: dict[str, TrialState], until: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """What a watch with a limit takes to have failed, when trials say ``states`` and then nothing more."""
     import ray
 
-    from pause_ray.sweep.reporter import TrialMonitor
-
     line = TrialQueue(start=lambda key: None)
     line.expect(dict.fromkeys(states, "arm"))
-    watch = TrialMonitor(
-        board,
-        line,
-        timeout_minutes=LIMIT_SECONDS / 60,
-        after_step=lambda key, row: None,
-        finish=lambda: None,
-        label=lambda key: key,
-        say=lambda text: None,
-    )
+    watch = monitor(board, line, timeout_minutes=LIMIT_SECONDS / 60)
     for key, state in states.items():
         ray.get(board.begin.remote(key, None))
-        ray.get(board.show.remote(key, state))
-    watch.look()
+        ray.get(board.report.remote(key, state))
+    watch.read()
     deadline = time.monotonic() + 120
     while not until(watch.failures):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-        watch.look()
+        watch.read()
     return watch.failures
 
 
@@ -62,19 +65,9 @@ def test_who_insists_on_an_end_is_not_kept_waiting_by_trials(board: Any) -> None
     import ray
     from ray.exceptions import RayActorError
 
-    from pause_ray.sweep.reporter import TrialMonitor
-
     line = TrialQueue(start=lambda key: None)
     line.expect({"trained": "arm"})
-    watch = TrialMonitor(
-        board,
-        line,
-        timeout_minutes=None,
-        after_step=lambda key, row: None,
-        finish=lambda: None,
-        label=lambda key: key,
-        say=lambda text: None,
-    )
+    watch = monitor(board, line, timeout_minutes=None)
 
     class Trial:
         def answers(self) -> bool:
@@ -86,12 +79,12 @@ def test_who_insists_on_an_end_is_not_kept_waiting_by_trials(board: Any) -> None
     process = ray.remote(num_cpus=0, max_concurrency=2)(Trial).remote()
     at_work = process.never_ends.remote()
     ray.get(board.begin.remote("trained", process))
-    ray.get(board.show.remote("trained", TrialState(Stage.TRAINING, 1, 4)))
+    ray.get(board.report.remote("trained", TrialState(Stage.TRAINING, 1, 4)))
     watch.interrupted = True
-    watch.look()
+    watch.read()
     assert ray.get(process.answers.remote()), "a first signal lets it come to an end of its own"
     watch.insisted = True
-    watch.look()
+    watch.read()
     with pytest.raises(RayActorError):
         ray.get(at_work, timeout=120)
     assert not watch.failures, "it did nothing wrong"
@@ -102,4 +95,53 @@ def test_only_who_is_at_work_and_says_nothing_is_taken_to_hang(board: Any) -> No
     for_others = {stage: TrialState(stage, 1, 4) for stage in Stage if stage.waits_for_others}
     failed = failures_after(board, for_others | at_work, lambda failures: len(failures) >= len(at_work))
     assert failed.keys() == at_work.keys()
-    assert all("said nothing for" in message and f"({stage}, 1 of 4 done)" in message for stage, (message, _) in failed.items())
+    assert all(
+        "reported nothing for" in failure.message and f"({stage}, 1 of 4 done)" in failure.message for stage, failure in failed.items()
+    )
+
+
+class SilentPool:
+    """A scoring pool that answers after a longer time than the driver waits."""
+
+    def state(self, *, timeout_seconds: float) -> PoolState:
+        from ray.exceptions import GetTimeoutError
+
+        raise GetTimeoutError(f"no answer within {timeout_seconds} s")
+
+
+class Pool:
+    def state(self, *, timeout_seconds: float) -> PoolState:
+        return PoolState(pids=(1,), busy=1, starting=0, requests=1, waiting_cells=0, stats={})
+
+
+def test_a_cluster_that_does_not_answer_is_left_out_of_the_status() -> None:
+    from pause_ray.sweep.runner import cluster_state
+    from pause_ray.sweep.status import ClusterState
+
+    assert cluster_state(cast(Any, SilentPool())) == ClusterState()
+    assert cluster_state(cast(Any, Pool())).gpus == 0
+
+
+def test_a_sweep_that_waits_for_a_resource_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from pause_ray.sweep.runner import cluster_state
+
+    monkeypatch.setattr(progress, "PENDING_SECONDS", 0.0)
+    screen = io.StringIO()
+    display = ProgressDisplay(Console(file=screen, width=300))
+
+    @ray.remote(num_cpus=0, resources={"quantum_chip": 2})
+    def work() -> None: ...
+
+    waiting = work.remote()
+    deadline = time.monotonic() + 120
+    try:
+        while "quantum_chip" not in screen.getvalue():
+            assert time.monotonic() < deadline, "never shown"
+            display.note_pending(cluster_state(cast(Any, Pool())).pending)
+        display.note_pending(cluster_state(cast(Any, Pool())).pending)
+    finally:
+        ray.cancel(waiting)
+    [line] = [line for line in screen.getvalue().splitlines() if "quantum_chip" in line]
+    assert "Ray has not placed {'quantum_chip': 2.0}: 1+ pending tasks/actors; `ray status` on the head" in line

@@ -167,7 +167,7 @@ def test_a_trial_that_hangs_and_one_that_cannot_be_trained_cost_only_themselves(
     code, output = run_to_its_end(sweep, tmp_path)
     output = " ".join(output.split())
     assert code == 2, output
-    assert f"rank={HANGING_RANK} #0 failed: said nothing for 0.3 minutes (" in output
+    assert f"rank={HANGING_RANK} #0 failed: reported nothing for 0.3 minutes (" in output
     assert f"rank={FAILING_RANK} #0 failed: train.lora.rank {FAILING_RANK}" in output
     assert "3 of 5 trials are finished" in output
     assert len(ledgers(tmp_path)) == 3

@@ -9,7 +9,7 @@ import pytest
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import Storage, write_json
 from pause_ray.evaluation.ledger import Ledger
-from pause_ray.sweep.search import Rounds
+from pause_ray.sweep.search import SearchLoop, SweepTrials
 from pause_ray.sweep.spec import read_sweep
 from tests.evaluation.answered_rows import row
 from tests.evaluation.tiny import STOCK
@@ -26,7 +26,7 @@ def stubbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder_of(sweep: Path, overrides: JsonObject) -> str:
     """Name of the folder in which it would run."""
     storage = Storage(sweep.parent / "runs")
-    return Rounds(read_sweep(sweep, overrides), storage=storage, command="", showing=lambda done, total: None).folder.name
+    return SweepTrials(read_sweep(sweep, overrides), storage=storage, command="", progress=lambda done, total: None).folder.name
 
 
 def test_stops_and_rungs_of_one_scheduler_are_nothing_to_another_or_to_none(stubbed: Path) -> None:
@@ -72,14 +72,15 @@ def test_points_that_are_the_same_trial_have_its_value_in_one_round_and_in_two(s
         "trial.corpus.num_sequences": 16,
     }
     storage = Storage(tmp_path)
-    rounds = Rounds(read_sweep(stubbed, changes), storage=storage, command="", showing=lambda done, total: None)
+    trials = SweepTrials(read_sweep(stubbed, changes), storage=storage, command="", progress=lambda done, total: None)
     search = Asked([same[:2], same[2:]])
-    [(key, trial)] = rounds.begin(search).items()
+    loop = SearchLoop(trials, search)
+    [(key, trial)] = loop.next_round().items()
     ledger = Ledger(storage.trials / key / "cells.jsonl")
     for number, cell in enumerate(trial.prepared.cells):
         ledger.append(row(number, STOCK.needle, cell_id=cell.id))
     write_json(storage.trials / key / "manifest.json", {})
-    assert rounds.advance() == {}
+    assert loop.next_round() == {}
     [value] = {value for _, value in search.told}
     assert value is not None
     assert [point for point, _ in search.told] == same

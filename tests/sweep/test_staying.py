@@ -97,14 +97,20 @@ def test_tune_holds_a_trials_place_on_those_nodes_and_nothing_else(monkeypatch: 
     assert len(beside.bundles) == 2
 
 
-def test_of_a_lost_process_a_users_mistake_is_told_and_anything_else_with_its_trace() -> None:
-    from pause_ray.core.ray_cluster import without_package
-    from pause_ray.sweep.trainable import why_lost
+def test_a_lost_process_fails_by_a_users_mistake_or_with_a_trace() -> None:
+    from ray.exceptions import RayActorError, RayTaskError
 
+    from pause_ray.core.errors import StorageError
+    from pause_ray.core.ray_cluster import without_package
+    from pause_ray.sweep.trainable import failure_of_lost_process
+
+    unseen = StorageError("/mnt/runs: not seen by b; give --storage another path")
+    mistake = failure_of_lost_process(RayTaskError("step", "Traceback", unseen))
+    assert (mistake.error, mistake.trace) == (unseen, None)
     account = "The actor died because of an error raised in its creation task\n  File x\n"
-    unseen = "/mnt/runs: not seen by b; give --storage another path"
-    assert why_lost(f"{account}pause_ray.core.errors.StorageError: {unseen}") == (unseen, None)
-    without = "ModuleNotFoundError: No module named 'peft'"
-    assert why_lost(account + without) == (without_package(without), None)
+    no_package = "ModuleNotFoundError: No module named 'peft'"
+    lost = failure_of_lost_process(RayActorError(error_msg=account + no_package))
+    assert (lost.message, lost.trace) == (without_package(no_package), None)
     out_of_memory = "Task was killed due to the node running low on memory."
-    assert why_lost(account + out_of_memory) == (out_of_memory, account + out_of_memory)
+    lost = failure_of_lost_process(RayActorError(error_msg=account + out_of_memory))
+    assert (lost.message, lost.trace) == (out_of_memory, account + out_of_memory)

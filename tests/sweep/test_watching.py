@@ -20,7 +20,7 @@ from pause_ray.core.storage import Storage
 from pause_ray.evaluation.ledger import Ledger
 from pause_ray.models.checkpoint import read_training_log
 from pause_ray.report.overview import SweepStatus, sweep_status
-from pause_ray.sweep.heartbeat import METRICS
+from pause_ray.sweep.status import METRICS
 from tests.cluster_files.autoscaler import CLUSTER
 from tests.real_cluster import RealCluster, running_cluster
 from tests.sweep.stubs import ROOT, write_stub_sweep
@@ -113,8 +113,8 @@ def test_what_is_watched_is_what_happens(cluster: RealCluster, sweep_file: Path,
 
         def at_work() -> SweepStatus | None:
             found = status_of(tmp_path)
-            busy = found and found.live and found.live.fleet and found.live.fleet.busy and found.live.speed.cells
-            # The heartbeat is older than the ledgers: between two trials it may know of none that runs.
+            busy = found and found.live and found.live.actors and found.live.actors.busy and found.live.speed.cells
+            # The status is older than the ledgers: between two trials it may know of none that runs.
             running = busy and found.by_state.get("running")
             return found if running and 0 < sum(trial.cells_done for trial in found.trials) < 48 else None
 

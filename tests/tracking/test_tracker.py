@@ -1,4 +1,4 @@
-"""The thread that sends steps to MLflow: it does so while the command runs, and a server that is away stops nothing."""
+"""Steps go to MLflow while the command runs, and a server that is away stops nothing."""
 
 from __future__ import annotations
 
@@ -41,10 +41,12 @@ def runs(storage: Storage, name: str = "training") -> list[Any]:
     return [] if experiment is None else list(client.search_runs([experiment.experiment_id]))
 
 
-def until(happened: Callable[[], bool]) -> None:
+def until(happened: Callable[[], bool], tracker: Tracker) -> None:
+    """Call ``send`` as a driver loop does, until something has happened."""
     deadline = time.monotonic() + 120
     while not happened():
         assert time.monotonic() < deadline, "it never happened"
+        tracker.send()
 
 
 def last_step(storage: Storage) -> float | None:
@@ -54,9 +56,9 @@ def last_step(storage: Storage) -> float | None:
 def test_steps_arrive_while_the_command_runs(storage: Storage) -> None:
     with Tracker(storage, warn=warn, send_seconds=0.01) as tracker:
         tracker.step(TRAINING, row(1))
-        until(lambda: last_step(storage) == 1.0)
+        until(lambda: last_step(storage) == 1.0, tracker)
         tracker.step(TRAINING, row(2))
-        until(lambda: last_step(storage) == 0.5)
+        until(lambda: last_step(storage) == 0.5, tracker)
         assert [run.info.status for run in runs(storage)] == ["RUNNING"]
 
 
@@ -82,7 +84,7 @@ def test_a_command_that_is_to_end_at_once_sends_nothing_unless_it_has_begun_to(s
     with pytest.raises(KeyboardInterrupt):
         with Tracker(storage, warn=warn, send_seconds=0.01) as tracker:
             tracker.step(TRAINING, row(1))
-            until(lambda: last_step(storage) == 1.0)
+            until(lambda: last_step(storage) == 1.0, tracker)
             raise KeyboardInterrupt
     assert [run.info.status for run in runs(storage)] == ["KILLED"]
 
@@ -107,10 +109,11 @@ def test_a_server_that_is_away_is_said_once_and_holds_nothing_up(
         started = time.monotonic()
         for number in range(1, 1001):
             tracker.step(TRAINING, row(number))
+            tracker.send()
         assert time.monotonic() - started < 10
-        until(lambda: bool(said.append(capsys.readouterr().err) or "".join(said)))
+        until(lambda: bool(said.append(capsys.readouterr().err) or "".join(said)), tracker)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{storage.root / 'mlflow.db'}")  # the server is back
-        until(lambda: last_step(storage) == 1 / 1000)
+        until(lambda: last_step(storage) == 1 / 1000, tracker)
     said.append(capsys.readouterr().err)
     assert "".join(said).count("MLflow at http://127.0.0.1") == 1
 
@@ -128,11 +131,12 @@ def test_trials_arrive_while_the_sweep_runs_and_their_ends_hold_nothing_up(stora
         started = time.monotonic()
         for _ in range(1000):
             tracker.trial_ended(folder)
+            tracker.send()
         assert time.monotonic() - started < 10
-        until(lambda: finished() == {"a"})
+        until(lambda: finished() == {"a"}, tracker)
         write_json(storage.trials / "b" / "manifest.json", {**read_json(storage.trials / "a" / "manifest.json"), "digest": "b"})
         tracker.trial_ended(folder)
-        until(lambda: finished() == {"a", "b"})
+        until(lambda: finished() == {"a", "b"}, tracker)
         tracker.log(folder)
     assert finished() == {"a", "b", "0011223344556677"}
     assert len(runs(storage, "demo")) == 3
@@ -147,6 +151,6 @@ def test_trials_that_could_not_be_sent_are_sent_when_the_server_is_back(
     monkeypatch.setattr(tracker_module, "RETRY_SECONDS", 0.0)
     with Tracker(storage, warn=warn, send_seconds=0.01) as tracker:
         tracker.trial_ended(folder)
-        until(lambda: tracker._warned)
+        until(lambda: tracker._warned, tracker)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{storage.root / 'mlflow.db'}")
-        until(lambda: len(runs(storage, "demo")) == 2)
+        until(lambda: len(runs(storage, "demo")) == 2, tracker)

@@ -1,0 +1,222 @@
+"""What the status says of a sweep: its counts, and that it goes on where the cluster or storage does not answer for a moment."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from pause_ray.core.process import Stage
+from pause_ray.core.storage import Storage
+from pause_ray.evaluation.cell_scheduler import PoolState, ScoringStats
+from pause_ray.sweep import status
+from pause_ray.sweep.progress import TrialState
+from pause_ray.sweep.status import (
+    CellCounts,
+    ClusterState,
+    LiveStatus,
+    Metric,
+    Speed,
+    Speedometer,
+    StatusWriter,
+    StepCounter,
+    TrainingProgress,
+    TrialCounts,
+    idle_share,
+)
+
+NUMBER, ANSWERED = 10, 4
+
+
+def work(*trials: str) -> TrialCounts:
+    found = TrialCounts(settled={Stage.DONE: 2, Stage.STOPPED: 1})
+    found.expect(dict.fromkeys(trials[:1], CellCounts(NUMBER, ANSWERED)))
+    found.expect(dict.fromkeys(trials[1:], CellCounts(NUMBER, 0)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("state", "left"),
+    [
+        (None, NUMBER - ANSWERED),
+        (TrialState(Stage.TRAINING, 3, 60), NUMBER - ANSWERED),
+        (TrialState(Stage.PROXY, 1, 16), NUMBER - ANSWERED),
+        (TrialState(Stage.QUEUED, 5, NUMBER), NUMBER - 5),
+        (TrialState(Stage.SCORING, 7, NUMBER), NUMBER - 7),
+        (TrialState(Stage.RECHECKING, 0, 12), 0),
+        *((TrialState(stage, 0, 0), 0) for stage in Stage if stage.is_end),
+    ],
+)
+def test_cells_that_are_left_of_a_trial(state: TrialState | None, left: int) -> None:
+    states = {"a": state} if state else {}
+    assert work("a").cells_left(states, failed=()) == left
+    assert work("a").cells_left(states, failed=["a"]) == 0
+
+
+def test_every_trial_is_in_one_state_and_what_is_left_out_has_none_left() -> None:
+    counted = work("a", "b", "c", "d", "e")
+    states = {"a": TrialState(Stage.TRAINING, 1, 2), "b": TrialState(Stage.SCORING, 9, NUMBER), "c": TrialState(Stage.STOPPED, 1, 1)}
+    counted.leave_out(["c", "d"])
+    assert counted.by_state(states, failed=["b"]) == {"done": 2, "stopped": 1 + 2, "training": 1, "failed": 1, "to_come": 1}
+    assert counted.cells_left(states, failed=["b"]) == (NUMBER - ANSWERED) + NUMBER
+
+
+def test_what_is_to_begin_no_more_is_left_out_unless_it_has_begun() -> None:
+    counted = work("a", "b", "c")
+    states = {"b": TrialState(Stage.SCORING, 9, NUMBER)}
+    counted.begin_no_more(["a", "b"])
+    assert counted.by_state(states, failed=[]) == {"done": 2, "stopped": 1 + 1, "scoring": 1, "to_come": 1}
+    assert counted.cells_left(states, failed=[]) == 1 + NUMBER
+    counted.begin_no_more([])
+    assert counted.cells_left({}, failed=[]) == (NUMBER - ANSWERED) + 2 * NUMBER
+
+
+def rows(*steps: int) -> list[dict[str, Any]]:
+    return [{"step": step, "tokens": 100} for step in steps]
+
+
+def counted(before: Mapping[str, TrainingProgress], *told: tuple[str, dict[str, Any]]) -> StepCounter:
+    counts = StepCounter(before)
+    for trial, row in told:
+        counts.note(trial, row)
+    return counts
+
+
+def test_a_step_counts_once_also_when_it_is_told_again_or_taken_again() -> None:
+    told = [("a", row) for row in rows(1, 2, 3, 2, 3, 4)] + [("b", row) for row in rows(1)]
+    counts = counted({}, *told)
+    assert counts.new == TrainingProgress(steps=5, tokens=500)
+    assert counts.by_trial() == {"a": TrainingProgress(steps=4, tokens=400), "b": TrainingProgress(steps=1, tokens=100)}
+
+
+def test_what_the_driver_before_has_counted_is_not_new() -> None:
+    counts = counted({"a": TrainingProgress(steps=3, tokens=299)}, *(("a", row) for row in rows(1, 2, 3, 4)))
+    assert counts.new == TrainingProgress(steps=1, tokens=100)
+    assert counts.by_trial()["a"] == TrainingProgress(steps=4, tokens=399)
+    counts.forget(["a", "unknown"])
+    assert (counts.by_trial(), counts.new.steps) == ({}, 1)
+
+
+def answered(cells: int) -> list[ScoringStats]:
+    return [ScoringStats(cells=cells, prefilled_tokens=10 * cells), ScoringStats(cells=cells, decoded_tokens=10 * cells)]
+
+
+def test_speeds_are_those_of_the_last_minute() -> None:
+    meter = Speedometer()
+    assert meter.speed(answered(0), trained_tokens=0, now=1000.0) == Speed()
+    assert meter.speed(answered(10), trained_tokens=50, now=1010.0) == Speed(cells=2.0, scored_tokens=20.0, trained_tokens=5.0)
+    for seconds in range(20, 200, 10):
+        fast = meter.speed(answered(10 + 2 * (seconds - 10)), trained_tokens=50, now=1000.0 + seconds)
+    assert fast == Speed(cells=4.0, scored_tokens=40.0, trained_tokens=0.0)
+
+
+def test_a_fleet_that_counts_from_zero_again_is_not_taken_to_go_backwards() -> None:
+    meter = Speedometer()
+    meter.speed(answered(100), trained_tokens=0, now=0.0)
+    assert meter.speed(answered(1), trained_tokens=0, now=5.0) == Speed()
+    assert meter.speed(answered(6), trained_tokens=0, now=10.0).cells == 2.0
+
+
+def test_who_cannot_be_asked_is_not_taken_to_begin_anew() -> None:
+    meter = Speedometer()
+    assert meter.speed(None, trained_tokens=0, now=0.0) == Speed()
+    meter.speed(answered(50_000), trained_tokens=0, now=0.0)
+    before = meter.speed(answered(50_006), trained_tokens=0, now=6.0)
+    assert before.cells == 2.0
+    assert meter.speed(None, trained_tokens=0, now=9.0) == before
+    assert meter.speed(answered(50_012), trained_tokens=0, now=12.0).cells == 2.0
+    assert meter.speed(None, trained_tokens=0, now=200.0) == Speed(), "of the last minute nothing is known"
+
+
+def test_a_gpu_is_idle_that_is_free_or_whose_holder_waits() -> None:
+    running = [TrialState(Stage.TRAINING, 1, 2), TrialState(Stage.SCORING, 1, 2), TrialState(Stage.PAUSED, 0, 1)]
+    cluster = ClusterState(scoring=scoring(pids=(1, 2, 3), busy=1), gpus=8.0, free_gpus=1.0)
+    assert idle_share(running, cluster, per_actor=0.5, per_trial=1.0) == pytest.approx((1.0 + 2 * 0.5 + 1.0) / 8)
+    unknown = ClusterState(gpus=8.0, free_gpus=1.0)
+    assert idle_share(running, unknown, per_actor=0.5, per_trial=0.0) == pytest.approx(1 / 8)
+    assert idle_share(running, dataclasses.replace(cluster, gpus=1.0), per_actor=0.5, per_trial=1.0) == 1.0
+    assert idle_share(running, dataclasses.replace(cluster, gpus=0.0), per_actor=0.0, per_trial=0.0) is None
+    assert idle_share(running, ClusterState(), per_actor=0.0, per_trial=0.0) is None
+
+
+def scoring(*, pids: tuple[int, ...], busy: int) -> PoolState:
+    return PoolState(pids=pids, busy=busy, starting=1, requests=1, waiting_cells=0, stats={"grid": ScoringStats(cells=100_000)})
+
+
+class Series(dict[tuple[str, str], float]):
+    """Stands for ``RayMetrics``: (name, state) → the last value."""
+
+    def set(self, metric: Metric, value: float, **labels: str) -> None:
+        self[metric.name, labels.get("state", "")] = value
+
+    def count(self, metric: Metric, total: float, **labels: str) -> None:
+        self[metric.name, ""] = total
+
+
+@pytest.fixture
+def writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StatusWriter:
+    """A writer of a sweep with two trials of each of two arms."""
+    monkeypatch.setattr(status, "RayMetrics", lambda sweep: Series())
+    suite = SimpleNamespace(num_positions={1024: NUMBER})
+    trials = {
+        f"{arm}{number}": SimpleNamespace(planned=SimpleNamespace(arm=arm, label=f"{arm} #{number}", spec=SimpleNamespace(eval=suite)))
+        for arm in ("good", "bad")
+        for number in (0, 1)
+    }
+    found = StatusWriter(tmp_path, storage=Storage(tmp_path), per_actor_gpus=0.0, per_trial_gpus=0.0, settled={})
+    found.expect(cast(Any, trials))
+    return found
+
+
+def written(
+    writer: StatusWriter, folder: Path, cluster: ClusterState, *, states: Any = None, given_up: Mapping[str, str] | None = None
+) -> LiveStatus:
+    writer.write(states or {}, cluster, failures={}, given_up=given_up or {}, seconds_left=None)
+    found = LiveStatus.read(folder)
+    assert found is not None
+    return found
+
+
+def test_a_missed_answer_makes_no_speed_and_no_number_of_gpus(writer: StatusWriter, tmp_path: Path) -> None:
+    answer = ClusterState(scoring=scoring(pids=(1,), busy=1), gpus=0.0)
+    for cluster in (answer, ClusterState(), answer):
+        assert written(writer, tmp_path, cluster).speed.cells == 0, "nothing was answered meanwhile"
+    writer._metrics = shown = cast(Any, Series())
+    found = written(writer, tmp_path, ClusterState())
+    assert (found.actors, found.gpus, found.gpu_idle_share) == (None, None, None)
+    assert not {status.GPUS.name, status.GPU_IDLE_SHARE.name, status.CELLS.name} & {name for name, _ in shown}
+    assert shown[status.CELLS_LEFT.name, ""] == 4 * NUMBER
+
+
+def test_trials_of_an_arm_that_was_given_up_are_not_to_come(writer: StatusWriter, tmp_path: Path) -> None:
+    reason = {"bad": "3 of them have failed"}
+    found = written(writer, tmp_path, ClusterState(), states={"bad0": TrialState(Stage.SCORING, 2, NUMBER)}, given_up=reason)
+    assert found.given_up == reason
+    shown = cast(Any, writer._metrics)
+    assert [shown[status.TRIALS.name, state] for state in (Stage.TO_COME, Stage.SCORING, Stage.STOPPED)] == [2, 1, 1]
+    assert shown[status.CELLS_LEFT.name, ""] == 2 * NUMBER + NUMBER - 2, "the one that runs goes on"
+
+
+def test_storage_that_refuses_is_logged_once_each_time_and_raises_nothing(
+    writer: StatusWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refuses = True
+
+    def look(folder: Path) -> bool:
+        if refuses:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return False
+
+    monkeypatch.setattr(status, "is_complete", look)
+    writer.count_step("good0", {"step": 1, "tokens": 100})
+    with caplog.at_level(logging.WARNING, logger="pause_ray"):
+        for refuses in (True, True, False, True, True):
+            writer.write({}, ClusterState(), failures={}, given_up={}, seconds_left=None)
+            assert refuses or (tmp_path / "status.json").is_file()
+    assert len([message for message in caplog.messages if "Stale file handle" in message]) == 2
