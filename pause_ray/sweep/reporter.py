@@ -24,7 +24,6 @@ from pause_ray.sweep.progress import ProgressDisplay, TrialState
 from pause_ray.sweep.queue import TrialQueue
 from pause_ray.sweep.status import Failure
 
-
 TrainedStep = tuple[str, JsonObject]
 """A trial's digest and a row of its training log."""
 STAGES_THAT_ASK = (Stage.WAITING, Stage.DATA, Stage.TRAINING)

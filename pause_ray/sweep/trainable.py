@@ -24,10 +24,10 @@ from pause_ray.core.ray_cluster import without_package
 from pause_ray.core.storage import Storage
 from pause_ray.evaluation.scoring_pool import ScoringPool
 from pause_ray.sweep.reporter import TrialReporter
-from pause_ray.sweep.status import Failure
 from pause_ray.sweep.resources import Placement
 from pause_ray.sweep.search import SweepTrial
 from pause_ray.sweep.spec import SweepSpec
+from pause_ray.sweep.status import Failure
 from pause_ray.trial.run import run_trial
 
 log = logging.getLogger("pause_ray")

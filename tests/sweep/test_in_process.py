@@ -103,7 +103,7 @@ def test_an_interrupt_lets_the_current_cell_be_answered_and_the_same_call_goes_o
     storage = Storage.open(str(tmp_path))
     outcome = run(folder, storage, InterruptedEngine(facts=FACTS))
     assert outcome.interrupted
-    assert (outcome.finished, outcome.planned, outcome.failures) == (0, 2, ())
+    assert (outcome.finished, outcome.planned, outcome.failures) == (0, 2, {})
     assert outcome.ended_by == "it was interrupted"
     assert len(ids(storage)) == 3
     again = run(folder, storage, ScriptedEngine(facts=FACTS))
@@ -130,8 +130,8 @@ def test_a_failure_is_kept_and_an_arm_whose_trials_all_fail_is_given_up(
     folder: Path, tmp_path: Path, because: Exception, message: str, has_trace: bool
 ) -> None:
     outcome = run(folder, Storage.open(str(tmp_path)), FailingEngine(facts=FACTS, because=because), replicates=5)
-    assert [failure.message for failure in outcome.failures] == [message] * 3
-    assert all((failure.trace is not None) == has_trace for failure in outcome.failures)
+    assert [failure.message for failure in outcome.failures.values()] == [message] * 3
+    assert all((failure.trace is not None) == has_trace for failure in outcome.failures.values())
     assert outcome.given_up
     assert not outcome.is_complete
 
