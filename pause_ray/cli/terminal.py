@@ -20,7 +20,7 @@ from rich.text import Text
 
 from pause_ray.core.errors import SpecError
 from pause_ray.core.spec import JsonObject, read_yaml
-from pause_ray.training.metrics import step_words
+from pause_ray.training.metrics import step_summary
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -89,7 +89,7 @@ class StageProgress(Progress):
             self._bars[stage] = self.add_task(stage, total=total, words="", step_seconds=())
         if row:
             self._step_seconds.append(row["seconds"])
-        words = step_words(row) if row else ""
+        words = step_summary(row) if row else ""
         step_seconds = tuple(self._step_seconds) if row else ()
         self.update(self._bars[stage], completed=done, total=total, words=words, step_seconds=step_seconds)
         line = " ".join(filter(None, [f"{stage} {done}/{total}", words]))

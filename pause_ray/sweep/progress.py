@@ -19,7 +19,7 @@ from pause_ray.core.spec import JsonObject, digest
 from pause_ray.evaluation.prefix_plan import by_position, new_tokens
 from pause_ray.evaluation.suite import Cell, cells
 from pause_ray.inference.engine import HfEngineSpec
-from pause_ray.training.metrics import step_words
+from pause_ray.training.metrics import step_summary
 from pause_ray.trial.spec import TrialSpec
 
 TRAINED_TOKEN_COST = 3.0
@@ -210,5 +210,5 @@ class ProgressDisplay:
             if not state.stage.is_end:
                 self._bars[key] = self._progress.add_task(f"  {label}", total=state.total, detail=state.stage)
         if key in self._bars:
-            detail = f"{state.stage} {state.done}/{state.total}" + (f" · {step_words(state.row)}" if state.row else "")
+            detail = f"{state.stage} {state.done}/{state.total}" + (f" · {step_summary(state.row)}" if state.row else "")
             self._progress.update(self._bars[key], completed=state.done, total=state.total, detail=detail)

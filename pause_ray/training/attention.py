@@ -1,6 +1,6 @@
-"""Attention of documents that lie end to end in one row, each to itself alone. Knows tensors, transformers' interface and process groups.
+"""Attention of documents that lie end to end in one row, each within itself. Knows tensors, transformers' interface and process groups.
 
-transformers makes a mask of tokens × tokens for such a row, which keeps fast kernels away and takes memory with the square of the
+transformers makes a mask of tokens × tokens for such a row, which excludes fast kernels and takes memory with the square of the
 row's length. Here each document is a causal attention of its own on a view of the row, without any mask. Where workers share the
 tokens of a row, they exchange tokens for heads before and back after (DeepSpeed Ulysses, arXiv 2309.14509), so that each of them
 sees whole documents with a part of the heads.
@@ -22,35 +22,35 @@ from pause_ray.core.errors import ModelError
 
 NAME = "pause_ray_documents"
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-"""Of transformers' configs: what a layer here may attend to."""
+"""Values of ``layer_types`` in transformers' configs that this attention implements."""
 BLOCK = 512
-"""Queries at a time where a mask is needed: one of block × (window + block) then serves all of a document."""
+"""Queries at a time where a mask is needed: one mask of block × (window + block) then serves the whole document."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the tokens of one forward pass belong together; travels to every layer as the model's keyword argument ``layout``."""
+    """Which tokens of one forward pass belong together; every layer gets it as the model's keyword argument ``layout``."""
 
     documents: tuple[tuple[int, int], ...]
-    """First token and the one after the last of each document, one behind the other from 0; what follows the last sees nothing."""
+    """(first token, token after the last) of each document, contiguous from 0; tokens after the last document attend to nothing."""
     group: ProcessGroup | None = None
-    """Workers that hold equal parts of the tokens, in rank order; None where this one holds them all."""
+    """Workers that hold equal parts of the tokens, in rank order; None where this worker holds all."""
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """How a layer weighs what a token may see."""
+    """Parameters of one layer's attention."""
 
     scale: float | None
     dropout: float
     window: int | None
-    """Tokens that a query sees, itself included; None for all before it."""
+    """Tokens that a query attends to, itself included; None for all before it."""
     softcap: float | None
-    """Gemma 2's bound of the scores."""
+    """Soft bound of the scores (Gemma 2)."""
 
 
 def sequence_group(size: int) -> ProcessGroup | None:
-    """The workers that share rows with this one: ``size`` neighbours in rank. None for one. Every worker must call it."""
+    """Return the group of ``size`` neighbours in rank that share rows with this worker; None for size 1. All workers must call it."""
     if size == 1:
         return None
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
@@ -60,18 +60,18 @@ def sequence_group(size: int) -> ProcessGroup | None:
 
 
 def use_document_attention(model: transformers.PreTrainedModel) -> None:
-    """Let ``model`` attend this way; every forward pass must then be given a ``layout``.
+    """Make ``model`` use this attention; every forward pass then needs the argument ``layout``.
 
     Raises:
-        ModelError: a kind of model whose attention cannot be exchanged, or does more than look back.
+        ModelError: an architecture whose attention cannot be replaced, or is not causal full or sliding attention.
     """
     transformers.AttentionInterface.register(NAME, _attend)
     model.set_attn_implementation(NAME)
     config = model.config.get_text_config()
     others = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
     if config._attn_implementation != NAME or others:
-        kind = f"layers of type {', '.join(sorted(others))}" if others else "an attention that cannot be exchanged"
-        raise ModelError(f"model type {config.model_type} has {kind}, which training does not know; choose another model")
+        kind = f"layers of type {', '.join(sorted(others))}" if others else "an attention that cannot be replaced"
+        raise ModelError(f"model type {config.model_type} has {kind}, which training does not support; choose another model")
 
 
 def _attend(
@@ -92,7 +92,7 @@ def _attend(
     unknown = [name for name in ("s_aux", "position_bias") if others.get(name) is not None]
     if unknown or attention_mask is not None or not getattr(module, "is_causal", True):
         what = unknown[0] if unknown else "a mask of its own"
-        raise ModelError(f"{type(module).__name__} attends with {what}, which training does not know; choose another model")
+        raise ModelError(f"{type(module).__name__} attends with {what}, which training does not support; choose another model")
     rule = _Rule(scaling, dropout, sliding_window, softcap)
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))
     if layout.group is None:
@@ -103,7 +103,7 @@ def _attend(
 def _by_document(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: tuple[tuple[int, int], ...], rule: _Rule
 ) -> torch.Tensor:
-    """All [1, tokens, heads, width]; tokens after the last document get zeros."""
+    """Attend within each document; tensors are [1, tokens, heads, width], and tokens after the last document get zeros."""
     lengths = [end - begin for begin, end in documents]
     lengths.append(query.shape[1] - sum(lengths))
     # Split, not sliced: the gradient of each slice would be a tensor of the whole row.
@@ -117,13 +117,13 @@ def _by_document(
 
 
 def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: _Rule) -> torch.Tensor:
-    """One document [1, heads, tokens, width] by the kernels that need no mask."""
+    """Attend in one document [1, heads, tokens, width] with the kernels that need no mask."""
     grouped = query.shape[1] > key.shape[1]
     return scaled_dot_product_attention(query, key, value, dropout_p=rule.dropout, is_causal=True, scale=rule.scale, enable_gqa=grouped)
 
 
 def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: _Rule) -> torch.Tensor:
-    """One document whose tokens do not see all before them, or not by the plain rule: memory grows with its length, not the square."""
+    """Attend in one document with a window or a soft cap, block by block, so that memory grows linearly with its length."""
     tokens, groups = query.shape[2], query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     seen = []
@@ -140,18 +140,18 @@ def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule
 
 
 def _mask(queries: int, keys: int, window: int | None, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """What to add to the scores of the last ``queries`` of ``keys`` tokens, (queries, keys)."""
+    """Return the additive mask (queries, keys) for the last ``queries`` of ``keys`` tokens."""
     distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
     hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
     return torch.zeros(queries, keys, device=device, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
 _kept_mask = lru_cache(maxsize=8)(_mask)
-"""For windows: every layer, and every block but the first and the last, wants the same."""
+"""Cached masks: every layer, and every block but the first and the last, uses the same one."""
 
 
 def _capped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: _Rule) -> torch.Tensor:
-    """Attention with bounded scores, which no kernel of torch has; made again in the backward pass, as is the mask."""
+    """Attend with bounded scores, which no kernel of torch does; the backward pass recomputes it, mask included."""
     scale, cap = query.shape[3] ** -0.5 if rule.scale is None else rule.scale, float(rule.softcap or 0)
     mask = _mask(query.shape[2], key.shape[2], rule.window, query.device, query.dtype)
     scores = torch.tanh(query @ key.transpose(2, 3) * (scale / cap)) * cap + mask
@@ -167,7 +167,7 @@ def _across_workers(
     rule: _Rule,
     group: ProcessGroup,
 ) -> torch.Tensor:
-    """This worker's tokens [1, tokens, heads, width] to all tokens of the group that they may see."""
+    """Attend from this worker's tokens [1, tokens, heads, width] to the tokens of the whole group."""
     from deepspeed.sequence.layer import DistributedAttention
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -181,10 +181,10 @@ def _across_workers(
 def even_heads(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, workers: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Heads that ``workers`` can share equally, each with the keys of its queries; heads are dimension 2.
+    """Return heads that ``workers`` can share equally, each with the keys of its queries; heads are dimension 2.
 
-    Where the workers are more than the key heads, those are repeated; what is missing to equal shares is filled with zeros, so
-    that no worker has more heads than the largest share of an uneven division.
+    Key heads are repeated where there are fewer of them than workers; zeros fill up to equal shares, so that no worker has
+    more heads than in the largest share of an uneven division.
     """
     heads, groups = query.shape[2], key.shape[2]
     if groups % workers and groups < workers:

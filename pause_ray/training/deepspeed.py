@@ -1,45 +1,137 @@
-"""What a running training has learned so far, whole and by parameter name, taken out of DeepSpeed's engine and put back.
+"""DeepSpeed: its configuration, its process set-up, and the state of a training inside its engine. Knows no Ray and no file layout.
 
-For every trained parameter: its float32 master and AdamW's two moments. Nothing in it depends on the number of workers or
-on the ZeRO stage, so a training goes on under others. Learning rate, row order and dropout follow from the step and need
-no saving. Knows no file layout (``pause_ray.models.checkpoint``) and no Ray.
+All private interfaces of DeepSpeed stand here; ``tests/training/test_private_interfaces.py`` tells which of them an upgrade changed.
+The saved state of every trained parameter is its float32 master and AdamW's two moments, whole and by parameter name: nothing in it
+depends on the number of workers or on the ZeRO stage, so a training can resume under others. Learning rate, row order and dropout
+follow from the step and need no saving.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import peft
 import safetensors.torch
 import torch
 import torch.distributed
-import transformers
-from peft.tuners.lora import LoraLayer
-from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import nn
 
-from pause_ray.core.errors import CheckpointError, ModelError
+from pause_ray.core.errors import CheckpointError, SpecError
 from pause_ray.core.spec import JsonObject
-from pause_ray.models.weights import StoredWeights, start_marker_row
-from pause_ray.text.tokenizer import MarkerToken
 from pause_ray.training.batching import batch_layout
 from pause_ray.training.spec import TrainSpec
 from pause_ray.training.zero_config import deepspeed_config
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 _SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""What DeepSpeed's two kinds of dynamic loss scale remember."""
+"""State of DeepSpeed's two kinds of dynamic loss scale."""
+
+
+def prepare_process(device: str) -> None:
+    """Make the settings that DeepSpeed reads when it is first used in a process: accelerator, log level, no compiling.
+
+    On a CPU it would compile for half a minute a shared-memory op that only its inference uses; an empty table of
+    compatible ops skips that.
+    """
+    os.environ["DS_ACCELERATOR"] = device
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__ = {}
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """Use the process group that Ray Train made; without one, make a group of this process alone and destroy it afterwards.
+
+    DeepSpeed caches groups per process: without its own teardown the next training in this process would use dead ones.
+    ZeRO-3 also replaces ``torch.nn.functional.linear``, which an inference engine in this process must not inherit.
+    """
+    import deepspeed.comm
+
+    if torch.distributed.is_initialized():
+        deepspeed.comm.init_distributed(verbose=False)
+        yield
+        return
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=0, world_size=1)
+    os.environ["LOCAL_RANK"] = "0"
+    linear = torch.nn.functional.linear
+    try:
+        deepspeed.comm.init_distributed(verbose=False)
+        yield
+    finally:
+        torch.nn.functional.linear = linear
+        deepspeed.comm.destroy_process_group()
+        del os.environ["LOCAL_RANK"]
+
+
+def check_precision(train: TrainSpec, *, device: str) -> None:
+    """Refuse float16 on a device that does not compute in it.
+
+    Raises:
+        SpecError: naming the device.
+    """
+    import deepspeed
+
+    if train.precision == "float16" and not deepspeed.get_accelerator().is_fp16_supported():
+        raise SpecError(f"train.precision float16: this {device} does not compute in it; use bfloat16 or float32")
+
+
+def check_nvme(train: TrainSpec) -> None:
+    """Refuse an offload to NVMe on a machine that cannot do it, before a model is loaded.
+
+    Raises:
+        SpecError: DeepSpeed's asynchronous I/O cannot be built or used on this machine.
+    """
+    if "nvme" not in (train.zero.offload_optimizer, train.zero.offload_parameters):
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise SpecError(
+            "train.zero: offload to nvme needs DeepSpeed's async_io, which does not work on this machine; "
+            "install libaio with its headers and a C++ compiler on every node, or offload to cpu"
+        )
+
+
+def start(model: nn.Module, config: JsonObject) -> Any:
+    """Return DeepSpeed's engine around ``model``."""
+    import deepspeed
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config)
+    if config["zero_optimization"]["stage"] == 0:
+        # Its bfloat16 wrapper allocates AdamW's state by a step with zero gradients, which counts as one in the bias
+        # correction: the first real step would be 0.74 of its size. The state comes back by itself.
+        engine.basic_optimizer.state.clear()
+    return engine
+
+
+def release(engine: Any) -> None:
+    """Free the weights' memory: ZeRO-3's backward hooks keep the model alive as long as the process lives."""
+    masters = [master for group in engine.basic_optimizer.param_groups for master in group["params"]]
+    parameters = [*engine.module.parameters(), *masters]
+    engine.basic_optimizer.state.clear()
+    engine.destroy()
+    for parameter in parameters:
+        parameter.grad = None
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
+        if hasattr(parameter, "ds_tensor"):
+            parameter.ds_tensor.data = torch.empty(0, dtype=parameter.dtype)
 
 
 def trained_parameters(engine: Any) -> dict[str, torch.nn.Parameter]:
-    """The parameters that are trained, by their names in the PEFT model; under ZeRO-3 each process holds a part of each."""
+    """Return the trained parameters by their names in the PEFT model; under ZeRO-3 each process holds a part of each."""
     return {name: parameter for name, parameter in engine.module.model.named_parameters() if parameter.requires_grad}
 
 
 def gather_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """Every trained parameter as the model computes with it, whole and on the CPU. All ranks must call it."""
+    """Return every trained parameter in the precision of the model, whole and on the CPU. All ranks must call it."""
     import deepspeed
 
     trained = trained_parameters(engine)
@@ -48,14 +140,14 @@ def gather_weights(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def applied_steps(engine: Any) -> int:
-    """Steps that AdamW has made; fewer than those of the training where float16 overflowed."""
+    """Return the number of AdamW's steps; fewer than the training's where float16 overflowed."""
     return max((int(entry["step"]) for entry in engine.basic_optimizer.state.values() if "step" in entry), default=0)
 
 
 def gather(engine: Any) -> dict[str, torch.Tensor] | None:
-    """Masters and moments by ``kind/parameter``, float32 on the CPU; None on every rank but the first. All ranks must call it.
+    """Return masters and moments by ``kind/parameter``, float32 on the CPU; None on every rank but the first.
 
-    At most one whole tensor is made at a time on the accelerator.
+    All ranks must call it. At most one whole tensor exists at a time on the accelerator.
     """
     first = torch.distributed.get_rank() == 0
     whole = {
@@ -67,7 +159,7 @@ def gather(engine: Any) -> dict[str, torch.Tensor] | None:
 
 
 def restore(engine: Any, tensors: Mapping[str, torch.Tensor], *, applied: int) -> None:
-    """Put back what ``gather`` took, into an engine of any stage and world size. All ranks must call it, with the same tensors."""
+    """Load the result of ``gather`` into an engine of any stage and world size. All ranks must call it with the same tensors."""
     import deepspeed
 
     _begin(engine, applied)
@@ -88,7 +180,7 @@ def restore(engine: Any, tensors: Mapping[str, torch.Tensor], *, applied: int) -
 
 
 def loss_scale(engine: Any) -> JsonObject:
-    """What float16's dynamic loss scale remembers; empty without one."""
+    """Return the state of float16's dynamic loss scale; empty without one."""
     scale = _scale_of(engine)
     return {name: getattr(scale, name) for name in _SCALE_FIELDS if hasattr(scale, name)}
 
@@ -99,7 +191,7 @@ def unapplied_scale(engine: Any) -> float:
 
 
 def restore_loss_scale(engine: Any, remembered: JsonObject) -> None:
-    """Put back ``loss_scale``."""
+    """Load the result of ``loss_scale``."""
     scale = _scale_of(engine)
     for name, value in remembered.items():
         if hasattr(scale, name):
@@ -110,20 +202,20 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a safetensors file.
 
     Raises:
-        OSError: disk full. Safetensors' own writing goes through Rust, whose error for a full disk says less.
+        OSError: the disk is full. (Safetensors writes through Rust, whose error for a full disk is less clear.)
     """
     path.write_bytes(safetensors.torch.save({name: part.contiguous() for name, part in sorted(tensors.items())}))
 
 
 def read_tensors(path: Path, *, trained: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """Read what ``write_tensors`` wrote.
+    """Read a file that ``write_tensors`` wrote.
 
     Args:
         path: Safetensors file.
-        trained: Shape of each trained parameter by name; under ZeRO-3 the whole one's.
+        trained: Shape of each whole trained parameter by name.
 
     Raises:
-        CheckpointError: it is not of these parameters.
+        CheckpointError: the file is not of these parameters.
     """
     tensors: dict[str, torch.Tensor] = safetensors.torch.load_file(path)
     expected = {f"{kind}/{name}": shape for kind in (MASTER, *MOMENTS) for name, shape in trained.items()}
@@ -135,12 +227,12 @@ def read_tensors(path: Path, *, trained: Mapping[str, torch.Size]) -> dict[str, 
 
 
 def whole_shapes(engine: Any) -> dict[str, torch.Size]:
-    """Shape of each trained parameter, whole."""
+    """Return the shape of each trained parameter, whole."""
     return {name: torch.Size(getattr(part, "ds_shape", part.shape)) for name, part in trained_parameters(engine).items()}
 
 
 def _parts(engine: Any, kind: str) -> Any:
-    """(name, whole tensor of this kind) of every trained parameter; the tensor lives until the next one is asked for."""
+    """Yield (name, whole tensor of this kind) of every trained parameter; a tensor is valid until the next one is requested."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     masters = _masters(engine)
@@ -155,11 +247,11 @@ def _parts(engine: Any, kind: str) -> Any:
 
 
 def _set_shard(parameter: Any, whole: torch.Tensor, kind: str) -> None:
-    """Put this process's part of ``whole`` where ZeRO keeps it."""
+    """Copy this process's part of ``whole`` to where ZeRO keeps it."""
     import deepspeed.utils as zero
 
     if hasattr(parameter, "ds_id"):
-        # DeepSpeed 0.19.8's own setters of whole tensors forget the padding that makes equal parts.
+        # DeepSpeed 0.19.8's setters of whole tensors ignore the padding that makes parts equal.
         group, size = parameter.ds_process_group, parameter.ds_tensor.numel()
         padded = torch.zeros(size * torch.distributed.get_world_size(group), dtype=whole.dtype, device=whole.device)
         padded[: whole.numel()] = whole.flatten()
@@ -175,18 +267,18 @@ def _set_shard(parameter: Any, whole: torch.Tensor, kind: str) -> None:
 
 
 def _sharded(parameter: torch.nn.Parameter) -> bool:
-    """Whether ZeRO has cut this parameter's master and moments up; without it each has a master of its own."""
+    """Return whether ZeRO has divided this parameter's master and moments; otherwise the parameter has a master of its own."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
 def _masters(engine: Any) -> list[torch.Tensor]:
-    """What AdamW steps on in this process: without ZeRO one tensor for each parameter, in their order, otherwise flat partitions."""
+    """Return AdamW's tensors in this process: without ZeRO one for each parameter, in their order, otherwise flat partitions."""
     flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3 takes them out of the groups between steps
     return list(flat) if flat is not None else [master for group in engine.basic_optimizer.param_groups for master in group["params"]]
 
 
 def _begin(engine: Any, applied: int) -> None:
-    """Give AdamW the state that it would otherwise make in its first step, and let ZeRO find it."""
+    """Give AdamW the state that its first step would otherwise make, and let ZeRO link it."""
     for master in _masters(engine):
         engine.basic_optimizer.state[master] = {
             "step": torch.tensor(float(applied)),
@@ -201,132 +293,14 @@ def _scale_of(engine: Any) -> Any:
     return getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)
 
 
-class ShardingLoader:
-    """Fills an empty base model, in which an adapter may have been put meanwhile, and deals its parameters to all workers.
+def shard_parameters(parameters: list[nn.Parameter], *, like: Any, train: TrainSpec) -> None:
+    """Divide whole ``parameters`` among all workers under ZeRO stage 3, with the settings of parameter ``like`` or else of ``train``."""
+    if like is not None:
+        like.convert_to_zero_parameters(param_list=parameters)
+        return
+    import deepspeed
 
-    Every worker reads every tensor, so that what depends on whole weights (4-bit statistics, DoRA's magnitudes, the
-    marker's first row) needs no messages; from the second worker of a node on, the files lie in the page cache.
-    """
-
-    def __init__(
-        self, base: transformers.PreTrainedModel, model_dir: Path, *, train: TrainSpec, marker: MarkerToken | None, device: str
-    ) -> None:
-        """Find each parameter of ``base`` in the files of ``model_dir``.
-
-        Raises:
-            ModelError: a file is missing or cut off, or its tensors do not fit the model one by one.
-        """
-        self._base, self._train, self._marker, self._device = base, train, marker, torch.device(device)
-        self._stored = StoredWeights(model_dir, base)
-        self._tables = (base.get_input_embeddings(), base.get_output_embeddings())
-        self._names: dict[int, list[str]] = {}
-        for name, parameter in base.named_parameters(remove_duplicate=False):
-            self._names.setdefault(id(parameter), []).append(name)
-        self._owners = {name: _owner(base, name) for names in self._names.values() for name in names}
-        self._buffers = {name: _owner(base, name) for name, _ in base.named_buffers()}
-        self._first_parameter: Any = None
-
-    def fill(self, model: peft.PeftModel, *, start: Callable[[str, LoraLayer], None]) -> None:
-        """Give every parameter its value and cut it up.
-
-        Args:
-            model: The base model with an empty adapter without DoRA, whose layers are made anew when their base weights are there.
-            start: Called with each adapter layer and its name while it is whole; sets its first values.
-
-        Raises:
-            ModelError: a tensor is missing in the files, or of another shape.
-        """
-        ((adapter, config),) = model.peft_config.items()
-        config.use_dora = self._train.lora.dora
-        self._fill_buffers()
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, LoraLayer):
-                self._fill_weights(layer.get_base_layer())
-                layer.update_layer(adapter, config.r, config.lora_alpha, config=config)
-                start(name, layer)
-                self._shard(layer.parameters())
-        for module in dict.fromkeys(module for module, _ in self._owners.values()):
-            self._fill_weights(module)
-            if module not in self._tables:
-                self._shard(module.parameters(recurse=False))
-        for layer in model.modules():
-            if isinstance(layer, TrainableTokensLayer):
-                _start_rows(layer)
-        self._shard(model.parameters())
-
-    def _fill_buffers(self) -> None:
-        for name, (module, leaf) in self._buffers.items():
-            buffer = module.get_buffer(leaf)
-            value = self._stored.read(name) if name in self._stored else buffer
-            module._buffers[leaf] = value.to(self._device, buffer.dtype)
-
-    def _fill_weights(self, module: nn.Module) -> None:
-        for parameter in list(module.parameters(recurse=False)):
-            names = self._names.get(id(parameter))
-            if not parameter.is_meta or names is None:
-                continue
-            tied_to_others = self._base.all_tied_weights_keys
-            name = next((name for name in names if name in self._stored and name not in tied_to_others), names[0])
-            value = _placed(parameter, self._value(name, parameter, in_table=module in self._tables), device=self._device)
-            for alias in names:
-                owner, leaf = self._owners[alias]
-                owner._parameters[leaf] = value
-
-    def _value(self, name: str, parameter: nn.Parameter, *, in_table: bool) -> torch.Tensor:
-        stored = self._stored.read(name)
-        missing = parameter.shape[0] - stored.shape[0]
-        if stored.shape[1:] != parameter.shape[1:] or missing < 0 or (missing and not in_table):
-            raise ModelError(
-                f"{name}: stored as {tuple(stored.shape)}, but config.json wants {tuple(parameter.shape)}; fetch the model again"
-            )
-        value = torch.zeros(parameter.shape, dtype=self._dtype(parameter))
-        value[: stored.shape[0]] = stored
-        if in_table and self._marker is not None:
-            start_marker_row(value, self._marker)
-        return value
-
-    def _dtype(self, parameter: nn.Parameter) -> torch.dtype:
-        return parameter.dtype if type(parameter) is nn.Parameter else getattr(torch, self._train.precision)
-
-    def _shard(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Cut parameters up among all workers, with the settings that training will use; those that are cut up already stay."""
-        whole = [parameter for parameter in parameters if not hasattr(parameter, "ds_id")]
-        if not whole:
-            return
-        if self._first_parameter is not None:
-            self._first_parameter.convert_to_zero_parameters(param_list=whole)
-            return
-        import deepspeed
-
-        workers = torch.distributed.get_world_size()
-        config = deepspeed_config(
-            self._train, layout=batch_layout(self._train, num_workers=workers, even=False), stage=3, world_size=workers
-        )
-        deepspeed.zero.Init(module=nn.ParameterList(whole), config_dict_or_path=config)
-        self._first_parameter = whole[0]
-
-
-def _owner(base: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds a tensor, and its name there: a wrapping may rename the module, and keeps it."""
-    path, _, leaf = name.rpartition(".")
-    return base.get_submodule(path), leaf
-
-
-def _placed(empty: nn.Parameter, value: torch.Tensor, *, device: torch.device) -> nn.Parameter:
-    """``value`` as the kind of parameter that ``empty`` is; a 4-bit one is quantised on the way to the device."""
-    if type(empty) is nn.Parameter:
-        return nn.Parameter(value.to(device), requires_grad=empty.requires_grad)
-    kind: Any = type(empty)
-    quantised: nn.Parameter = kind(value, **{**empty.__dict__, "requires_grad": False}).to(device)
-    return quantised
-
-
-@torch.no_grad()
-def _start_rows(layer: TrainableTokensLayer) -> None:
-    """Trained vocabulary rows start as the table's."""
-    table = layer.get_base_layer().weight
-    for adapter, tokens in layer.token_indices.items():
-        if layer.trainable_tokens_delta[adapter].is_meta:
-            rows = table[tokens]
-            layer.trainable_tokens_delta[adapter] = nn.Parameter(rows.clone())
-            layer.trainable_tokens_original[adapter] = rows.clone()
+    workers = torch.distributed.get_world_size()
+    layout = batch_layout(train, num_workers=workers, even=False)
+    config = deepspeed_config(train, layout=layout, stage=3, world_size=workers)
+    deepspeed.zero.Init(module=nn.ParameterList(parameters), config_dict_or_path=config)

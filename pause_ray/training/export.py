@@ -1,6 +1,6 @@
-"""A checkpoint and its base model → a plain model folder, which transformers and servers load without this project. Knows no Ray.
+"""Export of a checkpoint as a plain model folder, which transformers and servers load without this project. Knows no Ray.
 
-One file of the base is read, merged and written at a time: a model takes no more memory than its largest file.
+The base model is read, merged and written file by file, so the export takes no more memory than the largest file.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from pause_ray.text.tokenizer import MarkerToken
 
 CONFIG = "config.json"
 PREFIX = "base_model.model."
-"""PEFT's, before the name that a tensor has in the model."""
+"""Prefix that PEFT puts before the name of a tensor."""
 ROW = ".token_adapter.trainable_tokens_delta"
 
 BASE = "base_model_name_or_path"
-"""Where an adapter's configuration says what it was trained on."""
+"""Field of an adapter's configuration that names its base model."""
 Progress = Callable[[int, int], None]
 """Called with (files done, files in all)."""
 
 
 def base_of(checkpoint: Checkpoint) -> str:
-    """Folder or hub id of the base model, as it was while training.
+    """Return the folder or hub id of the base model that was trained.
 
     Raises:
-        CheckpointError: the adapter's configuration names none, or one that is not there any more.
+        CheckpointError: the adapter's configuration names no base model, or one that no longer exists.
     """
     path = checkpoint.folder / ADAPTER_CONFIG
     source = read_json(path).get(BASE)
@@ -47,18 +47,18 @@ def base_of(checkpoint: Checkpoint) -> str:
     if not source or not isinstance(source, str):
         raise CheckpointError(f"{path}: names no base model; {remedy}")
     if Path(source).is_absolute() and not Path(source).is_dir():
-        raise CheckpointError(f"{path}: the base model was in {source} while training, and is not there now; {remedy}")
+        raise CheckpointError(f"{path}: the base model was in {source} while training, and that folder no longer exists; {remedy}")
     return source
 
 
 def check_target(folder: Path) -> None:
-    """Refuse a folder that a model cannot be put into, before anything is fetched or read.
+    """Refuse a folder that a model cannot be written into, before anything is fetched or read.
 
     Raises:
-        StorageError: it holds something, or stands below a file.
+        StorageError: the folder is not empty, or its path goes through a file.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise StorageError(f"{folder}: holds something already; name a folder that does not exist")
+        raise StorageError(f"{folder}: is not empty; name a folder that does not exist")
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir():
         raise StorageError(f"{folder}: {above} is a file; name a folder that does not exist")
@@ -67,19 +67,19 @@ def check_target(folder: Path) -> None:
 def export_model(checkpoint: Checkpoint, *, model_dir: Path, folder: Path, dtype: str | None, progress: Progress) -> None:
     """Merge adapter and marker of ``checkpoint`` into the base model and write it, with its tokenizer, into ``folder``.
 
-    Sums are made in float32 and rounded once. Beside the model stands a manifest that says what it was made of.
+    Sums are computed in float32 and rounded once. A manifest beside the model tells what it was made of.
 
     Args:
         checkpoint: Adapter, marker and tokenizer.
         model_dir: The base model that it was trained on.
         folder: Must not exist yet, or be empty.
-        dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps what the base has.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps the base model's.
         progress: Called after every file.
 
     Raises:
         CheckpointError: the adapter cannot be read, or has parts that fit no weight of the base.
         ModelError: the base cannot be read, or its weights are quantised.
-        StorageError: ``folder`` holds something or cannot be written, or the disk is full.
+        StorageError: ``folder`` is not empty or cannot be written, or the disk is full.
     """
     check_target(folder)
     config = _base_config(model_dir)
@@ -111,10 +111,10 @@ def export_model(checkpoint: Checkpoint, *, model_dir: Path, folder: Path, dtype
 
 
 class _Merge:
-    """What an adapter adds to each weight of its base."""
+    """Adds an adapter to the weights of its base model."""
 
     def __init__(self, checkpoint: Checkpoint, *, rows: int) -> None:
-        """Read the adapter; ``rows`` is how many the vocabulary tables shall have."""
+        """Read the adapter; the vocabulary tables get ``rows`` rows."""
         folder = checkpoint.folder
         try:
             self._config = peft.PeftConfig.from_pretrained(str(folder))
@@ -130,14 +130,14 @@ class _Merge:
         self._scale = factor / math.sqrt(self._config.r) if self._config.use_rslora else factor / self._config.r
 
     def check_fits(self, stored: StoredWeights) -> None:
-        """Every part of the adapter belongs to a weight that is there."""
+        """Refuse an adapter with a part that belongs to no weight of the base model."""
         strangers = sorted(name for name in self._parts if name not in stored)
         if strangers:
             raise CheckpointError(f"adapter {self._folder}: was made for another base model: {strangers[0]} has no counterpart")
 
     @torch.no_grad()
     def apply(self, name: str, tensor: torch.Tensor, *, is_table: bool) -> torch.Tensor:
-        """The weight ``name`` with everything that belongs to it, in float32 where something changed."""
+        """Return the weight ``name`` merged with the adapter; it is float32 where something changed."""
         parts = self._parts.get(name, {})
         if "lora_A" in parts:
             return self._with_factors(tensor.float(), parts)
@@ -161,7 +161,7 @@ class _Merge:
 
 
 def _split(key: str) -> tuple[str, str]:
-    """Model's layer and adapter's part of a key such as ``base_model.model.model.layers.0.mlp.up_proj.lora_A.weight``."""
+    """Split into the model's layer and the adapter's part a key such as ``base_model.model.model.layers.0.mlp.up_proj.lora_A.weight``."""
     name = key.removeprefix(PREFIX)
     if name.endswith(ROW):
         return name.removesuffix(ROW), ROW
@@ -186,7 +186,7 @@ def _base_config(model_dir: Path) -> JsonObject:
 
 
 def _exported_config(config: JsonObject, *, rows: int, dtype: str | None) -> JsonObject:
-    """The base's configuration with the tables' new size and the new precision; a multimodal model has them in its text part."""
+    """Return the base's configuration with the new vocabulary size and precision; a multimodal model has them in its text part."""
     precision = {"dtype": dtype} if dtype else {}
     text = {**config["text_config"], "vocab_size": rows, **precision} if "text_config" in config else None
     changed = {**config, **({"text_config": text} if text else {"vocab_size": rows}), **precision}

@@ -1,8 +1,8 @@
-"""The loss of a batch, without the logits of all its tokens. Knows torch and PEFT's model, no DeepSpeed and no Ray.
+"""The loss of a batch, without the logits of all its tokens. Knows torch and the PEFT model, no DeepSpeed and no Ray.
 
-Logits of a long row are the largest thing in training: 128K tokens × a vocabulary of 128K are 64 GiB in float32. Here they are made
-for the learned tokens only, some at a time, and what the backward pass needs of them is their gradient to the hidden states, which
-is computed while they are there. That costs the matrix products of an ordinary loss and no more.
+Logits of a long row are the largest tensor in training: 128K tokens × a vocabulary of 128K are 64 GiB in float32. Here they are
+computed for tokens with a loss only, in chunks, and each chunk's gradient to the hidden states is computed while its logits exist.
+That costs the matrix products of an ordinary loss and no more.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ import peft
 import torch
 import torch.nn.functional as F
 import transformers
-from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from torch.distributed import ProcessGroup
 
 from pause_ray.data.shards import NO_LOSS
 from pause_ray.training.attention import Layout, use_document_attention
 from pause_ray.training.batching import Batch
+from pause_ray.training.model import output_layer
 
 PLAIN_OUTPUT = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text"}
-"""Kinds of model whose logits are the output layer's, with Gemma's soft cap where the config has one. Others may scale them: these
-compute their own."""
+"""Architectures whose logits are those of the output layer, with Gemma's soft cap where the config has one. Others may scale
+them, so their own forward pass computes the logits."""
 CHUNK_LOGITS = 2**24
 """Logits at a time: 64 MiB in float32."""
 
 
 class LossModel(nn.Module):
-    """A trainable model whose forward pass gives the summed cross-entropy of a batch; what DeepSpeed wraps."""
+    """A trainable model whose forward pass returns the summed cross-entropy of a batch; DeepSpeed's engine wraps it."""
 
     def __init__(self, model: peft.PeftModel, *, sequence_group: ProcessGroup | None = None) -> None:
-        """Around ``model``, which attends document by document from now on, on a GPU with Liger's kernels where they are installed.
+        """Wrap ``model`` and make it attend document by document; on a GPU, use Liger's kernels if they are installed.
 
         Args:
-            model: As ``load_trainable`` gives it.
-            sequence_group: The workers that share each row's tokens with this one, or None.
+            model: The model that ``load_trainable`` returns.
+            sequence_group: Workers that share each row's tokens with this one, or None.
 
         Raises:
-            ModelError: a kind of model whose attention cannot be exchanged.
+            ModelError: an architecture whose attention cannot be replaced.
         """
         super().__init__()
         self.model = model
@@ -61,16 +61,16 @@ class LossModel(nn.Module):
         targets: torch.Tensor,
         documents: tuple[tuple[int, int], ...],
     ) -> torch.Tensor:
-        """Cross-entropy in nats, summed over the learned tokens of this worker's part of a batch, as a float32 scalar.
+        """Return the cross-entropy in nats of this worker's part of a batch, summed over tokens, as a float32 scalar.
 
         Args:
             input_ids: (1, tokens).
             position_ids: (1, tokens).
-            targets: (1, tokens), ``NO_LOSS`` where nothing is learned.
-            documents: As in ``Batch``.
+            targets: (1, tokens), ``NO_LOSS`` where a token has no loss.
+            documents: ``Batch.documents``.
         """
-        learned = (targets[0] != NO_LOSS).nonzero()[:, 0]
-        wanted = targets[0, learned]
+        with_loss = (targets[0] != NO_LOSS).nonzero()[:, 0]
+        wanted = targets[0, with_loss]
         base = self.model.get_base_model()
         inputs: dict[str, Any] = {
             "input_ids": input_ids,
@@ -79,14 +79,14 @@ class LossModel(nn.Module):
             "layout": Layout(documents, self._sequence_group),
         }
         if self.output is None:
-            logits: torch.Tensor = base(**inputs, logits_to_keep=learned).logits[0]
+            logits: torch.Tensor = base(**inputs, logits_to_keep=with_loss).logits[0]
             return F.cross_entropy(logits.float(), wanted, reduction="sum")
         hidden: torch.Tensor = base.get_decoder()(**inputs).last_hidden_state
-        return self.output(hidden[0, learned], wanted)  # type: ignore[no-any-return]
+        return self.output(hidden[0, with_loss], wanted)  # type: ignore[no-any-return]
 
 
 def tensors(batch: Batch, *, device: torch.device | str) -> dict[str, Any]:
-    """Arguments of ``LossModel`` for ``batch``."""
+    """Return the arguments of ``LossModel`` for ``batch``."""
     return {
         "input_ids": torch.from_numpy(batch.input_ids).to(device),
         "position_ids": torch.from_numpy(batch.position_ids).to(device),
@@ -96,7 +96,7 @@ def tensors(batch: Batch, *, device: torch.device | str) -> dict[str, Any]:
 
 
 def _use_liger_kernels(base: transformers.PreTrainedModel) -> None:
-    """Fused norms and MLPs (arXiv 2410.10989) in this model; models that are loaded later in this process stay as they are."""
+    """Put fused norms and MLPs (arXiv 2410.10989) into this model; models that are loaded later in this process stay unchanged."""
     from transformers.utils import is_liger_kernel_available
 
     if not is_liger_kernel_available():
@@ -110,44 +110,37 @@ def _use_liger_kernels(base: transformers.PreTrainedModel) -> None:
 
 
 def _has_plain_output(base: transformers.PreTrainedModel) -> bool:
-    layer = base.get_output_embeddings()
-    layer = layer.token_adapter.base_layer if isinstance(layer, TrainableTokensWrapper) else layer
+    layer, _, _ = output_layer(base)
     return base.config.model_type in PLAIN_OUTPUT and type(layer) is nn.Linear and not layer.weight.requires_grad
 
 
 class _Output(nn.Module):
-    """The frozen output layer and the loss in one: under ZeRO-3 its weights are whole while this runs, and only then."""
+    """Output layer and loss in one module, because ZeRO-3 gathers the layer's weights only while a module runs."""
 
     def __init__(self, base: transformers.PreTrainedModel) -> None:
         super().__init__()
-        self._base = (base,)  # no submodule: its parameters have their names in the model
+        self._base = (base,)  # in a tuple, as a submodule would give its parameters second names
         self._softcap: float | None = getattr(base.config, "final_logit_softcapping", None)
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        layer = self._base[0].get_output_embeddings()
-        rows = row_ids = None
-        if isinstance(layer, TrainableTokensWrapper):
-            adapter, layer = layer.token_adapter, layer.token_adapter.base_layer
-            if not adapter.disable_adapters:
-                (name,) = adapter.active_adapters
-                rows, row_ids = adapter.trainable_tokens_delta[name], adapter.token_indices[name]
+        layer, rows, row_ids = output_layer(self._base[0])
         table = _Table(layer.weight, layer.bias, row_ids, self._softcap)
         return _SummedLoss.apply(hidden, rows, targets, table)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @dataclass(frozen=True)
 class _Table:
-    """What makes logits of hidden states."""
+    """Computes logits of hidden states."""
 
     weight: torch.Tensor
     """(vocabulary, hidden), frozen."""
     bias: torch.Tensor | None
     row_ids: list[int] | None
-    """Entries of the vocabulary whose rows are trained instead."""
+    """Vocabulary entries whose rows are trained and replace those of ``weight``."""
     softcap: float | None
 
     def logits(self, hidden: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-        """(tokens, vocabulary) in float32, before the soft cap."""
+        """Return logits (tokens, vocabulary) in float32, before the soft cap."""
         found = hidden @ self.weight.T if self.bias is None else torch.addmm(self.bias, hidden, self.weight.T)
         if rows is not None:
             found[:, self.row_ids] = hidden @ rows.T
@@ -191,7 +184,7 @@ class _SummedLoss(torch.autograd.Function):
 def _loss_and_slope(
     logits: torch.Tensor, targets: torch.Tensor, softcap: float | None, *, learns: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss, and in the place of ``logits`` its derivative by them; with ``learns`` false, anything."""
+    """Return the summed loss and its derivative by ``logits``, which are overwritten; without ``learns`` the derivative is undefined."""
     bend = None
     if softcap is not None:
         bent = torch.tanh(logits / softcap)

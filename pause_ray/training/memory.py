@@ -1,4 +1,4 @@
-"""The memory that a fine-tuning takes, part by part, from sizes alone. Pure: no torch, no model, no GPU.
+"""Memory of a fine-tuning, part by part, computed from sizes alone. Needs no torch, no model and no GPU.
 
 What a step holds is what autograd keeps of a decoder layer with frozen weights and adapters (every norm's float32 input, the
 adapters' inputs, queries, keys, values and their result, the parts of the MLP), the trained weights with gradients and AdamW's
@@ -21,21 +21,20 @@ from pause_ray.training.zero_config import LIVE_BUCKETS, WHOLE_ELEMENTS
 ROOM = 0.9
 """Share of a GPU that a plan may fill: the rest is lost between the blocks of torch's allocator."""
 DOUBT = 0.15
-"""How far a plan may be off: a training starts, in the last stage it may use, unless it cannot fit even so."""
+"""Relative error that a plan may have. A training is refused only if it would not fit with so much less memory either."""
 CHUNK_LOGITS = 2**24
-"""Logits that exist at a time (``train.loss``)."""
+"""Logits that exist at a time, as in ``training.loss``."""
 BLOCK = 512
-"""Queries at a time in layers whose attention needs a mask (``train.attention``)."""
+"""Queries at a time in layers whose attention needs a mask , as in ``training.attention``."""
 HEAP_HOLES = 0.85
-"""On CPUs, of the activations: glibc's heap cannot give a freed aligned block to a request of the same size, so what a layer needs for
-a moment leaves holes between what is kept. Measured with glibc 2.36; ``MALLOC_MMAP_THRESHOLD_=262144`` avoids them at the price of
-time."""
+"""Memory lost in holes of the heap on CPUs, as a share of the activations: glibc cannot reuse a freed aligned block for a request of
+the same size. Measured with glibc 2.36; ``MALLOC_MMAP_THRESHOLD_=262144`` avoids the holes and costs time."""
 GPU_RUNTIME_BYTES = 1_000_000_000
-"""CUDA context, kernels, cuBLAS workspace and NCCL's buffers in each GPU: an allowance."""
+"""Estimate for CUDA context, kernels, cuBLAS workspace and NCCL's buffers in each GPU."""
 GPU_PROCESS_BYTES = 3_000_000_000
-"""Resident memory of one worker with torch, CUDA, DeepSpeed and Ray loaded: an allowance."""
+"""Estimate for the resident memory of one worker with torch, CUDA, DeepSpeed and Ray loaded."""
 CPU_PROCESS_BYTES = 700_000_000
-"""The same without CUDA, as measured."""
+"""Measured resident memory of one worker without CUDA."""
 NVME_BUFFER_BYTES = 1_000_000_000
 """DeepSpeed's page-locked buffers of one worker that moves parameters to a local disk: five of 10⁸ 16-bit numbers."""
 
@@ -52,43 +51,43 @@ PARTS = (
     "buffers",
     "runtime",
 )
-"""What a worker's memory is divided into; a plan has those that are not empty."""
+"""Parts of a worker's memory; a plan contains those that are not empty."""
 HOST_PARTS = ("processes", "training", "loading", "offloaded")
-"""The same of a machine's. ``loading`` is over before ``offloaded`` begins."""
+"""Parts of a machine's memory. ``loading`` is over before ``offloaded`` begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """Who trains."""
+    """Number and kind of training workers."""
 
     number: int
     per_node: int
     on_gpu: bool = True
-    """One GPU each, or processes on CPUs."""
+    """Whether each worker has a GPU; otherwise workers are processes on CPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes by part. Parts of a name never overlap, and all are there at the peak unless said otherwise."""
+    """Bytes by part. Parts do not overlap, and all of them exist at the peak unless their docs say otherwise."""
 
     stage: int
     """ZeRO stage."""
     worker: dict[str, int]
-    """In one GPU; for workers on CPUs in one process, beyond what its imports take."""
+    """Parts in one GPU; for workers on CPUs, in one process, without what its imports take."""
     host: dict[str, int]
-    """In one machine. ``loading`` is over before ``offloaded`` begins."""
+    """Parts in one machine. ``loading`` is over before ``offloaded`` begins."""
     reading_bytes: int = 0
-    """Of a worker on a CPU under stage 3, before training begins: weights twice, in the mapped files and dealt out, and one table on
-    its way. The files' pages are given back when others need the room."""
+    """Peak of a worker on a CPU under stage 3 before training begins: weights twice, in the mapped files and sharded, and one table in
+    transit. The system reclaims the files' pages when they are needed."""
 
     @property
     def worker_bytes(self) -> int:
-        """Peak of one worker."""
+        """Peak memory of one worker."""
         return max(sum(self.worker.values()), self.reading_bytes)
 
     @property
     def host_bytes(self) -> int:
-        """Peak of one machine."""
+        """Peak memory of one machine."""
         phases = ("loading", "offloaded")
         return sum(size for part, size in self.host.items() if part not in phases) + max(self.host.get(part, 0) for part in phases)
 
@@ -102,26 +101,26 @@ def plan_memory(
     longest_row_tokens: int,
     loss_tokens: int | None = None,
 ) -> MemoryPlan:
-    """What one worker and one machine hold at the peak.
+    """Return what one worker and one machine hold at the peak.
 
     Args:
         train: What is trained.
-        shape: Of the base model.
-        workers: Who trains.
-        stage: ZeRO stage; the spec's own is not looked at.
-        longest_row_tokens: Pauses included.
-        loss_tokens: Of one row; None where all may be.
+        shape: Sizes of the base model.
+        workers: Number and kind of workers.
+        stage: ZeRO stage, whatever the spec says.
+        longest_row_tokens: Tokens of the longest row, pauses included.
+        loss_tokens: Tokens with a loss in one row; None where all may have one.
     """
     rows = batch_layout(train, num_workers=max(workers.number, train.sequence_parallel), even=False).micro_rows
     tokens = math.ceil(rows * longest_row_tokens / train.sequence_parallel)
-    learned = tokens if loss_tokens is None else min(tokens, rows * loss_tokens)
-    sizes = _Sizes(train, shape, workers, stage, tokens=tokens, learned=learned, longest=longest_row_tokens)
+    with_loss = tokens if loss_tokens is None else min(tokens, rows * loss_tokens)
+    sizes = _Sizes(train, shape, workers, stage, tokens=tokens, loss_tokens=with_loss, longest=longest_row_tokens)
     return MemoryPlan(stage=stage, worker=sizes.worker(), host=sizes.host(), reading_bytes=sizes.reading())
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """The parts of a plan, in bytes."""
+    """Computes the parts of a plan, in bytes."""
 
     train: TrainSpec
     shape: ModelShape
@@ -129,11 +128,11 @@ class _Sizes:
     stage: int
     _: KW_ONLY
     tokens: int
-    """In one worker's forward pass."""
-    learned: int
-    """Of them, how many have a loss."""
+    """Tokens in one worker's forward pass."""
+    loss_tokens: int
+    """Those of ``tokens`` that have a loss."""
     longest: int
-    """Tokens of the longest row, of which a worker may hold a part."""
+    """Tokens of the longest row, whose tokens several workers may share."""
 
     def worker(self) -> dict[str, int]:
         activations = self._activations
@@ -213,14 +212,14 @@ class _Sizes:
 
     @property
     def _optimizer(self) -> int:
-        """Two moments; a float32 master copy, and gradients in float32 for the step, where the trained weights are not their own master."""
+        """Two moments; where the trained weights are no float32 master themselves, also a master and float32 gradients."""
         own_master = self.stage == 0 and self.train.precision == "float32"
         per_weight = 8 if own_master else 16
         return math.ceil(self._trained / (self.workers.number if self.stage else 1)) * per_weight
 
     @property
     def _activations(self) -> int:
-        """What is kept of all layers, and what one needs for a moment."""
+        """Activations kept of all layers, and those that one layer needs temporarily."""
         shape, value = self.shape, self._value
         sizes = {masked: self._kept_of_a_layer(masked=masked) for masked in (False, True)}
         layers = [sizes[self._masked(window)] for window in shape.windows]
@@ -234,23 +233,23 @@ class _Sizes:
 
     @property
     def _logits(self) -> int:
-        """Of one chunk in the model's precision and in float32, and the gradients of all learned hidden states."""
-        rows = min(self.learned, max(1, CHUNK_LOGITS // self.shape.vocab_size))
-        return rows * self.shape.vocab_size * (self._value + 8) + 2 * self.learned * self.shape.hidden_size * self._value
+        """Logits of one chunk in the model's precision and in float32, and gradients of all hidden states with a loss."""
+        rows = min(self.loss_tokens, max(1, CHUNK_LOGITS // self.shape.vocab_size))
+        return rows * self.shape.vocab_size * (self._value + 8) + 2 * self.loss_tokens * self.shape.hidden_size * self._value
 
     def _masked(self, window: int | None) -> bool:
-        """Whether a layer's attention needs a mask, and so one key and value for every query head."""
+        """Return whether a layer's attention needs a mask, and so one key and value for every query head."""
         return self.shape.caps_scores or (window is not None and window < self.longest)
 
     def _kept_of_a_layer(self, *, masked: bool) -> int:
-        """Bytes per token that autograd keeps of one layer for the way back."""
+        """Return the bytes per token that autograd keeps of one layer for the backward pass."""
         shape, lora, value = self.shape, self.train.lora, self._value
         queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         norms = 4 * (shape.num_norms * shape.hidden_size + (queries + keys if shape.normalizes_heads else 0))  # float32 always
         attention = value * (2 * queries + 2 * (keys + queries if masked else keys))
         mlp = value * 3 * shape.intermediate_size
         adapters = sum(value * (lora.rank + (2 * outputs if lora.dora else 0)) for _, outputs in self._targets.values())
-        if lora.dropout:  # each layer's own thinned-out input, and what was left out
+        if lora.dropout:  # each layer's input after dropout, and the dropout mask
             mask = 1 if self.workers.on_gpu else value
             inputs = sum(width * (value + mask) for width, _ in self._targets.values())
         else:
@@ -263,12 +262,12 @@ class _Sizes:
         if self.workers.number == 1 and self.stage == 0:
             return 0
         bucket = self.train.zero.bucket_elements
-        used = bucket if self.workers.on_gpu and self.stage else min(bucket, self._trained)  # a CPU's memory begins where it is touched
+        used = bucket if self.workers.on_gpu and self.stage else min(bucket, self._trained)  # untouched pages take no memory
         return used * self._value
 
     @property
     def _loading(self) -> int:
-        """A model is read into the machine's memory before it goes to the GPU; with quantisation or stage 3 tensor by tensor."""
+        """Host memory while loading: the whole model before it goes to the GPU, or one tensor with quantisation or stage 3."""
         if self.stage < 3 and self.train.quantize is None:
             return self._weights
         return self.shape.vocab_size * self.shape.hidden_size * (4 + self._value)
@@ -284,11 +283,11 @@ class _Sizes:
 
 
 _READS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-"""Layers that read the same input as another."""
+"""Layer → another layer that reads the same input."""
 
 
 def possible_stages(train: TrainSpec) -> tuple[int, ...]:
-    """The stages that a spec leaves open, from the one with the least communication to the one with the least memory."""
+    """Return the stages that a spec permits, from the least communication to the least memory."""
     if train.zero.stage != "auto":
         return (train.zero.stage,)
     if train.zero.offload_parameters != "none":
@@ -305,7 +304,7 @@ def cheapest_plan(
     longest_row_tokens: int,
     loss_tokens: int | None = None,
 ) -> MemoryPlan | None:
-    """The plan of the first possible stage that fits workers with ``memory_bytes`` each; None where none does."""
+    """Return the plan of the first possible stage that fits workers with ``memory_bytes`` each; None if none fits."""
     plans = (
         plan_memory(
             train,
@@ -321,17 +320,17 @@ def cheapest_plan(
 
 
 def resolve_stage(train: TrainSpec, *, shape: ModelShape | None, workers: int, memory_bytes: int | None, longest_row_tokens: int) -> int:
-    """The stage that a training runs with: the spec's, or for ``auto`` the cheapest that fits.
+    """Return the stage that a training runs with: the spec's, or for ``auto`` the cheapest that fits.
 
     Args:
         train: What is trained.
-        shape: Of the base model; None where its config does not tell, which leaves everything unchecked.
-        workers: How many train together.
-        memory_bytes: Of one GPU; None on CPUs, where nothing is checked.
-        longest_row_tokens: Pauses included.
+        shape: Sizes of the base model; None where they are unknown, in which case nothing is checked.
+        workers: Number of workers.
+        memory_bytes: Memory of one GPU; None on CPUs, where nothing is checked.
+        longest_row_tokens: Tokens of the longest row, pauses included.
 
     Raises:
-        SpecError: nothing that the spec allows fits; the message says what would.
+        SpecError: no permitted stage fits; the message says which changes would fit.
     """
     stages = possible_stages(train)
     if shape is None or memory_bytes is None:
@@ -350,7 +349,7 @@ def resolve_stage(train: TrainSpec, *, shape: ModelShape | None, workers: int, m
 
 
 def gigabytes(size: float) -> str:
-    """``12.3 GB`` (10⁹ bytes), ``340 MB``."""
+    """Format bytes as ``12.3 GB`` (10⁹ bytes) or ``340 MB``."""
     return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB" if size < 1e11 else f"{size / 1e9:,.0f} GB"
 
 
@@ -362,7 +361,7 @@ def _named(plan: MemoryPlan, *, workers: int) -> str:
 
 
 def what_would_fit(train: TrainSpec, *, shape: ModelShape, workers: Workers, memory_bytes: int, longest_row_tokens: int) -> str:
-    """The remedy for a plan that does not fit: as few changes as do it, those that cost least first; then more workers."""
+    """Return the remedy for a plan that does not fit: the fewest changes, cheapest first; then more workers."""
     for number in (workers.number * 2**power for power in range(9)):
         who = Workers(number=number, per_node=workers.per_node)
 
@@ -380,7 +379,7 @@ def what_would_fit(train: TrainSpec, *, shape: ModelShape, workers: Workers, mem
 
 
 def _fewest(offered: list[_Change], fits: Callable[[Iterable[_Change]], bool]) -> list[_Change] | None:
-    """The shortest beginning of ``offered`` that fits, without what it does not need; None where nothing does."""
+    """Return the shortest prefix of ``offered`` that fits, without the changes that it does not need; None if nothing fits."""
     for last in range(len(offered) + 1):
         chosen = offered[:last]
         if fits(chosen):
@@ -393,7 +392,7 @@ def _fewest(offered: list[_Change], fits: Callable[[Iterable[_Change]], bool]) -
 
 @dataclass(frozen=True)
 class _Change:
-    """One thing to change in a train spec."""
+    """A possible change of a train spec."""
 
     words: str
     train: Mapping[str, object]

@@ -1,7 +1,7 @@
-"""What one row of the training log says of its step. Counts and measures; knows no optimizer, no Ray and no file.
+"""The training log: what a row tells of its optimizer step, how it is written, and how another process follows it. Knows no optimizer.
 
-A row has the fields of ``step_record``: always the same ones, except that ``mfu`` stands only where the peak of the GPU is known.
-Where the step was followed by a look at the held-out rows, ``validation_loss`` is added, in nats per labelled token.
+A row has the fields of ``step_record``; ``mfu`` is there only where the peak of the GPU is known, and ``validation_loss``, in nats
+per token with a loss, where validation followed the step.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ if TYPE_CHECKING:
 
 
 FORWARD_AND_BACKWARD = 2
-"""Matrix products per frozen weight: forward, and the gradient of its input. A frozen weight needs no gradient of its own, which is
-a third of what full fine-tuning computes."""
+"""Matrix products per frozen weight: forward, and the gradient of its input. Full fine-tuning has a third one, the weight's gradient."""
 ATTENTION_PASSES = 3
-"""Scores and mixing have two inputs each, and both get gradients: twice the forward's operations on the way back."""
+"""Forward, and twice as much backward: scores and weighted sum have two inputs each, and both get gradients."""
 PEAK_TFLOPS: Mapping[str, float] = {
     "B200": 2250.0,
     "GH200": 989.4,
@@ -50,7 +49,7 @@ PEAK_TFLOPS: Mapping[str, float] = {
     "RTX A6000": 154.8,
 }
 """Part of the device's name → dense 16-bit matrix operations per second with float32 sums, in 10¹², from the makers' data sheets
-(the figures without sparsity); the first that fits counts."""
+(figures without sparsity). The first name that matches counts."""
 SERIES = (
     "loss",
     "validation_loss",
@@ -61,7 +60,7 @@ SERIES = (
     "mfu",
     "peak_memory_bytes",
 )
-"""Fields of a row that are worth a curve; MLflow has them as ``training_loss`` and so on."""
+"""Fields of a row that are shown as curves; MLflow has them as ``training_loss`` and so on."""
 
 
 def step_record(
@@ -77,18 +76,18 @@ def step_record(
     peak_memory_bytes: int,
     mfu: float | None = None,
 ) -> JsonObject:
-    """One row of the training log; all figures are of the whole step, all workers together.
+    """Return one row of the training log; all figures are of the whole step, all workers together.
 
     Args:
         step: Counted from 1.
-        loss: Mean cross-entropy per labelled token, in nats.
-        learning_rate: With which the step was made.
+        loss: Mean cross-entropy per token with a loss, in nats.
+        learning_rate: Rate of this step.
         gradient_norm: Global L2 norm before clipping.
-        tokens: Of the step's rows, without padding.
-        loss_tokens: Those that are learned.
-        computed_tokens: With padding: what went through the model (``computed_tokens``).
-        seconds: From reading the rows to the end of the optimizer's step; no validation, no checkpoint.
-        peak_memory_bytes: The most that any worker has held so far (``peak_memory_bytes``).
+        tokens: Tokens of the step's rows, without padding.
+        loss_tokens: Tokens that have a loss.
+        computed_tokens: Tokens that went through the model, with padding.
+        seconds: Time from reading the rows to the end of the optimizer's step, without validation and checkpoint.
+        peak_memory_bytes: Largest peak of any worker so far.
         mfu: ``model_flops_utilization``.
     """
     record: JsonObject = {
@@ -107,11 +106,11 @@ def step_record(
 
 
 def computed_tokens(lengths: Mapping[int, int], *, passes: Iterable[Iterable[Sequence[int]]], parts: int = 1) -> int:
-    """Tokens that go through the model in one step: the rows of a pass lie end to end, filled up to equal parts.
+    """Return the tokens that go through the model in one step: the rows of a pass end to end, padded to equal parts.
 
     Args:
         lengths: Row number → tokens.
-        passes: ``passes[group][pass]`` holds row numbers, as ``loop.deal`` gives them.
+        passes: ``passes[group][pass]`` holds row numbers, as ``assign_rows`` returns them.
         parts: Workers that share the tokens of a pass.
     """
     together = (sum(lengths[row] for row in rows) for group in passes for rows in group)
@@ -119,7 +118,7 @@ def computed_tokens(lengths: Mapping[int, int], *, passes: Iterable[Iterable[Seq
 
 
 def known_shape(model_dir: Path) -> ModelShape | None:
-    """Sizes of the model in this folder, or None for a kind whose operations cannot be counted: it trains all the same."""
+    """Return the sizes of the model in this folder, or None for an architecture whose operations cannot be counted."""
     try:
         return ModelShape.load(model_dir)
     except ModelError:
@@ -127,16 +126,16 @@ def known_shape(model_dir: Path) -> ModelShape | None:
 
 
 def step_flops(shape: ModelShape, *, document_tokens: Iterable[int], loss_tokens: int, recomputed: bool = False) -> int:
-    """Operations that one step with a frozen base needs, two per multiply-add: forward and backward, whatever is recomputed or padded.
+    """Return the operations of one step with a frozen base, two per multiply-add, without padding.
 
-    Attention counts what a causal mask leaves: each token with those before it in its document, as far as the layer's
-    window reaches. Logits count for labelled tokens. The adapter's own products, about 1 % at rank 16, are left out.
+    Attention counts the pairs that a causal mask leaves: each token with those before it in its document, as far as the
+    layer's window reaches. Logits count for tokens with a loss. The adapter's products, about 1 % at rank 16, are left out.
 
     Args:
-        shape: Of the base model.
+        shape: Sizes of the base model.
         document_tokens: Length of each document in the step's rows.
-        loss_tokens: Of the whole step.
-        recomputed: Count the layers' second forward pass under gradient checkpointing, which is no part of an MFU.
+        loss_tokens: Tokens with a loss in the whole step.
+        recomputed: Whether to count the second forward pass under gradient checkpointing, which is no part of an MFU.
     """
     score_flops = 4 * shape.num_heads * shape.head_dim
     linear_flops = shape.forward_flops(new_tokens=1, past_tokens=0, logit_rows=0) - shape.num_layers * score_flops
@@ -150,23 +149,23 @@ def step_flops(shape: ModelShape, *, document_tokens: Iterable[int], loss_tokens
 
 
 def _seen(tokens: int, window: int | None) -> int:
-    """Pairs of a query and a key it sees, in one document and one layer."""
+    """Count the pairs of a query and a key that it attends to, in one document and one layer."""
     reach = tokens if window is None else min(window, tokens)
     return reach * (reach + 1) // 2 + (tokens - reach) * reach
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak 16-bit operations per second of a GPU by the name that its driver gives; None for one that is not in ``PEAK_TFLOPS``."""
+    """Return a GPU's peak 16-bit operations per second by the name that its driver reports; None where it is not in ``PEAK_TFLOPS``."""
     return next((1e12 * peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
 
 
 def model_flops_utilization(flops: float, *, seconds: float, device_names: Sequence[str]) -> float | None:
-    """Share of the workers' peak that the step's operations came to (MFU, arXiv 2204.02311, appendix B); None without known GPUs.
+    """Return the step's operations as a share of the workers' peak (MFU, arXiv 2204.02311, appendix B); None without known GPUs.
 
     Args:
-        flops: ``step_flops``.
-        seconds: That the step took.
-        device_names: One per worker; empty on CPUs.
+        flops: ``step_flops`` of the step.
+        seconds: Duration of the step.
+        device_names: GPU name of each worker; empty on CPUs.
     """
     peaks = [peak_flops(name) for name in device_names]
     known = [peak for peak in peaks if peak is not None]
@@ -176,7 +175,7 @@ def model_flops_utilization(flops: float, *, seconds: float, device_names: Seque
 def measured_utilization(
     model_dir: Path, rows: Iterable[PackedRow], *, loss_tokens: int, seconds: float, device: torch.device, workers: int
 ) -> float | None:
-    """``model_flops_utilization`` of a step with these ``rows``; None on a CPU, and where model or GPU is not known."""
+    """Return ``model_flops_utilization`` of a step with these ``rows``; None on a CPU, and where model or GPU is not known."""
     shape = _kept_shape(model_dir)
     if device.type != "cuda" or shape is None:
         return None
@@ -192,7 +191,7 @@ _kept_shape = functools.cache(known_shape)
 
 
 def peak_memory_bytes(device: str) -> int:
-    """The most that this process has held: torch's tensors on a GPU, resident memory on a CPU.
+    """Return the peak memory of this process: torch's tensors on a GPU, resident memory on a CPU.
 
     Args:
         device: As torch names it: ``cpu``, ``cuda``, ``cuda:1``.
@@ -203,44 +202,44 @@ def peak_memory_bytes(device: str) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     status = Path("/proc/self/status")
     if status.exists():
-        # Not getrusage: what a process had before it became this program counts there, so a fork's parent too.
+        # Not getrusage: it also counts the memory that a forked process had before exec.
         peak_kib = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return 1024 * int(peak_kib)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def training_series(rows: Iterable[JsonObject]) -> dict[str, list[tuple[int, float]]]:
-    """Curve → (step, value), of the rows that have it."""
+    """Return (step, value) by curve, of the rows that have a value."""
     kept = list(rows)
     series = {f"training_{name}": [(int(row["step"]), float(row[name])) for row in kept if row.get(name) is not None] for name in SERIES}
     return {name: points for name, points in series.items() if points}
 
 
-def step_words(row: JsonObject) -> str:
-    """What a progress line says of a row: ``loss 0.412 · 268 tokens/s · MFU 46 %``."""
+def step_summary(row: JsonObject) -> str:
+    """Return a row's part of a progress line: ``loss 0.412 · 268 tokens/s · MFU 46 %``."""
     rate = f"{row['tokens_per_second']:,.0f} tokens/s"
     mfu = [f"MFU {row['mfu']:.0%}"] if "mfu" in row else []
     return " · ".join([f"loss {row['loss']:.3f}", rate, *mfu])
 
 
 POLL_SECONDS = 0.5
-"""Between two looks at a log that grows; a step takes seconds."""
+"""Time between two reads of a growing log; a step takes seconds."""
 Progress = Callable[[int, int, JsonObject], None]
-"""Called with (steps done, steps in all, that step's row of the training log), from a thread of its own."""
+"""Called with (steps done, steps in all, that step's row of the training log), from a separate thread."""
 
 
-class WrittenLog:
-    """A training's own log. Every worker has one, since every worker may have to save it; one of them writes."""
+class TrainingLogWriter:
+    """Keeps the rows of a training log, as every worker may have to save them in a checkpoint, and writes the file on one of them."""
 
     def __init__(self, path: Path, *, writes: bool) -> None:
-        """Nothing is there before ``begin``."""
+        """Keep ``path`` for ``begin``, which makes the file if this worker ``writes`` it."""
         self._path = path
         self._writes = writes
         self.rows: list[JsonObject] = []
-        """Of all steps so far."""
+        """Rows of all steps so far."""
 
     def begin(self, rows: Sequence[JsonObject]) -> None:
-        """Begin with the rows of the steps that a checkpoint has."""
+        """Start the file with the rows of the steps that a checkpoint contains."""
         self.rows = list(rows)
         if self._writes:
             write_text(self._path, "".join(_line(row) for row in self.rows))
@@ -253,7 +252,7 @@ class WrittenLog:
         """
         self.rows.append(row)
         if self._writes:
-            # Not "a": a file that was taken away is an error and not a log that begins in the middle.
+            # Not mode "a", which would begin a new log in the middle if the file was removed.
             with space_errors(self._path), self._path.open("r+", encoding="utf-8") as file:
                 file.seek(0, os.SEEK_END)
                 file.write(_line(row))
@@ -263,19 +262,19 @@ def _line(row: JsonObject) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
 
 
-class GrowingLog:
-    """A training log, read on from where it was read last. Workers that start again put a shorter one in its place."""
+class TrainingLogReader:
+    """Reads the new rows of a growing training log. Restarted workers replace the file by a shorter one."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file_number = 0
         self._read_bytes = 0
-        """Of this file, whole lines only."""
+        """Bytes of whole lines that were read of this file."""
         self._read_rows = 0
-        self._given_rows = 0
+        self._returned_rows = 0
 
     def new_rows(self) -> list[JsonObject]:
-        """The complete rows beyond those that were given; steps that are taken again are not given again."""
+        """Return the complete rows after the last call; repeated steps are not returned again."""
         try:
             with self._path.open("rb") as file:
                 found = os.fstat(file.fileno())
@@ -286,23 +285,23 @@ class GrowingLog:
         except FileNotFoundError:
             return []
         rows: list[JsonObject] = [json.loads(line) for line in lines.splitlines()]
-        given = max(0, self._given_rows - self._read_rows)
+        known = max(0, self._returned_rows - self._read_rows)
         self._read_bytes += len(lines) + len(end)
         self._read_rows += len(rows)
-        self._given_rows = max(self._given_rows, self._read_rows)
-        return rows[given:]
+        self._returned_rows = max(self._returned_rows, self._read_rows)
+        return rows[known:]
 
 
 @contextlib.contextmanager
 def following(path: Path, *, steps: int, progress: Progress, failures: list[Exception]) -> Iterator[None]:
-    """Pass each row of a growing training log to ``progress``: the same way for one process and for workers elsewhere.
+    """Call ``progress`` with each row of a growing training log, whether this process or workers elsewhere write it.
 
-    What ``progress`` raises is added to ``failures``: it ends the telling and not the training.
+    An exception of ``progress`` is added to ``failures``; it ends the reports and not the training.
     """
     ended = threading.Event()
 
     def follow() -> None:
-        growing = GrowingLog(path)
+        growing = TrainingLogReader(path)
         while True:
             last_look = ended.wait(POLL_SECONDS)
             for row in growing.new_rows():
@@ -313,7 +312,7 @@ def following(path: Path, *, steps: int, progress: Progress, failures: list[Exce
     def guarded() -> None:
         try:
             follow()
-        except Exception as error:  # noqa: BLE001 (a thread's border: raised when the adapter is safe)
+        except Exception as error:  # noqa: BLE001 (a thread's border: the caller raises it when the adapter is safe)
             failures.append(error)
 
     thread = threading.Thread(target=guarded, name="training-progress", daemon=True)

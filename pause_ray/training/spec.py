@@ -1,4 +1,4 @@
-"""How a model is fine-tuned. Only specs; the defaults are the paper's (arXiv 2502.20405)."""
+"""How a model is fine-tuned: specs only. Defaults are those of the paper (arXiv 2502.20405)."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class LoraSpec(Spec):
     rank: int = Field(default=16, ge=1)
     """Rank of the update."""
     alpha: int = Field(default=16, ge=1)
-    """Scale of the update is alpha / rank, or alpha / √rank with ``rslora``."""
+    """Numerator of the update's scale, which is alpha / rank, or alpha / √rank with ``rslora``."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
     targets: tuple[str, ...] | None = Field(default=None, min_length=1)
-    """Names of the linear layers that get an adapter; null for all of attention and MLP, by the model's own names."""
+    """Names of the linear layers that get an adapter; null: all layers of attention and MLP."""
     rslora: bool = False
-    """Rank-stabilised scale (arXiv 2312.03732)."""
+    """Use the rank-stabilised scale (arXiv 2312.03732)."""
     dora: bool = False
-    """Direction and magnitude apart (arXiv 2402.09353)."""
+    """Train direction and magnitude separately (DoRA, arXiv 2402.09353)."""
 
     def check_rank(self, hidden_size: int) -> None:
-        """Refuse a rank that is none for a model of ``hidden_size``.
+        """Refuse a rank above the model's ``hidden_size``.
 
         Raises:
             SpecError: the rank is larger.
@@ -47,34 +47,34 @@ class LoraSpec(Spec):
             )
 
     def check_targets(self, layers: Collection[str]) -> None:
-        """Refuse targets that are none of the model's linear ``layers``.
+        """Refuse targets that are not among the model's linear ``layers``.
 
         Raises:
-            SpecError: naming both.
+            SpecError: naming the unknown targets and the layers.
         """
         unknown = sorted(set(self.targets or ()) - set(layers))
         if unknown:
-            raise SpecError(f"train.lora.targets: {unknown} fit no linear layer of the model; it has {sorted(layers)}")
+            raise SpecError(f"train.lora.targets: {unknown} name no linear layer of the model; it has {sorted(layers)}")
 
 
 class ZeroSpec(Spec):
-    """DeepSpeed ZeRO (arXiv 1910.02054): how memory is spread over workers. In no digest: it changes rounding at most."""
+    """DeepSpeed ZeRO (arXiv 1910.02054): how memory is spread over workers. It changes rounding at most, so it is not part of a digest."""
 
     stage: Literal[0, 1, 2, 3, "auto"] = 0
-    """0: data parallel; 1: optimizer state sharded; 2: and gradients; 3: and parameters. ``auto``: the cheapest that fits."""
+    """0: data parallel; 1: shards optimizer state; 2: also gradients; 3: also parameters. ``auto``: the first of these that fits memory."""
     offload_optimizer: Offload = "none"
-    """Where optimizer state waits between steps."""
+    """Where optimizer state is kept between steps."""
     offload_parameters: Offload = "none"
-    """Where base weights wait; stage 3 only."""
+    """Where base weights are kept while they are not computed with; stage 3 only."""
     nvme_path: str | None = None
-    """Absolute path of a folder on each node's local disk, for ``nvme``: the one place that a spec names to be written to."""
+    """Absolute path of a folder on each node's local disk, for ``nvme``."""
     bucket_elements: int = Field(default=50_000_000, ge=1_000)
-    """Numbers that are sent at a time; smaller takes less memory and more messages."""
+    """Elements that are sent at a time; fewer take less memory and more messages."""
 
     @model_validator(mode="after")
     def _offload_fits_stage(self) -> Self:
         if self.offload_parameters != "none" and self.stage not in (3, "auto"):
-            raise ValueError(f"offload_parameters {self.offload_parameters} needs stage 3, which is the one that shards parameters")
+            raise ValueError(f"offload_parameters {self.offload_parameters} needs stage 3, the only one that shards parameters")
         if self.offload_optimizer != "none" and self.stage == 0:
             raise ValueError(f"offload_optimizer {self.offload_optimizer} needs stage 1, 2 or 3")
         uses_nvme = "nvme" in (self.offload_optimizer, self.offload_parameters)
@@ -91,38 +91,38 @@ class TrainSpec(Spec):
     max_steps: int = Field(default=60, ge=1)
     """Optimizer steps."""
     micro_batch_size: int = Field(default=2, ge=1)
-    """Rows in one forward pass of one worker."""
+    """Sequences in one forward pass of one worker."""
     gradient_accumulation_steps: int = Field(default=4, ge=1)
-    """micro_batch_size × gradient_accumulation_steps rows make one optimizer step, however many workers share them."""
+    """``micro_batch_size × gradient_accumulation_steps`` sequences make one optimizer step, however many workers share them."""
     learning_rate: float = Field(default=2e-4, gt=0)
-    """Peak, reached after the warm-up."""
+    """Peak learning rate, which the warm-up ends at."""
     warmup_steps: int = Field(default=6, ge=0)
-    """Linear warm-up from zero."""
+    """Optimizer steps of the linear warm-up from zero."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """After the warm-up."""
+    """How the learning rate falls after the warm-up."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's decoupled weight decay."""
     gradient_clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
     precision: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of base weights and activations while training; trained weights and optimizer state are float32."""
+    """Precision of base weights and activations while training; trained weights and optimizer state are float32."""
     quantize: Literal["nf4", "int8"] | None = None
-    """``nf4``: QLoRA (arXiv 2305.14314), base weights in 4 bits with double quantisation, stored in ``precision``; ``int8``: in 8 bits
-    (arXiv 2208.07339), up to ZeRO stage 2."""
+    """Precision of the frozen base weights. ``nf4``: 4 bits with double quantisation (QLoRA, arXiv 2305.14314), computed in ``precision``;
+    ``int8``: 8 bits (arXiv 2208.07339), up to ZeRO stage 2."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, up to half as much time again, as frozen weights get no gradients."""
+    """Recompute activations in the backward pass, which takes less memory and up to half as much time again."""
     sequence_parallel: int = Field(default=1, ge=1)
-    """Workers that share each row's tokens (DeepSpeed Ulysses, arXiv 2309.14509)."""
+    """Workers that share the tokens of each sequence (DeepSpeed Ulysses, arXiv 2309.14509)."""
     validate_every: int | None = Field(default=None, ge=1)
-    """Steps between looks at the loss of ``corpus.validation_rows``; null looks after the last step only."""
+    """Steps between two validations on ``corpus.validation_rows``; null: only after the last step."""
     checkpoint_every: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints of the training itself; null writes one when the process is asked to end."""
+    """Steps between two checkpoints of the training itself; null: only when the process is asked to end."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """How many of the last ones stay; the one with the best validation loss stays too."""
+    """Number of latest checkpoints that are kept; the one with the best validation loss is kept too."""
     lora: LoraSpec = LoraSpec()
     """The adapter."""
     zero: ZeroSpec = ZeroSpec()
-    """How optimizer state, gradients and parameters are spread over workers."""
+    """Sharding of optimizer state, gradients and parameters over workers."""
 
     @model_validator(mode="after")
     def _quantized_base_fits(self) -> Self:
@@ -134,7 +134,7 @@ class TrainSpec(Spec):
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of one optimizer step."""
+        """Sequences of one optimizer step, all workers together."""
         return self.micro_batch_size * self.gradient_accumulation_steps
 
     @property
@@ -146,7 +146,7 @@ class TrainSpec(Spec):
         )
 
     def identity(self) -> JsonObject:
-        """The fields that decide the adapter; how rows are cut up and memory is spread changes rounding only."""
+        """Return the fields that decide the adapter; batch layout and sharding are left out, as they change rounding only."""
         data = self.resolved()
         for field in ("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "sequence_parallel", "zero"):
             del data[field]
@@ -168,7 +168,7 @@ class Rungs:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerConfig:
-    """All that a worker needs; picklable, with paths that every node sees."""
+    """Everything that a training worker needs; picklable, with paths that every node sees."""
 
     train: TrainSpec
     model_dir: Path
@@ -177,10 +177,10 @@ class WorkerConfig:
     seed: int
     threads: int | None
     on_gpu: bool | None
-    """None: on the process's GPU if it has one."""
+    """Whether to train on a GPU; None: on the process's GPU if it has one."""
     folder: Path
-    """Where the first worker writes log and adapter."""
+    """Folder in which the first worker writes log and adapter."""
     running: RunningTraining
-    """Where it keeps checkpoints of the training itself."""
+    """Checkpoints of the training itself."""
     rungs: Rungs | None = None
     """None writes the adapter at the end only."""

@@ -22,7 +22,7 @@ from pause_ray.training import deepspeed, metrics
 from pause_ray.training.batching import IDLE, GlobalBatch, batch_layout, collate, dropout_seed, learning_rate, num_loss_tokens
 from pause_ray.training.distributed import Requests, WorkerGroup
 from pause_ray.training.loss import tensors
-from pause_ray.training.metrics import WrittenLog
+from pause_ray.training.metrics import TrainingLogWriter
 from pause_ray.training.spec import WorkerConfig
 
 
@@ -47,7 +47,7 @@ class Trainer:
         self._layout = batch_layout(self._train, num_workers=workers.size, even=False)
         self._group, self._part = self._layout.place(workers.rank)
         self._shards = ShardSet.open(config.shards)
-        self._log = WrittenLog(config.folder / TRAINING_LOG, writes=workers.rank == 0)
+        self._log = TrainingLogWriter(config.folder / TRAINING_LOG, writes=workers.rank == 0)
 
     def run(self) -> None:
         """Take the steps that the last checkpoint lacks.

@@ -1,7 +1,7 @@
-"""What every training worker runs: a process set up for DeepSpeed, the engine, its steps, and the adapter at the end.
+"""Training function of every Ray Train worker: set up the process, start the engine, train, write the adapter.
 
-The function is Ray Train's; the worker reads rows by itself, so it needs no dataset shard. The first worker writes the
-adapter and the training log into the folder it is given; sealing that folder is the launcher's business.
+A worker reads rows by itself, so it needs no dataset shard. The first worker writes adapter and training log into the given
+folder; the launcher seals that folder.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import logging
 import os
 import shutil
 import warnings
@@ -21,7 +20,6 @@ import torch
 import torch.distributed
 from joblib import cpu_count
 
-from pause_ray.core.errors import SpecError
 from pause_ray.core.storage import building, is_complete, space_errors
 from pause_ray.data.shards import ShardSet
 from pause_ray.models.checkpoint import TRAINING_LOG, copy_tokenizer, rung_folder, seal
@@ -32,13 +30,13 @@ from pause_ray.training.loss import LossModel
 from pause_ray.training.memory import resolve_stage
 from pause_ray.training.metrics import known_shape
 from pause_ray.training.model import load_trainable, write_adapter
-from pause_ray.training.spec import TrainSpec, WorkerConfig
+from pause_ray.training.spec import WorkerConfig
 from pause_ray.training.trainer import Trainer
 from pause_ray.training.zero_config import deepspeed_config
 
 
 def train_on_worker(config: dict[str, Any]) -> None:
-    """Train from the last checkpoint on and leave adapter and training log in the folder of ``WorkerConfig``.
+    """Train from the last checkpoint on and write adapter and training log into the folder of ``WorkerConfig``.
 
     Args:
         config: ``{"worker": WorkerConfig}``; Ray Train passes it to every worker.
@@ -52,9 +50,9 @@ def train_on_worker(config: dict[str, Any]) -> None:
     """
     settings: WorkerConfig = config["worker"]
     device = "cuda" if (torch.cuda.is_available() if settings.on_gpu is None else settings.on_gpu) else "cpu"
-    _prepare_deepspeed(device)
-    with warnings.catch_warnings(), _threads(settings.threads), _process_group(device):
-        # Torch's collectives and transformers announce renamings to DeepSpeed, and to no reader of our output.
+    deepspeed.prepare_process(device)
+    with warnings.catch_warnings(), _threads(settings.threads), deepspeed.process_group(device):
+        # Torch's collectives and transformers warn DeepSpeed of renamings, which concerns no reader of our output.
         warnings.simplefilter("ignore", FutureWarning)
         engine = _start_engine(settings, device=device)
         try:
@@ -66,7 +64,7 @@ def train_on_worker(config: dict[str, Any]) -> None:
                 with space_errors(settings.folder):
                     write_adapter(engine.module.model, trained=trained, folder=settings.folder)
         finally:
-            _release(engine)
+            deepspeed.release(engine)
             del engine
             gc.collect()
             if torch.cuda.is_available():
@@ -97,32 +95,6 @@ def _loses_a_node() -> bool:
     return ray.train.get_preemption_info() is not None
 
 
-def _release(engine: Any) -> None:
-    """Give the weights' memory back: ZeRO-3's backward hooks keep the model alive for as long as the process lives."""
-    masters = [master for group in engine.basic_optimizer.param_groups for master in group["params"]]
-    parameters = [*engine.module.parameters(), *masters]
-    engine.basic_optimizer.state.clear()
-    engine.destroy()
-    for parameter in parameters:
-        parameter.grad = None
-        parameter.data = torch.empty(0, dtype=parameter.dtype)
-        if hasattr(parameter, "ds_tensor"):
-            parameter.ds_tensor.data = torch.empty(0, dtype=parameter.dtype)
-
-
-def _prepare_deepspeed(device: str) -> None:
-    """Settings that DeepSpeed reads when it is first used in a process: the accelerator, its log level, no compiling.
-
-    On a CPU it would spend half a minute of g++ and ninja on a shared-memory op that only its inference uses; an empty
-    table of compatible ops skips that.
-    """
-    os.environ["DS_ACCELERATOR"] = device
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__ = {}
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-
-
 @contextlib.contextmanager
 def _threads(threads: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -134,39 +106,13 @@ def _threads(threads: int | None) -> Iterator[None]:
 
 
 def _share_of_cores() -> int:
-    """Cores that may be used here, divided among the workers here; Ray would have them compute with as many as they hold logical CPUs."""
+    """Return this machine's usable cores divided by its workers; Ray's default would be the logical CPUs that a worker reserves."""
     cores: int = cpu_count()
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-@contextlib.contextmanager
-def _process_group(device: str) -> Iterator[None]:
-    """The process group that Ray Train made, or for training in this very process one of its own, gone afterwards.
-
-    DeepSpeed caches groups per process, so its own teardown has to run or the next training here would use dead ones.
-    ZeRO-3 also replaces ``torch.nn.functional.linear`` for good, which an engine in this process must not inherit.
-    """
-    import deepspeed.comm
-
-    if torch.distributed.is_initialized():
-        deepspeed.comm.init_distributed(verbose=False)
-        yield
-        return
-    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=0, world_size=1)
-    os.environ["LOCAL_RANK"] = "0"
-    linear = torch.nn.functional.linear
-    try:
-        deepspeed.comm.init_distributed(verbose=False)
-        yield
-    finally:
-        torch.nn.functional.linear = linear
-        deepspeed.comm.destroy_process_group()
-        del os.environ["LOCAL_RANK"]
-
-
 def _free_memory_bytes(device: str) -> int | None:
-    """Of the worker whose GPU has least, so that all come to the same plan; None on a CPU."""
+    """Return the free memory of the GPU that has least, so that all workers come to the same plan; None on a CPU."""
     if device == "cpu":
         return None
     free = torch.tensor(torch.cuda.mem_get_info(device)[0], device=device)
@@ -174,29 +120,9 @@ def _free_memory_bytes(device: str) -> int | None:
     return int(free)
 
 
-def _check_nvme(train: TrainSpec) -> None:
-    """Refuse an offload to NVMe before a model is loaded for it.
-
-    Raises:
-        SpecError: DeepSpeed's asynchronous input and output cannot be built or used here.
-    """
-    if "nvme" not in (train.zero.offload_optimizer, train.zero.offload_parameters):
-        return
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible(verbose=False):
-        raise SpecError(
-            "train.zero: offload to nvme needs DeepSpeed's async_io, which does not work on this machine; "
-            "install libaio with its headers and a C++ compiler on every node, or offload to cpu"
-        )
-
-
 def _start_engine(settings: WorkerConfig, *, device: str) -> Any:
-    import deepspeed
-
-    if settings.train.precision == "float16" and not deepspeed.get_accelerator().is_fp16_supported():
-        raise SpecError(f"train.precision float16: this {device} does not compute in it; use bfloat16 or float32")
-    _check_nvme(settings.train)
+    deepspeed.check_precision(settings.train, device=device)
+    deepspeed.check_nvme(settings.train)
     train, num_workers = settings.train, torch.distributed.get_world_size()
     where = "cpu" if device == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}"
     stage = resolve_stage(
@@ -218,13 +144,4 @@ def _start_engine(settings: WorkerConfig, *, device: str) -> Any:
         stage=stage,
     )
     model = LossModel(adapted, sequence_group=sequence_group(train.sequence_parallel))
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
-        config=deepspeed_config(train, layout=layout, stage=stage, world_size=num_workers),
-    )
-    if stage == 0:
-        # Its bfloat16 wrapper allocates AdamW's state by a step with zero gradients, which counts as one in the bias
-        # correction: the first real step would be 0.74 of its size. The state comes back by itself.
-        engine.basic_optimizer.state.clear()
-    return engine
+    return deepspeed.start(model, deepspeed_config(train, layout=layout, stage=stage, world_size=num_workers))

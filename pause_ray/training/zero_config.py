@@ -7,25 +7,25 @@ from pause_ray.training.batching import BatchLayout
 from pause_ray.training.spec import Offload, TrainSpec, ZeroSpec
 
 NEVER = 2**31 - 1
-"""Steps between DeepSpeed's own progress lines; the training log has them all."""
+"""Steps between DeepSpeed's progress lines, which the training log makes superfluous."""
 LIVE_BUCKETS = 20
-"""Gathered parameters that stage 3 keeps at a time, in buckets: with the default bucket DeepSpeed's own billion."""
+"""Gathered parameters that stage 3 keeps at a time, in buckets: a billion with the default bucket, as DeepSpeed's default."""
 WHOLE_ELEMENTS = 100_000
-"""Parameters up to this size (norms, most adapter matrices) stay whole on every worker under stage 3: they cost messages, not memory."""
+"""Elements up to which a parameter stays whole on every worker under stage 3, as for norms and most adapter matrices."""
 FIRST_LOSS_SCALE_POWER = 12
-"""float16's first loss scale is two to this. DeepSpeed's 16 would lose the first steps of a short run to overflows."""
+"""Exponent of two of float16's first loss scale. DeepSpeed's 16 would lose the first steps of a short run to overflows."""
 
 
 def deepspeed_config(train: TrainSpec, *, layout: BatchLayout, stage: int, world_size: int) -> JsonObject:
-    """Configuration for ``deepspeed.initialize``.
+    """Return the configuration for ``deepspeed.initialize``.
 
-    In 16 bits every stage keeps a float32 master copy of the trained weights and float32 AdamW moments. The learning rate is
-    set anew before every step. ``torch_adam`` is torch's AdamW: DeepSpeed's own ones need a compiler. Workers that share the
-    tokens of a row count as data-parallel ones: their gradients are summed in the same way.
+    In 16 bits every stage keeps a float32 master copy of the trained weights and float32 AdamW moments. The trainer
+    sets the learning rate before every step. ``torch_adam`` is torch's AdamW; DeepSpeed's need a compiler. Workers that share
+    the tokens of a row count as data parallel, as their gradients are summed in the same way.
 
     Args:
         train: What is trained.
-        layout: How the rows of a step are cut up.
+        layout: How the rows of a step are divided.
         stage: ZeRO stage, resolved.
         world_size: Number of workers; DeepSpeed refuses to start with another.
     """
@@ -48,7 +48,7 @@ def deepspeed_config(train: TrainSpec, *, layout: BatchLayout, stage: int, world
 def _zero(zero: ZeroSpec, stage: int) -> JsonObject:
     if stage == 0:
         return {"stage": 0}
-    bucket = zero.bucket_elements - zero.bucket_elements % 2  # DeepSpeed wants an even number
+    bucket = zero.bucket_elements - zero.bucket_elements % 2  # DeepSpeed requires an even number
     config: JsonObject = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if stage == 3:
         config |= {

@@ -136,7 +136,9 @@ def test_the_command_finds_the_base_where_it_was_and_refuses_another(tmp_path: P
     model_dir.rename(tmp_path / "moved")
     gone = pause_ray(str(checkpoint.folder), str(tmp_path / "five"))
     assert isinstance(gone.exception, CheckpointError)
-    assert str(gone.exception).endswith(f"was in {model_dir} while training, and is not there now; give it with --model FOLDER_OR_HUB_ID")
+    assert str(gone.exception).endswith(
+        f"was in {model_dir} while training, and that folder no longer exists; give it with --model FOLDER_OR_HUB_ID"
+    )
     found = pause_ray(str(checkpoint.folder), str(tmp_path / "five"), "--model", str(tmp_path / "moved"))
     assert found.exit_code == 0, found.output
 
@@ -202,7 +204,7 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(tmp_path: Path) -> 
         export(checkpoint, cut, out)
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(StorageError, match="holds something already"):
+    with pytest.raises(StorageError, match="is not empty"):
         export(checkpoint, model_dir, out)
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
     (checkpoint.folder / ADAPTER_WEIGHTS).write_bytes(b"no tensors")

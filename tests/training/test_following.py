@@ -10,7 +10,7 @@ import pytest
 from pause_ray.core.errors import StoppedError
 from pause_ray.core.storage import Storage, exclusive, lock_of, write_text
 from pause_ray.training.launch import TrainJob, fit, train_digest
-from pause_ray.training.metrics import GrowingLog, following
+from pause_ray.training.metrics import TrainingLogReader, following
 from pause_ray.training.spec import TrainSpec
 from tests.training.tiny_llama import make_rows, make_shards
 
@@ -19,13 +19,13 @@ def lines(*steps: int, note: str = "") -> str:
     return "".join(json.dumps({"step": step, "note": note}) + "\n" for step in steps)
 
 
-def steps_of(growing: GrowingLog) -> list[int]:
+def steps_of(growing: TrainingLogReader) -> list[int]:
     return [row["step"] for row in growing.new_rows()]
 
 
 def test_every_row_is_given_once_and_none_before_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    growing = GrowingLog(path)
+    growing = TrainingLogReader(path)
     assert steps_of(growing) == []
     write_text(path, lines(1, 2))
     assert steps_of(growing) == [1, 2]
@@ -38,7 +38,7 @@ def test_every_row_is_given_once_and_none_before_it_is_whole(tmp_path: Path) -> 
 
 def test_what_was_read_is_not_read_again(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    growing = GrowingLog(path)
+    growing = TrainingLogReader(path)
     write_text(path, lines(1, 2))
     assert steps_of(growing) == [1, 2]
     with path.open("r+") as file:
@@ -51,7 +51,7 @@ def test_what_was_read_is_not_read_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("note", ["", "rows of another length"])
 def test_steps_that_are_taken_again_are_not_told_again(tmp_path: Path, note: str) -> None:
     path = tmp_path / "log"
-    growing = GrowingLog(path)
+    growing = TrainingLogReader(path)
     write_text(path, lines(1, 2, 3, 4))
     assert steps_of(growing) == [1, 2, 3, 4]
     write_text(path, lines(1, 2, note=note))

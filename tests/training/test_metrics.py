@@ -26,7 +26,7 @@ from pause_ray.training.metrics import (
     peak_flops,
     step_flops,
     step_record,
-    step_words,
+    step_summary,
     training_series,
 )
 
@@ -167,8 +167,8 @@ def test_curves_have_the_steps_that_have_a_value() -> None:
 
 
 def test_a_progress_line_says_loss_speed_and_use_of_the_gpu() -> None:
-    assert step_words(record(loss=0.41234, tokens=2_400_000)) == "loss 0.412 · 1,200,000 tokens/s"
-    assert step_words(record(mfu=0.461)).endswith(" · MFU 46%")
+    assert step_summary(record(loss=0.41234, tokens=2_400_000)) == "loss 0.412 · 1,200,000 tokens/s"
+    assert step_summary(record(mfu=0.461)).endswith(" · MFU 46%")
 
 
 def test_the_table_of_gpus_has_the_same_peaks() -> None:

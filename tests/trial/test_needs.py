@@ -210,7 +210,7 @@ def test_a_grid_without_its_texts_is_about_that_with_them(site: Site, tmp_path: 
         ({"lora": {"rank": 5000}}, r"train\.lora\.rank 5000: above the model's hidden size 4096"),
         (
             {"lora": {"targets": ["q_proj", "query"]}},
-            r"train\.lora\.targets: \['query'\] fit no linear layer of the model; it has \['down_proj'",
+            r"train\.lora\.targets: \['query'\] name no linear layer of the model; it has \['down_proj'",
         ),
         ({"gradient_accumulation_steps": 9}, r"= 9 rows per step cannot be shared by 8 workers"),
         ({"sequence_parallel": 3}, r"train\.sequence_parallel 3 needs groups of 3 workers"),
