@@ -44,7 +44,7 @@ from pause_ray.evaluation.answer import Condition
 from pause_ray.evaluation.ledger import CellResult, Ledger
 from pause_ray.evaluation.scoring_pool import ScoringJob, ScoringPool
 from pause_ray.evaluation.suite import Cell, cells
-from pause_ray.inference.engine import Completion, EngineError, HfEngineSpec, LoadedAs, Step
+from pause_ray.inference.engine import Completion, EngineError, HfEngineSpec, LoadedAs, PromptStep
 from pause_ray.inference.scripted import ScriptedEngine
 from pause_ray.models.sources import resolve_model
 from pause_ray.models.spec import ModelSpec
@@ -69,7 +69,7 @@ class WaitingEngine(ScriptedEngine):
 
     cell_seconds: float
 
-    def answer(self, steps: Sequence[Step]) -> Iterator[tuple[int, Completion | EngineError]]:
+    def answer(self, steps: Sequence[PromptStep]) -> Iterator[tuple[int, Completion | EngineError]]:
         for place, outcome in super().answer(steps):
             time.sleep(self.cell_seconds)
             yield place, outcome

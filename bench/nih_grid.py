@@ -32,7 +32,7 @@ from pause_ray.core.storage import Storage
 from pause_ray.evaluation.answer import CellRunner, PlannedCell, plan_cells
 from pause_ray.evaluation.haystack import load_haystack, prompt_builder
 from pause_ray.evaluation.suite import SuiteSpec, cells
-from pause_ray.inference.engine import EngineError, HfEngineSpec, LoadedAs, default_chunk_tokens, grain_of
+from pause_ray.inference.engine import EngineError, HfEngineSpec, LoadedAs, default_chunk_tokens, default_prefix_block_size
 from pause_ray.inference.hf import HfEngine
 from pause_ray.inference.kv_cache import RowsCache, flop_counter
 from pause_ray.models.shape import ModelShape
@@ -77,19 +77,19 @@ class Bench:
     device: str
     max_new_tokens: int
     shape: ModelShape
-    grain_tokens: int
+    prefix_block_size: int
     """What can be kept in this precision."""
 
     def compare(self, name: str, suite: SuiteSpec, reader: CellRunner, *, chunk_tokens: int) -> Iterator[Row]:
         """The baseline on the suite's cells, then the walk without drafts and with them."""
         grid = cells(suite, identity="bench", replicate=0, seed=0)
-        each = plan_cells(grid, reader=reader, grain_tokens=1, reuse="none", drafts=False)
+        each = plan_cells(grid, reader=reader, prefix_block_size=1, reuse="none", drafts=False)
         answers, base = self._generate(each, name=f"generate ({name})")
         yield base
         for drafts in (False, True):
             engine = HfEngine(HfEngineSpec(chunk_tokens=chunk_tokens), device=self.device)
             engine.use(LoadedAs(model_dir=self.model_dir, dtype=self.dtype))
-            asked = plan_cells(grid, reader=reader, grain_tokens=engine.grain_tokens, drafts=drafts)
+            asked = plan_cells(grid, reader=reader, prefix_block_size=engine.prefix_block_size, drafts=drafts)
             yield self._walk(asked, engine, name=f"{name}, drafts" if drafts else name, answers=answers, base=base)
 
     def _generate(self, asked: Sequence[PlannedCell], *, name: str) -> tuple[Answers, Row]:
@@ -155,7 +155,10 @@ class Bench:
     def _prefill(self, asked: Sequence[PlannedCell], *, chunk_tokens: int) -> int:
         return sum(
             self.shape.prompt_flops(
-                prompt_tokens=len(step.prompt.ids), kept_tokens=step.keep_tokens, chunk_tokens=chunk_tokens, grain_tokens=self.grain_tokens
+                prompt_tokens=len(step.prompt.ids),
+                kept_tokens=step.keep_tokens,
+                chunk_tokens=chunk_tokens,
+                prefix_block_size=self.prefix_block_size,
             )
             for _, step in asked
         )
@@ -285,7 +288,7 @@ def main() -> None:
         device=args.device,
         max_new_tokens=suites["percent"].max_new_tokens,
         shape=ModelShape.load(model_dir),
-        grain_tokens=grain_of(dtype=args.dtype, quantize=None, chunk_tokens=chunk),
+        prefix_block_size=default_prefix_block_size(dtype=args.dtype, quantize=None, chunk_tokens=chunk),
     )
     rows: list[Row] = []
     console = Console()

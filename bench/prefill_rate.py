@@ -24,7 +24,7 @@ import transformers
 from rich.console import Console
 from tables import as_table
 
-from pause_ray.inference.engine import Completion, HfEngineSpec, LoadedAs, Step
+from pause_ray.inference.engine import Completion, HfEngineSpec, LoadedAs, PromptStep
 from pause_ray.inference.hf import HfEngine
 from pause_ray.models.shape import ModelShape
 from pause_ray.text.prompts import BuiltPrompt
@@ -86,7 +86,7 @@ def matmul_flops(*, dtype: str, device: str, size: int) -> float:
 def measure(engine: HfEngine, shape: ModelShape, *, tokens: int, dtype: str, rate: float) -> Row:
     """Answer one prompt of random tokens, twice; the second time counts."""
     ids = np.random.default_rng(tokens).integers(1, 256, size=tokens, dtype=np.int32)
-    step = Step(prompt=BuiltPrompt.plain(ids), keep_tokens=0, draft_ids=(), max_new_tokens=1)
+    step = PromptStep(prompt=BuiltPrompt.plain(ids), keep_tokens=0, draft_ids=(), max_new_tokens=1)
     for _ in range(2):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()

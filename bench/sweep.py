@@ -179,7 +179,7 @@ def answering_alone(sweep: object, storage: object) -> float:
     reader = CellRunner(builder=builder, tokenizer=tokenizer, policy=spec.pauses, marker=trial.marker, max_new_tokens=8)
     engine.use(LoadedAs(model_dir=trial.model_dir, dtype="float32"))
     condition = Condition(arm="", model="", adapter=None, pauses="none")
-    asked = plan_cells(cells, reader=reader, grain_tokens=1)
+    asked = plan_cells(cells, reader=reader, prefix_block_size=1)
     for _ in answer_cells(asked, engine=engine, reader=reader, condition=condition):
         pass
     return (time.perf_counter() - started) / len(cells)

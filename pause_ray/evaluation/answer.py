@@ -16,7 +16,7 @@ from pause_ray.evaluation.ledger import CellResult, FactResult
 from pause_ray.evaluation.prefix_plan import by_position, plan_prefixes
 from pause_ray.evaluation.scorers import Score, Unscored, grade
 from pause_ray.evaluation.suite import Cell
-from pause_ray.inference.engine import Completion, Engine, EngineError, Reuse, Step
+from pause_ray.inference.engine import Completion, Engine, EngineError, PromptStep, Reuse
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.prompts import BuiltPrompt, PromptBuilder
 from pause_ray.text.tokenizer import Marker, ModelTokenizer
@@ -58,10 +58,10 @@ class CellRunner:
                 built[cell.id] = ask(cell, self.builder)
         return [built[cell.id] for cell in cells]
 
-    def step(self, cell: Cell, prompt: BuiltPrompt, *, keep_tokens: int, drafts: bool) -> Step:
+    def step(self, cell: Cell, prompt: BuiltPrompt, *, keep_tokens: int, drafts: bool) -> PromptStep:
         """Return the prompt and its draft in the form that an engine takes."""
         draft = tuple(int(token) for token in self.tokenizer.encode(cell.draft).ids) if drafts and cell.draft else ()
-        return Step(prompt=prompt, keep_tokens=keep_tokens, draft_ids=draft, max_new_tokens=self.max_new_tokens)
+        return PromptStep(prompt=prompt, keep_tokens=keep_tokens, draft_ids=draft, max_new_tokens=self.max_new_tokens)
 
     def shown(self, completion: Completion) -> str:
         """Return the answer's text with the markers that it copied; decoding drops markers that are vocabulary entries."""
@@ -81,11 +81,11 @@ class PlannedCell(NamedTuple):
     """A cell and what the engine is asked for it."""
 
     cell: Cell
-    step: Step
+    step: PromptStep
 
 
 def plan_cells(
-    cells: Sequence[Cell], *, reader: CellRunner, grain_tokens: int, reuse: Reuse = "full", drafts: bool = True
+    cells: Sequence[Cell], *, reader: CellRunner, prefix_block_size: int, reuse: Reuse = "full", drafts: bool = True
 ) -> list[PlannedCell]:
     """Return the cells of one haystack in the order of their prefix plan.
 
@@ -94,7 +94,7 @@ def plan_cells(
     """
     prompts = reader.prompts(cells)
     lengths = [cell.context_tokens for cell in cells]
-    plan = plan_prefixes([prompt.ids for prompt in prompts], reuse=reuse, grain_tokens=grain_tokens, lengths=lengths)
+    plan = plan_prefixes([prompt.ids for prompt in prompts], reuse=reuse, prefix_block_size=prefix_block_size, lengths=lengths)
     return [
         PlannedCell(cells[each.prompt], reader.step(cells[each.prompt], prompts[each.prompt], keep_tokens=each.keep_tokens, drafts=drafts))
         for each in plan.prompts
@@ -116,7 +116,7 @@ def answer_cells(asked: Sequence[PlannedCell], *, engine: Engine, reader: CellRu
 class OtherwiseEngine(Engine, Protocol):
     """An engine that can compute an answer in other shapes."""
 
-    def answer_otherwise(self, step: Step) -> Completion:
+    def answer_otherwise(self, step: PromptStep) -> Completion:
         """Answer the same prompt with other chunk shapes: the result is equal up to rounding.
 
         Raises:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pause_ray.evaluation.suite import Cell
-from pause_ray.inference.engine import Reuse, grain_of
+from pause_ray.inference.engine import Reuse, default_prefix_block_size
 from pause_ray.models.shape import ModelShape
 
 Ids = NDArray[np.int32]
@@ -57,14 +57,14 @@ class PrefixPlan:
         return max((each.num_tokens for each in self.prompts), default=0)
 
 
-def plan_prefixes(prompts: Sequence[Ids], *, reuse: Reuse = "full", grain_tokens: int = 1, lengths: Sequence[int] = ()) -> PrefixPlan:
+def plan_prefixes(prompts: Sequence[Ids], *, reuse: Reuse = "full", prefix_block_size: int = 1, lengths: Sequence[int] = ()) -> PrefixPlan:
     """Return the order of ``prompts`` in which the fewest tokens are prefilled.
 
     Args:
         prompts: Token ids, each 1-D and not empty.
         reuse: ``full``: every common beginning is computed once; ``depth``: only among prompts of one asked length, as a loop
             over depths does; ``none``: nothing is shared.
-        grain_tokens: Only multiples of this are kept (``Engine.grain_tokens``).
+        prefix_block_size: Only multiples of this are kept (``Engine.prefix_block_size``).
         lengths: Asked length of each prompt, for ``depth``.
     """
     keys = [prompt.astype(">u4").tobytes() for prompt in prompts]
@@ -74,12 +74,12 @@ def plan_prefixes(prompts: Sequence[Ids], *, reuse: Reuse = "full", grain_tokens
     for place, index in enumerate(order):
         before = order[place - 1] if place else None
         shares = before is not None and reuse != "none" and groups[before] == groups[index]
-        kept = reusable_tokens(prompts[before], prompts[index], grain_tokens=grain_tokens) if before is not None and shares else 0
+        kept = reusable_tokens(prompts[before], prompts[index], prefix_block_size=prefix_block_size) if before is not None and shares else 0
         planned.append(PlannedPrompt(index, kept, len(prompts[index])))
     return PrefixPlan(tuple(planned))
 
 
-def reusable_tokens(computed: Ids, prompt: Ids, *, grain_tokens: int) -> int:
+def reusable_tokens(computed: Ids, prompt: Ids, *, prefix_block_size: int) -> int:
     """Return how many leading tokens of ``prompt`` need no prefill right after ``computed``.
 
     The last token is always computed, for its logits; so is a whole last chunk of ``computed``, which was computed together
@@ -88,7 +88,7 @@ def reusable_tokens(computed: Ids, prompt: Ids, *, grain_tokens: int) -> int:
     length = min(len(computed), len(prompt))
     different = computed[:length] != prompt[:length]
     shared = min(int(different.argmax()) if different.any() else length, length - 1)
-    return shared - shared % grain_tokens
+    return shared - shared % prefix_block_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def forecast(
 ) -> Forecast:
     """Compute tokens, operations and memory of a plan before anything is loaded."""
     bytes_per_value = 4 if dtype == "float32" else 2
-    grain = grain_of(dtype=dtype, quantize=quantize, chunk_tokens=chunk_tokens)
+    block = default_prefix_block_size(dtype=dtype, quantize=quantize, chunk_tokens=chunk_tokens)
     longest = plan.longest_tokens
     held = longest + max_new_tokens
     if decode_batch > 1:
@@ -131,7 +131,9 @@ def forecast(
         asked_tokens=plan.asked_tokens,
         prefilled_tokens=plan.prefilled_tokens,
         prefill_flops=sum(
-            shape.prompt_flops(prompt_tokens=each.num_tokens, kept_tokens=each.keep_tokens, chunk_tokens=chunk_tokens, grain_tokens=grain)
+            shape.prompt_flops(
+                prompt_tokens=each.num_tokens, kept_tokens=each.keep_tokens, chunk_tokens=chunk_tokens, prefix_block_size=block
+            )
             for each in plan.prompts
         ),
         answer_flops=sum(shape.forward_flops(new_tokens=1, past_tokens=longest + place, logit_rows=1) for place in range(max_new_tokens)),

@@ -23,7 +23,7 @@ from pause_ray.evaluation.prefix_plan import plan_prefixes
 from pause_ray.evaluation.scorers import JudgeSpec, Score, Unscored, grade, judge_step, read_grade
 from pause_ray.evaluation.suite import Scorer
 from pause_ray.inference.endpoint import EndpointEngine
-from pause_ray.inference.engine import EndpointSpec, Engine, EngineError, LoadedAs, Step
+from pause_ray.inference.engine import EndpointSpec, Engine, EngineError, LoadedAs, PromptStep
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.tokenizer import ModelTokenizer
 
@@ -200,7 +200,7 @@ def judged(rows: Sequence[CellResult], *, judge: Judge) -> Iterator[tuple[CellRe
     Raises:
         ModelError: The judge's model cannot be used at all.
     """
-    asked: list[tuple[CellResult, Step]] = []
+    asked: list[tuple[CellResult, PromptStep]] = []
     for row in rows:
         if row.response is None:
             yield row, None
@@ -211,7 +211,7 @@ def judged(rows: Sequence[CellResult], *, judge: Judge) -> Iterator[tuple[CellRe
         except TextError as error:
             yield _with_verdict(row, Unscored(reason=f"cannot be shown to the judge: {error}"), scorer=judge.scorer, transcript=None), None
     if judge.tokenizer is not None:
-        plan = plan_prefixes([step.prompt.ids for _, step in asked], grain_tokens=judge.engine.grain_tokens)
+        plan = plan_prefixes([step.prompt.ids for _, step in asked], prefix_block_size=judge.engine.prefix_block_size)
         asked = [
             (row, dataclasses.replace(step, keep_tokens=each.keep_tokens)) for each in plan.prompts for row, step in [asked[each.prompt]]
         ]

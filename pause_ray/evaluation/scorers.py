@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 
 from pause_ray.core.spec import Spec
 from pause_ray.evaluation.suite import Scorer
-from pause_ray.inference.engine import Step
+from pause_ray.inference.engine import PromptStep
 from pause_ray.text.prompts import BuiltPrompt
 from pause_ray.text.segments import plain
 from pause_ray.text.tokenizer import ModelTokenizer
@@ -190,7 +190,7 @@ class JudgeSpec(Spec):
         return (grade - self.lowest) / (self.highest - self.lowest)
 
 
-def judge_step(message: str, *, spec: JudgeSpec, tokenizer: ModelTokenizer | None) -> Step:
+def judge_step(message: str, *, spec: JudgeSpec, tokenizer: ModelTokenizer | None) -> PromptStep:
     """Return the request to the judge's engine.
 
     Args:
@@ -211,7 +211,7 @@ def judge_step(message: str, *, spec: JudgeSpec, tokenizer: ModelTokenizer | Non
         text = tokenizer.encode(message).ids
     ids = np.concatenate([np.array(prefix, dtype=np.int32), text, np.array(suffix, dtype=np.int32)])
     prompt = BuiltPrompt.plain(ids, system=spec.system, user="" if tokenizer else message)
-    return Step(prompt=prompt, keep_tokens=0, draft_ids=(), max_new_tokens=spec.max_new_tokens)
+    return PromptStep(prompt=prompt, keep_tokens=0, draft_ids=(), max_new_tokens=spec.max_new_tokens)
 
 
 # A number with or without decimals that is not negative and not part of a word, a list number, a version or a percentage.

@@ -129,7 +129,7 @@ class ScoringActor:
                 ordered, results = cells, _recheck(cells, engine=engine, reader=reader, condition=job.condition)
             else:
                 local = job.engine if isinstance(job.engine, HfEngineSpec) else HfEngineSpec()
-                steps = plan_cells(cells, reader=reader, grain_tokens=engine.grain_tokens, reuse=local.reuse, drafts=local.drafts)
+                steps = plan_cells(cells, reader=reader, prefix_block_size=engine.prefix_block_size, reuse=local.reuse, drafts=local.drafts)
                 ordered = [cell for cell, _ in steps]
                 results = answer_cells(steps, engine=engine, reader=reader, condition=job.condition)
             yield ordered

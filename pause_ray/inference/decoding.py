@@ -1,8 +1,8 @@
-"""Greedy answers of one loaded model, along a path of tokens that is kept from prompt to prompt. Knows no file and no text.
+"""Greedy decoding of one loaded model whose keys and values are kept from prompt to prompt.
 
-Prompts are computed in chunks, only the rows of logits that are read are made, and a draft of the answer is verified in the
-forward pass of the last chunk. Going on after a mismatch, text that followed the last tokens earlier is the next draft. Answers
-that go on wait for others, and are then decoded together.
+Prompts are prefilled in chunks, only the logits that are read are computed, and a draft of the answer is verified in the forward
+pass of the last chunk (speculative decoding). After a mismatch, prompt lookup proposes the next draft. Answers that are not
+complete after the first pass wait for others and are then decoded together. The module knows no file and no text.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from pause_ray.models.shape import prompt_passes
 Ids = NDArray[np.int32]
 
 SHORTEST_MATCH = 2
-"""Tokens at the end that must have occurred before: after a single one nearly anything may follow."""
+"""Shortest match of prompt lookup in tokens: after a single token nearly anything may follow."""
 LONGEST_MATCH = 8
-"""Where more tokens agree, more would not say more."""
+"""Longest match of prompt lookup in tokens; longer matches predict no better."""
 
 
 def prompt_lookup(tokens: Ids, *, most: int) -> tuple[int, ...]:
-    """What followed the last tokens where they occurred before, up to ``most`` tokens; empty where they did not.
+    """Return the tokens that followed the last tokens where these occurred before, up to ``most``; empty where they did not.
 
     Answers quote their prompt, so the text after the longest earlier match is often the text to come (Saxena 2023,
     "Prompt lookup decoding"). Among equally long matches the last one counts.
 
     Args:
         tokens: Prompt and answer so far, 1-D.
-        most: Tokens of the guess at most.
+        most: Largest number of tokens to return.
     """
     if most < 1 or len(tokens) <= SHORTEST_MATCH:
         return ()
@@ -57,37 +57,37 @@ def prompt_lookup(tokens: Ids, *, most: int) -> tuple[int, ...]:
 
 
 LOOKUP_TOKENS = 8
-"""Tokens guessed at a time, at most, once the given draft is left."""
+"""Most tokens that prompt lookup drafts at a time, once the answer leaves the given draft."""
 FREE_TOKENS = 24
-"""Tokens of one forward pass of several answers, guessed ones included. On 2 CPU cores and 135M parameters 24 tokens take about 2.5
-times as long as one; eight answers that copy their prompt then go on by three tokens each."""
+"""Tokens in one forward pass of several answers, drafted ones included. On 2 CPU cores and 135M parameters 24 tokens take about 2.5
+times as long as one; eight answers that copy their prompt then advance by three tokens each."""
 
 
 @dataclass(kw_only=True)
 class Answer:
-    """Greedy tokens as they become known."""
+    """An answer while it is decoded."""
 
     most: int
-    """Tokens at most."""
+    """Most tokens of the answer."""
     end_ids: frozenset[int]
     reference: Sequence[int]
-    """How the answer probably begins; verified or not, ``reference_margin`` is measured against it."""
+    """Likely beginning of the answer; ``reference_margin`` is measured against it, verified or not."""
     ids: list[int] = field(default_factory=list)
-    """Without the end token."""
+    """Tokens so far, without the end token."""
     margin: float | None = None
     reference_margin: float | None = None
     prefilled_tokens: int = 0
     forwards: int = 0
     seconds: float = 0.0
-    """Of a forward pass that several answers share, its part."""
+    """Computing time; of a forward pass that several answers share, an equal part."""
     settled: bool = False
-    """Whether it is complete, or there is none."""
+    """Whether the answer is complete or has failed."""
     error: EngineError | None = None
-    """Why there is none."""
+    """Reason why there is no answer."""
     _follows: bool = True
 
     def take(self, logits: torch.Tensor, guessed: Sequence[int]) -> None:
-        """Take what ``logits`` [1 + guessed, vocabulary] say, as far as it is what was guessed, and one token more."""
+        """Accept the greedy tokens of ``logits`` [1 + guessed, vocabulary] up to and including the first that differs from ``guessed``."""
         self.settled = self._is_complete_after(logits, guessed)
 
     def _is_complete_after(self, logits: torch.Tensor, guessed: Sequence[int]) -> bool:
@@ -118,7 +118,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class _Waiting:
-    """An answer that goes on later."""
+    """An answer that waits to be decoded together with others."""
 
     answer: Answer
     prompt: Ids
@@ -126,22 +126,22 @@ class _Waiting:
     drafts: bool
 
     def said(self) -> Ids:
-        """Prompt and answer so far."""
+        """Return the tokens of the prompt and of the answer so far."""
         return np.concatenate([self.prompt, np.asarray(self.answer.ids, dtype=np.int32)])
 
 
-class GreedyReader:
-    """A model with the keys and values of the last prompt.
+class GreedyDecoder:
+    """Decodes greedily with a model and the keys and values of the last prompt.
 
     Args:
         model: Causal language model, with an adapter or without.
-        config: Of the model.
-        chunk_tokens: Prompt tokens in one forward pass, about; see ``cost.prompt_passes``.
-        grain_tokens: Keep multiples of this only: 1, or ``chunk_tokens``. Then what is kept are whole chunks that were computed
-            without a draft, so every key and value comes out of a forward pass of the same shape whatever is reused.
+        config: Configuration of the model.
+        chunk_tokens: Prompt tokens in one forward pass, about; see ``models.shape.prompt_passes``.
+        prefix_block_size: Block size of prefix caching: 1, or ``chunk_tokens``. With the latter only whole chunks are kept that were
+            prefilled without a draft, so every key and value comes out of a forward pass of the same shape whatever is reused.
         host: Keep keys and values in the machine's memory.
-        decode_batch: Answers that go on in one forward pass, where the model's attention was exchanged (``engines.attention``); 1 with
-            ``host``.
+        decode_batch: Answers that are decoded in one forward pass, where the model's attention was replaced
+            (``inference.kv_cache``); 1 with ``host``.
     """
 
     def __init__(
@@ -150,14 +150,14 @@ class GreedyReader:
         config: transformers.PreTrainedConfig,
         *,
         chunk_tokens: int,
-        grain_tokens: int,
+        prefix_block_size: int,
         host: bool = False,
         decode_batch: int = 1,
     ) -> None:
         self.model = model
         self._config = config
         self._chunk_tokens = chunk_tokens
-        self._grain_tokens = grain_tokens
+        self._prefix_block_size = prefix_block_size
         self.reserved_tokens = 0
         self._host = host
         self._no_rows = torch.empty(0, dtype=torch.long)
@@ -167,18 +167,18 @@ class GreedyReader:
 
     @property
     def kv_bytes(self) -> int:
-        """Of the buffers of keys and values, filled or not."""
+        """Bytes of the buffers of keys and values, filled or not."""
         own = sum(waiting.row.num_bytes for waiting in self._waiting)
         return self._cache.num_bytes + own if isinstance(self._cache, PathCache) else 0
 
     def reserve(self, num_tokens: int) -> None:
-        """Make room for prompts with answers of up to so many tokens, if there is not more already."""
+        """Reserve buffers for prompts with answers of up to ``num_tokens`` tokens."""
         self.reserved_tokens = max(num_tokens, self.reserved_tokens)
         if isinstance(self._cache, PathCache):
             self._cache.reserve(self.reserved_tokens)
 
     def give_up(self) -> None:
-        """Drop the answers that wait."""
+        """Drop the answers that wait to be decoded."""
         self._waiting: list[_Waiting] = []
 
     def forget(self) -> None:
@@ -196,7 +196,7 @@ class GreedyReader:
             answer: Empty.
             keep_tokens: Leading tokens that are the last prompt's; fewer are kept where fewer are held.
             drafts: Verify ``answer.reference``, then text from the prompt. Without, tokens are computed one by one.
-            wait: Where it goes on after the first forward pass, leave that to ``finish``.
+            wait: Leave what is missing after the first forward pass to ``finish``.
         """
         start = time.perf_counter()
         drafts = drafts and isinstance(self._cache, PathCache)
@@ -205,7 +205,9 @@ class GreedyReader:
         answer.prefilled_tokens = len(prompt) - kept
         answer.take(self._read(prompt, begin=kept, guessed=guessed), guessed)
         # A whole last chunk was computed together with a draft.
-        self._held = prompt if self._grain_tokens == 1 else prompt[: (len(prompt) - 1) // self._grain_tokens * self._grain_tokens]
+        self._held = (
+            prompt if self._prefix_block_size == 1 else prompt[: (len(prompt) - 1) // self._prefix_block_size * self._prefix_block_size]
+        )
         if not answer.settled and wait and self._batches():
             row = Row(num_tokens=len(prompt) + len(answer.ids) - 1, room_tokens=answer.most - len(answer.ids))
             self._waiting.append(_Waiting(answer=answer, prompt=prompt, row=row, drafts=drafts))
@@ -214,22 +216,22 @@ class GreedyReader:
         answer.seconds += time.perf_counter() - start
 
     def make_way(self, prompt: Ids, *, keep_tokens: int) -> None:
-        """Go on with the answers that wait, together, until one more may join them when the path has become that of ``prompt``."""
+        """Decode the waiting answers together until there is room for one more after the cache holds ``prompt``."""
         kept = self._kept_of(prompt, keep_tokens)
         while len(self._waiting) >= self._decode_batch or self._own_tokens(kept) > self.reserved_tokens:
             self._go_on_together()
 
     def finish(self) -> None:
-        """Go on with the answers that wait, together, until all are settled."""
+        """Decode the waiting answers together until all are complete."""
         while self._waiting:
             self._go_on_together()
 
     def _own_tokens(self, kept: int) -> int:
-        """Tokens whose keys and values would be rows' own if the path went back to its first ``kept`` tokens."""
+        """Return how many tokens the waiting answers would hold themselves if the cache went back to its first ``kept`` tokens."""
         return sum(waiting.row.num_tokens - min(waiting.row.shared_tokens, kept) for waiting in self._waiting)
 
     def _go_on(self, prompt: Ids, answer: Answer, *, drafts: bool) -> None:
-        """One more forward pass of the last prompt's answer."""
+        """Run one more forward pass for the last prompt's answer."""
         said = np.concatenate([prompt, np.asarray(answer.ids, dtype=np.int32)])
         guessed = prompt_lookup(said, most=min(LOOKUP_TOKENS, answer.most - len(answer.ids) - 1)) if drafts else ()
         if isinstance(self._cache, PathCache):
@@ -238,7 +240,7 @@ class GreedyReader:
         answer.forwards += 1
 
     def _go_on_together(self) -> None:
-        """One more forward pass of all answers that wait."""
+        """Run one more forward pass for all waiting answers together."""
         start = time.perf_counter()
         most = min(LOOKUP_TOKENS, FREE_TOKENS // len(self._waiting) - 1)
         new: list[list[int]] = []
@@ -259,7 +261,7 @@ class GreedyReader:
         self._waiting = [waiting for waiting in self._waiting if not waiting.answer.settled]
 
     def _batches(self) -> bool:
-        """Whether answers can go on together: the model's attention takes rows as they are, tried on one token without a past."""
+        """Return whether answers can be decoded together, which is tried once on one token without a past."""
         if self._decode_batch == 1 or not isinstance(self._cache, PathCache):
             return False
         if self._can_batch is None:
@@ -278,7 +280,7 @@ class GreedyReader:
         return self._cache
 
     def _keep(self, prompt: Ids, asked_tokens: int) -> int:
-        """Go back to what of ``prompt`` needs no computing, and say how much that is."""
+        """Crop the cache to the prefix that ``prompt`` shares with it, and return the number of its tokens."""
         kept = self._kept_of(prompt, asked_tokens)
         self._held = prompt[:kept]
         if isinstance(self._cache, PathCache):
@@ -294,11 +296,11 @@ class GreedyReader:
         most = min(asked_tokens, len(self._held), len(prompt) - 1)
         different = self._held[:most] != prompt[:most]
         kept = int(different.argmax()) if different.any() else most
-        return kept - kept % self._grain_tokens
+        return kept - kept % self._prefix_block_size
 
     def _read(self, prompt: Ids, *, begin: int, guessed: Sequence[int]) -> torch.Tensor:
         """Logits [1 + guessed, vocabulary] after the prompt and after each guessed token."""
-        *passes, last = prompt_passes(begin, len(prompt), chunk_tokens=self._chunk_tokens, grain_tokens=self._grain_tokens)
+        *passes, last = prompt_passes(begin, len(prompt), chunk_tokens=self._chunk_tokens, prefix_block_size=self._prefix_block_size)
         for start, end in passes:
             self._forward(prompt[start:end], rows=0)
         return self._forward([*prompt[last[0] :], *guessed], rows=1 + len(guessed))

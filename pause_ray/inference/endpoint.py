@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from pause_ray.core.errors import ModelError
 from pause_ray.core.spec import JsonObject, digest
 from pause_ray.core.storage import file_sha256
-from pause_ray.inference.engine import Completion, EndpointSpec, EngineError, LoadedAs, Step
+from pause_ray.inference.engine import Completion, EndpointSpec, EngineError, LoadedAs, PromptStep
 from pause_ray.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pause_ray.text.prompts import BuiltPrompt
 from pause_ray.text.tokenizer import ModelTokenizer
@@ -46,17 +46,17 @@ _SHORTEST_SECRET = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What a server answered, whatever it was."""
+    """Reply of a server, whatever its status."""
 
     status: int
-    """Of the HTTP reply; of its body where that holds an error with a status, as gateways send under 200."""
+    """Status of the HTTP reply, or that of an error in its body, which gateways send under 200."""
     text: str
     data: Any
     """The body as JSON; None if it is none."""
     location: str
     """Where a redirect points to; usually empty."""
     seconds: float
-    """Of the attempt that brought it."""
+    """Seconds of the attempt that brought the reply."""
 
     @property
     def quoted(self) -> str:
@@ -211,7 +211,7 @@ def _message(data: Any) -> str:
 
 
 def _seconds_to_wait(retry_after: str) -> float:
-    """Of a ``Retry-After`` header: seconds, or a date (RFC 9110, 10.2.3); 0 for none and for nonsense."""
+    """Return the seconds of a ``Retry-After`` header, which holds seconds or a date (RFC 9110, 10.2.3); 0 for none and for nonsense."""
     try:
         return max(0.0, float(retry_after))
     except ValueError:
@@ -255,7 +255,7 @@ class EndpointEngine:
     of one token. If it does not, nothing after it would be answered either, and that is a ``ModelError``.
     """
 
-    grain_tokens = 1
+    prefix_block_size = 1
     """The server decides what it reuses; ``keep_tokens`` and drafts mean nothing to it."""
 
     def __init__(self, spec: EndpointSpec, *, first_pause_seconds: float = 0.5) -> None:
@@ -297,7 +297,7 @@ class EndpointEngine:
             self._greet(model)
             self._model, self._count_is_known = model, False
 
-    def answer(self, steps: Sequence[Step]) -> Iterator[tuple[int, Completion | EngineError]]:
+    def answer(self, steps: Sequence[PromptStep]) -> Iterator[tuple[int, Completion | EngineError]]:
         """Answers as they come, started in the order of ``steps`` and never more than ``concurrency`` at a time.
 
         Raises:
@@ -341,7 +341,7 @@ class EndpointEngine:
         finally:
             stop.set()
 
-    def _ask(self, step: Step, stop: threading.Event) -> Completion | EngineError:
+    def _ask(self, step: PromptStep, stop: threading.Event) -> Completion | EngineError:
         body = self._body(str(self._model), step)
         try:
             reply = self._connection.ask(_PATHS[self._spec.api], body, stop=stop)
@@ -359,7 +359,7 @@ class EndpointEngine:
         self._compare_counts(answer, step.prompt)
         return self._completion(answer, step, seconds=reply.seconds)
 
-    def _body(self, model: str, step: Step) -> JsonObject:
+    def _body(self, model: str, step: PromptStep) -> JsonObject:
         return {"model": model, **self._content(step.prompt), "max_tokens": step.max_new_tokens, "temperature": 0}
 
     def _content(self, prompt: BuiltPrompt) -> JsonObject:
@@ -375,7 +375,7 @@ class EndpointEngine:
         return {"messages": [user] if prompt.system is None else [{"role": "system", "content": prompt.system}, user]}
 
     def _context_text(self, context: NDArray[np.int32]) -> str:
-        """What the server's tokenizer makes these ids of again."""
+        """Return the text that the server's tokenizer decodes from these ids."""
         tokenizer = self._known_tokenizer()
         written = tokenizer.decode(context)
         for token_id in tokenizer.chat_ids:
@@ -508,7 +508,7 @@ class EndpointEngine:
                 self._model_dir,
             )
 
-    def _completion(self, answer: _Answer, step: Step, *, seconds: float) -> Completion:
+    def _completion(self, answer: _Answer, step: PromptStep, *, seconds: float) -> Completion:
         prompt_tokens = step.prompt.prompt_tokens if answer.prompt_tokens is None else answer.prompt_tokens
         decoded = self._counted(answer, step) if answer.completion_tokens is None else answer.completion_tokens
         return Completion(
@@ -520,7 +520,7 @@ class EndpointEngine:
             cost=self._cost(prompt_tokens, min(answer.cached_tokens, prompt_tokens), decoded),
         )
 
-    def _counted(self, answer: _Answer, step: Step) -> int:
+    def _counted(self, answer: _Answer, step: PromptStep) -> int:
         """Tokens of an answer whose length the server does not tell; 0 where no tokenizer is known, as of a chat judge."""
         if answer.finish_reason == "length":
             return step.max_new_tokens
@@ -538,7 +538,7 @@ class EndpointEngine:
 
 @dataclass(frozen=True, kw_only=True)
 class _Answer:
-    """What a reply of 200 says."""
+    """Read the answer out of a reply with status 200."""
 
     text: str
     finish_reason: str | None

@@ -17,8 +17,16 @@ import torch
 
 from pause_ray.core.errors import ModelError
 from pause_ray.core.storage import is_complete
-from pause_ray.inference.decoding import Answer, GreedyReader
-from pause_ray.inference.engine import Completion, EngineError, HfEngineSpec, LoadedAs, Step, default_chunk_tokens, grain_of
+from pause_ray.inference.decoding import Answer, GreedyDecoder
+from pause_ray.inference.engine import (
+    Completion,
+    EngineError,
+    HfEngineSpec,
+    LoadedAs,
+    PromptStep,
+    default_chunk_tokens,
+    default_prefix_block_size,
+)
 from pause_ray.inference.kv_cache import path_cache, use_path_attention
 from pause_ray.models.checkpoint import Checkpoint
 from pause_ray.models.sources import model_limit_tokens, row_limit_tokens
@@ -64,10 +72,10 @@ class _OutOfMemory(EngineError):
 
 
 class _Asked(NamedTuple):
-    """A step of a walk and its answer, settled or not."""
+    """A prompt and its answer, complete or not."""
 
     place: int
-    step: Step
+    step: PromptStep
     answer: Answer
 
 
@@ -104,15 +112,15 @@ class HfEngine:
             torch.set_num_threads(threads)
         self._chunk_tokens = self._spec.chunk_tokens or default_chunk_tokens(on_gpu=self._device != "cpu")
         self._base: _Base | None = None
-        self._reader: GreedyReader | None = None
+        self._reader: GreedyDecoder | None = None
         self._loaded: LoadedAs | None = None
         self._turn = 0
 
     @property
-    def grain_tokens(self) -> int:
+    def prefix_block_size(self) -> int:
         """1 in float32; otherwise whole chunks, or, where nothing can be kept, more tokens than a prompt has."""
         base, _ = self._ready()
-        return base.grain_tokens(self._chunk_tokens) if base.can_rewind else base.limit_tokens
+        return base.prefix_block_size(self._chunk_tokens) if base.can_rewind else base.limit_tokens
 
     @property
     def chunk_tokens(self) -> int:
@@ -154,7 +162,7 @@ class HfEngine:
         self._reader = self._reader_of(model, chunk_tokens=self._chunk_tokens)
         self._loaded = wanted
 
-    def answer(self, steps: Sequence[Step]) -> Iterator[tuple[int, Completion | EngineError]]:
+    def answer(self, steps: Sequence[PromptStep]) -> Iterator[tuple[int, Completion | EngineError]]:
         """Index of a step and its greedy answer, those that take one forward pass before those that waited; see ``engine.Engine``.
 
         Raises:
@@ -184,7 +192,7 @@ class HfEngine:
         self._go_on(reader, asked)
         yield from self._settled(asked)
 
-    def answer_otherwise(self, step: Step) -> Completion:
+    def answer_otherwise(self, step: PromptStep) -> Completion:
         """The answer to ``step`` in other shapes: half the chunk, nothing kept, no drafts. Equal up to rounding.
 
         Raises:
@@ -201,19 +209,19 @@ class HfEngine:
             raise outcome
         return outcome
 
-    def _positions_fit(self, step: Step) -> bool:
+    def _positions_fit(self, step: PromptStep) -> bool:
         """Whether the frequencies are those for the length of ``step``."""
         base, _ = self._ready()
         return base.positions_for(len(step.prompt.ids) + self._most(step)) == base.held_positions
 
-    def _set_positions(self, reader: GreedyReader, step: Step) -> None:
+    def _set_positions(self, reader: GreedyDecoder, step: PromptStep) -> None:
         """Give ``step`` the frequencies for its length; keys that others have turned are of no use to it."""
         base, _ = self._ready()
         if not self._positions_fit(step):
             reader.forget()
             base.hold_positions(base.positions_for(len(step.prompt.ids) + self._most(step)))
 
-    def _begin_turn(self, reader: GreedyReader) -> int:
+    def _begin_turn(self, reader: GreedyDecoder) -> int:
         """The number of a new call; answers that wait are of a call whose caller took no more of them."""
         reader.give_up()
         self._turn += 1
@@ -224,7 +232,7 @@ class HfEngine:
         if turn != self._turn:
             raise RuntimeError("HfEngine was asked for something else before all answers were taken")
 
-    def _ask(self, reader: GreedyReader, index: int, step: Step, *, drafts: bool, wait: bool) -> _Asked:
+    def _ask(self, reader: GreedyDecoder, index: int, step: PromptStep, *, drafts: bool, wait: bool) -> _Asked:
         """Read a prompt and begin its answer, which may ``wait`` for others to go on with."""
         base, _ = self._ready()
         answer = Answer(most=self._most(step), end_ids=base.end_ids, reference=step.draft_ids)
@@ -235,7 +243,7 @@ class HfEngine:
             reader.answer(step.prompt.ids, answer, keep_tokens=step.keep_tokens, drafts=drafts, wait=wait)
         return asked
 
-    def _go_on(self, reader: GreedyReader, asked: list[_Asked], *, before: Step | None = None) -> None:
+    def _go_on(self, reader: GreedyDecoder, asked: list[_Asked], *, before: PromptStep | None = None) -> None:
         """Settle the answers that wait, or as many as must be settled ``before`` another prompt is read.
 
         Where memory is short for all of them at once they are asked anew, one after the other.
@@ -250,7 +258,7 @@ class HfEngine:
             if isinstance(asked[place].answer.error, _OutOfMemory):
                 asked[place] = self._recovered(reader, asked[place])
 
-    def _recovered(self, reader: GreedyReader, asked: _Asked) -> _Asked:
+    def _recovered(self, reader: GreedyDecoder, asked: _Asked) -> _Asked:
         """After an error: nothing is kept, and where memory was short, one more try with room for this prompt alone."""
         short = isinstance(asked.answer.error, _OutOfMemory)
         reader.forget()
@@ -282,7 +290,7 @@ class HfEngine:
                     ),
                 )
 
-    def _most(self, step: Step) -> int:
+    def _most(self, step: PromptStep) -> int:
         """Longest answer to ``step``."""
         base, _ = self._ready()
         room = base.limit_tokens - len(step.prompt.ids)
@@ -293,19 +301,19 @@ class HfEngine:
             )
         return min(step.max_new_tokens, room)
 
-    def _reader_of(self, model: Any, *, chunk_tokens: int) -> GreedyReader:
+    def _reader_of(self, model: Any, *, chunk_tokens: int) -> GreedyDecoder:
         if self._base is None:
             raise RuntimeError("no base is loaded")
-        return GreedyReader(
+        return GreedyDecoder(
             model,
             self._base.model.config,
             chunk_tokens=chunk_tokens,
-            grain_tokens=self._base.grain_tokens(chunk_tokens),
+            prefix_block_size=self._base.prefix_block_size(chunk_tokens),
             host=self._spec.kv == "host",
             decode_batch=self._base.answers_together(self._spec),
         )
 
-    def _ready(self) -> tuple[_Base, GreedyReader]:
+    def _ready(self) -> tuple[_Base, GreedyDecoder]:
         if self._base is None or self._reader is None:
             raise RuntimeError("HfEngine asked before HfEngine.use")
         return self._base, self._reader
@@ -343,10 +351,10 @@ class _Base:
         hold_positions(self.model, num_tokens=num_tokens)
         self.held_positions = num_tokens
 
-    def grain_tokens(self, chunk_tokens: int) -> int:
-        """What can be kept in this precision."""
+    def prefix_block_size(self, chunk_tokens: int) -> int:
+        """Return the block size of prefix caching in this precision."""
         dtype, quantize = self._precision
-        return grain_of(dtype=dtype, quantize=quantize, chunk_tokens=chunk_tokens)
+        return default_prefix_block_size(dtype=dtype, quantize=quantize, chunk_tokens=chunk_tokens)
 
     def answers_together(self, spec: HfEngineSpec) -> int:
         """How many answers go on in one forward pass, in this precision."""

@@ -47,7 +47,7 @@ class PathLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
 
     @property
     def num_bytes(self) -> int:
-        """Of both buffers."""
+        """Bytes of both buffers."""
         return int(self.keys.nbytes + self.values.nbytes) if self.is_initialized else 0
 
     def reserve(self, num_tokens: int) -> None:
@@ -129,7 +129,7 @@ class PathCache(Cache):  # type: ignore[misc]  # transformers has no types
 
     @property
     def num_bytes(self) -> int:
-        """Of all buffers, filled or not."""
+        """Bytes of all buffers, filled or not."""
         return sum(layer.num_bytes for layer in self.path_layers)
 
     def reserve(self, num_tokens: int) -> None:
@@ -199,7 +199,7 @@ class Row:
 
     @property
     def num_bytes(self) -> int:
-        """Of its own buffers."""
+        """Bytes of the row's own buffers."""
         return sum(keys.nbytes + values.nbytes for keys, values in self._own)
 
     def keep(self, num_tokens: int) -> None:
@@ -253,7 +253,7 @@ class _Part(NamedTuple):
 
 
 class RowsCache(Cache):  # type: ignore[misc]  # transformers has no types
-    """What a model needs to go on with several rows: new tokens of all rows stand behind each other in one sequence.
+    """Cache for decoding several answers at once: the new tokens of all rows stand behind each other in one sequence.
 
     Args:
         path: Whose first tokens rows share.

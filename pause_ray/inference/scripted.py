@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pause_ray.core.errors import ModelError
-from pause_ray.inference.engine import Completion, EngineError, LoadedAs, Step
+from pause_ray.inference.engine import Completion, EngineError, LoadedAs, PromptStep
 from pause_ray.text.tokenizer import ModelTokenizer
 
 UNKNOWN = "I don't know."
@@ -34,7 +34,7 @@ class ScriptedEngine:
     """Prompts of this length or more fail, as on an engine that is out of memory."""
     limit_tokens: int = 1_000_000
     """The longest prompt with its answer."""
-    grain_tokens: int = 1
+    prefix_block_size: int = 1
     """Only multiples of this many leading tokens are kept."""
     name: str = "scripted"
     _tokenizer: ModelTokenizer | None = field(default=None, init=False, repr=False)
@@ -48,7 +48,7 @@ class ScriptedEngine:
             self._model_dir = wanted.model_dir
         self._computed = self._computed[:0]
 
-    def answer(self, steps: Sequence[Step]) -> Iterator[tuple[int, Completion | EngineError]]:
+    def answer(self, steps: Sequence[PromptStep]) -> Iterator[tuple[int, Completion | EngineError]]:
         """The rule's answers, each cut to its ``max_new_tokens``; an error for prompts as long as ``fails_from_tokens``.
 
         Raises:
@@ -59,7 +59,7 @@ class ScriptedEngine:
         for place, step in enumerate(steps):
             yield place, self._outcome(step, tokenizer=self._tokenizer)
 
-    def _outcome(self, step: Step, *, tokenizer: ModelTokenizer) -> Completion | EngineError:
+    def _outcome(self, step: PromptStep, *, tokenizer: ModelTokenizer) -> Completion | EngineError:
         prompt = step.prompt.ids
         if len(prompt) >= self.limit_tokens:
             raise ModelError(f"a prompt of {len(prompt)} tokens does not fit a model whose limit is {self.limit_tokens} with the answer")
@@ -67,7 +67,7 @@ class ScriptedEngine:
             self._computed = self._computed[:0]
             return EngineError(f"out of memory on a prompt of {len(prompt)} tokens")
         kept = min(step.keep_tokens, len(self._computed), len(prompt) - 1)
-        kept -= kept % self.grain_tokens
+        kept -= kept % self.prefix_block_size
         if not np.array_equal(self._computed[:kept], prompt[:kept]):
             raise RuntimeError(f"a step keeps {step.keep_tokens} tokens, and its prompt does not begin with the {kept} that are held")
         self._computed = prompt

@@ -43,13 +43,13 @@ _NORMED_HEADS = {"qwen3", "gemma3_text"}
 """Kinds that normalise each head's queries and keys."""
 
 
-def prompt_passes(begin: int, end: int, *, chunk_tokens: int, grain_tokens: int) -> list[tuple[int, int]]:
+def prompt_passes(begin: int, end: int, *, chunk_tokens: int, prefix_block_size: int) -> list[tuple[int, int]]:
     """Spans of the forward passes over a prompt's tokens from ``begin`` to ``end``.
 
     Equal parts of about ``chunk_tokens``, at most half as much again: a short rest would read all weights for little. Where only
-    multiples of ``grain_tokens`` are kept, whole chunks and the rest, so that what is kept always has the same shape.
+    multiples of ``prefix_block_size`` are kept, whole chunks and the rest, so that what is kept always has the same shape.
     """
-    if grain_tokens > 1:
+    if prefix_block_size > 1:
         return [(start, min(start + chunk_tokens, end)) for start in range(begin, end, chunk_tokens)]
     parts = max(1, round((end - begin) / chunk_tokens))
     cuts = [begin + (end - begin) * part // parts for part in range(parts + 1)]
@@ -121,10 +121,12 @@ class ModelShape:
         linear = 2 * new_tokens * self.num_layers * self._layer_weights
         return linear + attention + 2 * logit_rows * self.hidden_size * self.vocab_size
 
-    def prompt_flops(self, *, prompt_tokens: int, kept_tokens: int, chunk_tokens: int, grain_tokens: int = 1, draft_tokens: int = 0) -> int:
+    def prompt_flops(
+        self, *, prompt_tokens: int, kept_tokens: int, chunk_tokens: int, prefix_block_size: int = 1, draft_tokens: int = 0
+    ) -> int:
         """Of a prompt whose first ``kept_tokens`` are computed already, with a draft of its answer behind its last tokens."""
         total = 0
-        for begin, end in prompt_passes(kept_tokens, prompt_tokens, chunk_tokens=chunk_tokens, grain_tokens=grain_tokens):
+        for begin, end in prompt_passes(kept_tokens, prompt_tokens, chunk_tokens=chunk_tokens, prefix_block_size=prefix_block_size):
             rows = 1 + draft_tokens if end == prompt_tokens else 0
             new = end - begin + max(0, rows - 1)
             total += self.forward_flops(new_tokens=new, past_tokens=begin, logit_rows=rows)

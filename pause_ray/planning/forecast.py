@@ -22,7 +22,7 @@ from pause_ray.evaluation.haystack import check_fits, check_lengths, load_haysta
 from pause_ray.evaluation.ledger import Ledger
 from pause_ray.evaluation.prefix_plan import Forecast, PrefixPlan, by_position, forecast, new_tokens, plan_prefixes, split_for_actors
 from pause_ray.evaluation.suite import Cell, cells
-from pause_ray.inference.engine import EndpointSpec, HfEngineSpec, Reuse, default_chunk_tokens, grain_of
+from pause_ray.inference.engine import EndpointSpec, HfEngineSpec, Reuse, default_chunk_tokens, default_prefix_block_size
 from pause_ray.models.checkpoint import Checkpoint
 from pause_ray.models.shape import ModelShape
 from pause_ray.models.sources import model_limit_tokens, resolve_model, row_limit_tokens
@@ -92,7 +92,7 @@ def forecast_trial(spec: TrialSpec, *, cache: Path, tokenizer: ModelTokenizer | 
     runs = split_for_actors(grid, num_actors=spec.resources.scoring_bounds[1])
     engine = spec.engine if isinstance(spec.engine, HfEngineSpec) else HfEngineSpec()
     chunk = engine.chunk_tokens or default_chunk_tokens(on_gpu=bool(spec.resources.scoring_gpus_per_actor))
-    grain = grain_of(dtype=spec.model.dtype, quantize=spec.model.quantize, chunk_tokens=chunk)
+    block = default_prefix_block_size(dtype=spec.model.dtype, quantize=spec.model.quantize, chunk_tokens=chunk)
     shape = ModelShape.load(model_dir)
 
     def of(reuse: Reuse) -> Forecast:
@@ -100,7 +100,7 @@ def forecast_trial(spec: TrialSpec, *, cache: Path, tokenizer: ModelTokenizer | 
             plan_prefixes(
                 [prompts[cell.id].ids for cell in run],
                 reuse=reuse,
-                grain_tokens=grain,
+                prefix_block_size=block,
                 lengths=[cell.context_tokens for cell in run],
             )
             for run in runs

@@ -16,7 +16,7 @@ import numpy as np
 
 from pause_ray.core.errors import ModelError
 from pause_ray.core.storage import is_complete, read_json
-from pause_ray.inference.engine import EngineError, HfEngineSpec, LoadedAs, Step
+from pause_ray.inference.engine import EngineError, HfEngineSpec, LoadedAs, PromptStep
 from pause_ray.models.checkpoint import Checkpoint
 from pause_ray.models.sources import model_digest, model_limit_tokens, resolve_model
 from pause_ray.text.prompts import BuiltPrompt
@@ -110,7 +110,7 @@ class Answerer:
             ModelError: as ``prompt``.
             EngineError: no answer could be computed.
         """
-        step = Step(prompt=self.prompt(context, question), keep_tokens=0, draft_ids=(), max_new_tokens=self._spec.eval.max_new_tokens)
+        step = PromptStep(prompt=self.prompt(context, question), keep_tokens=0, draft_ids=(), max_new_tokens=self._spec.eval.max_new_tokens)
         [(_, outcome)] = self._engine.answer([step])
         if isinstance(outcome, EngineError):
             raise outcome

@@ -14,7 +14,7 @@ from pause_ray.evaluation.answer import CellRunner, Condition, answer_cells, pla
 from pause_ray.evaluation.haystack import load_haystack, prompt_builder
 from pause_ray.evaluation.ledger import CellResult
 from pause_ray.evaluation.suite import SuiteSpec, cells
-from pause_ray.inference.engine import Completion, EngineError, Reuse, Step
+from pause_ray.inference.engine import Completion, EngineError, PromptStep, Reuse
 from pause_ray.inference.scripted import UNKNOWN, ScriptedEngine
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.tokenizer import ModelTokenizer, resolve_marker
@@ -33,7 +33,9 @@ def answers(
     builder = prompt_builder(haystack, suite=suite, tokenizer=tokenizer, policy=policy, marker=marker, seed=0)
     reader = CellRunner(builder=builder, tokenizer=tokenizer, policy=policy, marker=marker, max_new_tokens=suite.max_new_tokens)
     engine.use(base(model_dir))
-    asked = plan_cells(cells(suite, identity="i", replicate=0, seed=0), reader=reader, grain_tokens=engine.grain_tokens, reuse=reuse)
+    asked = plan_cells(
+        cells(suite, identity="i", replicate=0, seed=0), reader=reader, prefix_block_size=engine.prefix_block_size, reuse=reuse
+    )
     return list(answer_cells(asked, engine=engine, reader=reader, condition=CONDITION))
 
 
@@ -94,7 +96,7 @@ class CopyingEngine(ScriptedEngine):
 
     copied: Callable[[Completion], Completion]
 
-    def answer(self, steps: Sequence[Step]) -> Iterator[tuple[int, Completion | EngineError]]:
+    def answer(self, steps: Sequence[PromptStep]) -> Iterator[tuple[int, Completion | EngineError]]:
         for place, outcome in super().answer(steps):
             assert isinstance(outcome, Completion)
             yield place, self.copied(outcome)
@@ -141,7 +143,7 @@ def test_the_reference_is_the_draft_where_drafts_are_wanted(tokenizer_dir: Path,
     haystack, marker = load_haystack(suite, cache=tokenizer_dir, seed=0, replicate=0), resolve_marker(tokenizer, None)
     builder = prompt_builder(haystack, suite=suite, tokenizer=tokenizer, policy=None, marker=marker, seed=0)
     reader = CellRunner(builder=builder, tokenizer=tokenizer, policy=None, marker=marker, max_new_tokens=5)
-    asked = plan_cells(cells(suite, identity="i", replicate=0, seed=0), reader=reader, grain_tokens=1, drafts=drafts)
+    asked = plan_cells(cells(suite, identity="i", replicate=0, seed=0), reader=reader, prefix_block_size=1, drafts=drafts)
     expected = tuple(tokenizer.encode(STOCK.needle).ids.tolist()) if drafts else ()
     assert {(step.draft_ids, step.max_new_tokens) for _, step in asked} == {(expected, 5)}
 

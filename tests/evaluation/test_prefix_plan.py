@@ -32,7 +32,7 @@ def distinct_prefixes(prompts: Sequence[Ids]) -> int:
 
 @given(prompts=prompts_of_few_tokens, grain=st.integers(1, 4), reuse=st.sampled_from(["full", "depth", "none"]))
 def test_following_the_plan_gives_every_prompt(prompts: list[Ids], grain: int, reuse: str) -> None:
-    plan = plan_prefixes(prompts, reuse=reuse, grain_tokens=grain, lengths=[len(prompt) for prompt in prompts])  # type: ignore[arg-type]
+    plan = plan_prefixes(prompts, reuse=reuse, prefix_block_size=grain, lengths=[len(prompt) for prompt in prompts])  # type: ignore[arg-type]
     assert sorted(each.prompt for each in plan.prompts) == list(range(len(prompts)))
     held = np.empty(0, dtype=np.int32)
     for each in plan.prompts:

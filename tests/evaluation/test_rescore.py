@@ -19,7 +19,7 @@ from pause_ray.core.errors import ModelError, SpecError, StorageError
 from pause_ray.evaluation.ledger import CellResult, FactResult, Ledger
 from pause_ray.evaluation.rescore import Agreement, Judge, agreement_table, judge_at, judged, rescore, rescore_ledgers
 from pause_ray.evaluation.scorers import JudgeSpec
-from pause_ray.inference.engine import Completion, EndpointSpec, EngineError, LoadedAs, Step
+from pause_ray.inference.engine import Completion, EndpointSpec, EngineError, LoadedAs, PromptStep
 from pause_ray.text.tokenizer import ModelTokenizer
 from tests.evaluation.answered_rows import PARTS, ROWS, ledger_of, row
 from tests.inference.endpoint_server import Act, EndpointServer, completion
@@ -35,13 +35,13 @@ class ReplyingEngine:
     reply: Callable[[str], str | EngineError]
     name: str = "replying"
     decoded_tokens: int = 1
-    grain_tokens: int = 1
-    steps: list[Step] = field(default_factory=list)
+    prefix_block_size: int = 1
+    steps: list[PromptStep] = field(default_factory=list)
 
     def use(self, wanted: LoadedAs) -> None:
         """Nothing to load."""
 
-    def answer(self, steps: Sequence[Step]) -> Iterator[tuple[int, Completion | EngineError]]:
+    def answer(self, steps: Sequence[PromptStep]) -> Iterator[tuple[int, Completion | EngineError]]:
         # From the last to the first: an engine may answer in any order.
         for index, step in reversed(list(enumerate(steps))):
             self.steps.append(step)

@@ -24,7 +24,7 @@ from pause_ray.evaluation.ledger import CellResult, Ledger
 from pause_ray.evaluation.scoring_actor import LocalScorer, ScoringJob
 from pause_ray.evaluation.scoring_pool import ScoringPool
 from pause_ray.evaluation.suite import Cell, cells
-from pause_ray.inference.engine import Completion, EngineError, HfEngineSpec, Step
+from pause_ray.inference.engine import Completion, EngineError, HfEngineSpec, PromptStep
 from pause_ray.inference.scripted import ScriptedEngine
 from tests.evaluation.tiny import STOCK, base, make_suite
 
@@ -40,7 +40,7 @@ class MortalEngine(ScriptedEngine):
     tombstone: Path | None
     """Made just before dying; if it exists, the engine lives on. None: it dies every time."""
 
-    def answer(self, steps: Sequence[Step]) -> Iterator[tuple[int, Completion | EngineError]]:
+    def answer(self, steps: Sequence[PromptStep]) -> Iterator[tuple[int, Completion | EngineError]]:
         for place, step in enumerate(steps):
             if len(step.prompt.ids) == self.dies_at_tokens and not (self.tombstone and self.tombstone.exists()):
                 if self.tombstone:
@@ -66,7 +66,7 @@ class SlowEngine(ScriptedEngine):
 
     cell_seconds: float = 0.2
 
-    def answer(self, steps: Sequence[Step]) -> Iterator[tuple[int, Completion | EngineError]]:
+    def answer(self, steps: Sequence[PromptStep]) -> Iterator[tuple[int, Completion | EngineError]]:
         for place, outcome in super().answer(steps):
             time.sleep(self.cell_seconds)
             yield place, outcome
@@ -158,7 +158,7 @@ class OtherEngine(ScriptedEngine):
 
     dies: bool = False
 
-    def answer_otherwise(self, step: Step) -> Completion:
+    def answer_otherwise(self, step: PromptStep) -> Completion:
         if self.dies:
             os._exit(1)
         [(_, outcome)] = self.answer([step])

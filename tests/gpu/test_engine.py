@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pause_ray.inference.engine import Completion, EngineError, HfEngineSpec, LoadedAs, Step
+from pause_ray.inference.engine import Completion, EngineError, HfEngineSpec, LoadedAs, PromptStep
 from tests.inference.prompt_steps import step_of, walk_of
 from tests.inference.test_hf import prompts
 from tests.inference.tiny_model import KINDS, make_model
@@ -17,7 +17,7 @@ weights = pytest.importorskip("pause_ray.models.weights")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-def answers(folder: Path, steps: list[Step], *, device: str = "cuda:0", dtype: str = "float32", **spec: object) -> list[Completion]:
+def answers(folder: Path, steps: list[PromptStep], *, device: str = "cuda:0", dtype: str = "float32", **spec: object) -> list[Completion]:
     engine = hf.HfEngine(HfEngineSpec.model_validate({"chunk_tokens": 16, **spec}), device=device)
     engine.use(LoadedAs(model_dir=folder, dtype=dtype))
     outcomes = [outcome for _, outcome in engine.answer(steps)]

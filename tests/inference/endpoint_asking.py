@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pause_ray.inference.endpoint import EndpointEngine
-from pause_ray.inference.engine import Completion, EndpointSpec, EngineError, LoadedAs, Step
+from pause_ray.inference.engine import Completion, EndpointSpec, EngineError, LoadedAs, PromptStep
 from pause_ray.text.prompts import BuiltPrompt
 from pause_ray.text.tokenizer import ModelTokenizer
 from tests.inference.endpoint_server import Act, Asked, EndpointServer, completion
@@ -19,7 +19,9 @@ from tests.inference.endpoint_server import Act, Asked, EndpointServer, completi
 GOOD = completion("fine")
 
 
-def step_of(folder: Path, context: str, *, system: str | None = "Be short.", answer_prefix: str = "", max_new_tokens: int = 8) -> Step:
+def step_of(
+    folder: Path, context: str, *, system: str | None = "Be short.", answer_prefix: str = "", max_new_tokens: int = 8
+) -> PromptStep:
     tokenizer = ModelTokenizer.load(folder)
     after = "\n\nWhat is it?"
     prefix, suffix = tokenizer.chat_frame(system, "Read this:\n", after)
@@ -39,7 +41,7 @@ def step_of(folder: Path, context: str, *, system: str | None = "Be short.", ans
         user_after=after,
         answer_prefix=answer_prefix,
     )
-    return Step(prompt=prompt, keep_tokens=0, draft_ids=(), max_new_tokens=max_new_tokens)
+    return PromptStep(prompt=prompt, keep_tokens=0, draft_ids=(), max_new_tokens=max_new_tokens)
 
 
 def engine_for(server: EndpointServer, folder: Path, *, adapter_dir: Path | None = None, **changes: Any) -> EndpointEngine:
@@ -55,7 +57,7 @@ def in_turn(*acts: Act) -> Callable[[Asked], Act]:
     return lambda _: next(endless)
 
 
-def only(engine: EndpointEngine, step: Step) -> Completion | EngineError:
+def only(engine: EndpointEngine, step: PromptStep) -> Completion | EngineError:
     [(index, outcome)] = engine.answer([step])
     assert index == 0
     return outcome

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pause_ray.inference.engine import Step
+from pause_ray.inference.engine import PromptStep
 from pause_ray.text.prompts import BuiltPrompt
 
 
-def step_of(ids: Sequence[int], *, keep: int = 0, draft: Sequence[int] = (), most: int = 12) -> Step:
-    return Step(prompt=BuiltPrompt.plain(np.asarray(ids, dtype=np.int32)), keep_tokens=keep, draft_ids=tuple(draft), max_new_tokens=most)
+def step_of(ids: Sequence[int], *, keep: int = 0, draft: Sequence[int] = (), most: int = 12) -> PromptStep:
+    return PromptStep(
+        prompt=BuiltPrompt.plain(np.asarray(ids, dtype=np.int32)), keep_tokens=keep, draft_ids=tuple(draft), max_new_tokens=most
+    )
 
 
 def shared(before: Sequence[int], after: Sequence[int]) -> int:
@@ -21,7 +23,7 @@ def shared(before: Sequence[int], after: Sequence[int]) -> int:
     return next((place for place in range(most) if before[place] != after[place]), most)
 
 
-def walk_of(prompts: Sequence[Sequence[int]], *, grain: int = 1, drafts: Sequence[Sequence[int]] = (), most: int = 12) -> list[Step]:
+def walk_of(prompts: Sequence[Sequence[int]], *, grain: int = 1, drafts: Sequence[Sequence[int]] = (), most: int = 12) -> list[PromptStep]:
     """Each prompt keeps all it can of the one before."""
     kept = [0, *(shared(before, after) // grain * grain for before, after in itertools.pairwise(prompts))]
     given = drafts or [()] * len(prompts)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pause_ray.inference.engine import Step
+from pause_ray.inference.engine import PromptStep
 from tests.inference.prompt_steps import walk_of
 from tests.inference.tiny_model import KINDS, added_marker, make_adapter, make_model
 
@@ -77,9 +77,9 @@ def prompts(*, seed: int = 0, marker: int | None = None) -> list[list[int]]:
 
 
 def read(
-    model: Any, steps: list[Step], *, grain: int = 1, chunk: int = CHUNK, drafts: bool = True, host: bool = False, together: int = 1
+    model: Any, steps: list[PromptStep], *, grain: int = 1, chunk: int = CHUNK, drafts: bool = True, host: bool = False, together: int = 1
 ) -> list[Recorded]:
-    reader = greedy.GreedyReader(model, model.config, chunk_tokens=chunk, grain_tokens=grain, host=host, decode_batch=together)
+    reader = greedy.GreedyDecoder(model, model.config, chunk_tokens=chunk, prefix_block_size=grain, host=host, decode_batch=together)
     reader.reserve(max(len(step.prompt.ids) for step in steps) + 60)
     answers = []
     with torch.inference_mode():
@@ -100,7 +100,7 @@ def asked(reader: Any, ids: Any, *, keep: int, drafts: bool = False, draft: Sequ
     return answer
 
 
-def whole_logits(model: Any, step: Step, answer: Recorded) -> Any:
+def whole_logits(model: Any, step: PromptStep, answer: Recorded) -> Any:
     """Rows of logits that one forward pass without a cache gives, in transformers' plainest attention."""
     path = torch.as_tensor(np.append(step.prompt.ids, answer.ids).astype(np.int64))[None]
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -218,7 +218,7 @@ def test_neither_the_length_of_chunks_nor_the_place_of_keys_changes_an_answer(mo
 def test_what_a_step_wrongly_keeps_is_computed_anew(model_of: Any) -> None:
     model, _ = model_of("llama")
     first, second = [step.prompt for step in walk_of(prompts(seed=7)[:2])]
-    reader = greedy.GreedyReader(model, model.config, chunk_tokens=CHUNK, grain_tokens=1)
+    reader = greedy.GreedyDecoder(model, model.config, chunk_tokens=CHUNK, prefix_block_size=1)
     found = []
     with torch.inference_mode():
         for ids, keep in ((first.ids, 50), (second.ids, 99), (np.flip(first.ids).copy(), 40)):
@@ -235,7 +235,7 @@ def test_where_only_whole_chunks_are_kept_the_last_one_is_computed_anew(model_of
     first, second = [step.prompt.ids for step in walk_of(prompts(seed=7)[:2])]
     longer = np.append(first, second[:2])
     assert len(first) % CHUNK == 0
-    reader = greedy.GreedyReader(model, model.config, chunk_tokens=CHUNK, grain_tokens=CHUNK)
+    reader = greedy.GreedyDecoder(model, model.config, chunk_tokens=CHUNK, prefix_block_size=CHUNK)
     computed = []
     with torch.inference_mode():
         for ids, keep in ((first, 0), (second, 70), (first, 70), (longer, len(first))):
@@ -266,7 +266,7 @@ def test_going_on_together_takes_fewer_forward_passes_and_bounded_memory(model_o
     steps = walk_of(prompts(seed=9), most=30)
     passes: list[int] = []
     hook = model.register_forward_pre_hook(lambda *_: passes.append(1))
-    reader = greedy.GreedyReader(model, model.config, chunk_tokens=CHUNK, grain_tokens=1, decode_batch=4)
+    reader = greedy.GreedyDecoder(model, model.config, chunk_tokens=CHUNK, prefix_block_size=1, decode_batch=4)
     try:
         read(model, steps, drafts=False)
         alone = len(passes)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pause_ray.core.errors import ModelError
-from pause_ray.inference.engine import Completion, LoadedAs, Step
+from pause_ray.inference.engine import Completion, LoadedAs, PromptStep
 from pause_ray.text.tokenizer import MarkerToken, ModelTokenizer
 from tests.evaluation.tiny import make_tokenizer_folder
 from tests.inference.endpoint_asking import GOOD, engine_for, failed, good, in_turn, only, step_of
@@ -145,7 +145,7 @@ def test_a_server_that_takes_no_ids_is_told_at_first_contact(folder: Path) -> No
             engine_for(server, folder)
 
 
-def numbered(folder: Path, count: int) -> list[Step]:
+def numbered(folder: Path, count: int) -> list[PromptStep]:
     steps = [step_of(folder, f"Stone {number}.") for number in range(count)]
     assert len({tuple(step.prompt.ids.tolist()) for step in steps}) == count
     return steps

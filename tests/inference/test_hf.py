@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pause_ray.core.errors import CheckpointError, ModelError
-from pause_ray.inference.engine import Completion, EngineError, HfEngineSpec, LoadedAs, Step
+from pause_ray.inference.engine import Completion, EngineError, HfEngineSpec, LoadedAs, PromptStep
 from pause_ray.text.tokenizer import MarkerToken, ModelTokenizer, resolve_marker
 from tests.inference.prompt_steps import step_of, walk_of
 from tests.inference.tiny_model import KINDS, added_marker, make_adapter, make_checkpoint, make_model
@@ -46,7 +46,7 @@ def prompts(count: int, *, seed: int = 0, longest: int = 200, vocabulary: int = 
     return [*made, made[-1], made[-1][: CHUNK + 1], made[-1][:CHUNK], made[-1][:1]]
 
 
-def ask(engine: hf.HfEngine, steps: list[Step]) -> list[Completion]:
+def ask(engine: hf.HfEngine, steps: list[PromptStep]) -> list[Completion]:
     answers: dict[int, Completion] = {}
     for index, outcome in engine.answer(steps):
         assert isinstance(outcome, Completion), outcome
@@ -56,7 +56,7 @@ def ask(engine: hf.HfEngine, steps: list[Step]) -> list[Completion]:
 
 
 def ask_all(engine: hf.HfEngine, asked: list[list[int]], **options: Any) -> list[Completion]:
-    return ask(engine, walk_of(asked, grain=engine.grain_tokens, **options))
+    return ask(engine, walk_of(asked, grain=engine.prefix_block_size, **options))
 
 
 @pytest.mark.parametrize(("dtype", "quantize"), [("float32", None), ("bfloat16", None), ("float32", "nf4"), ("bfloat16", "nf4")])
@@ -65,18 +65,18 @@ def test_answers_with_reuse_are_those_without(tmp_path: Path, dtype: str, quanti
     asked = prompts(12)
     engine = hf.HfEngine(HfEngineSpec(chunk_tokens=CHUNK), device="cpu", threads=1)
     engine.use(LoadedAs(model_dir=tiny, dtype=dtype, quantize=quantize))
-    assert engine.grain_tokens == (1 if (dtype, quantize) == ("float32", None) else CHUNK)
+    assert engine.prefix_block_size == (1 if (dtype, quantize) == ("float32", None) else CHUNK)
     without = ask(engine, [step_of(ids) for ids in asked])
     drafts = [answer.ids[:5] for answer in without]
     drafted = ask(engine, [step_of(ids, draft=draft) for ids, draft in zip(asked, drafts, strict=True)])
-    steps = walk_of(asked, grain=engine.grain_tokens, drafts=drafts)
+    steps = walk_of(asked, grain=engine.prefix_block_size, drafts=drafts)
     with_reuse = ask(engine, steps)
     assert [answer.ids for answer in with_reuse] == [answer.ids for answer in drafted]
     assert [answer.prefilled_tokens for answer in without] == [len(prompt) for prompt in asked]
     assert [answer.prefilled_tokens for answer in with_reuse] == [len(step.prompt.ids) - step.keep_tokens for step in steps]
     assert sum(step.keep_tokens for step in steps) > 0.3 * sum(map(len, asked))
     assert len({answer.ids for answer in without}) > 6, "a model that always says the same would prove nothing"
-    if engine.grain_tokens == 1:
+    if engine.prefix_block_size == 1:
         assert [answer.ids for answer in with_reuse] == [answer.ids for answer in without]
         assert [answer.margin for answer in with_reuse] == pytest.approx([answer.margin for answer in without], abs=1e-4)
 
@@ -128,7 +128,7 @@ def test_a_model_that_cannot_be_rewound_is_computed_whole_and_says_so_once(tmp_p
     folder = make_model(tmp_path / "model", kind="lfm2", layer_types=["conv", "full_attention"], conv_L_cache=3, block_ff_dim=64)
     engine = engine_for(folder)
     asked = prompts(5)
-    answers = ask(engine, walk_of(asked, grain=engine.grain_tokens, drafts=[[9, 9]] * len(asked)))
+    answers = ask(engine, walk_of(asked, grain=engine.prefix_block_size, drafts=[[9, 9]] * len(asked)))
     answers += ask(engine, walk_of(asked))
     assert [answer.prefilled_tokens for answer in answers] == 2 * [len(prompt) for prompt in asked]
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pause_ray.inference.engine import Completion, EngineError, HfEngineSpec, LoadedAs, Step
+from pause_ray.inference.engine import Completion, EngineError, HfEngineSpec, LoadedAs, PromptStep
 from tests.inference.prompt_steps import shared, step_of, walk_of
 from tests.inference.tiny_model import WINDOW, make_adapter, make_model
 
@@ -86,7 +86,7 @@ def test_whatever_fails_every_prompt_gets_its_own_answer_once(
 ) -> None:
     """Memory that is short in mid-pass or when a row parts from the path, logits that are no numbers, at once or after a while."""
     draw = random.Random(seed)
-    monkeypatch.setattr(hf._Base, "grain_tokens", lambda *_: CHUNK if seed % 2 else 1)
+    monkeypatch.setattr(hf._Base, "prefix_block_size", lambda *_: CHUNK if seed % 2 else 1)
     folder = make_model(tmp_path / "model", kind=kind, tied=False, seed=seed)
     asked = branches(draw, 24, highest=200)
     asked[5] = [*asked[5], POISON, *asked[6]]
@@ -138,7 +138,7 @@ def test_keys_in_host_memory_mean_one_answer_at_a_time() -> None:
         HfEngineSpec(kv="host", decode_batch=4)
 
 
-def some_steps(*, seed: int) -> list[Step]:
+def some_steps(*, seed: int) -> list[PromptStep]:
     return walk_of(sorted(branches(random.Random(seed), 7)), most=24)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pause_ray.core.errors import ModelError
-from pause_ray.inference.engine import Completion, EngineError, Step
+from pause_ray.inference.engine import Completion, EngineError, PromptStep
 from pause_ray.inference.scripted import UNKNOWN, ScriptedEngine
 from pause_ray.text.tokenizer import ModelTokenizer
 from tests.evaluation.tiny import STOCK, base, make_text, make_tokenizer_folder
@@ -19,7 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tokenizer_folder(tmp_path_factory.mktemp("tiny") / "model")
 
 
-def ask(engine: ScriptedEngine, steps: list[Step]) -> list[Completion | EngineError]:
+def ask(engine: ScriptedEngine, steps: list[PromptStep]) -> list[Completion | EngineError]:
     places, outcomes = zip(*engine.answer(steps), strict=True)
     assert list(places) == list(range(len(steps)))
     return list(outcomes)
@@ -45,7 +45,7 @@ def test_it_answers_the_question_asked_from_the_prompt_only(folder: Path) -> Non
 
 @pytest.mark.parametrize("grain", [1, 4])
 def test_what_is_kept_is_not_computed_again_and_is_lost_with_a_failure(folder: Path, grain: int) -> None:
-    engine = ScriptedEngine(facts={}, fails_from_tokens=40, grain_tokens=grain)
+    engine = ScriptedEngine(facts={}, fails_from_tokens=40, prefix_block_size=grain)
     engine.use(base(folder))
     trunk = list(range(100, 130))
     prompts = [[*trunk, 5], [*trunk[:21], 6, 7], list(range(100, 150)), [*trunk[:21], 8]]

@@ -11,7 +11,7 @@ import pytest
 
 from pause_ray.core.errors import ModelError, SpecError
 from pause_ray.core.storage import MANIFEST
-from pause_ray.inference.engine import Completion, HfEngineSpec, LoadedAs, Step
+from pause_ray.inference.engine import Completion, HfEngineSpec, LoadedAs, PromptStep
 from pause_ray.models.sources import ROTARY, model_digest, model_limit_tokens, resolve_model, row_limit_tokens, scaled_config
 from pause_ray.models.spec import ModelSpec, RopeSpec
 from pause_ray.trial.spec import TrialSpec
@@ -152,7 +152,7 @@ def prompts(lengths: list[int]) -> list[list[int]]:
     return [[*ids[: length - 4], *[5 + place] * 4] for place, length in enumerate(lengths)]
 
 
-def answers(folder: Path, asked: list[Step], *, together: int = 1) -> list[Completion]:
+def answers(folder: Path, asked: list[PromptStep], *, together: int = 1) -> list[Completion]:
     from pause_ray.inference.hf import HfEngine
 
     engine = HfEngine(HfEngineSpec(decode_batch=together, chunk_tokens=100), device="cpu")

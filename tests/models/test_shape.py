@@ -58,7 +58,7 @@ def test_operations_of_a_prompt_are_those_of_its_chunks_and_its_draft(tmp_path: 
     folder = make_model(tmp_path / "model", kind="mistral")
     model = weights.load_base(folder, dtype="float32", marker=None, device="cpu")
     attention.use_path_attention(model)
-    reader = greedy.GreedyReader(model, model.config, chunk_tokens=16, grain_tokens=1)
+    reader = greedy.GreedyDecoder(model, model.config, chunk_tokens=16, prefix_block_size=1)
     for ids, keep, draft in (([7] * 50, 0, []), ([7] * 40 + [8] * 24, 40, [9, 9, 9])):
         step = step_of(ids, keep=keep, draft=draft, most=1 + len(draft))
         answer = greedy.Answer(most=step.max_new_tokens, end_ids=frozenset(range(400)), reference=step.draft_ids)

@@ -60,7 +60,7 @@ def computed(spec: TrialSpec, found: TrialForecast) -> int:
     for run in split_for_actors(cells(spec.eval, identity="", replicate=0, seed=0), num_actors=spec.resources.scoring_actors):
         engine = ScriptedEngine(facts={STOCK.question: STOCK.needle})
         engine.use(base(model_dir))
-        asked = plan_cells(run, reader=reader, grain_tokens=1, reuse=found.reuse)
+        asked = plan_cells(run, reader=reader, prefix_block_size=1, reuse=found.reuse)
         for _, outcome in engine.answer([step for _, step in asked]):
             assert isinstance(outcome, Completion)
             tokens += outcome.prefilled_tokens

@@ -67,7 +67,7 @@ def test_answers_are_the_same_however_they_are_computed(name: str, model_dir: Pa
     grid = cells(suite, identity="exactness", replicate=0, seed=0)
 
     def answers(reuse: Reuse, *, drafts: bool) -> dict[str, Completion]:
-        asked = plan_cells(grid, reader=reader, grain_tokens=engine.grain_tokens, reuse=reuse, drafts=drafts)
+        asked = plan_cells(grid, reader=reader, prefix_block_size=engine.prefix_block_size, reuse=reuse, drafts=drafts)
         return {asked[place].cell.id: completion_of(asked[place], outcome) for place, outcome in engine.answer([step for _, step in asked])}
 
     reference = answers("none", drafts=False)

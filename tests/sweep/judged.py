@@ -24,7 +24,7 @@ from pause_ray.evaluation.ledger import Ledger
 from pause_ray.evaluation.proxy import proxy_suite
 from pause_ray.evaluation.scoring_pool import ScoringPool
 from pause_ray.evaluation.suite import SuiteSpec, cells
-from pause_ray.inference.engine import Completion, EngineError, LoadedAs, Step
+from pause_ray.inference.engine import Completion, EngineError, LoadedAs, PromptStep
 from pause_ray.inference.scripted import ScriptedEngine
 from pause_ray.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STOP, TRAINING_LOG, Checkpoint, rung_folder, seal
 from pause_ray.sweep.governed import run_governed
@@ -75,7 +75,7 @@ class RankEngine(ScriptedEngine):
         self._adapter = (rank, adapter.num_steps)
         self.blind_percent = (0.0, 100 * (1 - quality(rank)))
 
-    def answer(self, steps: Sequence[Step]) -> Iterator[tuple[int, Completion | EngineError]]:
+    def answer(self, steps: Sequence[PromptStep]) -> Iterator[tuple[int, Completion | EngineError]]:
         rank, after = self._adapter
         trace(self.root, what="scoring", rank=rank, after=after, cells=len(steps))
         if self._adapter == self.waits_for:

@@ -21,7 +21,7 @@ import numpy as np
 import yaml
 
 from pause_ray.core.errors import SpecError
-from pause_ray.inference.engine import Completion, EngineError, LoadedAs, Step
+from pause_ray.inference.engine import Completion, EngineError, LoadedAs, PromptStep
 from pause_ray.inference.scripted import ScriptedEngine
 from tests.evaluation.tiny import STOCK, WORDS, make_haystack_folder, make_text, make_tokenizer_folder
 
@@ -41,7 +41,7 @@ class StubEngine(ScriptedEngine):
         name = wanted.adapter_dir.name if wanted.adapter_dir else "base"
         self.blind_percent = (20.0, 30.0 + hashlib.sha256(name.encode()).digest()[0] / 4)
 
-    def answer(self, steps: Sequence[Step]) -> Iterator[tuple[int, Completion | EngineError]]:
+    def answer(self, steps: Sequence[PromptStep]) -> Iterator[tuple[int, Completion | EngineError]]:
         for place, outcome in super().answer(steps):
             time.sleep(self.cell_seconds)
             yield place, outcome
