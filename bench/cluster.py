@@ -250,8 +250,8 @@ def scoring_job(folder: Path, *, model_dir: Path, num_cells: int) -> tuple[Scori
 
 def write_shards(bench: Bench, *, model_dir: Path, rows: int) -> Row:
     """Rows of ``needle_sft`` at 512 tokens, by tasks of Ray Data on the nodes; a small set before starts the tasks' processes."""
-    from pause_ray.data.pipeline import ShardJob, build_shards
-    from pause_ray.data.spec import CorpusSpec
+    from pause_ray.data.pipeline import build_shards
+    from pause_ray.data.spec import CorpusSpec, ShardJob
     from pause_ray.text.pauses import PausePolicy
     from pause_ray.text.prompts import PromptSpec
 

@@ -127,7 +127,7 @@ def look_at_cluster(planned: Sequence[PlannedTrial], *, storage: str, name: str,
     try:
         with ray_cluster.connection(), err.status("looking at every node"):
             nodes = preflight.look_at_nodes(root.root, probe=probe.name, paths=preflight.named_paths(trials))
-            is_all = ray_cluster.has_all_its_nodes()
+            is_all = ray_cluster.has_no_autoscaler()
     finally:
         probe.unlink()
     gpus = max((node.gpus for node in nodes), default=0)

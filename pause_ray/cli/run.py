@@ -170,7 +170,7 @@ def _train(trial: PreparedTrial, *, storage: Storage, origin: Path) -> Checkpoin
         resources = trial.spec.resources
         train_gpus = min(1.0, ray_cluster.total_gpus()) if resources.train_gpus_per_worker is None else resources.train_gpus_per_worker
         fewest, _ = resources.worker_bounds
-        ray_cluster.check_room({"CPU": fewest * resources.train_cpus_per_worker, "GPU": fewest * train_gpus})
+        ray_cluster.check_capacity({"CPU": fewest * resources.train_cpus_per_worker, "GPU": fewest * train_gpus})
         checkpoint = run_training(job, resources, storage=storage, train_gpus=train_gpus, progress=progress)
         tracker.log_training(training, checkpoint)
     return checkpoint

@@ -22,7 +22,6 @@ PACKAGES = ("pause_ray", "ray", "torch", "transformers", "peft", "deepspeed", "t
 """Packages that must have the same version on all nodes: they decide results, or their objects travel pickled."""
 MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """Files with a container's memory limit (cgroup v2, v1): ``max``, or a number larger than any memory, where there is none."""
-MISSING = re.compile(r"No module named '(?P<package>\w+)[\w.]*'")
 MIG_SLICE = re.compile(r"\s+MIG (?P<profile>\S*?(?P<gigabytes>\d+)gb\S*)")
 """A line of a slice in the output of ``nvidia-smi -L``."""
 CONNECT_SECONDS = 5
@@ -44,7 +43,7 @@ NO_SLICE = Gpu(name="without slices", memory_bytes=0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class NodeInfo:
     """The state of one machine."""
 
     versions: Mapping[str, str]
@@ -62,7 +61,7 @@ class Look:
     """Memory of the machine, or the limit of its container; 0 where it is not known."""
 
 
-def look(root: Path, *, probe: str, paths: Sequence[str], session: Path | None = None) -> Look:
+def probe_node(root: Path, *, probe: str, paths: Sequence[str], session: Path | None = None) -> NodeInfo:
     """Return the state of this machine as a sweep will find it.
 
     Args:
@@ -73,7 +72,7 @@ def look(root: Path, *, probe: str, paths: Sequence[str], session: Path | None =
     """
     storage, free = _storage(root, probe=probe)
     disk = shutil.disk_usage(session) if session is not None else None
-    return Look(
+    return NodeInfo(
         versions={"python": platform.python_version(), **{name: found for name in PACKAGES if (found := _version(name))}},
         gpus=_gpus(),
         free_bytes=free,
@@ -82,12 +81,6 @@ def look(root: Path, *, probe: str, paths: Sequence[str], session: Path | None =
         free_share=disk.free / disk.total if disk else 1.0,
         memory_bytes=usable_memory(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), limits=MEMORY_LIMITS),
     )
-
-
-def missing_package(told: str) -> str | None:
-    """Return the package whose absence kept a process from starting, from Ray's account of its end; None if the cause was another."""
-    found = MISSING.search(told)
-    return found["package"] if found else None
 
 
 def usable_memory(machine_bytes: int, *, limits: Sequence[Path]) -> int:
@@ -133,10 +126,10 @@ def _gpus() -> tuple[Gpu, ...]:
     def ask(*arguments: str) -> str:
         return subprocess.run([tool, *arguments], capture_output=True, text=True, check=False, timeout=30).stdout  # noqa: S603 (no shell)
 
-    return gpus_told(ask("--query-gpu=name,memory.total,mig.mode.current", "--format=csv,noheader,nounits"), listed=ask("-L"))
+    return parse_gpus(ask("--query-gpu=name,memory.total,mig.mode.current", "--format=csv,noheader,nounits"), listed=ask("-L"))
 
 
-def gpus_told(table: str, *, listed: str) -> tuple[Gpu, ...]:
+def parse_gpus(table: str, *, listed: str) -> tuple[Gpu, ...]:
     """Return the GPUs that a process can use.
 
     Args:
@@ -171,12 +164,11 @@ class NodeActor:
         while True:
             self._server.accept()[0].close()
 
-    def look(self, root: Path, *, probe: str, paths: Sequence[str]) -> tuple[Look, int]:
+    def probe(self, root: Path, *, probe: str, paths: Sequence[str]) -> tuple[NodeInfo, int]:
         """Return what this node is like, and the port that other nodes try."""
-        import ray
+        from pause_ray.core.ray_cluster import session_folder
 
-        session = Path(ray._private.worker._global_node.get_session_dir_path())
-        return look(root, probe=probe, paths=paths, session=session), int(self._server.getsockname()[1])
+        return probe_node(root, probe=probe, paths=paths, session=session_folder()), int(self._server.getsockname()[1])
 
     def unreachable(self, others: Mapping[str, tuple[str, int]]) -> tuple[str, ...]:
         """Return the names of those of the others (name → host and port) that take no connection."""

@@ -81,7 +81,7 @@ def about(part: str) -> Iterator[None]:
         _SUBJECT.parts = before
 
 
-def write_lines() -> None:
+def log_to_stderr() -> None:
     """Let a process that Ray started write its lines to standard error, which Ray keeps in the node's session folder.
 
     Without effect where somebody has decided already where lines go, as the command line does.
@@ -96,13 +96,13 @@ def write_lines() -> None:
     log.setLevel(logging.INFO)
 
 
-def trial_words(label: str, digest: str) -> str:
+def format_trial(label: str, digest: str) -> str:
     """How a line names a trial: as people call it, and by the beginning of its folder's name."""
     return f"trial {label} ({digest[:8]})"
 
 
 @contextlib.contextmanager
-def first_signal_asks(ask: Callable[[], None], *, insist: Callable[[], None] = lambda: None) -> Iterator[None]:
+def stop_on_signal(ask: Callable[[], None], *, insist: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Call ``ask`` at a first SIGINT or SIGTERM within the block; a second calls ``insist`` and does what it did before.
 
     Outside a process's main thread, which alone can take signals, nothing changes.

@@ -1,4 +1,8 @@
-"""Connecting to Ray: the cluster this process belongs to, or one of its own on this machine. Knows no trial."""
+"""The connection to Ray and the state of its cluster: nodes, resources, pending requests, room for a bundle.
+
+This is the only module of the package that uses private interfaces of Ray itself; ``tests/core/test_ray_private.py`` names
+the one that a new version of Ray took away. (``sweep/trainable`` and ``training/launch`` use some of Ray Tune and Ray Train.)
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -24,7 +29,6 @@ from ray.experimental import internal_kv
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from pause_ray.core.errors import ClusterError, SpecError
-from pause_ray.core.node_probe import missing_package
 
 LOCAL_LOGICAL_CPUS = 8
 """Ray's CPUs are a count of places, not of cores. A trial, its scoring actor, the progress board and shard tasks need
@@ -34,7 +38,7 @@ LOCAL_OBJECT_STORE_BYTES = 512 * 1024**2
 HOST_AND_PORT = re.compile(r"\[?(?P<host>[^/]+?)\]?:(?P<port>\d{1,5})")
 ANSWER_SECONDS = 20
 """For a head to take a connection."""
-OF_A_DASHBOARD = "is where jobs are handed in; unset it, or hand this in there: pause-ray submit FILE, or ray job submit"
+DASHBOARD_ADDRESS = "is where jobs are handed in; unset it, or hand this in there: pause-ray submit FILE, or ray job submit"
 VERSION = re.compile(r"^\s+(Ray|Python): (\S+)$", re.MULTILINE)
 TRACEBACK = "Traceback (most recent call last):"
 TOKEN_WORDS = re.compile(r"\btoken\b|auth(entic|oriz)", re.IGNORECASE)
@@ -42,13 +46,16 @@ WAITED_IN_VAIN = re.compile(r"(timed out|(failed|unable) to connect|deadline).*\
 MARKET = "ray.io/market-type"
 STAYS: Mapping[str, str] = {MARKET: "on-demand"}
 """Labels of nodes that nobody takes away."""
-NEVER_UP = "timed out during startup"
-"""Ray's words where its own processes take too long."""
+STARTUP_TIMEOUT = "timed out during startup"
+"""Part of the message of the bare ``Exception`` that Ray raises when its own processes take too long to start."""
+MISSING_MODULE = re.compile(r"No module named '(?P<package>\w+)[\w.]*'")
+AGENT_KEY = "DASHBOARD_AGENT_ADDR_NODE_ID_PREFIX"
+"""Prefix of the key under which a node's dashboard agent publishes its address."""
 STATUS_SECONDS = 10
 """Timeout of a request for the cluster's status."""
 AUTOSCALER_SECONDS = 20.0
 """Time in which an autoscaler, which looks at requests every five seconds, must have looked at a new one."""
-IN_A_GROUP = "bundle_group_"
+GROUP_RESOURCE = "bundle_group_"
 """Prefix of the resource by which Ray sends work to the nodes of a placement group that has its resources."""
 logger = logging.getLogger("pause_ray")
 
@@ -69,7 +76,7 @@ def connection() -> Iterator[None]:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address := os.environ.get("RAY_ADDRESS"):
         if address.startswith(("http://", "https://")):
-            raise ClusterError(f"RAY_ADDRESS {address}: {OF_A_DASHBOARD}")
+            raise ClusterError(f"RAY_ADDRESS {address}: {DASHBOARD_ADDRESS}")
         place, answers = HOST_AND_PORT.fullmatch(address), False
         try:
             if place:  # Ray would try for minutes
@@ -77,7 +84,7 @@ def connection() -> Iterator[None]:
                 answers = True
             ray.init(address="auto", **quiet)
         except (OSError, OverflowError, RuntimeError, ValueError, RayError) as error:
-            raise ClusterError(f"RAY_ADDRESS {address}: {_why_not_joined(_told(error), answers=answers)}") from error
+            raise ClusterError(f"RAY_ADDRESS {address}: {_explain_refusal(_error_chain(error), answers=answers)}") from error
     else:
         # A thread that spins while it waits keeps the core from the one that it waits for, in another process too.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -90,7 +97,7 @@ def connection() -> Iterator[None]:
                 **quiet,
             )
         except Exception as error:
-            if NEVER_UP in str(error):  # Ray has no class of its own for it
+            if type(error) is Exception and STARTUP_TIMEOUT in str(error):  # Ray has no class of its own for it
                 raise ClusterError(
                     "Ray has not come up on this machine within half a minute, which happens where others keep all cores busy; "
                     "run the same command again when there is less to do here"
@@ -114,7 +121,7 @@ def _shut_down() -> None:
         gc.enable()
 
 
-def hold_shared_actor_here() -> None:
+def create_shared_actor_here() -> None:
     """Make the actor here that Ray Data and Ray Train share, which outlives both.
 
     It is made where either is first used, and Ray does not take a node away that any actor is on: a training in a trial's process
@@ -125,7 +132,7 @@ def hold_shared_actor_here() -> None:
     get_or_create_autoscaling_coordinator()
 
 
-def _told(error: BaseException | None) -> str:
+def _error_chain(error: BaseException | None) -> str:
     """What an error and those that it came of say, in lines; of a traceback in one of them its last."""
     lines = []
     while error is not None:
@@ -135,7 +142,7 @@ def _told(error: BaseException | None) -> str:
     return "\n".join(lines)
 
 
-def _why_not_joined(told: str, *, answers: bool) -> str:
+def _explain_refusal(told: str, *, answers: bool) -> str:
     """In one line, with a remedy, what Ray tells in many; of a wrong token it tells nothing but that it has waited in vain."""
     versions = VERSION.findall(told)
     if "Version mismatch" in told and len(versions) == 4:
@@ -154,9 +161,15 @@ def _why_not_joined(told: str, *, answers: bool) -> str:
     )
 
 
-def without_package(told: str) -> str | None:
-    """In one line, with a remedy, that a process could not begin for want of a package; None if Ray told something else."""
-    package = missing_package(told)
+def missing_package(account: str) -> str | None:
+    """Return the package whose absence kept a process from starting, from Ray's account of its end; None if the cause was another."""
+    found = MISSING_MODULE.search(account)
+    return found["package"] if found else None
+
+
+def explain_missing_package(account: str) -> str | None:
+    """Return one line with a remedy if a process could not start because its node lacks a package; None if the cause was another."""
+    package = missing_package(account)
     if package is None:
         return None
     return (
@@ -165,7 +178,20 @@ def without_package(told: str) -> str | None:
     )
 
 
-def check_room(needed: Mapping[str, float], *, remedy: str = "lower train_workers, or what each of them takes") -> None:
+def session_folder() -> Path:
+    """Return the folder with Ray's own files (logs, spilled objects, working directories) on this node."""
+    return Path(ray._private.worker._global_node.get_session_dir_path())
+
+
+def agent_address(node_id: str) -> tuple[str, int] | None:
+    """Return host and port of a node's dashboard agent; None where none has started. Port 0: the agent takes no jobs and shows no logs."""
+    if published := internal_kv._internal_kv_get(f"{AGENT_KEY}:{node_id}", namespace="dashboard"):
+        host, port, _ = json.loads(published)
+        return host, port
+    return None
+
+
+def check_capacity(needed: Mapping[str, float], *, remedy: str = "lower train_workers, or what each of them takes") -> None:
     """Refuse what a cluster of this machine has no room for, since Ray would wait for it for ever.
 
     One that was joined may grow: as far as its autoscaler says, and where it does not say, it is only warned.
@@ -181,7 +207,7 @@ def check_room(needed: Mapping[str, float], *, remedy: str = "lower train_worker
         has = total(name)
         if number <= has:
             continue
-        _tell(f"resources: training and scoring hold {number:g} {name}s at a time, and the cluster has {has:g}", remedy)
+        _refuse_or_warn(f"resources: training and scoring hold {number:g} {name}s at a time, and the cluster has {has:g}", remedy)
 
 
 def check_nodes(takers: Mapping[str, Mapping[str, float]]) -> None:
@@ -201,15 +227,17 @@ def check_nodes(takers: Mapping[str, Mapping[str, float]]) -> None:
             largest = max(nodes, key=lambda node: nodes[node].get(name, 0), default=None)
             has = nodes[largest].get(name, 0) if largest else 0
             if has < number:
-                _tell(f"resources: {taker} takes {number:g} {name}s on one node, and the largest, {largest}, has {has:g}", "lower it")
+                _refuse_or_warn(
+                    f"resources: {taker} takes {number:g} {name}s on one node, and the largest, {largest}, has {has:g}", "lower it"
+                )
                 break
         else:
             asked = " and ".join(f"{number:g} {name}s" for name, number in takes.items())
-            _tell(f"resources: {taker} takes {asked} on one node, and no node has both", "lower one of them")
+            _refuse_or_warn(f"resources: {taker} takes {asked} on one node, and no node has both", "lower one of them")
 
 
-def _tell(problem: str, remedy: str) -> None:
-    if is_known_to_grow_no_further():
+def _refuse_or_warn(problem: str, remedy: str) -> None:
+    if is_fixed_size():
         raise SpecError(f"{problem}; {remedy}{', or start nodes that have it' if os.environ.get('RAY_ADDRESS') else ''}")
     logger.warning("%s; waiting until it has grown; if it cannot, %s", problem, remedy)
 
@@ -229,7 +257,7 @@ def _possible_nodes() -> dict[str, Mapping[str, float]]:
     return nodes | {f"node type {kind.name}": dict(kind.resources) for kind in kinds if kind.max_count}
 
 
-def groups_without_room(holding: Mapping[str, float]) -> frozenset[str]:
+def blocked_groups(holding: Mapping[str, float]) -> frozenset[str]:
     """Placement groups of anybody that wait for something of which ``holding`` has some, and that a node could give.
 
     Trials of Tune and workers of Ray Train come as placement groups. Freshly asked ones are among them for a moment.
@@ -248,12 +276,12 @@ def _gives(node: Mapping[str, float], bundle: Mapping[str, float]) -> bool:
     return all(node.get(name, 0) >= number for name, number in bundle.items())
 
 
-def tells_markets() -> bool:
+def has_market_labels() -> bool:
     """Whether any node says whether it stays."""
     return any(MARKET in node.get("Labels", {}) for node in ray.nodes() if node["Alive"])
 
 
-def staying_nodes() -> list[Mapping[str, float]]:
+def on_demand_nodes() -> list[Mapping[str, float]]:
     """What each node has that says of itself that it stays."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"] and STAYS.items() <= node.get("Labels", {}).items()]
 
@@ -264,12 +292,12 @@ def total(resource: str) -> float:
     return max(float(ray.cluster_resources().get(resource, 0)), float(grown.get(resource, 0)))
 
 
-def is_known_to_grow_no_further() -> bool:
+def is_fixed_size() -> bool:
     """Whether ``total`` is all that there can ever be."""
-    return _autoscaler() is not None or has_all_its_nodes()
+    return _autoscaler() is not None or has_no_autoscaler()
 
 
-def has_all_its_nodes() -> bool:
+def has_no_autoscaler() -> bool:
     """Whether nothing starts more: it is this machine's own, or its head was given no file of nodes that it may start.
 
     Such a head reports each node as a kind of its own.
@@ -305,14 +333,14 @@ def pending_requests() -> str | None:
     status = _cluster_status()
     state, autoscaler = status.cluster_resource_state, status.autoscaling_state
     infeasible = {
-        *map(_request_words, autoscaler.infeasible_resource_requests),
-        *map(_group_words, autoscaler.infeasible_gang_resource_requests),
+        *map(_format_request, autoscaler.infeasible_resource_requests),
+        *map(_format_group, autoscaler.infeasible_gang_resource_requests),
     }
     counts: Counter[tuple[str, str]] = Counter()
     for entry in state.pending_resource_requests:
-        if not any(name.startswith(IN_A_GROUP) for name in entry.request.resources_bundle):
-            counts[_request_words(entry.request), "tasks/actors"] += entry.count
-    counts.update((_group_words(group), "placement groups") for group in state.pending_gang_resource_requests)
+        if not any(name.startswith(GROUP_RESOURCE) for name in entry.request.resources_bundle):
+            counts[_format_request(entry.request), "tasks/actors"] += entry.count
+    counts.update((_format_group(group), "placement groups") for group in state.pending_gang_resource_requests)
     lines = (
         f"{words}: {count}+ pending {kind}{' (infeasible)' if words in infeasible else ''}"
         for (words, kind), count in sorted(counts.items())
@@ -326,7 +354,7 @@ def _cluster_status() -> Any:
     return reply
 
 
-def _request_words(request: Any) -> str:
+def _format_request(request: Any) -> str:
     constraints = [constraint for selector in request.label_selectors for constraint in selector.label_constraints]
     labels = sorted(
         f"{its.label_key}{'!=' if its.operator == common_pb2.LABEL_OPERATOR_NOT_IN else '='}{'|'.join(its.label_values)}"
@@ -335,11 +363,11 @@ def _request_words(request: Any) -> str:
     return f"{dict(sorted(request.resources_bundle.items()))}{' on ' + ', '.join(labels) if labels else ''}"
 
 
-def _group_words(group: Any) -> str:
+def _format_group(group: Any) -> str:
     requests = (
         group.bundle_selectors[0].resource_requests if group.bundle_selectors else group.requests
     )  # the first alternative is preferred
-    return ", ".join(f"{words} * {number}" for words, number in sorted(Counter(map(_request_words, requests)).items()))
+    return ", ".join(f"{words} * {number}" for words, number in sorted(Counter(map(_format_request, requests)).items()))
 
 
 def can_place(bundle: Mapping[str, float], *, number: int, labels: Mapping[str, str]) -> bool:

@@ -27,9 +27,9 @@ from pause_ray import __version__
 from pause_ray.core.errors import PauseRayError, StorageError
 
 MANIFEST = "manifest.json"
-ROOT_FORMAT = 1
-"""Of the root as a whole: which folders it has and what their files mean; raised when an older version would misread or harm it.
-What only decides a result has formats of its own, inside digests."""
+ROOT_FORMAT = 2
+"""Version of the root's layout: its folders and the meaning of their files. Raised when another version would misread or harm a root.
+What only decides a result has versions of its own, inside digests."""
 FORMAT_FILE = "format.json"
 
 
@@ -44,7 +44,7 @@ class Storage:
         """Make the root if needed and try to write in it.
 
         Raises:
-            StorageError: the root is a URI, is not a folder, cannot be written, or is of a newer version of this program.
+            StorageError: the root is a URI, is not a folder, cannot be written, or has another format.
         """
         if "://" in str(root):
             raise StorageError(f"storage root {root}: must be a path that every node sees, not a URI; use a shared file system such as NFS")
@@ -86,7 +86,7 @@ class Storage:
 
 
 def _check_format(root: Path) -> None:
-    """Mark a root without a mark, and refuse one that a newer version wrote."""
+    """Mark a root without a mark, and refuse one of another format."""
     mark = root / FORMAT_FILE
     if not mark.exists():
         write_json(mark, {"format": ROOT_FORMAT, "version": __version__})
@@ -96,10 +96,10 @@ def _check_format(root: Path) -> None:
         written, version = int(found["format"]), str(found["version"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise StorageError(f"{mark}: does not say which version wrote this storage root ({error}); remove this one file") from error
-    if written > ROOT_FORMAT:
+    if written != ROOT_FORMAT:
         raise StorageError(
-            f"storage root {root}: was written by pause_ray {version} (format {written}), and pause_ray {__version__} knows formats up to "
-            f"{ROOT_FORMAT}; use that version or a newer one, or choose another root with --storage"
+            f"storage root {root}: has format {written} (written by pause_ray {version}), and pause_ray {__version__} reads and writes "
+            f"format {ROOT_FORMAT} only; choose an empty folder with --storage, or use the version that wrote it"
         )
 
 

@@ -14,6 +14,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
@@ -29,10 +30,12 @@ from pause_ray.core.files import (
     fetch_package,
     find_files,
     lines,
+    one_line_errors,
     parse_package_source,
     random_access,
 )
-from pause_ray.core.spec import Spec, digest
+from pause_ray.core.spec import JsonObject, Spec, digest
+from pause_ray.core.storage import file_sha256
 
 log = logging.getLogger("pause_ray")
 
@@ -270,3 +273,39 @@ def _parquet(file: SourceFile, source: SourceSpec) -> Iterator[Document]:
                     raise SourceError(
                         f"{file.address}: row {row}: byte {error.start} of column {source.text_column!r} is not UTF-8; write the file anew"
                     ) from error
+
+
+def source_identity(source: SourceSpec) -> JsonObject:
+    """What decides which documents a source gives: how it is read, and its content, not the folder it lies in.
+
+    A source with a ``sha256`` is identified by it, and nothing is fetched. Local files are hashed; remote ones go by name,
+    size and time of change, because hashing them would mean to download them.
+
+    Raises:
+        SourceError: nothing matches, or the place is out of reach.
+    """
+    how: JsonObject = source.model_dump(mode="json", exclude={"path"})
+    if source.path.startswith("pypi:"):
+        return {**how, "path": source.path}
+    return {**how, "files": [[file.name, _content(file)] for file in list_files(source, cache=Path())]}
+
+
+def _content(file: SourceFile) -> str:
+    if not file.file_system:
+        with one_line_errors(file.address):
+            status = Path(file.path).stat()
+            return _sha256(file.path, status.st_size, status.st_mtime_ns)
+    from pyarrow.fs import FileSystem
+
+    with one_line_errors(file.address):
+        info = FileSystem.from_uri(file.file_system)[0].get_file_info(file.path)
+    return f"{info.size} bytes, changed {info.mtime_ns}"
+
+
+@lru_cache(maxsize=65_536)
+def _sha256(path: str, size: int, mtime_ns: int) -> str:
+    """Of a local file; kept while size and time stay, since a sweep asks once per trial."""
+    sha256 = file_sha256(Path(path))
+    if size != Path(path).stat().st_size:
+        raise SourceError(f"{path}: changed while it was read; wait until it is written, and run again")
+    return sha256

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pause_ray.core.errors import SourceError, TextError
 from pause_ray.data.shards import NO_LOSS, PackedRow
 from pause_ray.data.spec import CorpusSpec, Fact, draw_fact
-from pause_ray.data.staging import Stretch
+from pause_ray.data.staging import Span
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.prompts import BuiltPrompt, HiddenText, PromptBuilder, PromptSpec
 from pause_ray.text.segments import JOINT, DocumentRules, join_documents
@@ -46,7 +46,7 @@ class RowDraw:
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of the corpus long enough for one context."""
+    """A span of the corpus long enough for one context."""
 
     text: str
     rules: DocumentRules
@@ -74,18 +74,18 @@ def draw_row(spec: CorpusSpec, *, seed: int, row: int, held_out: bool = False) -
     )
 
 
-def take_window(stretches: Iterable[Stretch], *, tokens: int, tokenizer: ModelTokenizer) -> Window:
-    """As much of ``stretches``, joined by blank lines, as holds ``tokens`` tokens and a few more.
+def take_window(spans: Iterable[Span], *, tokens: int, tokenizer: ModelTokenizer) -> Window:
+    """As much of ``spans``, joined by blank lines, as holds ``tokens`` tokens and a few more.
 
     Raises:
-        SourceError: all of ``stretches`` together hold fewer.
+        SourceError: all of ``spans`` together hold fewer.
     """
-    coming, parts, chars = iter(stretches), list[Stretch](), (tokens + SPARE_TOKENS) * CHARS_PER_TOKEN
+    coming, parts, chars = iter(spans), list[Span](), (tokens + SPARE_TOKENS) * CHARS_PER_TOKEN
     held = 0
     while True:
-        while held < chars and (stretch := next(coming, None)) is not None:
-            parts.append(stretch)
-            held += len(stretch.text) + len(JOINT)
+        while held < chars and (span := next(coming, None)) is not None:
+            parts.append(span)
+            held += len(span.text) + len(JOINT)
         text, rules = join_documents((part.text, part.paragraph_rule) for part in parts)
         token_starts = tokenizer.encode(text[:chars]).starts
         is_all = chars >= len(text) and held < chars

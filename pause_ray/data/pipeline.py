@@ -1,7 +1,7 @@
 """Documents → packed rows → Parquet shards, as streaming Ray Data graphs over shared storage.
 
-    sources ─read→ pieces of text ─segment→ staged Parquet            (sources, staging)
-    row numbers or pieces ─pause, tokenise, pack→ packed Parquet       (packing)
+    sources ─read→ chunks of text ─segment→ staged Parquet            (sources, staging)
+    row numbers or chunks ─pause, tokenise, pack→ packed Parquet       (packing)
     packed Parquet ─cut by row number→ shards ─→ manifest              (rows)
 
 A row depends on its number and the seed, so rows are the same however many tasks and machines make them, and the driver
@@ -10,15 +10,16 @@ sees file names and counts only. Ray is the caller's.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import logging
 import os
+import pickle
 import shutil
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -29,62 +30,58 @@ import ray.data
 from joblib import cpu_count
 from ray.exceptions import RayError
 
-from pause_ray.core import errors
 from pause_ray.core.errors import ClusterError, SourceError, SpecError, StorageError, UserError
-from pause_ray.core.ray_cluster import without_package
+from pause_ray.core.ray_cluster import explain_missing_package
 from pause_ray.core.spec import JsonObject, digest
 from pause_ray.core.storage import Storage, building, exclusive, is_complete, lock_of, read_json, write_json
 from pause_ray.data.packing import CHARS_PER_TOKEN as WINDOW_CHARS_PER_TOKEN
 from pause_ray.data.packing import SPARE_TOKENS
 from pause_ray.data.shards import DOCUMENTS, ShardSet, document_statistics, overlapping_documents, row_statistics, seal
-from pause_ray.data.spec import CorpusSpec, shared_with_evaluation
-from pause_ray.data.staging import Piece, Shelf, held_out_from, write_document_list
-from pause_ray.data.steps import (
-    Reading,
+from pause_ray.data.spec import CorpusSpec, ShardJob, shards_identity, shared_with_evaluation
+from pause_ray.data.staging import Chunk, StagedCorpus, held_out_from, write_document_list
+from pause_ray.data.transforms import (
+    ReadTask,
     Recipe,
     cut_shard,
     find_needles,
     make_language_rows,
     make_needle_rows,
-    plan_readings,
+    plan_read_tasks,
     plan_shards,
-    read_pieces,
-    reading_item,
-    source_identity,
+    read_chunks,
     stage,
+    task_item,
 )
-from pause_ray.text.pauses import PausePolicy
-from pause_ray.text.prompts import PromptSpec
 from pause_ray.text.tokenizer import ModelTokenizer
 
 BLOCK_BYTES = 4 * 1024**2
-"""Of text between reading and segmenting: a few pieces, so that a corpus of any size flows."""
+"""Bytes of text in a Ray Data block: a few chunks, so that a corpus of any size flows through."""
 MAX_BLOCKS = 1024
 """Ray Data keeps a record of each block in the driver."""
 
-Step = Callable[[JsonObject], Iterator[JsonObject]]
+Transform = Callable[[JsonObject], Iterator[JsonObject]]
 """What becomes of an item: any number of others."""
 
 
-def stream(items: Sequence[JsonObject], steps: Sequence[Step]) -> Iterator[JsonObject]:
-    """Stream ``items`` through ``steps`` in Ray tasks; results come as they are ready, in no order.
+def stream(items: Sequence[JsonObject], transforms: Sequence[Transform]) -> Iterator[JsonObject]:
+    """Stream ``items`` through ``transforms`` in Ray tasks; results come as they are ready, in no order.
 
     Raises:
-        UserError: what a step raised, in this process.
+        UserError: what a transform raised, in this process.
         ClusterError: a node has not what a task needs to begin.
     """
     if not items:
         return
     with _quiet_ray_data():
         dataset = ray.data.from_items(_table(items).to_pylist(), override_num_blocks=min(len(items), MAX_BLOCKS))
-        for number, step in enumerate(steps):
+        for number, transform in enumerate(transforms):
             dataset = dataset.map_batches(
-                _through,
-                fn_kwargs={"step": step},
+                _apply,
+                fn_kwargs={"transform": transform},
                 batch_size=1,
                 batch_format="pyarrow",
-                # Steps that ask for different shares of a CPU are not fused, so that one long file is segmented by many tasks.
-                num_cpus=1 if number == len(steps) - 1 else 0.5,
+                # Transforms that ask for different shares of a CPU are not fused, so that one long file is segmented by many tasks.
+                num_cpus=1 if number == len(transforms) - 1 else 0.5,
                 compute=ray.data.TaskPoolStrategy(size=_tasks_at_once()),
             )
         try:
@@ -92,29 +89,33 @@ def stream(items: Sequence[JsonObject], steps: Sequence[Step]) -> Iterator[JsonO
                 for text in batch["item"].to_pylist():
                     yield _or_raise(json.loads(text))
         except RayError as error:
-            if told := without_package(str(error)):
+            if told := explain_missing_package(str(error)):
                 raise ClusterError(told) from error
             raise
 
 
-def _through(batch: pa.Table, step: Step) -> Iterator[pa.Table]:
-    """Apply a step inside a task; a user's mistake becomes an item, because Ray would bury its one line in a traceback."""
+def _apply(batch: pa.Table, transform: Transform) -> Iterator[pa.Table]:
+    """Apply a transform inside a task; a user's mistake becomes an item, because Ray would bury its one line in a traceback."""
     for text in batch["item"].to_pylist():
         item = json.loads(text)
         try:
-            for result in [item] if "failure" in item else step(item):
+            for result in [item] if "failure" in item else transform(item):
                 yield _table([result])
         except UserError as error:
-            yield _table([{"failure": str(error), "class": type(error).__name__}])
+            yield _table([_failure(error)])
         except FileNotFoundError as error:
             where = f"{error.filename or error}: no such file or folder on {socket.gethostname()}"
-            told = f"{where}; name texts and --storage by paths that are the same on every node"
-            yield _table([{"failure": told, "class": StorageError.__name__}])
+            yield _table([_failure(StorageError(f"{where}; name texts and --storage by paths that are the same on every node"))])
+
+
+def _failure(error: UserError) -> JsonObject:
+    """Return the item that carries an error to the driver: items are JSON, so the pickled error is text in it."""
+    return {"failure": base64.b64encode(pickle.dumps(error)).decode()}
 
 
 def _or_raise(item: JsonObject) -> JsonObject:
     if "failure" in item:
-        raise getattr(errors, item["class"])(item["failure"])
+        raise pickle.loads(base64.b64decode(item["failure"]))  # noqa: S301 (pickled by this package's own task)
     return item
 
 
@@ -149,61 +150,16 @@ def _quiet_ray_data() -> Iterator[None]:
 
 log = logging.getLogger("pause_ray")
 
-RECIPE_VERSIONS = {"needle_sft": 4, "language_modeling": 5}
-"""By objective; raise when the code makes other rows from the same inputs."""
 TOKENS_PER_UNIT = 2**17
 """In the ``needle_sft`` rows that one task makes, but one row at least: some seconds of work. Ray Data needs two tenths of a second to
 notice that a task has ended and to start the next one; shorter tasks leave cores idle, longer ones let progress stand still."""
 CHARS_PER_TOKEN = 4
-"""To guess how many pieces hold the rows that are wanted; a wrong guess costs another round, never a row."""
+"""To guess how many chunks hold the rows that are wanted; a wrong guess costs another round, never a row."""
 
 Progress = Callable[[int, int], None]
 """Rows made and rows wanted."""
 Units = tuple[list[JsonObject], list[JsonObject]]
 """What packed files hold: of the training rows, and of the validation rows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What training must not have seen."""
-
-    document_digests: frozenset[str] = frozenset()
-    """Documents that haystacks are made of."""
-    needles: tuple[str, ...] = ()
-    """Sentences that are hidden and asked for."""
-    keywords: tuple[str, ...] = ()
-    """Words of right answers, which no training fact may have."""
-
-    @property
-    def digest(self) -> str:
-        """Identity, whatever the order."""
-        return digest([sorted(self.document_digests), sorted(self.needles), sorted(self.keywords)])
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardJob:
-    """All that a shard set is made from, and what it is held apart from."""
-
-    spec: CorpusSpec
-    prompt: PromptSpec
-    """The chat around a context: ``spec.prompt``, or the evaluation's where that is None."""
-    policy: PausePolicy | None
-    model_dir: Path
-    """Folder with the tokenizer; weights are not read."""
-    seed: int
-    evaluation: Evaluation = Evaluation()
-
-
-def shards_digest(job: ShardJob) -> str:
-    """Identity of the rows: spec, prompt, content of the sources, pauses, tokenizer and seed.
-
-    Not the evaluation, which rows do not depend on: a checkpoint stays valid when another suite is asked.
-
-    Raises:
-        SourceError: a source that cannot be found.
-        ModelError: the model folder has no tokenizer.
-    """
-    return digest(_identity(job, _recipe(job)))
 
 
 def build_shards(job: ShardJob, *, storage: Storage, progress: Progress) -> ShardSet:
@@ -225,7 +181,7 @@ def build_shards(job: ShardJob, *, storage: Storage, progress: Progress) -> Shar
         _refuse_unless_allowed(job, f"{shared_facts[0]} ({len(shared_facts)} in all); choose other facts")
     recipe = _recipe(job)
     recipe.marker()
-    identity = _identity(job, recipe)
+    identity = shards_identity(job, tokenizer_digest=recipe.tokenizer_digest)
     folder = storage.shards / digest(identity)
     with exclusive(lock_of(folder), waiting=lambda holder: log.info("%s: waiting for %s, which makes it", folder, holder)):
         shards = _intact(folder)
@@ -249,24 +205,6 @@ def _recipe(job: ShardJob) -> Recipe:
     )
 
 
-def _identity(job: ShardJob, recipe: Recipe) -> JsonObject:
-    """Every input that changes rows, and no other."""
-    aside = {"sources", "prompt", "rows_per_shard", "allow_evaluation_overlap"}
-    policy_aside: set[str] = set()
-    if job.spec.objective == "language_modeling":  # asks no question
-        aside |= {"facts", "min_context_tokens"}
-        policy_aside = {"instruction"}
-    return {
-        "version": RECIPE_VERSIONS[job.spec.objective],
-        "spec": job.spec.model_dump(mode="json", exclude=aside),
-        "prompt": job.prompt.model_dump(mode="json") if job.spec.objective == "needle_sft" else None,
-        "sources": [source_identity(source) for source in job.spec.sources],
-        "pauses": job.policy.model_dump(mode="json", exclude=policy_aside) if job.policy else None,
-        "tokenizer": recipe.tokenizer_digest,
-        "seed": job.seed,
-    }
-
-
 def _intact(folder: Path) -> ShardSet | None:
     """The set, unless there is none or it is damaged."""
     if not is_complete(folder):
@@ -287,11 +225,11 @@ def _build(job: ShardJob, recipe: Recipe, scratch: Path, *, cache: Path, identit
     staged.mkdir()
     packed.mkdir()
     progress(0, job.spec.num_sequences)
-    pieces = _stage_documents(job, staged, cache=cache)
-    write_document_list(staged, pieces, to=scratch / DOCUMENTS)
+    chunks = _stage_documents(job, staged, cache=cache)
+    write_document_list(staged, chunks, to=scratch / DOCUMENTS)
     _refuse_shared_documents(job, overlapping_documents(scratch / DOCUMENTS, job.evaluation.document_digests))
     pack = _pack_needle_rows if job.spec.objective == "needle_sft" else _pack_language_rows
-    rows, held_out = pack(recipe, staged=staged, packed=packed, pieces=pieces, progress=progress)
+    rows, held_out = pack(recipe, staged=staged, packed=packed, chunks=chunks, progress=progress)
     plans = _plan(job.spec, [unit["rows"] for unit in rows], [unit["rows"] for unit in held_out])
     for _ in stream([item for plan in plans for item in plan], [partial(cut_shard, packed=packed, folder=scratch)]):
         pass
@@ -318,27 +256,27 @@ def _plan(spec: CorpusSpec, counts: Sequence[int], held_out: Sequence[int]) -> t
     )
 
 
-def _stage_documents(job: ShardJob, staged: Path, *, cache: Path) -> list[Piece]:
-    """Every document of the sources, segmented and staged; pieces in corpus order."""
-    readings = plan_readings(job.spec.sources, cache=cache)
-    pieces, passed_over = list[Piece](), dict[int, JsonObject]()
-    for done in stream([reading_item(reading) for reading in readings], [read_pieces, partial(stage, folder=staged, policy=job.policy)]):
+def _stage_documents(job: ShardJob, staged: Path, *, cache: Path) -> list[Chunk]:
+    """Every document of the sources, segmented and staged; chunks in corpus order."""
+    tasks = plan_read_tasks(job.spec.sources, cache=cache)
+    chunks, passed_over = list[Chunk](), dict[int, JsonObject]()
+    for done in stream([task_item(task) for task in tasks], [read_chunks, partial(stage, folder=staged, policy=job.policy)]):
         if "passed_over" in done:
-            passed_over[done["reading"]] = done["passed_over"]
+            passed_over[done["task"]] = done["passed_over"]
         else:
-            pieces.append(Piece(**done))
-    pieces.sort(key=lambda piece: piece.name)
-    _check_sources(readings, pieces, passed_over)
-    return pieces
+            chunks.append(Chunk(**done))
+    chunks.sort(key=lambda chunk: chunk.name)
+    _check_sources(tasks, chunks, passed_over)
+    return chunks
 
 
-def _check_sources(readings: Sequence[Reading], pieces: Sequence[Piece], passed_over: dict[int, JsonObject]) -> None:
+def _check_sources(tasks: Sequence[ReadTask], chunks: Sequence[Chunk], passed_over: dict[int, JsonObject]) -> None:
     """Log what was passed over; refuse a source of which nothing is left."""
-    kept = dict.fromkeys(range(len(readings)), 0)
-    for piece in pieces:
-        kept[int(piece.name.split("-")[0])] += piece.num_documents
-    for source in dict.fromkeys(reading.source for reading in readings):
-        numbers = [reading.number for reading in readings if reading.source == source]
+    kept = dict.fromkeys(range(len(tasks)), 0)
+    for chunk in chunks:
+        kept[int(chunk.name.split("-")[0])] += chunk.num_documents
+    for source in dict.fromkeys(task.source for task in tasks):
+        numbers = [task.number for task in tasks if task.source == source]
         empty, outside = (sum(passed_over[number].get(reason, 0) for number in numbers) for reason in ("empty", "outside"))
         if empty:
             log.info("%s: passed over %d empty documents", source.path, empty)
@@ -347,27 +285,27 @@ def _check_sources(readings: Sequence[Reading], pieces: Sequence[Piece], passed_
             raise SourceError(f"{source.path}: no document: {empty} are empty, {share}; give a larger source or share")
 
 
-def _split(spec: CorpusSpec, staged: Path, pieces: Sequence[Piece]) -> tuple[int, int]:
+def _split(spec: CorpusSpec, staged: Path, chunks: Sequence[Chunk]) -> tuple[int, int]:
     """The character where the held-out text begins, and that behind the last."""
-    num_chars = sum(piece.num_chars for piece in pieces)
+    num_chars = sum(chunk.num_chars for chunk in chunks)
     if not spec.validation_rows:
         return num_chars, num_chars
     share = spec.validation_rows / (spec.num_sequences + spec.validation_rows)
     least = (spec.sequence_len + SPARE_TOKENS) * WINDOW_CHARS_PER_TOKEN
-    return held_out_from(Shelf(staged, pieces), num_chars=num_chars, share=share, least_chars=least), num_chars
+    return held_out_from(StagedCorpus(staged, chunks), num_chars=num_chars, share=share, least_chars=least), num_chars
 
 
-def _pack_needle_rows(recipe: Recipe, *, staged: Path, packed: Path, pieces: Sequence[Piece], progress: Progress) -> Units:
+def _pack_needle_rows(recipe: Recipe, *, staged: Path, packed: Path, chunks: Sequence[Chunk], progress: Progress) -> Units:
     """Every row of ``needle_sft`` in packed files, in row order."""
     spec, items = recipe.spec, list[JsonObject]()
-    border, num_chars = _split(spec, staged, pieces)
+    border, num_chars = _split(spec, staged, chunks)
     size = max(1, TOKENS_PER_UNIT // spec.sequence_len)
     for held_out, rows, begin, end in ((False, spec.num_sequences, 0, border), (True, spec.validation_rows, border, num_chars)):
         for first in range(0, rows, size):
             place = {"unit": len(items), "first": first, "last": min(first + size, rows)}
             items.append({**place, "held_out": held_out, "begin": begin, "end": end})
     units, made = list[JsonObject](), 0
-    for unit in stream(items, [partial(make_needle_rows, recipe=recipe, staged=staged, pieces=pieces, packed=packed)]):
+    for unit in stream(items, [partial(make_needle_rows, recipe=recipe, staged=staged, chunks=chunks, packed=packed)]):
         units.append(unit)
         made += unit["rows"]
         progress(min(made, spec.num_sequences), spec.num_sequences)
@@ -376,29 +314,31 @@ def _pack_needle_rows(recipe: Recipe, *, staged: Path, packed: Path, pieces: Seq
     return units[:number], units[number:]
 
 
-def _pack_language_rows(recipe: Recipe, *, staged: Path, packed: Path, pieces: Sequence[Piece], progress: Progress) -> Units:
-    """Rows of ``language_modeling`` in packed files, piece by piece in an order drawn from the seed, until there are enough."""
-    border, num_chars = _split(recipe.spec, staged, pieces)
-    step = partial(make_language_rows, recipe=recipe, staged=staged, packed=packed)
+def _pack_language_rows(recipe: Recipe, *, staged: Path, packed: Path, chunks: Sequence[Chunk], progress: Progress) -> Units:
+    """Rows of ``language_modeling`` in packed files, chunk by chunk in an order drawn from the seed, until there are enough."""
+    border, num_chars = _split(recipe.spec, staged, chunks)
+    transform = partial(make_language_rows, recipe=recipe, staged=staged, packed=packed)
     found: list[list[JsonObject]] = []
     for rows, first, last in ((recipe.spec.num_sequences, 0, border), (recipe.spec.validation_rows, border, num_chars)):
-        told = progress if not found else _silent
+        report = progress if not found else _silent
         first_unit = sum(map(len, found))
-        found.append(_pack_between(step, pieces, recipe=recipe, rows=rows, first=first, last=last, first_unit=first_unit, progress=told))
+        found.append(
+            _pack_between(transform, chunks, recipe=recipe, rows=rows, first=first, last=last, first_unit=first_unit, progress=report)
+        )
     return found[0], found[1]
 
 
 def _pack_between(
-    step: Step, pieces: Sequence[Piece], *, recipe: Recipe, rows: int, first: int, last: int, first_unit: int, progress: Progress
+    transform: Transform, chunks: Sequence[Chunk], *, recipe: Recipe, rows: int, first: int, last: int, first_unit: int, progress: Progress
 ) -> list[JsonObject]:
     """Packed files with ``rows`` rows, if there are so many, of the text between two characters of the corpus."""
-    begins = accumulate((piece.num_chars for piece in pieces), initial=0)
+    begins = accumulate((chunk.num_chars for chunk in chunks), initial=0)
     parts: list[JsonObject] = [
-        {"piece": piece.name, "begin": max(0, first - begin), "end": min(piece.num_chars, last - begin)}
-        for piece, begin in zip(pieces, begins, strict=False)
-        if begin < last and begin + piece.num_chars > first
+        {"chunk": chunk.name, "begin": max(0, first - begin), "end": min(chunk.num_chars, last - begin)}
+        for chunk, begin in zip(chunks, begins, strict=False)
+        if begin < last and begin + chunk.num_chars > first
     ]
-    waiting = sorted(parts, key=lambda part: digest([recipe.seed, part["piece"]]))
+    waiting = sorted(parts, key=lambda part: digest([recipe.seed, part["chunk"]]))
     units, made = list[JsonObject](), 0
     while waiting and made < rows:
         chars, items = (rows - made) * recipe.spec.sequence_len * CHARS_PER_TOKEN, list[JsonObject]()
@@ -406,7 +346,7 @@ def _pack_between(
             part = waiting.pop(0)
             items.append({"unit": first_unit + len(units) + len(items), **part})
             chars -= part["end"] - part["begin"]
-        for unit in stream(items, [step]):
+        for unit in stream(items, [transform]):
             units.append(unit)
             made += unit["rows"]
             progress(min(made, rows), rows)

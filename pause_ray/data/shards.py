@@ -309,7 +309,7 @@ def row_statistics(shards: Sequence[Path], *, sequence_len: int) -> JsonObject:
     }
 
 
-def corpus_words(stats: JsonObject) -> str:
+def format_corpus(stats: JsonObject) -> str:
     """The statistics that show a wrong paragraph rule or a starved corpus, in one line."""
     rules = ", ".join(f"{count} {rule}" for rule, count in stats["documents_by_paragraph_rule"].items())
     return (

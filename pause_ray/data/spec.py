@@ -1,4 +1,4 @@
-"""What a corpus is made of and how it becomes training rows. Only specs; reads no file."""
+"""The spec of a corpus, the facts that training rows hide, and the job of making a shard set with its identity. Needs no Ray."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from pause_ray.core.errors import SpecError
-from pause_ray.core.spec import Spec
-from pause_ray.data.documents import SourceSpec
+from pause_ray.core.spec import JsonObject, Spec, digest
+from pause_ray.data.documents import SourceSpec, source_identity
+from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.prompts import PromptSpec
 from pause_ray.text.segments import folded, plain
+from pause_ray.text.tokenizer import ModelTokenizer
 
 SLOT = re.compile(r"\{(\w+)\}")
 """A slot in a fact's sentence or question."""
@@ -167,3 +170,68 @@ def _pattern(fact: FactSpec) -> re.Pattern[str]:
         is_slot = index % 2 == 1
         pieces[index] = f"(?:{'|'.join(re.escape(plain(word)) for word in fact.slots[piece])})" if is_slot else re.escape(folded(piece))
     return re.compile("".join(pieces))
+
+
+RECIPE_VERSIONS = {"needle_sft": 4, "language_modeling": 5}
+"""By objective; raise when the code makes other rows from the same inputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What training must not have seen."""
+
+    document_digests: frozenset[str] = frozenset()
+    """Documents that haystacks are made of."""
+    needles: tuple[str, ...] = ()
+    """Sentences that are hidden and asked for."""
+    keywords: tuple[str, ...] = ()
+    """Words of right answers, which no training fact may have."""
+
+    @property
+    def digest(self) -> str:
+        """Identity, whatever the order."""
+        return digest([sorted(self.document_digests), sorted(self.needles), sorted(self.keywords)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardJob:
+    """All that a shard set is made from, and what it is held apart from."""
+
+    spec: CorpusSpec
+    prompt: PromptSpec
+    """The chat around a context: ``spec.prompt``, or the evaluation's where that is None."""
+    policy: PausePolicy | None
+    model_dir: Path
+    """Folder with the tokenizer; weights are not read."""
+    seed: int
+    evaluation: Evaluation = Evaluation()
+
+
+def shards_digest(job: ShardJob) -> str:
+    """Identity of the rows: spec, prompt, content of the sources, pauses, tokenizer and seed.
+
+    Not the evaluation, which rows do not depend on: a checkpoint stays valid when another suite is asked.
+
+    Raises:
+        SourceError: a source that cannot be found.
+        ModelError: the model folder has no tokenizer.
+    """
+    return digest(shards_identity(job, tokenizer_digest=ModelTokenizer.load(job.model_dir).digest))
+
+
+def shards_identity(job: ShardJob, *, tokenizer_digest: str) -> JsonObject:
+    """Return every input that changes the rows, and no other."""
+    aside = {"sources", "prompt", "rows_per_shard", "allow_evaluation_overlap"}
+    policy_aside: set[str] = set()
+    if job.spec.objective == "language_modeling":  # asks no question
+        aside |= {"facts", "min_context_tokens"}
+        policy_aside = {"instruction"}
+    return {
+        "version": RECIPE_VERSIONS[job.spec.objective],
+        "spec": job.spec.model_dump(mode="json", exclude=aside),
+        "prompt": job.prompt.model_dump(mode="json") if job.spec.objective == "needle_sft" else None,
+        "sources": [source_identity(source) for source in job.spec.sources],
+        "pauses": job.policy.model_dump(mode="json", exclude=policy_aside) if job.policy else None,
+        "tokenizer": tokenizer_digest,
+        "seed": job.seed,
+    }

@@ -1,6 +1,6 @@
-"""Documents on their way to rows: Parquet pieces of about a million characters, and reading on from any place in them.
+"""Documents on their way to rows: Parquet chunks of about a million characters, and reading on from any place in them.
 
-Pieces depend on the sources alone, never on how many tasks read them, so a place in the corpus is the same place on a
+Chunks depend on the sources alone, never on how many tasks read them, so a place in the corpus is the same place on a
 laptop and on a cluster. Knows no token and no Ray.
 """
 
@@ -24,16 +24,16 @@ from pause_ray.text.segments import ParagraphRule, detect_paragraph_rule, senten
 if TYPE_CHECKING:
     import pyarrow as pa
 
-PIECE_CHARS = 1_000_000
-"""A piece is closed when it has this many characters: small enough to be read for one row, large enough to be few."""
+CHUNK_CHARS = 1_000_000
+"""A chunk is closed when it has this many characters: small enough to be read for one row, large enough to be few."""
 SEARCHED_CHARS = 4_000
 """Where the beginning of a sentence is looked for first."""
-KEPT_PIECES = 4
-"""Pieces a shelf keeps in memory; a context rarely spans more than two."""
+KEPT_CHUNKS = 4
+"""Chunks a corpus keeps in memory; a context rarely spans more than two."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class Chunk:
     """One staged Parquet file."""
 
     name: str
@@ -43,7 +43,7 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stretch:
+class Span:
     """A document, or the part of one after or before a place."""
 
     text: str
@@ -51,21 +51,21 @@ class Stretch:
     """What ends a paragraph in the whole document; a short part of it may lack the evidence."""
 
 
-def cut_into_pieces(documents: Iterable[Document], *, piece_chars: int = PIECE_CHARS) -> Iterator[list[Document]]:
-    """Consecutive documents in lists that end as soon as they hold ``piece_chars``; never an empty list."""
-    piece: list[Document] = []
+def cut_into_chunks(documents: Iterable[Document], *, chunk_chars: int = CHUNK_CHARS) -> Iterator[list[Document]]:
+    """Consecutive documents in lists that end as soon as they hold ``chunk_chars``; never an empty list."""
+    chunk: list[Document] = []
     chars = 0
     for document in documents:
-        piece.append(document)
+        chunk.append(document)
         chars += len(document.text)
-        if chars >= piece_chars:
-            yield piece
-            piece, chars = [], 0
-    if piece:
-        yield piece
+        if chars >= chunk_chars:
+            yield chunk
+            chunk, chars = [], 0
+    if chunk:
+        yield chunk
 
 
-def stage_piece(folder: Path, *, name: str, documents: Sequence[Document], policy: PausePolicy | None) -> Piece:
+def stage_chunk(folder: Path, *, name: str, documents: Sequence[Document], policy: PausePolicy | None) -> Chunk:
     """Segment ``documents`` and write them with what was found: id, digest, chars, paragraph_rule, paragraphs, sentences, text.
 
     Raises:
@@ -90,18 +90,18 @@ def stage_piece(folder: Path, *, name: str, documents: Sequence[Document], polic
     ).with_columns(chars=pl.col("text").str.len_chars())
     with whole_file(folder / name) as scratch:
         pq.write_table(frame.to_arrow(), scratch, compression="zstd")
-    return Piece(name=name, num_documents=len(frame), num_chars=int(frame["chars"].sum()))
+    return Chunk(name=name, num_documents=len(frame), num_chars=int(frame["chars"].sum()))
 
 
-def read_piece(path: Path, *, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """``columns`` of the documents of one piece, in order."""
+def read_chunk(path: Path, *, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """``columns`` of the documents of one chunk, in order."""
     import pyarrow.parquet as pq
 
     table = pq.read_table(path, columns=list(columns))
     return list(zip(*(table[name].to_pylist() for name in columns), strict=True))
 
 
-def write_document_list(folder: Path, pieces: Sequence[Piece], *, to: Path) -> None:
+def write_document_list(folder: Path, chunks: Sequence[Chunk], *, to: Path) -> None:
     """Everything about the staged documents but their text, in corpus order, as one Parquet file.
 
     Raises:
@@ -111,27 +111,27 @@ def write_document_list(folder: Path, pieces: Sequence[Piece], *, to: Path) -> N
 
     writer: pq.ParquetWriter | None = None
     with whole_file(to) as scratch:
-        for piece in pieces:
-            table: pa.Table = pq.read_table(folder / piece.name).drop_columns(["text"])
+        for chunk in chunks:
+            table: pa.Table = pq.read_table(folder / chunk.name).drop_columns(["text"])
             writer = writer or pq.ParquetWriter(scratch, table.schema, compression="zstd")
             writer.write_table(table)
         if writer is not None:
             writer.close()
 
 
-class Shelf:
-    """Staged pieces in order, or a part of their text, opened where needed; holds a few pieces in memory, whatever the corpus' size."""
+class StagedCorpus:
+    """Staged chunks in order, or a part of their text, opened where needed; holds a few chunks in memory, whatever the corpus' size."""
 
-    def __init__(self, folder: Path, pieces: Sequence[Piece], *, begin: int = 0, end: int | None = None) -> None:
-        """Of pieces in corpus order, at least one, between two characters counted through all of them; ``end`` None is the last."""
+    def __init__(self, folder: Path, chunks: Sequence[Chunk], *, begin: int = 0, end: int | None = None) -> None:
+        """Of chunks in corpus order, at least one, between two characters counted through all of them; ``end`` None is the last."""
         self._folder = folder
-        self._pieces = pieces
-        self._ends = list(accumulate(piece.num_chars for piece in pieces))
+        self._pieces = chunks
+        self._ends = list(accumulate(chunk.num_chars for chunk in chunks))
         self._begin = begin
         self._end = self._ends[-1] if end is None else end
-        self._kept: dict[int, list[Stretch]] = {}
+        self._kept: dict[int, list[Span]] = {}
 
-    def read_from(self, start: float) -> Iterator[Stretch]:
+    def read_from(self, start: float) -> Iterator[Span]:
         """The text from the sentence at ``start`` on, document by document, round to where it began.
 
         Args:
@@ -142,16 +142,16 @@ class Shelf:
         yield from self._between(self._begin, place)
 
     def sentence_start(self, offset: int) -> int:
-        """Where the sentence begins in which the character at ``offset`` stands, in characters of all pieces."""
-        number, piece_begin = self._piece_at(offset)
+        """Where the sentence begins in which the character at ``offset`` stands, in characters of all chunks."""
+        number, chunk_begin = self._chunk_at(offset)
         documents = self._documents(number)
-        ends = list(accumulate((len(document.text) for document in documents), initial=piece_begin))
+        ends = list(accumulate((len(document.text) for document in documents), initial=chunk_begin))
         index = bisect.bisect_right(ends, offset) - 1
         return ends[index] + _sentence_start_before(documents[index], offset - ends[index])
 
-    def _between(self, begin: int, end: int) -> Iterator[Stretch]:
+    def _between(self, begin: int, end: int) -> Iterator[Span]:
         """Documents, or what of them lies between two characters."""
-        number, offset = self._piece_at(begin)
+        number, offset = self._chunk_at(begin)
         while offset < end:
             for document in self._documents(number):
                 text = document.text[max(0, begin - offset) : max(0, end - offset)]
@@ -160,25 +160,25 @@ class Shelf:
                 offset += len(document.text)
             number += 1
 
-    def _piece_at(self, offset: int) -> tuple[int, int]:
-        """Number of the piece that has the character at ``offset``, and where it begins."""
+    def _chunk_at(self, offset: int) -> tuple[int, int]:
+        """Number of the chunk that has the character at ``offset``, and where it begins."""
         number = bisect.bisect_right(self._ends, offset)
         return number, self._ends[number - 1] if number else 0
 
-    def _documents(self, number: int) -> list[Stretch]:
+    def _documents(self, number: int) -> list[Span]:
         if number not in self._kept:
-            while len(self._kept) >= KEPT_PIECES:
+            while len(self._kept) >= KEPT_CHUNKS:
                 del self._kept[next(iter(self._kept))]
-            found = read_piece(self._folder / self._pieces[number].name, columns=("text", "paragraph_rule"))
-            self._kept[number] = [Stretch(text=text, paragraph_rule=cast("ParagraphRule", rule)) for text, rule in found]
+            found = read_chunk(self._folder / self._pieces[number].name, columns=("text", "paragraph_rule"))
+            self._kept[number] = [Span(text=text, paragraph_rule=cast("ParagraphRule", rule)) for text, rule in found]
         return self._kept[number]
 
 
-def held_out_from(shelf: Shelf, *, num_chars: int, share: float, least_chars: int) -> int:
+def held_out_from(corpus: StagedCorpus, *, num_chars: int, share: float, least_chars: int) -> int:
     """The character from which on text is kept for validation rows: the beginning of a sentence.
 
     Args:
-        shelf: All of the text.
+        corpus: All of the text.
         num_chars: Its length.
         share: Of the text that is wanted.
         least_chars: What one row may need.
@@ -187,7 +187,7 @@ def held_out_from(shelf: Shelf, *, num_chars: int, share: float, least_chars: in
         SourceError: that would be more than half of the text.
     """
     kept = max(math.ceil(share * num_chars), least_chars)
-    border = shelf.sentence_start(max(0, num_chars - kept))
+    border = corpus.sentence_start(max(0, num_chars - kept))
     if 2 * max(kept, num_chars - border) > num_chars:
         raise SourceError(
             f"corpus.validation_rows need about {max(kept, num_chars - border):,} characters that training does not touch, but the text "
@@ -196,10 +196,10 @@ def held_out_from(shelf: Shelf, *, num_chars: int, share: float, least_chars: in
     return border
 
 
-def _sentence_start_before(stretch: Stretch, offset: int) -> int:
+def _sentence_start_before(span: Span, offset: int) -> int:
     """The last start of a sentence at or before ``offset``; boundaries are causal, so a book is not searched from its beginning."""
     base = max(0, offset - SEARCHED_CHARS)
-    begin = sentence_starts(stretch.text[base : offset + 1], paragraph_rule=stretch.paragraph_rule)[-1]
+    begin = sentence_starts(span.text[base : offset + 1], paragraph_rule=span.paragraph_rule)[-1]
     if begin == 0 < base:
-        base, begin = 0, sentence_starts(stretch.text[: offset + 1], paragraph_rule=stretch.paragraph_rule)[-1]
+        base, begin = 0, sentence_starts(span.text[: offset + 1], paragraph_rule=span.paragraph_rule)[-1]
     return base + begin

@@ -16,7 +16,7 @@ from pause_ray.data.documents import read_documents
 from pause_ray.evaluation.question import Fact
 from pause_ray.evaluation.suite import Cell, SuiteSpec, known_facts
 from pause_ray.text.pauses import PausePolicy
-from pause_ray.text.prompts import BuiltPrompt, HiddenText, PromptBuilder, read_long
+from pause_ray.text.prompts import BuiltPrompt, HiddenText, PromptBuilder, encode_cached
 from pause_ray.text.segments import DocumentRules, detect_paragraph_rule, join_documents, plain
 from pause_ray.text.tokenizer import Marker, ModelTokenizer
 
@@ -170,7 +170,7 @@ def prompt_builder(
         policy=policy,
         marker=marker,
         seed=seed,
-        read=functools.partial(read_long, tokenizer=tokenizer, folder=cache / "tokens") if cache else None,
+        read=functools.partial(encode_cached, tokenizer=tokenizer, folder=cache / "tokens") if cache else None,
     )
 
 

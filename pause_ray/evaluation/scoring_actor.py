@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 from joblib import cpu_count
 
 from pause_ray.core.errors import StoppedError
-from pause_ray.core.process import about, write_lines
+from pause_ray.core.process import about, log_to_stderr
 from pause_ray.evaluation.answer import CellRunner, Condition, OtherwiseEngine, answer_cells, answer_otherwise, plan_cells
 from pause_ray.evaluation.cell_scheduler import Purpose, ScoringStats
 from pause_ray.evaluation.haystack import Haystack, load_haystack, prompt_builder
@@ -107,7 +107,7 @@ class ScoringActor:
         self._haystack: _LastMade[Haystack] = _LastMade()
         self._reader: _LastMade[CellRunner] = _LastMade()
         self._stopped_batch: int | None = None
-        write_lines()
+        log_to_stderr()
 
     def ready(self) -> int:
         """Return the process id; an answer means that the actor is up."""

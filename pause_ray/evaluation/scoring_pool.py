@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pause_ray.core import ray_cluster
 from pause_ray.core.errors import ClusterError, PauseRayError, ScoringPoolError, StoppedError
-from pause_ray.core.process import about, write_lines
+from pause_ray.core.process import about, log_to_stderr
 from pause_ray.evaluation.cell_scheduler import Batch, CellScheduler, PoolState, Purpose, ScoringStats
 from pause_ray.evaluation.ledger import CellResult
 from pause_ray.evaluation.scoring_actor import STOPPED, ScoringActor, ScoringJob
@@ -119,7 +119,7 @@ class PoolController:
         self._resources_wanted_since: float | None = None
         self._failure: Exception | None = None
         """The error that all present and future calls get; None while all is well."""
-        write_lines()
+        log_to_stderr()
 
     async def begin(self) -> None:
         """Start the fewest actors, and from now on as many as are needed; return when the fewest have been requested from Ray."""
@@ -245,7 +245,7 @@ class PoolController:
             self._pending_groups, self._resources_wanted_since = frozenset(), None
         elif now - self._polled >= POLL_SECONDS:
             self._polled = now
-            pending = await asyncio.to_thread(ray_cluster.groups_without_room, self._resources)
+            pending = await asyncio.to_thread(ray_cluster.blocked_groups, self._resources)
             still_pending, self._pending_groups = pending & self._pending_groups, pending
             self._resources_wanted_since = (self._resources_wanted_since or now) if still_pending else None
         return self._resources_wanted_since is not None
@@ -368,7 +368,7 @@ class PoolController:
         if self._failed_starts < MAX_FAILED_STARTS or any(other.pid is not None for other in self._actors):
             log.warning("a scoring actor did not start (%s)", reason)
             return
-        missing = ray_cluster.without_package(reason)
+        missing = ray_cluster.explain_missing_package(reason)
         for key in self._calls:
             self._fail(key, ClusterError(missing) if missing else ScoringPoolError(f"no scoring actor starts: {reason}"))
 

@@ -6,7 +6,6 @@ request of a trial no node can hold. Knows no sweep.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from typing import Any
 
 import yaml
 
+from pause_ray.core import ray_cluster
 from pause_ray.core.errors import ClusterError, SpecError
-from pause_ray.core.node_probe import Look, NodeActor, missing_package
+from pause_ray.core.node_probe import NodeActor, NodeInfo
 from pause_ray.core.spec import JsonObject
 from pause_ray.inference.engine import HfEngineSpec
 from pause_ray.training.memory import ROOM, Workers, plan_memory, possible_stages
@@ -33,8 +33,6 @@ LOOK_SECONDS = 120
 """Time in which a node starts the actor and answers; a node that needs longer is not ready."""
 PROBE = ".preflight-"
 SCORING_ACTOR = "a scoring actor"
-AGENT_KEY = "DASHBOARD_AGENT_ADDR_NODE_ID_PREFIX"
-"""Prefix of the keys under which agents tell Ray their addresses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +42,7 @@ class Node:
     name: str
     """The node's address, and whether it is the head."""
     gpus: float
-    look: Look | None
+    look: NodeInfo | None
     cpus: float = 0.0
     failure: str = ""
     """Why the look is missing, or why it is not known what the node can reach."""
@@ -95,7 +93,7 @@ def look_at_nodes(root: Path, *, probe: str, paths: Sequence[str]) -> list[Node]
         .remote()
         for node in alive
     }
-    looks = _answers({name: actor.look.remote(root, probe=probe, paths=list(paths)) for name, actor in actors.items()})
+    looks = _answers({name: actor.probe.remote(root, probe=probe, paths=list(paths)) for name, actor in actors.items()})
     ports = {_name(node): _ports(node, free_port=answer[1]) for node in alive if (answer := looks[_name(node)][0])}
     others = {name: dict(place for other, places in ports.items() if other != name for place in places) for name in ports}
     tries = _answers({name: actors[name].unreachable.remote(places) for name, places in others.items()})
@@ -120,15 +118,12 @@ def look_at_nodes(root: Path, *, probe: str, paths: Sequence[str]) -> list[Node]
 
 def _ports(node: Mapping[str, Any], *, free_port: int) -> list[tuple[str, tuple[str, int]]]:
     """Return the names, hosts and ports to which other nodes must be able to connect."""
-    from ray.experimental import internal_kv
-
     name, host = _name(node), node["NodeManagerAddress"]
     ports = {"a free port": free_port, "the raylet": node["NodeManagerPort"], "the object store": node["ObjectManagerPort"]}
     places = {f"{what} of {name}": (host, port) for what, port in ports.items()}
-    if told := internal_kv._internal_kv_get(f"{AGENT_KEY}:{node['NodeID']}", namespace="dashboard"):
-        agent_host, port, _ = json.loads(told)
-        if port > 0:  # else it takes no jobs and shows no logs, which nobody needs of it then
-            places[f"the agent of {name}"] = (agent_host, port)
+    agent = ray_cluster.agent_address(node["NodeID"])
+    if agent is not None and agent[1] > 0:
+        places[f"the agent of {name}"] = agent
     return list(places.items())
 
 
@@ -204,7 +199,7 @@ def problems(nodes: Sequence[Node], *, needed: Needed | None, copy: Copy | None 
     for node in nodes:
         told: list[tuple[str, str]] = []
         if node.failure:
-            missing = missing_package(node.failure)
+            missing = ray_cluster.missing_package(node.failure)
             remedy = f"install {missing} there (the Dockerfile in cluster/ does)" if missing else "look at the node's logs, or drain it"
             told.append((node.failure, remedy))
         if node.look is not None:
@@ -216,7 +211,7 @@ def problems(nodes: Sequence[Node], *, needed: Needed | None, copy: Copy | None 
     return found
 
 
-def _machine_problems(look: Look, versions: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def _machine_problems(look: NodeInfo, versions: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Yield each problem of packages, disks and paths with its remedy."""
     for name, version in sorted(versions.items()):
         if look.versions.get(name) != version:
@@ -232,7 +227,7 @@ def _machine_problems(look: Look, versions: Mapping[str, str]) -> Iterator[tuple
         yield wrong, IN_BUCKETS if "://" in path else "put it on shared storage and name it by that path"
 
 
-def _gpu_problems(node: Node, look: Look, *, needed: Needed | None, copy: Copy | None) -> Iterator[tuple[str, str]]:
+def _gpu_problems(node: Node, look: NodeInfo, *, needed: Needed | None, copy: Copy | None) -> Iterator[tuple[str, str]]:
     """Yield each problem of GPUs, their memory and that of the machine with its remedy."""
     if node.gpus and not look.gpus:
         yield f"Ray counts {node.gpus:g} GPUs, the driver shows none", "install NVIDIA's driver, or give the container its GPUs"

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pause_ray.core.errors import PauseRayError, StoppedError, StorageError, UserError
-from pause_ray.core.process import Stage, first_signal_asks
+from pause_ray.core.process import Stage, stop_on_signal
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import Storage, exclusive
 from pause_ray.evaluation.scoring_actor import STOPPED, LocalScorer
@@ -64,7 +64,7 @@ class _Run:
         with contextlib.ExitStack() as stack:
             stack.callback(lambda: self._write_status(ended=time.time()))
             stack.enter_context(self._display)
-            stack.enter_context(first_signal_asks(self._interrupt))
+            stack.enter_context(stop_on_signal(self._interrupt))
             self._display.add({key: (trial.planned.label, trial.planned.spec) for key, trial in missing.items()})
             found = {key: shares_on_storage(trial.prepared, shards=None, storage=self._storage) for key, trial in missing.items()}
             self._display.subtract_stored(found)

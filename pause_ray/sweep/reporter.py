@@ -17,7 +17,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pause_ray.core.errors import PauseRayError, StoppedError
-from pause_ray.core.process import Stage, first_signal_asks
+from pause_ray.core.process import Stage, stop_on_signal
 from pause_ray.core.spec import JsonObject
 from pause_ray.evaluation.scoring_pool import ScoringPool
 from pause_ray.sweep.progress import ProgressDisplay, TrialState
@@ -230,7 +230,7 @@ class TrialMonitor:
 
         Only a process's main thread can handle signals.
         """
-        return first_signal_asks(self._on_first_signal, insist=self._on_second_signal)
+        return stop_on_signal(self._on_first_signal, insist=self._on_second_signal)
 
     def _on_first_signal(self) -> None:
         self.interrupted = True

@@ -48,7 +48,7 @@ class Placement:
         train = share if resources.train_gpus_per_worker is None else resources.train_gpus_per_worker
         scoring = share * here if resources.scoring_gpus_per_actor is None else resources.scoring_gpus_per_actor
         open_fields = [name for name in GPU_FIELDS if getattr(resources, name) is None]
-        if here and not gpus and open_fields and not ray_cluster.is_known_to_grow_no_further():
+        if here and not gpus and open_fields and not ray_cluster.is_fixed_size():
             named = " and ".join(f"resources.{name}" for name in open_fields)
             log.warning("the cluster has no GPU now, so none is asked for; if it can start machines with GPUs, say how many with %s", named)
         if train and not resources.train_workers and resources.scoring_bounds[0] < resources.scoring_bounds[1]:
@@ -88,7 +88,7 @@ class Placement:
         remedy = "lower train_workers or scoring_actors, or what each of them takes"
         if fewest == most:
             remedy += f", or let training and scoring take turns with scoring_actors: {{min: 0, max: {most}}}"
-        ray_cluster.check_room(self.held_at_a_time(), remedy=remedy)
+        ray_cluster.check_capacity(self.held_at_a_time(), remedy=remedy)
 
     def trials_at_a_time(self, wanted: int | None, *, gpus: float) -> int:
         """Trials that Tune may place side by side; by default as many as can train while one actor scores.
@@ -102,7 +102,7 @@ class Placement:
         fitting = max(1, min(int((ray_cluster.total(name) - beside[name]) // trial[name]) for name in trial if trial[name]))
         if wanted <= fitting:
             return wanted
-        if ray_cluster.is_known_to_grow_no_further():
+        if ray_cluster.is_fixed_size():
             return fitting
         log.warning(
             "%d trials at a time leave no room for training workers and scoring actors until the cluster has grown; "
@@ -117,17 +117,15 @@ class Placement:
 
         Actors that stay may sit there too. A trial that is lost with its node begins again, so nothing has to wait for such nodes.
         """
-        if not ray_cluster.tells_markets():
+        if not ray_cluster.has_market_labels():
             return {}
         trial, actor = self._trial(), self._actor()
-        nodes = ray_cluster.staying_nodes()
+        nodes = ray_cluster.on_demand_nodes()
         taken_by_actor = max((math.ceil(actor[name] / trial[name]) for name in trial if trial[name]), default=0)
         wanted = number + self.resources.scoring_bounds[0] * taken_by_actor
         there = sum(min(int(node.get(name, 0) // trial[name]) for name in trial if trial[name]) for node in nodes)
         bundle = {name: amount for name, amount in trial.items() if amount}
-        if there >= wanted or (
-            not ray_cluster.is_known_to_grow_no_further() and ray_cluster.can_place(bundle, number=wanted, labels=ray_cluster.STAYS)
-        ):
+        if there >= wanted or (not ray_cluster.is_fixed_size() and ray_cluster.can_place(bundle, number=wanted, labels=ray_cluster.STAYS)):
             return ray_cluster.STAYS
         log.warning("nodes that stay have no room for %d trials beside scoring; a trial that is lost with its node begins again", number)
         return {}

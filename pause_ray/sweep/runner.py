@@ -29,8 +29,9 @@ from pause_ray.core.errors import UserError
 from pause_ray.core.process import Stage
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import Storage, exclusive
-from pause_ray.data.pipeline import build_shards, shards_digest
-from pause_ray.data.shards import ShardSet, corpus_words
+from pause_ray.data.pipeline import build_shards
+from pause_ray.data.spec import shards_digest
+from pause_ray.data.shards import ShardSet, format_corpus
 from pause_ray.evaluation.scoring_pool import ScoringPool
 from pause_ray.sweep.governed import run_governed
 from pause_ray.sweep.progress import ProgressDisplay
@@ -145,7 +146,7 @@ def _driver(
         SpecError: the cluster has no room for them.
     """
     with ray_cluster.connection():
-        ray_cluster.hold_shared_actor_here()
+        ray_cluster.create_shared_actor_here()
         placement = Placement.of(trials.sweep, [trial.planned.spec for trial in missing.values()])
         with (
             _scoring_pool(placement) as pool,
@@ -447,7 +448,7 @@ class SweepDriver:
                 failed |= dict.fromkeys(keys, error)
                 continue
             made |= dict.fromkeys(keys, shards)
-            self._display.print(f"training data for {label}: {corpus_words(shards.manifest['stats'])}")
+            self._display.print(f"training data for {label}: {format_corpus(shards.manifest['stats'])}")
         return made, failed
 
 

@@ -19,8 +19,8 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from pause_ray.core.errors import PauseRayError, StoppedError, StorageError, UserError
-from pause_ray.core.process import Stage, about, trial_words, write_lines
-from pause_ray.core.ray_cluster import without_package
+from pause_ray.core.process import Stage, about, format_trial, log_to_stderr
+from pause_ray.core.ray_cluster import explain_missing_package
 from pause_ray.core.storage import Storage
 from pause_ray.evaluation.scoring_pool import ScoringPool
 from pause_ray.sweep.reporter import TrialReporter
@@ -59,7 +59,7 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
     def setup(self, config: dict[str, Any], *, shared: Shared) -> None:
         """Keep what trials share. A problem of this machine is reported by a trial, since Ray would pass on its text only."""
         self._shared = shared
-        write_lines()
+        log_to_stderr()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Accept the next trial in this process."""
@@ -75,7 +75,7 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
     def _named(self) -> AbstractContextManager[None]:
         """Name the trial in every line that this process logs within the block."""
         key = str(self.config["trial"])
-        return about(trial_words(self._shared.trials[key].planned.label, key))
+        return about(format_trial(self._shared.trials[key].planned.label, key))
 
     def _finish(self, reporter: TrialReporter) -> dict[str, Any]:
         shared, trial = self._shared, self._shared.trials[self.config["trial"]]
@@ -295,6 +295,6 @@ def failure_of_lost_process(error: Exception) -> Failure:
         return Failure(error=cause)
     account = str(error).strip()
     last_line = account.splitlines()[-1]
-    if missing := without_package(last_line):  # the process could not import the trial's class, of which Ray has only the text
+    if missing := explain_missing_package(last_line):  # the process could not import the trial's class, of which Ray has only the text
         return Failure(error=UserError(missing))
     return Failure(error=PauseRayError(last_line), trace=account)

@@ -26,14 +26,14 @@ from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.segments import DocumentRules, detect_paragraph_rule, split
 from pause_ray.text.tokenizer import (
     REACH_TOKENS,
-    Beginning,
     Insertion,
+    LazyEncoding,
     Marker,
     ModelTokenizer,
     TokenDocument,
     TokenText,
     cut,
-    put_in,
+    insert_texts,
     put_pauses,
 )
 
@@ -106,7 +106,7 @@ class BuiltPrompt:
     user_after: str
     """User's text after the context."""
     answer_prefix: str
-    """Beginning of the assistant's turn that is given to the model."""
+    """The beginning of the assistant's turn, which the prompt gives to the model."""
 
     @classmethod
     def plain(cls, ids: NDArray[np.int32], *, system: str | None = None, user: str = "") -> Self:
@@ -198,7 +198,7 @@ class PromptBuilder:
         self._marker = marker
         self._seed = seed
         self._budget: Literal["content", "total"] = policy.budget if policy else "content"
-        self._beginning = Beginning(haystack, tokenizer=tokenizer, read=read)
+        self._beginning = LazyEncoding(haystack, tokenizer=tokenizer, read=read)
         self._starts: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
         self._documents: dict[tuple[Insertion, ...], _Encoded] = {}
         self._frame = functools.lru_cache(maxsize=_KEPT_FRAMES)(self._framed)
@@ -212,7 +212,7 @@ class PromptBuilder:
             question: What is asked.
             context_tokens: Length of the whole prompt, without pauses and their instruction under ``budget: content``, with
                 them under ``total``.
-            answer_prefix: Beginning of the assistant's turn, part of the prompt.
+            answer_prefix: The beginning of the assistant's turn; it is part of the prompt.
 
         Raises:
             TextError: context too short for facts and question, haystack too short, depth outside 0 to 100, marker or
@@ -305,7 +305,7 @@ class PromptBuilder:
         return kept.document
 
     def _encode(self, insertions: tuple[Insertion, ...], *, tokens: int) -> TokenDocument:
-        whole = put_in(self._beginning.first(tokens + REACH_TOKENS), insertions, tokenizer=self._tokenizer)
+        whole = insert_texts(self._beginning.first(tokens + REACH_TOKENS), insertions, tokenizer=self._tokenizer)
         rules = _shifted(self._rules, insertions)
         return put_pauses(whole.text, whole.ids, whole.starts, policy=self._policy, marker=self._marker, seed=self._seed, rules=rules)
 
@@ -361,7 +361,7 @@ LONG_CHARS = 100_000
 """Tokenising fewer takes less than a tenth of a second, not much longer than reading a file."""
 
 
-def read_long(text: str, *, tokenizer: ModelTokenizer, folder: Path) -> TokenText:
+def encode_cached(text: str, *, tokenizer: ModelTokenizer, folder: Path) -> TokenText:
     """``TokenText.of``, from ``folder`` if the text is long and was read before.
 
     Raises:

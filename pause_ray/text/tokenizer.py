@@ -430,7 +430,7 @@ class Insertion:
     text: str
 
 
-class Beginning:
+class LazyEncoding:
     """How a text begins, in tokens; reads on as far as it is asked to, and no more than twice as far."""
 
     def __init__(self, whole: str, *, tokenizer: ModelTokenizer, read: Callable[[str], TokenText] | None = None) -> None:
@@ -456,7 +456,7 @@ class Beginning:
         return TokenText(self.read.text[: int(self.read.starts[tokens])], self.read.ids[:tokens], self.read.starts[:tokens])
 
 
-def put_in(base: TokenText, insertions: Sequence[Insertion], *, tokenizer: ModelTokenizer) -> TokenText:
+def insert_texts(base: TokenText, insertions: Sequence[Insertion], *, tokenizer: ModelTokenizer) -> TokenText:
     """``base`` with texts put in, tokenised as if it had been written that way.
 
     Args:

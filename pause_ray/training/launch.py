@@ -17,7 +17,7 @@ from typing import Any
 import ray.train
 
 from pause_ray.core.errors import PauseRayError, SpecError, StoppedError, TrainingError
-from pause_ray.core.process import Stage, first_signal_asks
+from pause_ray.core.process import Stage, stop_on_signal
 from pause_ray.core.spec import JsonObject, digest
 from pause_ray.core.storage import Storage, building, exclusive, is_complete, lock_of
 from pause_ray.data.shards import ShardSet
@@ -27,7 +27,7 @@ from pause_ray.models.sources import row_limit_tokens
 from pause_ray.text.tokenizer import MarkerToken, ModelTokenizer
 from pause_ray.training.batching import batch_layout, check_corpus, check_heads
 from pause_ray.training.metrics import Progress, following
-from pause_ray.training.spec import Rungs, TrainSpec, WorkerConfig
+from pause_ray.training.spec import FORMAT, Rungs, TrainSpec, WorkerConfig
 
 FRUITLESS_ATTEMPTS = 3
 """Attempts in a row that were lost without a new checkpoint, after which training gives up."""
@@ -97,8 +97,6 @@ def _may_be_the_machine(failure: Exception) -> bool:
     return isinstance(failure, RuntimeError) or type(failure).__module__.startswith("ray.")
 
 
-FORMAT = 3
-"""Part of the digest; raised when the same job begins to give another adapter."""
 POLL_SECONDS = 0.5
 """Between two looks whether a training is asked to end; a step takes seconds."""
 RAY_FOLDER = "ray"
@@ -379,7 +377,7 @@ def _stoppable(stop: Path, *, asked: threading.Event | None) -> Iterator[None]:
         stop.touch()
         log.info("writing a checkpoint after the running step, then stopping; once more stops at once")
 
-    with _passing_on(asked, stop), first_signal_asks(ask):
+    with _passing_on(asked, stop), stop_on_signal(ask):
         yield
 
 

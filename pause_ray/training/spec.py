@@ -14,6 +14,8 @@ from pause_ray.core.spec import JsonObject, Spec
 from pause_ray.models.checkpoint import RunningTraining
 from pause_ray.text.tokenizer import MarkerToken
 
+FORMAT = 3
+"""Version of training in the digest of an adapter; raised when the same job begins to give another one."""
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 Offload = Literal["none", "cpu", "nvme"]

@@ -1,6 +1,6 @@
 """Prepares a trial before any process is started for it: model, marker, haystack, lengths, identity.
 
-Mistakes in a trial are found here, in seconds and without a GPU. Ray is imported only for a trial that trains.
+Mistakes in a trial are found here, in seconds and without a GPU. Ray is not imported.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING
 from pause_ray.core.errors import ModelError, SpecError
 from pause_ray.core.spec import JsonObject, digest
 from pause_ray.core.storage import MANIFEST
-from pause_ray.data.spec import CorpusSpec
+from pause_ray.data.spec import CorpusSpec, Evaluation, ShardJob, shards_digest
 from pause_ray.evaluation.haystack import Haystack, ask, check_fits, check_lengths, load_haystack, prompt_builder
 from pause_ray.evaluation.suite import Cell, cells, known_facts
 from pause_ray.inference.engine import HfEngineSpec
 from pause_ray.models.checkpoint import Checkpoint
 from pause_ray.models.sources import model_digest, model_limit_tokens, read_config, resolve_model, row_limit_tokens
 from pause_ray.text.tokenizer import Marker, ModelTokenizer, resolve_marker
+from pause_ray.training.spec import FORMAT as TRAINING_FORMAT
 from pause_ray.trial.spec import TrialSpec
 
 if TYPE_CHECKING:
-    from pause_ray.data.pipeline import ShardJob
+    from pause_ray.data.spec import ShardJob
 
 TRIAL_FORMAT = 2
 """Part of a trial's identity; raised when the same spec begins to be asked or graded differently."""
@@ -94,9 +95,6 @@ def prepare(spec: TrialSpec, *, cache: Path, shared: PrepareCache | None = None)
     haystack = _haystack(spec, cache=cache, shared=shared)
     shards, training = None, None
     if spec.train and spec.corpus:
-        from pause_ray.data.pipeline import shards_digest
-        from pause_ray.training.launch import FORMAT as TRAINING_FORMAT
-
         shards = _shard_job(spec, spec.corpus, model_dir, haystack)
         training = [TRAINING_FORMAT, shards_digest(shards)]
     adapter = Checkpoint.open(Path(spec.adapter)) if spec.adapter is not None else None
@@ -151,8 +149,6 @@ def _named_by_content(spec: TrialSpec) -> JsonObject:
 
 
 def _shard_job(spec: TrialSpec, corpus: CorpusSpec, model_dir: Path, haystack: Haystack) -> ShardJob:
-    from pause_ray.data.pipeline import Evaluation, ShardJob
-
     facts = known_facts(spec.eval, seed=spec.data_seed, replicate=spec.replicate)
     return ShardJob(
         spec=corpus,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from pause_ray import __version__
-from pause_ray.core.process import Stage, trial_words
+from pause_ray.core.process import Stage, format_trial
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import MANIFEST, Storage, exclusive, is_complete, lock_of, write_json
 from pause_ray.data.shards import ShardSet
@@ -189,7 +189,7 @@ def scoring_job(trial: PreparedTrial, *, arm: str, checkpoint: Checkpoint | None
             adapter_dir=checkpoint.folder if checkpoint else None,
         ),
         cache=storage.cache,
-        trial=trial_words(arm, trial.digest),
+        trial=format_trial(arm, trial.digest),
     )
 
 

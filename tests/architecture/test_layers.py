@@ -35,7 +35,6 @@ HEAVY = {
         "planning",
         "sweep",
         "core.ray_cluster",
-        "core.node_probe",
         "data.pipeline",
         "training.launch",
         "training.worker",
@@ -165,4 +164,14 @@ def test_what_runs_on_an_accelerator_needs_neither_ray_nor_deepspeed_nor_mlflow(
         "import pause_ray.inference.hf, pause_ray.evaluation.prefix_plan, pause_ray.training.model, pause_ray.training.batching\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_trial_is_prepared_without_ray() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.modules['ray'] = None\nimport pause_ray.trial.prepare"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr

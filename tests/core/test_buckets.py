@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pause_ray.core.node_probe import look
+from pause_ray.core.node_probe import probe_node
 from pause_ray.data.documents import SourceSpec, read_documents
 
 ESSAYS = {"essays/a.txt": "first", "essays/deep/b.txt": "second", "notes.md": "third"}
@@ -47,6 +47,6 @@ def test_documents_of_a_bucket_are_read(path: str, texts: list[str], options: st
 
 def test_a_machine_tells_what_of_a_bucket_it_does_not_see(options: str, tmp_path: Path) -> None:
     paths = {part: f"s3://{part}{options}" for part in ("texts/essays", "texts/essays/*.txt", "texts/gone", "others/essays")}
-    found = look(tmp_path, probe="x", paths=list(paths.values())).unseen
+    found = probe_node(tmp_path, probe="x", paths=list(paths.values())).unseen
     assert found.keys() == {paths["texts/gone"], paths["others/essays"]}
     assert found[paths["texts/gone"]] == f"{paths['texts/gone']} is not there"

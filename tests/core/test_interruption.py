@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from pause_ray.core.process import first_signal_asks
+from pause_ray.core.process import stop_on_signal
 
 BOTH = (signal.SIGINT, signal.SIGTERM)
 
@@ -20,7 +20,7 @@ def test_a_first_signal_asks_and_a_second_of_either_kind_does_what_it_did(first:
     before: list[int] = []
     handlers = {number: signal.signal(number, lambda its, frame: before.append(its)) for number in BOTH}
     try:
-        with first_signal_asks(lambda: asked.append("first"), insist=lambda: asked.append("second")):
+        with stop_on_signal(lambda: asked.append("first"), insist=lambda: asked.append("second")):
             os.kill(os.getpid(), first)
             assert (asked, before) == (["first"], [])
             os.kill(os.getpid(), second)
@@ -32,7 +32,7 @@ def test_a_first_signal_asks_and_a_second_of_either_kind_does_what_it_did(first:
 
 def test_what_was_not_asked_for_is_as_it_was_afterwards() -> None:
     handlers = [signal.getsignal(number) for number in BOTH]
-    with first_signal_asks(lambda: None):
+    with stop_on_signal(lambda: None):
         assert [signal.getsignal(number) for number in BOTH] != handlers
     assert [signal.getsignal(number) for number in BOTH] == handlers
 
@@ -42,7 +42,7 @@ def test_outside_the_main_thread_nothing_changes() -> None:
     seen: list[object] = []
 
     def enter() -> None:
-        with first_signal_asks(lambda: None):
+        with stop_on_signal(lambda: None):
             seen.append([signal.getsignal(number) for number in BOTH])
 
     thread = threading.Thread(target=enter)

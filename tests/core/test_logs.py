@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from pause_ray.core.process import about, trial_words, write_lines
+from pause_ray.core.process import about, format_trial, log_to_stderr
 
 ROOT = Path(__file__).resolve().parents[2]
 log = logging.getLogger("pause_ray")
 
 
 def test_a_line_names_all_that_its_process_is_at_also_from_a_thread(caplog: pytest.LogCaptureFixture) -> None:
-    write_lines()
-    with about(trial_words("pause_tuned every=2 #0", "1c3e52d7a9b04f68")):
+    log_to_stderr()
+    with about(format_trial("pause_tuned every=2 #0", "1c3e52d7a9b04f68")):
         log.warning("a loss of %s %%", 50)
         with about("cell of 9 tokens"), about(""):
             thread = threading.Thread(target=lambda: log.warning("late"))
@@ -33,10 +33,10 @@ def test_a_line_names_all_that_its_process_is_at_also_from_a_thread(caplog: pyte
 
 
 def test_a_process_of_rays_writes_what_the_command_line_would_show() -> None:
-    code = "from pause_ray.core.process import *; write_lines(); write_lines(); log.info('it begins'); log.debug('not this')"
+    code = "from pause_ray.core.process import *; log_to_stderr(); log_to_stderr(); log.info('it begins'); log.debug('not this')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stderr.count("INFO it begins") == 1
     assert "not this" not in done.stderr
-    silent = code.replace("write_lines(); ", "import logging; logging.basicConfig(format='%(message)s'); write_lines(); ", 1)
+    silent = code.replace("log_to_stderr(); ", "import logging; logging.basicConfig(format='%(message)s'); log_to_stderr(); ", 1)
     done = subprocess.run([sys.executable, "-c", silent], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stderr == "", "where somebody decided already, nothing is added"

@@ -28,7 +28,7 @@ def texts(path: Path | str, cache: Path, **fields: object) -> list[str]:
 
 
 def failure(path: Path | str, cache: Path, **fields: object) -> str:
-    """The one line that reading ends with."""
+    """The one line that task ends with."""
     with pytest.raises(SourceError) as error:
         list(read_documents(source(path, **fields), cache=cache))
     assert "\n" not in str(error.value)

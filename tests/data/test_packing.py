@@ -24,7 +24,7 @@ from pause_ray.data.packing import (
 )
 from pause_ray.data.shards import NO_LOSS, PackedRow
 from pause_ray.data.spec import CorpusSpec
-from pause_ray.data.staging import Stretch
+from pause_ray.data.staging import Span
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.prompts import PromptSpec
 from pause_ray.text.segments import JOINT
@@ -45,7 +45,7 @@ SPEC = CorpusSpec.parse(
 )
 PROMPT = PromptSpec(system=None)
 STORY = [
-    Stretch(text="\n\n".join(f"Story {story}, part {part}. It rained. We went on." for part in range(20)), paragraph_rule="blank_line")
+    Span(text="\n\n".join(f"Story {story}, part {part}. It rained. We went on." for part in range(20)), paragraph_rule="blank_line")
     for story in range(4)
 ]
 POLICIES = [
@@ -121,8 +121,8 @@ def test_arms_train_on_the_same_content(tokenizer: ModelTokenizer, policy: Pause
 
 
 def test_a_row_is_segmented_by_the_rule_of_each_of_its_documents(tokenizer: ModelTokenizer) -> None:
-    glued = Stretch(text="It was deep.The rest of it was not. Why.Nobody knew. " * 3, paragraph_rule="glued")
-    spaced = Stretch(text="A slip.Here it is. So we went on.\n\nThen it stopped. " * 3, paragraph_rule="blank_line")
+    glued = Span(text="It was deep.The rest of it was not. Why.Nobody knew. " * 3, paragraph_rule="glued")
+    spaced = Span(text="A slip.Here it is. So we went on.\n\nThen it stopped. " * 3, paragraph_rule="blank_line")
     draw = draw_row(SPEC, seed=0, row=0)
     policy = PausePolicy()
     window = take_window([glued, spaced] * 4, tokens=draw.row_tokens, tokenizer=tokenizer)
@@ -143,7 +143,7 @@ def test_what_chance_decides_follows_from_number_and_seed() -> None:
 
 
 def test_a_row_counts_the_documents_it_reads(tokenizer: ModelTokenizer) -> None:
-    short = [Stretch(text=f"Note {number}. Nothing else was written.", paragraph_rule="blank_line") for number in range(40)]
+    short = [Span(text=f"Note {number}. Nothing else was written.", paragraph_rule="blank_line") for number in range(40)]
     draw = draw_row(SPEC, seed=0, row=0)
     window = take_window(short, tokens=draw.row_tokens, tokenizer=tokenizer)
     row = needle_sft_row(window, draw=draw, prompt=PROMPT, tokenizer=tokenizer, policy=None, marker=resolve_marker(tokenizer, None))
@@ -154,7 +154,7 @@ def test_neighbouring_documents_are_joined_until_there_is_enough(tokenizer: Mode
     window = take_window(STORY, tokens=len(STORY[0].text) + 10, tokenizer=tokenizer)
     assert window.text.startswith(STORY[0].text + JOINT + STORY[1].text[:10])
     assert all(window.text[begin:].startswith("Story") for begin, _ in window.rules)
-    whole = sum(len(stretch.text) for stretch in STORY) + 3 * len(JOINT)
+    whole = sum(len(span.text) for span in STORY) + 3 * len(JOINT)
     assert len(take_window(STORY, tokens=whole, tokenizer=tokenizer).text) == whole
     with pytest.raises(SourceError, match=f"holds {whole} tokens.*up to {whole + 1}"):
         take_window(STORY, tokens=whole + 1, tokenizer=tokenizer)

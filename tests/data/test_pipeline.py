@@ -14,7 +14,7 @@ from pause_ray.core.errors import SourceError, SpecError, TextError
 from pause_ray.core.storage import MANIFEST, Storage
 from pause_ray.data.documents import SourceSpec, read_documents
 from pause_ray.data.shards import NO_LOSS, PackedRow, ShardSet
-from pause_ray.data.spec import CorpusSpec
+from pause_ray.data.spec import CorpusSpec, Evaluation, ShardJob, shards_digest
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.prompts import PromptSpec
 from pause_ray.text.tokenizer import ModelTokenizer
@@ -61,16 +61,14 @@ def make(tales: Path, tmp_path: Path, byte_model: Path) -> Make:
         *,
         root: str = "runs",
         policy: PausePolicy | None = PARAGRAPHS,
-        evaluation: pipeline.Evaluation | None = None,
+        evaluation: Evaluation | None = None,
         seen: list[tuple[int, int]] | None = None,
         **changes: object,
     ) -> ShardSet:
         data = {**SPEC, **changes}
         data["sources"] = [{**source, "path": source["path"].replace("TALES", str(tales))} for source in data["sources"]]  # type: ignore[attr-defined]
         spec = CorpusSpec.parse(data, origin="test")
-        job = pipeline.ShardJob(
-            spec=spec, prompt=PROMPT, policy=policy, model_dir=byte_model, seed=5, evaluation=evaluation or pipeline.Evaluation()
-        )
+        job = ShardJob(spec=spec, prompt=PROMPT, policy=policy, model_dir=byte_model, seed=5, evaluation=evaluation or Evaluation())
         keep = (seen if seen is not None else []).append
         return pipeline.build_shards(job, storage=Storage.open(tmp_path / root), progress=lambda done, total: keep((done, total)))
 
@@ -103,14 +101,14 @@ def test_rows_are_made_once_and_found_again(make: Make, tales: Path, byte_model:
 
 @pytest.mark.parametrize("objective", ["needle_sft", "language_modeling"])
 def test_the_same_rows_whatever_the_number_of_tasks(make: Make, monkeypatch: pytest.MonkeyPatch, objective: str) -> None:
-    from pause_ray.data import pipeline, steps
+    from pause_ray.data import pipeline, transforms
 
     many = make(objective=objective, rows_per_shard=6)
     monkeypatch.setattr(pipeline, "TOKENS_PER_UNIT", 4 * 512)
     monkeypatch.setattr(pipeline, "MAX_BLOCKS", 3)
     monkeypatch.setattr(pipeline, "_tasks_at_once", lambda: 1)
     if objective == "needle_sft":
-        monkeypatch.setattr(steps, "FILES_PER_READING", 5)
+        monkeypatch.setattr(transforms, "FILES_PER_TASK", 5)
     few = make(objective=objective, rows_per_shard=6, root="other")
     assert many.num_rows == few.num_rows == 21
     assert many.folder.name == few.folder.name
@@ -169,8 +167,6 @@ def test_a_truncated_shard_is_made_again_and_said(make: Make, caplog: pytest.Log
 
 
 def test_documents_of_the_evaluation_are_refused_unless_allowed(make: Make, tales: Path, tmp_path: Path) -> None:
-    from pause_ray.data.pipeline import Evaluation
-
     haystack = list(read_documents(SourceSpec(path=str(tales), from_percent=50), cache=tales))
     evaluation = Evaluation(document_digests=frozenset(document.digest for document in haystack))
     with pytest.raises(SpecError, match="of its documents are in the evaluation's haystack"):
@@ -183,8 +179,6 @@ def test_documents_of_the_evaluation_are_refused_unless_allowed(make: Make, tale
 
 
 def test_needles_of_the_evaluation_are_refused_in_rows_and_in_facts(make: Make) -> None:
-    from pause_ray.data.pipeline import Evaluation
-
     make()
     with pytest.raises(SpecError, match="rows hold a needle of the evaluation"):
         make(evaluation=Evaluation(needles=(BRIDGE,)))
@@ -216,8 +210,6 @@ def test_a_users_mistake_is_one_line_and_leaves_nothing(
 
 
 def test_identity_is_what_changes_rows_and_nothing_else(tales: Path, byte_model: Path) -> None:
-    from pause_ray.data.pipeline import Evaluation, ShardJob, shards_digest
-
     def identity(
         policy: PausePolicy | None = PARAGRAPHS,
         *,

@@ -1,4 +1,4 @@
-"""Sources and staged pieces: a place in the corpus is the same place however the corpus was cut."""
+"""Sources and staged chunks: a place in the corpus is the same place however the corpus was cut."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pause_ray.core.errors import SourceError
 from pause_ray.data import steps
 from pause_ray.data.documents import Document, SourceSpec, read_documents
 from pause_ray.data.shards import DOCUMENTS, document_statistics, overlapping_documents
-from pause_ray.data.staging import Piece, Shelf, cut_into_pieces, held_out_from, stage_piece, write_document_list
-from pause_ray.data.steps import ReadingDocuments, plan_readings, source_identity
+from pause_ray.data.staging import Chunk, StagedCorpus, cut_into_chunks, held_out_from, stage_chunk, write_document_list
+from pause_ray.data.transforms import ReadTaskDocuments, plan_read_tasks, source_identity
 
 TALES = [
     Document(id=f"tale-{number}", text=f"Tale {number} begins. " + f"It goes on for {number} days. " * number + "\n\nIt ends.")
@@ -19,21 +19,21 @@ TALES = [
 ]
 
 
-def staged(folder: Path, *, piece_chars: int) -> tuple[Path, list[Piece]]:
+def staged(folder: Path, *, chunk_chars: int) -> tuple[Path, list[Chunk]]:
     folder.mkdir()
-    pieces = [
-        stage_piece(folder, name=f"{number:03d}.parquet", documents=piece, policy=None)
-        for number, piece in enumerate(cut_into_pieces(TALES, piece_chars=piece_chars))
+    chunks = [
+        stage_chunk(folder, name=f"{number:03d}.parquet", documents=chunk, policy=None)
+        for number, chunk in enumerate(cut_into_chunks(TALES, chunk_chars=chunk_chars))
     ]
-    return folder, pieces
+    return folder, chunks
 
 
-@pytest.mark.parametrize("piece_chars", [1, 1000, 10**6])
-def test_reading_from_a_place_gives_the_whole_corpus_once_around(tmp_path: Path, piece_chars: int) -> None:
-    shelf = Shelf(*staged(tmp_path / "staged", piece_chars=piece_chars))
+@pytest.mark.parametrize("chunk_chars", [1, 1000, 10**6])
+def test_reading_from_a_place_gives_the_whole_corpus_once_around(tmp_path: Path, chunk_chars: int) -> None:
+    corpus = StagedCorpus(*staged(tmp_path / "staged", chunk_chars=chunk_chars))
     whole = "".join(tale.text for tale in TALES)
     for start in (0.0, 0.25, 0.5, 0.999999):
-        read = "".join(stretch.text for stretch in shelf.read_from(start))
+        read = "".join(span.text for span in corpus.read_from(start))
         begin = (whole + whole).index(read)
         assert len(read) == len(whole)
         assert begin <= start * len(whole)
@@ -42,48 +42,48 @@ def test_reading_from_a_place_gives_the_whole_corpus_once_around(tmp_path: Path,
 
 
 def test_a_place_does_not_depend_on_the_pieces(tmp_path: Path) -> None:
-    shelves = [Shelf(*staged(tmp_path / str(chars), piece_chars=chars)) for chars in (300, 2000, 10**6)]
+    shelves = [StagedCorpus(*staged(tmp_path / str(chars), chunk_chars=chars)) for chars in (300, 2000, 10**6)]
     for start in (0.01, 0.37, 0.75):
-        readings = [list(shelf.read_from(start)) for shelf in shelves]
-        assert readings[0] == readings[1] == readings[2]
+        tasks = [list(corpus.read_from(start)) for corpus in shelves]
+        assert tasks[0] == tasks[1] == tasks[2]
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.45])
-@pytest.mark.parametrize("piece_chars", [300, 10**6])
-def test_the_held_out_text_begins_with_a_sentence_and_nothing_is_read_across(tmp_path: Path, share: float, piece_chars: int) -> None:
-    folder, pieces = staged(tmp_path / "staged", piece_chars=piece_chars)
+@pytest.mark.parametrize("chunk_chars", [300, 10**6])
+def test_the_held_out_text_begins_with_a_sentence_and_nothing_is_read_across(tmp_path: Path, share: float, chunk_chars: int) -> None:
+    folder, chunks = staged(tmp_path / "staged", chunk_chars=chunk_chars)
     whole = "".join(tale.text for tale in TALES)
-    border = held_out_from(Shelf(folder, pieces), num_chars=len(whole), share=share, least_chars=10)
+    border = held_out_from(StagedCorpus(folder, chunks), num_chars=len(whole), share=share, least_chars=10)
     assert len(whole) - border >= share * len(whole)
     assert whole[border:].startswith(("Tale", "It"))
     for begin, end in ((0, border), (border, len(whole))):
         part = whole[begin:end]
         for start in (0.0, 0.4, 0.999999):
-            read = "".join(stretch.text for stretch in Shelf(folder, pieces, begin=begin, end=end).read_from(start))
+            read = "".join(span.text for span in StagedCorpus(folder, chunks, begin=begin, end=end).read_from(start))
             assert len(read) == len(part)
             assert read in part + part
 
 
 def test_more_than_half_of_the_text_is_not_held_out(tmp_path: Path) -> None:
-    shelf = Shelf(*staged(tmp_path / "staged", piece_chars=1000))
+    corpus = StagedCorpus(*staged(tmp_path / "staged", chunk_chars=1000))
     with pytest.raises(SourceError, match=r"validation_rows need about 6\d\d characters .* has 1,000"):
-        held_out_from(shelf, num_chars=1000, share=0.1, least_chars=600)
+        held_out_from(corpus, num_chars=1000, share=0.1, least_chars=600)
 
 
 def test_a_sentence_that_is_most_of_the_text_leaves_none_to_train_on(tmp_path: Path) -> None:
     text = "And then, " * 1000
-    piece = stage_piece(tmp_path, name="0.parquet", documents=[Document(id="a", text=text)], policy=None)
+    chunk = stage_chunk(tmp_path, name="0.parquet", documents=[Document(id="a", text=text)], policy=None)
     with pytest.raises(SourceError, match=r"validation_rows need about 10,000 characters .* has 10,000"):
-        held_out_from(Shelf(tmp_path, [piece]), num_chars=len(text), share=0.1, least_chars=10)
+        held_out_from(StagedCorpus(tmp_path, [chunk]), num_chars=len(text), share=0.1, least_chars=10)
 
 
 def test_the_list_of_documents_tells_what_the_corpus_is(tmp_path: Path) -> None:
-    folder, pieces = staged(tmp_path / "staged", piece_chars=500)
-    write_document_list(folder, pieces, to=tmp_path / DOCUMENTS)
+    folder, chunks = staged(tmp_path / "staged", chunk_chars=500)
+    write_document_list(folder, chunks, to=tmp_path / DOCUMENTS)
     found = document_statistics(tmp_path / DOCUMENTS)
-    assert len(pieces) > 3
-    assert sum(piece.num_documents for piece in pieces) == found["documents"] == found["distinct_documents"] == len(TALES)
-    assert sum(piece.num_chars for piece in pieces) == found["chars"] == sum(len(tale.text) for tale in TALES)
+    assert len(chunks) > 3
+    assert sum(chunk.num_documents for chunk in chunks) == found["documents"] == found["distinct_documents"] == len(TALES)
+    assert sum(chunk.num_chars for chunk in chunks) == found["chars"] == sum(len(tale.text) for tale in TALES)
     assert found["documents_by_paragraph_rule"] == {"blank_line": len(TALES)}
     assert found["paragraphs"] == 2 * len(TALES)
     assert found["sentences"] == sum(2 + number for number in range(len(TALES)))
@@ -93,8 +93,8 @@ def test_the_list_of_documents_tells_what_the_corpus_is(tmp_path: Path) -> None:
 
 def test_a_long_sentence_is_read_from_its_beginning(tmp_path: Path) -> None:
     text = "First. And so " + "and then " * 2000 + "the end."
-    piece = stage_piece(tmp_path, name="0.parquet", documents=[Document(id="a", text=text)], policy=None)
-    first = next(iter(Shelf(tmp_path, [piece]).read_from(0.9)))
+    chunk = stage_chunk(tmp_path, name="0.parquet", documents=[Document(id="a", text=text)], policy=None)
+    first = next(iter(StagedCorpus(tmp_path, [chunk]).read_from(0.9)))
     assert first.text == text.removeprefix("First. ")
 
 
@@ -105,8 +105,8 @@ def test_readings_give_the_documents_of_read_documents(tmp_path: Path, monkeypat
     expected = list(read_documents(source, cache=tmp_path))
     assert 0 < len(expected) < 6
     for files in (1, 3, 64):
-        monkeypatch.setattr(steps, "FILES_PER_READING", files)
-        read = [ReadingDocuments(reading) for reading in plan_readings([source], cache=tmp_path)]
+        monkeypatch.setattr(steps, "FILES_PER_TASK", files)
+        read = [ReadTaskDocuments(task) for task in plan_read_tasks([source], cache=tmp_path)]
         assert [document for documents in read for document in documents] == expected
         assert sum(documents.passed_over["empty"] for documents in read) == 1
         assert sum(documents.passed_over["outside"] for documents in read) == 6 - len(expected)

@@ -12,8 +12,8 @@ from pause_ray.core import ray_cluster
 from pause_ray.core.errors import SpecError
 from pause_ray.core.spec import JsonObject, with_overrides
 from pause_ray.core.storage import Storage, write_json
-from pause_ray.data.pipeline import shards_digest
 from pause_ray.data.shards import ShardSet
+from pause_ray.data.spec import shards_digest
 from pause_ray.evaluation.ledger import Ledger
 from pause_ray.planning.forecast import Effort, SweepForecast, TrialOutlook, forecast_sweep, total
 from pause_ray.sweep.search import SweepTrial, SweepTrials

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pause_ray.core import node_probe
-from pause_ray.core.node_probe import PACKAGES, Gpu, Look, NodeActor, gpus_told, look, usable_memory
+from pause_ray.core.node_probe import PACKAGES, Gpu, NodeActor, NodeInfo, parse_gpus, probe_node, usable_memory
 from pause_ray.core.spec import with_overrides
 from pause_ray.models.shape import PUBLISHED
 from pause_ray.planning import preflight
@@ -27,7 +27,7 @@ from tests.real_cluster import running_cluster
 from tests.sweep.test_spec import SWEEP
 from tests.sweep.tiny_sweep import ROOT, write_model, write_sweep
 
-GOOD = Look(
+GOOD = NodeInfo(
     versions={"python": "3.11.7", **dict.fromkeys(PACKAGES, "1.0")},
     gpus=(Gpu(name="H100", memory_bytes=80 * 10**9),),
     free_bytes=10**12,
@@ -152,15 +152,15 @@ GPU 2: NVIDIA A100-SXM4-80GB (UUID: GPU-3)
     ],
 )
 def test_gpus_are_those_that_a_process_can_have(table: str, listed: str, gpus: list[tuple[str, int | None]]) -> None:
-    assert [(gpu.name, gpu.memory_bytes) for gpu in gpus_told(table, listed=listed)] == gpus
+    assert [(gpu.name, gpu.memory_bytes) for gpu in parse_gpus(table, listed=listed)] == gpus
 
 
 def test_a_storage_root_of_this_node_alone_is_not_taken_for_the_shared_one(tmp_path: Path) -> None:
-    assert look(tmp_path / "runs", probe="x", paths=[]).storage == "not there"
+    assert probe_node(tmp_path / "runs", probe="x", paths=[]).storage == "not there"
     assert not (tmp_path / "runs").exists(), "a look makes nothing"
-    assert look(tmp_path, probe="x", paths=[]).storage.startswith("another folder than the driver's")
+    assert probe_node(tmp_path, probe="x", paths=[]).storage.startswith("another folder than the driver's")
     (tmp_path / "x").touch()
-    assert look(tmp_path, probe="x", paths=[]).storage == "ok"
+    assert probe_node(tmp_path, probe="x", paths=[]).storage == "ok"
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
@@ -169,7 +169,7 @@ def test_paths_that_a_machine_does_not_see_are_told_wherever_they_are(tmp_path: 
     (tmp_path / "odd[1].txt").touch()
     seen = [f"{tmp_path}/essays", f"{tmp_path}/essays/**/*.txt", f"{tmp_path}/odd[1].txt", f"file://{tmp_path}/essays/*"]
     gone = [f"{tmp_path}/gone", f"{tmp_path}/gone/*.txt", f"file://{tmp_path}/gone"]
-    found = look(tmp_path, probe="x", paths=[*seen, *gone, "ftp://host/essays"]).unseen
+    found = probe_node(tmp_path, probe="x", paths=[*seen, *gone, "ftp://host/essays"]).unseen
     assert {path: found[path] for path in gone} == {path: f"{path} is not there" for path in gone}
     assert found.keys() - gone == {"ftp://host/essays"}
     assert found["ftp://host/essays"].startswith("ftp://host/essays: cannot be read (")

@@ -32,7 +32,7 @@ def labels_on(monkeypatch: pytest.MonkeyPatch, *nodes: Node, can_come: bool = Fa
     monkeypatch.setattr(ray_cluster.ray, "cluster_resources", lambda: total)
     monkeypatch.setattr(ray_cluster.ray, "nodes", lambda: there)
     monkeypatch.setattr(ray_cluster.ray._private.state.state, "get_cluster_config", lambda: None)
-    monkeypatch.setattr(ray_cluster, "has_all_its_nodes", lambda: False)
+    monkeypatch.setattr(ray_cluster, "has_no_autoscaler", lambda: False)
     monkeypatch.setattr(ray_cluster, "can_place", lambda bundle, *, number, labels: asked.append(number) or can_come)
     overrides = {name if name == "max_concurrent_trials" else f"trial.resources.{name}": value for name, value in changes.items()}
     sweep = SweepSpec.parse(with_overrides(SWEEP, overrides), origin="test")
@@ -101,7 +101,7 @@ def test_a_lost_process_fails_by_a_users_mistake_or_with_a_trace() -> None:
     from ray.exceptions import RayActorError, RayTaskError
 
     from pause_ray.core.errors import StorageError
-    from pause_ray.core.ray_cluster import without_package
+    from pause_ray.core.ray_cluster import explain_missing_package
     from pause_ray.sweep.trainable import failure_of_lost_process
 
     unseen = StorageError("/mnt/runs: not seen by b; give --storage another path")
@@ -110,7 +110,7 @@ def test_a_lost_process_fails_by_a_users_mistake_or_with_a_trace() -> None:
     account = "The actor died because of an error raised in its creation task\n  File x\n"
     no_package = "ModuleNotFoundError: No module named 'peft'"
     lost = failure_of_lost_process(RayActorError(error_msg=account + no_package))
-    assert (lost.message, lost.trace) == (without_package(no_package), None)
+    assert (lost.message, lost.trace) == (explain_missing_package(no_package), None)
     out_of_memory = "Task was killed due to the node running low on memory."
     lost = failure_of_lost_process(RayActorError(error_msg=account + out_of_memory))
     assert (lost.message, lost.trace) == (out_of_memory, account + out_of_memory)

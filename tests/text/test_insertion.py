@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pause_ray.text.tokenizer import REACH_TOKENS, Beginning, Encoding, Insertion, ModelTokenizer, TokenText, put_in
+from pause_ray.text.tokenizer import REACH_TOKENS, Encoding, Insertion, LazyEncoding, ModelTokenizer, TokenText, insert_texts
 from tests.text.conftest import SPECIAL, write_model_folder
 from tests.text.texts import texts as any_text
 
@@ -47,12 +47,12 @@ def assert_same(one: TokenText, other: TokenText) -> None:
 def test_the_tokens_are_those_of_the_text_written_out(tokenizer, offsets, text, base):
     insertions = [Insertion(min(offset, len(base)), text) for offset in offsets]
     wanted = TokenText.of(written_out(base, insertions), tokenizer=tokenizer)
-    assert_same(put_in(TokenText.of(base, tokenizer=tokenizer), insertions, tokenizer=tokenizer), wanted)
+    assert_same(insert_texts(TokenText.of(base, tokenizer=tokenizer), insertions, tokenizer=tokenizer), wanted)
 
 
 def test_nothing_put_in_is_the_text_itself(tokenizer):
     base = TokenText.of(PROSE, tokenizer=tokenizer)
-    assert_same(put_in(base, [], tokenizer=tokenizer), base)
+    assert_same(insert_texts(base, [], tokenizer=tokenizer), base)
 
 
 @pytest.mark.parametrize("places", [[0], [3_000], [len(PROSE)], [100, 2_000, 6_000]])
@@ -60,7 +60,7 @@ def test_only_what_lies_near_is_tokenised_again(model_folder: Path, places: list
     tokenizer = Counting.load(model_folder)
     base = TokenText.of(PROSE, tokenizer=tokenizer)
     tokenizer.seen_chars = 0
-    put_in(base, [Insertion(place, "A grey horse waits. ") for place in places], tokenizer=tokenizer)
+    insert_texts(base, [Insertion(place, "A grey horse waits. ") for place in places], tokenizer=tokenizer)
     chars_per_token = len(PROSE) / len(base.ids)
     assert 0 < tokenizer.seen_chars < 1.3 * len(places) * 4 * REACH_TOKENS * chars_per_token + 20 * len(places)
 
@@ -83,14 +83,14 @@ def test_a_change_that_reaches_far_is_followed_to_its_end(tmp_path: Path, digits
     tokenizer = ModelTokenizer.load(write_model_folder(tmp_path, digits_by_threes()))
     insertions = [Insertion(1_501, digits)]
     wanted = TokenText.of(written_out(base, insertions), tokenizer=tokenizer)
-    assert_same(put_in(TokenText.of(base, tokenizer=tokenizer), insertions, tokenizer=tokenizer), wanted)
+    assert_same(insert_texts(TokenText.of(base, tokenizer=tokenizer), insertions, tokenizer=tokenizer), wanted)
 
 
 @settings(max_examples=40)
 @given(asked=st.lists(st.integers(0, 2_500), min_size=1, max_size=6))
 def test_a_beginning_has_the_tokens_of_the_whole_whatever_was_asked_before(tokenizer, asked):
     whole = TokenText.of(PROSE, tokenizer=tokenizer)
-    beginning = Beginning(PROSE, tokenizer=tokenizer)
+    beginning = LazyEncoding(PROSE, tokenizer=tokenizer)
     for tokens in asked:
         first = beginning.first(tokens)
         assert len(first.ids) == min(tokens, len(whole.ids))
@@ -107,6 +107,6 @@ def test_the_real_tokenizer_is_back_in_step_soon(model_dir: Path) -> None:
     for offset in range(0, len(base.text), 997):
         insertions = [Insertion(offset, "The blue key lies under the third bell. ")]
         tokenizer.seen_chars = 0
-        got = put_in(base, insertions, tokenizer=tokenizer)
+        got = insert_texts(base, insertions, tokenizer=tokenizer)
         assert tokenizer.seen_chars < 6 * 4 * REACH_TOKENS
         assert_same(got, TokenText.of(written_out(base.text, insertions), tokenizer=tokenizer))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pause_ray.text import prompts
-from pause_ray.text.prompts import LONG_CHARS, read_long
+from pause_ray.text.prompts import LONG_CHARS, encode_cached
 from pause_ray.text.tokenizer import Encoding, ModelTokenizer, TokenText
 from tests.evaluation.tiny import make_text, make_tokenizer_folder
 
@@ -28,37 +28,37 @@ def same(one: TokenText, other: TokenText) -> bool:
 def test_a_long_text_is_tokenised_once_and_comes_back_as_it_was(
     tokenizer: ModelTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = read_long(LONG, tokenizer=tokenizer, folder=tmp_path)
+    first = encode_cached(LONG, tokenizer=tokenizer, folder=tmp_path)
     assert same(first, TokenText.of(LONG, tokenizer=tokenizer))
 
     def refuse(self: ModelTokenizer, text: str) -> Encoding:
         raise AssertionError("tokenised again")
 
     monkeypatch.setattr(ModelTokenizer, "encode", refuse)
-    again = read_long(LONG, tokenizer=tokenizer, folder=tmp_path)
+    again = encode_cached(LONG, tokenizer=tokenizer, folder=tmp_path)
     assert same(first, again)
     assert again.ids.dtype == first.ids.dtype
     with pytest.raises(AssertionError, match="again"):
-        read_long(LONG[1:], tokenizer=tokenizer, folder=tmp_path)
+        encode_cached(LONG[1:], tokenizer=tokenizer, folder=tmp_path)
 
 
 def test_a_short_text_leaves_no_file(tokenizer: ModelTokenizer, tmp_path: Path) -> None:
-    read_long(LONG[: LONG_CHARS - 1], tokenizer=tokenizer, folder=tmp_path)
+    encode_cached(LONG[: LONG_CHARS - 1], tokenizer=tokenizer, folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 cut off", b"not a zip file at all"])
 def test_a_damaged_file_is_replaced(damage: bytes, tokenizer: ModelTokenizer, tmp_path: Path) -> None:
-    first = read_long(LONG, tokenizer=tokenizer, folder=tmp_path)
+    first = encode_cached(LONG, tokenizer=tokenizer, folder=tmp_path)
     [path] = tmp_path.iterdir()
     whole = path.read_bytes()
     path.write_bytes(damage)
-    assert same(read_long(LONG, tokenizer=tokenizer, folder=tmp_path), first)
+    assert same(encode_cached(LONG, tokenizer=tokenizer, folder=tmp_path), first)
     assert path.read_bytes() == whole
 
 
 def test_another_format_is_another_file(tokenizer: ModelTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read_long(LONG, tokenizer=tokenizer, folder=tmp_path)
+    encode_cached(LONG, tokenizer=tokenizer, folder=tmp_path)
     monkeypatch.setattr(prompts, "FORMAT", prompts.FORMAT + 1)
-    read_long(LONG, tokenizer=tokenizer, folder=tmp_path)
+    encode_cached(LONG, tokenizer=tokenizer, folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2

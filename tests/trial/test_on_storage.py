@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pause_ray.core.storage import Storage
-from pause_ray.data.pipeline import ShardJob
 from pause_ray.data.shards import ShardSet
+from pause_ray.data.spec import ShardJob
 from pause_ray.evaluation.ledger import Ledger
 from pause_ray.models.checkpoint import RunningTraining, training_folder
 from pause_ray.text.tokenizer import Marker

@@ -14,8 +14,8 @@ from pause_ray.core.errors import TextError
 from pause_ray.data.documents import Document
 from pause_ray.data.shards import PackedRow, ShardSet, row_statistics, rows_to_table, seal, table_to_rows, write_rows
 from pause_ray.data.spec import CorpusSpec
-from pause_ray.data.staging import stage_piece
-from pause_ray.data.steps import Recipe, cut_shard, find_needles, make_language_rows, plan_shards
+from pause_ray.data.staging import stage_chunk
+from pause_ray.data.transforms import Recipe, cut_shard, find_needles, make_language_rows, plan_shards
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.prompts import PromptSpec
 from pause_ray.text.tokenizer import ModelTokenizer, encode_document, resolve_marker
@@ -89,12 +89,12 @@ def test_a_document_that_goes_on_in_held_out_text_does_not_end_in_training_text(
     tokenizer = ModelTokenizer.load(byte_model)
     recipe = Recipe(spec=SPEC, prompt=PromptSpec(), policy=None, model_dir=byte_model, tokenizer_digest=tokenizer.digest, seed=0)
     texts = ["The old bridge sings at night, they say.", "And nobody knows why it does so in May."]
-    stage_piece(tmp_path, name="piece", documents=[Document(id=text[:3], text=text) for text in texts], policy=None)
+    stage_chunk(tmp_path, name="chunk", documents=[Document(id=text[:3], text=text) for text in texts], policy=None)
     whole = "".join(text + "<|text_end|>" for text in texts)
 
     def made(begin: int, end: int) -> str:
         [unit] = make_language_rows(
-            {"piece": "piece", "begin": begin, "end": end, "unit": 0}, recipe=recipe, staged=tmp_path, packed=tmp_path
+            {"chunk": "chunk", "begin": begin, "end": end, "unit": 0}, recipe=recipe, staged=tmp_path, packed=tmp_path
         )
         assert unit["rows"] == 1
         [row] = table_to_rows(pq.read_table(tmp_path / "0000000.parquet"))

@@ -1,7 +1,7 @@
-"""The steps of a shard set's graph: what one task does with one item. Plain functions over files; know no Ray.
+"""The transforms of the shard pipeline: plain functions that one Ray Data task applies to one item. They need no Ray.
 
-An item and what comes of it are plain JSON data: names, counts and, between reading and segmenting, one piece of text.
-Running a step twice writes the same files again, so a lost task may simply be repeated.
+An item and what comes of it are plain JSON data: names, counts and, between reading and segmenting, the text of one chunk.
+Running a transform twice writes the same files again, so a lost task may simply be repeated.
 """
 
 from __future__ import annotations
@@ -16,26 +16,25 @@ from itertools import accumulate
 from pathlib import Path
 from time import thread_time
 
-from pause_ray.core.errors import SourceError, TextError
-from pause_ray.core.files import SourceFile, one_line_errors
+from pause_ray.core.errors import TextError
+from pause_ray.core.files import SourceFile
 from pause_ray.core.spec import JsonObject
-from pause_ray.core.storage import file_sha256
 from pause_ray.data.documents import Document, SourceSpec, in_share, list_files, read_file
 from pause_ray.data.packing import draw_row, needle_sft_row, pack_language_modeling, pause_mask, take_window
 from pause_ray.data.shards import PackedRow, rows_to_table, table_to_rows, write_rows
 from pause_ray.data.spec import CorpusSpec
-from pause_ray.data.staging import Piece, Shelf, cut_into_pieces, read_piece, stage_piece
+from pause_ray.data.staging import Chunk, StagedCorpus, cut_into_chunks, read_chunk, stage_chunk
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.prompts import PromptSpec
 from pause_ray.text.segments import plain
 from pause_ray.text.tokenizer import Marker, ModelTokenizer, TokenDocument, encode_document, resolve_marker
 
-FILES_PER_READING = 64
+FILES_PER_TASK = 64
 """Consecutive files that one task reads: essays come by the hundred, and a task costs milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class ReadTask:
     """Consecutive files of one source, read by one task."""
 
     number: int
@@ -45,10 +44,10 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class ReadingDocuments:
-    """The documents of a reading that are kept, and how many were not; counts are complete after the iteration."""
+class ReadTaskDocuments:
+    """The documents of a task that are kept, and how many were not; counts are complete after the iteration."""
 
-    reading: Reading
+    task: ReadTask
     passed_over: Counter[str] = field(default_factory=Counter)
     """``empty``: without any visible character; ``outside``: not in the source's share."""
 
@@ -58,8 +57,8 @@ class ReadingDocuments:
         Raises:
             SourceError: a file cannot be read or breaks its format's rules.
         """
-        source = self.reading.source
-        for file in self.reading.files:
+        source = self.task.source
+        for file in self.task.files:
             for document in read_file(file, source):
                 if not document.text.strip():
                     self.passed_over["empty"] += 1
@@ -69,54 +68,18 @@ class ReadingDocuments:
                     yield document
 
 
-def plan_readings(sources: Sequence[SourceSpec], *, cache: Path) -> list[Reading]:
+def plan_read_tasks(sources: Sequence[SourceSpec], *, cache: Path) -> list[ReadTask]:
     """The files of all sources, in order, in groups; packages are fetched into ``cache``.
 
     Raises:
         SourceError: a source that matches nothing, is out of reach, or has another digest.
     """
-    readings: list[Reading] = []
+    tasks: list[ReadTask] = []
     for source in sources:
         files = list_files(source, cache=cache)
-        for begin in range(0, len(files), FILES_PER_READING):
-            readings.append(Reading(number=len(readings), source=source, files=files[begin : begin + FILES_PER_READING]))
-    return readings
-
-
-def source_identity(source: SourceSpec) -> JsonObject:
-    """What decides which documents a source gives: how it is read, and its content, not the folder it lies in.
-
-    A source with a ``sha256`` is identified by it, and nothing is fetched. Local files are hashed; remote ones go by name,
-    size and time of change, because hashing them would mean to download them.
-
-    Raises:
-        SourceError: nothing matches, or the place is out of reach.
-    """
-    how: JsonObject = source.model_dump(mode="json", exclude={"path"})
-    if source.path.startswith("pypi:"):
-        return {**how, "path": source.path}
-    return {**how, "files": [[file.name, _content(file)] for file in list_files(source, cache=Path())]}
-
-
-def _content(file: SourceFile) -> str:
-    if not file.file_system:
-        with one_line_errors(file.address):
-            status = Path(file.path).stat()
-            return _sha256(file.path, status.st_size, status.st_mtime_ns)
-    from pyarrow.fs import FileSystem
-
-    with one_line_errors(file.address):
-        info = FileSystem.from_uri(file.file_system)[0].get_file_info(file.path)
-    return f"{info.size} bytes, changed {info.mtime_ns}"
-
-
-@lru_cache(maxsize=65_536)
-def _sha256(path: str, size: int, mtime_ns: int) -> str:
-    """Of a local file; kept while size and time stay, since a sweep asks once per trial."""
-    digest = file_sha256(Path(path))
-    if size != Path(path).stat().st_size:
-        raise SourceError(f"{path}: changed while it was read; wait until it is written, and run again")
-    return digest
+        for begin in range(0, len(files), FILES_PER_TASK):
+            tasks.append(ReadTask(number=len(tasks), source=source, files=files[begin : begin + FILES_PER_TASK]))
+    return tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,28 +111,28 @@ def _tokenizer(model_dir: Path, digest: str) -> ModelTokenizer:
     return tokenizer
 
 
-def reading_item(reading: Reading) -> JsonObject:
-    """A reading as an item."""
-    files = [asdict(file) for file in reading.files]
-    return {"number": reading.number, "source": reading.source.resolved(), "files": files}
+def task_item(task: ReadTask) -> JsonObject:
+    """A task as an item."""
+    files = [asdict(file) for file in task.files]
+    return {"number": task.number, "source": task.source.resolved(), "files": files}
 
 
-def read_pieces(item: JsonObject) -> Iterator[JsonObject]:
-    """A reading → its pieces, then what was passed over.
+def read_chunks(item: JsonObject) -> Iterator[JsonObject]:
+    """A task → its chunks, then what was passed over.
 
     Raises:
         SourceError: a file cannot be read or breaks its format's rules.
     """
     source = SourceSpec.parse(item["source"], origin="corpus.sources")
-    reading = Reading(number=item["number"], source=source, files=tuple(SourceFile(**file) for file in item["files"]))
-    documents = ReadingDocuments(reading)
-    for number, piece in enumerate(cut_into_pieces(documents)):
-        yield {"name": f"{reading.number:07d}-{number:07d}.parquet", "documents": [[document.id, document.text] for document in piece]}
-    yield {"passed_over": dict(documents.passed_over), "reading": reading.number}
+    task = ReadTask(number=item["number"], source=source, files=tuple(SourceFile(**file) for file in item["files"]))
+    documents = ReadTaskDocuments(task)
+    for number, chunk in enumerate(cut_into_chunks(documents)):
+        yield {"name": f"{task.number:07d}-{number:07d}.parquet", "documents": [[document.id, document.text] for document in chunk]}
+    yield {"passed_over": dict(documents.passed_over), "task": task.number}
 
 
 def stage(item: JsonObject, *, folder: Path, policy: PausePolicy | None) -> Iterator[JsonObject]:
-    """A piece of text → a staged file; other items pass.
+    """A chunk of text → a staged file; other items pass.
 
     Raises:
         StorageError: the disk is full or not writable.
@@ -178,10 +141,10 @@ def stage(item: JsonObject, *, folder: Path, policy: PausePolicy | None) -> Iter
         yield item
         return
     documents = [Document(id=name, text=text) for name, text in item["documents"]]
-    yield asdict(stage_piece(folder, name=item["name"], documents=documents, policy=policy))
+    yield asdict(stage_chunk(folder, name=item["name"], documents=documents, policy=policy))
 
 
-def make_needle_rows(item: JsonObject, *, recipe: Recipe, staged: Path, pieces: Sequence[Piece], packed: Path) -> Iterator[JsonObject]:
+def make_needle_rows(item: JsonObject, *, recipe: Recipe, staged: Path, chunks: Sequence[Chunk], packed: Path) -> Iterator[JsonObject]:
     """Rows ``first`` to ``last`` (exclusive), of training or held out, from the text between ``begin`` and ``end`` → a packed file.
 
     Raises:
@@ -191,13 +154,13 @@ def make_needle_rows(item: JsonObject, *, recipe: Recipe, staged: Path, pieces: 
         StorageError: the disk is full or not writable.
     """
     tokenizer, marker = recipe.tokenizer(), recipe.marker()
-    shelf = Shelf(staged, pieces, begin=item["begin"], end=item["end"])
+    corpus = StagedCorpus(staged, chunks, begin=item["begin"], end=item["end"])
     rows, seconds = list[PackedRow](), 0.0
     for number in range(item["first"], item["last"]):
         draw = draw_row(recipe.spec, seed=recipe.seed, row=number, held_out=item["held_out"])
-        stretches = shelf.read_from(draw.start)
+        spans = corpus.read_from(draw.start)
         begin = thread_time()
-        window = take_window(stretches, tokens=draw.row_tokens, tokenizer=tokenizer)
+        window = take_window(spans, tokens=draw.row_tokens, tokenizer=tokenizer)
         try:
             row = needle_sft_row(window, draw=draw, prompt=recipe.prompt, tokenizer=tokenizer, policy=recipe.policy, marker=marker)
         except TextError as error:
@@ -208,7 +171,7 @@ def make_needle_rows(item: JsonObject, *, recipe: Recipe, staged: Path, pieces: 
 
 
 def make_language_rows(item: JsonObject, *, recipe: Recipe, staged: Path, packed: Path) -> Iterator[JsonObject]:
-    """What of one staged piece lies between its characters ``begin`` and ``end`` → a packed file.
+    """What of one staged chunk lies between its characters ``begin`` and ``end`` → a packed file.
 
     Raises:
         TextError: the marker occurs in a document, or a marker group is longer than a row that it must fit in.
@@ -217,7 +180,7 @@ def make_language_rows(item: JsonObject, *, recipe: Recipe, staged: Path, packed
     tokenizer, marker = recipe.tokenizer(), recipe.marker()
     started = thread_time()
     rows = pack_language_modeling(
-        _encoded_between(staged / item["piece"], begin=item["begin"], end=item["end"], recipe=recipe),
+        _encoded_between(staged / item["chunk"], begin=item["begin"], end=item["end"], recipe=recipe),
         sequence_len=recipe.spec.sequence_len,
         end_id=_document_end_id(tokenizer),
         group_tokens=len(marker.group_ids),
@@ -288,9 +251,9 @@ def plan_shards(
 
 
 def _encoded_between(path: Path, *, begin: int, end: int, recipe: Recipe) -> Iterator[tuple[TokenDocument, bool]]:
-    """Documents of a piece, or what of them lies between two of its characters, in tokens, and whether that reaches their ends."""
+    """Documents of a chunk, or what of them lies between two of its characters, in tokens, and whether that reaches their ends."""
     offset = 0
-    for name, digest, text in read_piece(path, columns=("id", "digest", "text")):
+    for name, digest, text in read_chunk(path, columns=("id", "digest", "text")):
         part = text[max(0, begin - offset) : max(0, end - offset)]
         offset += len(text)
         if part:
