@@ -1,4 +1,4 @@
-"""What can go wrong, as a small tree of picklable exceptions. Knows nothing of where an error is shown.
+"""The errors of the package: a small tree of picklable exceptions. Showing them is the callers' task.
 
 ``UserError`` is something the reader of the message can put right: the command line prints its one line and
 exits with 2. Every other exception is a bug or a failed machine: it keeps its traceback and exits with 1.

@@ -32,10 +32,10 @@ _GCS_PATIENCE = "retry_limit_seconds=30"  # without it, a bucket out of reach is
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """One file: where it lies and what it is called there."""
+    """One file: its place, and its name there."""
 
     name: str
-    """Path below the folder that was asked for: part of document ids, so the same on every machine."""
+    """Path below the folder that was asked for. It is part of document ids, so it is the same on every machine."""
     address: str
     """Full path or URI, for messages."""
     path: str
@@ -51,7 +51,7 @@ class SourceFile:
 
 
 def find_files(pattern: str, *, endings: Set[str]) -> tuple[SourceFile, ...]:
-    """The files that a path, folder or glob stands for, by name; none is opened.
+    """Return the files that a path, folder or glob stands for, sorted by name; none is opened.
 
     Names that begin with a dot are passed over unless the glob asks for them.
 
@@ -75,7 +75,7 @@ def find_files(pattern: str, *, endings: Set[str]) -> tuple[SourceFile, ...]:
 
 
 def is_seen(pattern: str) -> bool:
-    """Whether a file or folder, or the folder that a glob begins with, can be seen from this machine.
+    """Return whether a file or folder, or the folder that a glob begins with, can be seen from this machine.
 
     Args:
         pattern: As of ``find_files``.
@@ -106,7 +106,7 @@ def check_sha256(file: SourceFile, expected: str) -> None:
 
 
 def decoded(file: SourceFile, *, encoding: str) -> Iterator[str]:
-    """The file's text in pieces, exactly: line ends stay as they are, only a leading byte order mark goes.
+    """Yield the file's text in parts, exactly: line ends stay as they are, only a leading byte order mark is removed.
 
     Raises:
         SourceError: bytes that are not ``encoding``, naming the first one and its offset (after unpacking .gz, .bz2, .zst).
@@ -135,7 +135,7 @@ def decoded(file: SourceFile, *, encoding: str) -> Iterator[str]:
 
 
 def lines(pieces: Iterator[str]) -> Iterator[str]:
-    """Lines with their ends; only a newline ends one, since other separators occur inside JSON and CSV values."""
+    """Yield lines with their ends; only a newline ends one, since other separators occur inside JSON and CSV values."""
     started: list[str] = []
     for piece in pieces:
         *whole, last = piece.split("\n")
@@ -149,14 +149,14 @@ def lines(pieces: Iterator[str]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def random_access(file: SourceFile) -> Iterator[pyarrow.NativeFile]:
-    """The open file, for formats that jump about in it."""
+    """Open the file for formats that need random access."""
     with one_line_errors(file.address), _opened(file).open_input_file(file.path) as opened:
         yield opened
 
 
 @contextlib.contextmanager
 def one_line_errors(address: str) -> Iterator[None]:
-    """Errors of file systems and of Arrow's readers as one line; their own messages run over many."""
+    """Turn errors of file systems and of Arrow's readers into one line; their own messages have many."""
     from pyarrow import ArrowException
 
     try:
@@ -173,7 +173,7 @@ def _opened(file: SourceFile) -> FileSystem:
 
 
 def _connect(address: str) -> tuple[FileSystem, str, str]:
-    """File system, the URI that it is made from (empty: local), and the path or glob on it."""
+    """Return the file system, the URI that it is made from (empty: local), and the path or glob on it."""
     from pyarrow.fs import FileSystem, LocalFileSystem
 
     scheme, separator, rest = address.partition("://")
@@ -192,7 +192,7 @@ def _connect(address: str) -> tuple[FileSystem, str, str]:
 
 
 def _matches(file_system: FileSystem, path: str) -> tuple[str, list[str]]:
-    """The folder that names are relative to, and the paths of the files; a path that exists is never taken for a glob."""
+    """Return the folder that names are relative to, and the paths of the files; a path that exists is never taken for a glob."""
     from pyarrow.fs import FileType
 
     kind = file_system.get_file_info(path).type
@@ -207,14 +207,14 @@ def _matches(file_system: FileSystem, path: str) -> tuple[str, list[str]]:
 
 
 def _split_glob(path: str) -> tuple[str, list[str]]:
-    """The folder that a glob begins with, and its segments; of a path without wildcards the path, and none."""
+    """Return the folder that a glob begins with, and its segments; a path without wildcards has no segments."""
     parts = path.split("/")
     first = next((index for index, part in enumerate(parts) if any(character in part for character in "*?[")), len(parts))
     return "/".join(parts[:first]), parts[first:]
 
 
 def _walk(file_system: FileSystem, folder: str, segments: list[str]) -> Iterator[str]:
-    """Files below ``folder`` that match the glob's segments, level by level; ``**`` stands for any number of folders."""
+    """Yield the files below ``folder`` that match the glob's segments, level by level; ``**`` stands for any number of folders."""
     from pyarrow.fs import FileSelector, FileType
 
     head, rest = segments[0], segments[1:]
@@ -238,7 +238,7 @@ _UNREACHABLE = ("connection broken", "newconnectionerror", "nameresolutionerror"
 
 
 def parse_package_source(source: str) -> tuple[str, str]:
-    """``pypi:NAME==VERSION#path`` → (``NAME==VERSION``, path or glob inside the package).
+    """Split ``pypi:NAME==VERSION#path`` into ``NAME==VERSION`` and the path or glob inside the package.
 
     Raises:
         SourceError: no version, no path, or a path that leaves the package.
@@ -253,7 +253,7 @@ def parse_package_source(source: str) -> tuple[str, str]:
 
 
 def fetch_package(requirement: str, *, wheel_sha256: str | None, cache: Path) -> Path:
-    """The folder with a package's unpacked wheel; nothing is installed and no dependency is fetched.
+    """Return the folder with a package's unpacked wheel; nothing is installed and no dependency is fetched.
 
     The first call downloads; later ones only compare the digest that was recorded then.
 
@@ -324,7 +324,7 @@ def _download(requirement: str, folder: Path) -> Path:
 
 
 def _pip_error(requirement: str, output: str) -> SourceError | StorageError:
-    """What pip meant, in one line. An index out of reach also ends in "no matching distribution", hence the order."""
+    """Return pip's failure as one line. An index out of reach also ends in "no matching distribution", hence the order."""
     lowered = output.lower()
     errors = [line.removeprefix("ERROR: ").strip() for line in output.splitlines() if line.startswith("ERROR:")]
     if "no space left on device" in lowered:

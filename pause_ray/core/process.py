@@ -1,4 +1,4 @@
-"""What a process is doing: the stages of a trial, the subject of its log lines, and its reaction to a first and a second signal.
+"""The state of a process: the stages of a trial, the subject of its log lines, and its reaction to a first and a second signal.
 
 A trial's process and a scoring actor do one thing at a time, so the subject belongs to the process and not to a thread: the threads of a
 training log it too. The driver does many things at once, and its log lines name their trial themselves.
@@ -17,7 +17,7 @@ log = logging.getLogger("pause_ray")
 
 
 class Stage(StrEnum):
-    """What a trial is doing. The display, ``status.json`` and the metrics use these names."""
+    """The stages of a trial. The display, ``status.json`` and the metrics use these names."""
 
     TO_COME = "to_come"
     """The trial has not begun."""
@@ -44,24 +44,24 @@ class Stage(StrEnum):
 
     @property
     def is_end(self) -> bool:
-        """Whether nothing more comes of the trial in this run of the sweep."""
+        """Return whether the trial does nothing more in this run of the sweep."""
         return self in (Stage.DONE, Stage.FAILED, Stage.STOPPED)
 
     @property
     def waits_for_others(self) -> bool:
-        """Whether the trial cannot make progress by itself, so that its silence means nothing."""
+        """Return whether the trial cannot make progress by itself, so that its silence means nothing."""
         return self in (Stage.WAITING, Stage.QUEUED)
 
 
 class _Subject(logging.Filter):
-    """Puts what the process is at in front of its own lines."""
+    """Puts the subject of the process in front of its own log lines."""
 
     def __init__(self) -> None:
         super().__init__()
         self.parts: tuple[str, ...] = ()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Every line passes."""
+        """Let every line pass."""
         if self.parts:
             record.msg, record.args = f"{', '.join(self.parts)}: {record.getMessage()}", ()
         return True
@@ -72,7 +72,7 @@ _SUBJECT = _Subject()
 
 @contextlib.contextmanager
 def about(part: str) -> Iterator[None]:
-    """Within the block, every line that this process logs begins with ``part``; blocks within blocks add to it, nothing adds nothing."""
+    """Begin every line that this process logs within the block with ``part``; nested blocks add to it, an empty part adds nothing."""
     before = _SUBJECT.parts
     _SUBJECT.parts = (*before, part) if part else before
     try:
@@ -82,7 +82,7 @@ def about(part: str) -> Iterator[None]:
 
 
 def log_to_stderr() -> None:
-    """Let a process that Ray started write its lines to standard error, which Ray keeps in the node's session folder.
+    """Let a process that Ray started write its log lines to standard error, which Ray keeps in the node's session folder.
 
     Without effect where somebody has decided already where lines go, as the command line does.
     """
@@ -97,13 +97,13 @@ def log_to_stderr() -> None:
 
 
 def format_trial(label: str, digest: str) -> str:
-    """How a line names a trial: as people call it, and by the beginning of its folder's name."""
+    """Return the name of a trial in log lines: its label, and the beginning of its folder's name."""
     return f"trial {label} ({digest[:8]})"
 
 
 @contextlib.contextmanager
 def stop_on_signal(ask: Callable[[], None], *, insist: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Call ``ask`` at a first SIGINT or SIGTERM within the block; a second calls ``insist`` and does what it did before.
+    """Call ``ask`` at a first SIGINT or SIGTERM within the block; a second calls ``insist`` and has the effect it had before the block.
 
     Outside a process's main thread, which alone can take signals, nothing changes.
     """

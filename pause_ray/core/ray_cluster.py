@@ -31,13 +31,13 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 from pause_ray.core.errors import ClusterError, SpecError
 
 LOCAL_LOGICAL_CPUS = 8
-"""Ray's CPUs are a count of places, not of cores. A trial, its scoring actor, the progress board and shard tasks need
-places at the same time even on two cores; threads are capped where the computing is done."""
+"""Least number of Ray's CPUs on this machine. They are places, not cores: a trial, its scoring actor, the progress actor and shard tasks
+need places at the same time even on two cores; threads are capped where the computing is done."""
 LOCAL_OBJECT_STORE_BYTES = 512 * 1024**2
 """Prompts and rows pass by path, so little goes through the object store."""
 HOST_AND_PORT = re.compile(r"\[?(?P<host>[^/]+?)\]?:(?P<port>\d{1,5})")
 ANSWER_SECONDS = 20
-"""For a head to take a connection."""
+"""Time in which a head must take a connection."""
 DASHBOARD_ADDRESS = "is where jobs are handed in; unset it, or hand this in there: pause-ray submit FILE, or ray job submit"
 VERSION = re.compile(r"^\s+(Ray|Python): (\S+)$", re.MULTILINE)
 TRACEBACK = "Traceback (most recent call last):"
@@ -45,7 +45,7 @@ TOKEN_WORDS = re.compile(r"\btoken\b|auth(entic|oriz)", re.IGNORECASE)
 WAITED_IN_VAIN = re.compile(r"(timed out|(failed|unable) to connect|deadline).*\bGCS\b", re.IGNORECASE)
 MARKET = "ray.io/market-type"
 STAYS: Mapping[str, str] = {MARKET: "on-demand"}
-"""Labels of nodes that nobody takes away."""
+"""Labels of nodes that the cloud does not take away."""
 STARTUP_TIMEOUT = "timed out during startup"
 """Part of the message of the bare ``Exception`` that Ray raises when its own processes take too long to start."""
 MISSING_MODULE = re.compile(r"No module named '(?P<package>\w+)[\w.]*'")
@@ -62,7 +62,7 @@ logger = logging.getLogger("pause_ray")
 
 @contextlib.contextmanager
 def connection() -> Iterator[None]:
-    """Ray for the duration of the block.
+    """Connect to Ray for the duration of the block.
 
     Joins the cluster of ``RAY_ADDRESS`` (set inside ``ray job submit``); without one starts a cluster on this machine
     and stops it at the end. A connection that exists already is used and kept.
@@ -110,7 +110,7 @@ def connection() -> Iterator[None]:
 
 
 def _shut_down() -> None:
-    """Leave Ray, with nothing of it left for a garbage collection in another thread."""
+    """Disconnect from Ray and leave none of its objects to a garbage collection in another thread."""
     # Tune leaves cycles that hold object references. If a thread (that imports MLflow, say) happens to collect one while Ray's client is
     # being taken down, Ray ends the process: exit code 1, no traceback.
     gc.collect()
@@ -122,7 +122,7 @@ def _shut_down() -> None:
 
 
 def create_shared_actor_here() -> None:
-    """Make the actor here that Ray Data and Ray Train share, which outlives both.
+    """Create the actor that Ray Data and Ray Train share, which outlives both, in this process.
 
     It is made where either is first used, and Ray does not take a node away that any actor is on: a training in a trial's process
     would hold its node for as long as the cluster lives.
@@ -133,7 +133,7 @@ def create_shared_actor_here() -> None:
 
 
 def _error_chain(error: BaseException | None) -> str:
-    """What an error and those that it came of say, in lines; of a traceback in one of them its last."""
+    """Return the messages of an error and of its causes, one per line; of a traceback in a message only its last line."""
     lines = []
     while error is not None:
         before, _, traceback = str(error).partition(TRACEBACK)
@@ -143,7 +143,7 @@ def _error_chain(error: BaseException | None) -> str:
 
 
 def _explain_refusal(told: str, *, answers: bool) -> str:
-    """In one line, with a remedy, what Ray tells in many; of a wrong token it tells nothing but that it has waited in vain."""
+    """Return in one line, with a remedy, why a cluster could not be joined. A wrong token shows only as a wait in vain."""
     versions = VERSION.findall(told)
     if "Version mismatch" in told and len(versions) == 4:
         theirs, ours = " and ".join(" ".join(each) for each in versions[:2]), " and ".join(" ".join(each) for each in versions[2:])
@@ -192,7 +192,7 @@ def agent_address(node_id: str) -> tuple[str, int] | None:
 
 
 def check_capacity(needed: Mapping[str, float], *, remedy: str = "lower train_workers, or what each of them takes") -> None:
-    """Refuse what a cluster of this machine has no room for, since Ray would wait for it for ever.
+    """Refuse what a cluster of this machine has no room for, since Ray would wait for it forever.
 
     One that was joined may grow: as far as its autoscaler says, and where it does not say, it is only warned.
 
@@ -243,13 +243,13 @@ def _refuse_or_warn(problem: str, remedy: str) -> None:
 
 
 def _autoscaler() -> Any | None:
-    """What an autoscaler has told Ray about the nodes that it can start, or None; those of ``ray up`` tell nothing."""
+    """Return the autoscaler's report of the nodes that it can start, or None; an autoscaler of ``ray up`` reports nothing."""
     config = ray._private.state.state.get_cluster_config()
     return config if config is not None and config.node_group_configs else None
 
 
 def _possible_nodes() -> dict[str, Mapping[str, float]]:
-    """Every node that there is, and a node of each kind that the autoscaler can start: name → all that it has."""
+    """Return the resources of every node that there is, and of a node of each kind that the autoscaler can start, by name."""
     nodes: dict[str, Mapping[str, float]] = {
         f"node {node['NodeManagerAddress']} {node['NodeID'][:6]}": node["Resources"] for node in ray.nodes() if node["Alive"]
     }
@@ -258,7 +258,7 @@ def _possible_nodes() -> dict[str, Mapping[str, float]]:
 
 
 def blocked_groups(holding: Mapping[str, float]) -> frozenset[str]:
-    """Placement groups of anybody that wait for something of which ``holding`` has some, and that a node could give.
+    """Return the waiting placement groups, of any job, that need something of which ``holding`` has some and that a node could give.
 
     Trials of Tune and workers of Ray Train come as placement groups. Freshly asked ones are among them for a moment.
     """
@@ -277,28 +277,28 @@ def _gives(node: Mapping[str, float], bundle: Mapping[str, float]) -> bool:
 
 
 def has_market_labels() -> bool:
-    """Whether any node says whether it stays."""
+    """Return whether any node is labelled with its market type (on demand or spot)."""
     return any(MARKET in node.get("Labels", {}) for node in ray.nodes() if node["Alive"])
 
 
 def on_demand_nodes() -> list[Mapping[str, float]]:
-    """What each node has that says of itself that it stays."""
+    """Return the resources of each node that is labelled as on demand."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"] and STAYS.items() <= node.get("Labels", {}).items()]
 
 
 def total(resource: str) -> float:
-    """``CPU`` or ``GPU`` of the cluster, those in use included; of an autoscaler that tells it, what there can be."""
+    """Return the ``CPU`` or ``GPU`` of the cluster, those in use included; where an autoscaler reports its limit, that limit."""
     grown = ray._private.state.state.get_max_resources_from_cluster_config() or {}
     return max(float(ray.cluster_resources().get(resource, 0)), float(grown.get(resource, 0)))
 
 
 def is_fixed_size() -> bool:
-    """Whether ``total`` is all that there can ever be."""
+    """Return whether ``total`` is all that there can ever be."""
     return _autoscaler() is not None or has_no_autoscaler()
 
 
 def has_no_autoscaler() -> bool:
-    """Whether nothing starts more: it is this machine's own, or its head was given no file of nodes that it may start.
+    """Return whether nothing starts more nodes: the cluster is this machine's own, or its head has no file of nodes to start.
 
     Such a head reports each node as a kind of its own.
     """
@@ -309,18 +309,18 @@ def has_no_autoscaler() -> bool:
 
 
 def _reported_kinds() -> set[str]:
-    """Of the nodes that there are, as the head's monitor names them; none before it has looked for the first time."""
+    """Return the kinds of the existing nodes as the head's monitor names them; none before its first report."""
     told = internal_kv._internal_kv_get(DEBUG_AUTOSCALING_STATUS)
     return set(json.loads(told).get("autoscaler_report", {}).get("active_nodes", {})) if told else set()
 
 
 def free_gpus() -> float:
-    """GPUs of the cluster as it is now that nobody holds."""
+    """Return the GPUs of the cluster, as it is now, that nobody holds."""
     return float(ray.available_resources().get("GPU", 0))
 
 
 def total_gpus() -> float:
-    """GPUs of the cluster as it is now, those in use included."""
+    """Return the GPUs of the cluster as it is now, those in use included."""
     return float(ray.cluster_resources().get("GPU", 0))
 
 

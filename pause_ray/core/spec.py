@@ -1,4 +1,4 @@
-"""Specs: frozen, keyword-only, no unknown key. Knows YAML, dotted paths and digests; knows no particular spec.
+"""The base of all specs: frozen, keyword-only, no unknown key; and YAML, dotted paths and digests.
 
 A hand-written file is sparse YAML; a machine-written one is fully resolved JSON. ``digest`` is the identity of
 a spec: whatever is marked ``resources`` (where something runs) never enters it.
@@ -25,7 +25,7 @@ JsonObject = dict[str, Any]
 
 
 class Spec(BaseModel):
-    """Base of all specs. Values are checked strictly: ``"16"`` is not a number and ``true`` is not 1."""
+    """The base class of all specs. Values are checked strictly: ``"16"`` is not a number and ``true`` is not 1."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
@@ -44,12 +44,12 @@ class Spec(BaseModel):
             raise SpecError(f"{origin}: not plain YAML data ({error}); use only text, numbers, lists and mappings") from error
 
     def resolved(self) -> JsonObject:
-        """Every field with its value, as plain JSON data."""
+        """Return every field with its value, as plain JSON data."""
         return self.model_dump(mode="json")
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML whose ``2e-4`` is a number (YAML 1.1 reads it as text) and whose doubled keys are errors."""
+    """Safe YAML in which ``2e-4`` is a number (YAML 1.1 reads it as text) and a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
         """Build a mapping, refusing a key that is written twice."""
@@ -66,7 +66,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> JsonObject:
-    """The mapping in a YAML or JSON file.
+    """Read the mapping in a YAML or JSON file.
 
     Raises:
         SpecError: file missing, not YAML, or not a mapping.
@@ -82,7 +82,7 @@ def read_yaml(path: Path) -> JsonObject:
 
 
 def find_file(name: str, *, beside: Path) -> Path:
-    """The file that ``name`` means when it is written in the file ``beside``.
+    """Return the file that ``name`` means when it is written in the file ``beside``.
 
     It is sought in that file's folder, then in each folder above it, then in the working directory.
 
@@ -97,7 +97,7 @@ def find_file(name: str, *, beside: Path) -> Path:
 
 
 def inline_files(data: JsonObject, fields: tuple[str, ...], *, origin: Path) -> JsonObject:
-    """A copy of sparse ``data`` in which a text at one of ``fields`` is replaced by the content of the YAML file it names.
+    """Return a copy of sparse ``data`` in which a text at one of ``fields`` is replaced by the content of the YAML file it names.
 
     Args:
         data: Sparse mapping.
@@ -119,7 +119,7 @@ def inline_files(data: JsonObject, fields: tuple[str, ...], *, origin: Path) -> 
 
 
 def parse_yaml(text: str, *, origin: str) -> Any:
-    """Any YAML value from text; a syntax error is a ``SpecError`` with its line."""
+    """Parse any YAML value; a syntax error is a ``SpecError`` with its line."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
@@ -127,7 +127,7 @@ def parse_yaml(text: str, *, origin: str) -> Any:
 
 
 def digest(data: Spec | Mapping[str, Any] | list[Any] | str | bytes) -> str:
-    """16 hexadecimal characters that change exactly when ``data`` changes; the order of keys does not count."""
+    """Return 16 hexadecimal characters that change exactly when ``data`` changes; the order of keys does not count."""
     if isinstance(data, Spec):
         data = data.resolved()
     if isinstance(data, str):
@@ -138,7 +138,7 @@ def digest(data: Spec | Mapping[str, Any] | list[Any] | str | bytes) -> str:
 
 
 def with_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> JsonObject:
-    """A copy of sparse ``data`` with each dotted path set; ``None`` at a path replaces the whole branch by null."""
+    """Return a copy of sparse ``data`` with each dotted path set; ``None`` at a path replaces the whole branch by null."""
     result: JsonObject = json.loads(json.dumps(data))
     for path, value in overrides.items():
         place, key, rest = result, *_longest_key(result, path)
@@ -152,7 +152,7 @@ def with_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> Jso
 
 
 def _longest_key(place: Mapping[str, Any], path: str) -> tuple[str, str]:
-    """The first key of ``path`` and what is left of it; a key of ``place`` may itself be dotted, such as a searched path."""
+    """Return the first key of ``path`` and the rest of it; a key of ``place`` may itself be dotted, such as a searched path."""
     parts = path.split(".")
     known = (end for end in range(len(parts), 0, -1) if ".".join(parts[:end]) in place)
     end = next(known, 1)
@@ -160,7 +160,7 @@ def _longest_key(place: Mapping[str, Any], path: str) -> tuple[str, str]:
 
 
 def parse_assignments(assignments: list[str]) -> JsonObject:
-    """``["train.max_steps=20"]`` → ``{"train.max_steps": 20}``; the right side is YAML.
+    """Turn ``["train.max_steps=20"]`` into ``{"train.max_steps": 20}``; the right side is YAML.
 
     Raises:
         SpecError: an assignment without ``=``.
@@ -195,7 +195,7 @@ def check_path(schema: type[Spec], path: str, *, origin: str) -> None:
 
 
 def _fields(specs: tuple[type[Spec], ...]) -> dict[str, tuple[type[Spec], ...]]:
-    """The fields that one of ``specs`` has, each with the specs that it may hold."""
+    """Return the fields that one of ``specs`` has, each with the specs that it may hold."""
     found: dict[str, tuple[type[Spec], ...]] = {}
     for spec in specs:
         for name, field in spec.model_fields.items():
@@ -205,14 +205,14 @@ def _fields(specs: tuple[type[Spec], ...]) -> dict[str, tuple[type[Spec], ...]]:
 
 
 def _inner_specs(annotation: Any) -> tuple[type[Spec], ...]:
-    """The spec classes inside ``Spec``, ``Spec | Other | None``, ``tuple[Spec, ...]`` or ``Annotated[Spec, …]``."""
+    """Return the spec classes inside ``Spec``, ``Spec | Other | None``, ``tuple[Spec, ...]`` or ``Annotated[Spec, …]``."""
     if isinstance(annotation, type) and issubclass(annotation, Spec):
         return (annotation,)
     return tuple(spec for argument in typing.get_args(annotation) for spec in _inner_specs(argument))
 
 
 def _explain(error: ValidationError, schema: type[Spec], origin: str) -> str:
-    """One line per broken field, joined by semicolons: place, value, rule and, for a misspelt key, the nearest one."""
+    """Return one line with every broken field: place, value, rule and, for a misspelt key, the nearest one."""
     lines = []
     for problem in error.errors(include_url=False):
         location, siblings = _located(schema, problem["loc"])
@@ -234,7 +234,7 @@ def _explain(error: ValidationError, schema: type[Spec], origin: str) -> str:
 
 
 def _located(schema: type[Spec], location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
-    """A problem's dotted path without the tags that pydantic puts in for unions, and the fields beside its last part."""
+    """Return a problem's dotted path without the tags that pydantic adds for unions, and the fields beside its last part."""
     current: tuple[type[Spec], ...] = (schema,)
     path, siblings = list[str](), list[str]()
     for part in location:
@@ -252,7 +252,7 @@ def _located(schema: type[Spec], location: tuple[int | str, ...]) -> tuple[list[
 
 
 def _tag(spec: type[Spec]) -> str | None:
-    """The ``kind`` that a member of a union is told by."""
+    """Return the ``kind`` by which pydantic recognises a member of a union."""
     kind = spec.model_fields.get("kind")
     return next(iter(typing.get_args(kind.annotation)), None) if kind else None
 

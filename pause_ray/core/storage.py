@@ -35,13 +35,13 @@ FORMAT_FILE = "format.json"
 
 @dataclass(frozen=True)
 class Storage:
-    """The storage root and the folders in it."""
+    """The storage root and its folders."""
 
     root: Path
 
     @classmethod
     def open(cls, root: str | Path) -> Storage:
-        """Make the root if needed and try to write in it.
+        """Create the root if needed and try to write in it.
 
         Raises:
             StorageError: the root is a URI, is not a folder, cannot be written, or has another format.
@@ -61,27 +61,27 @@ class Storage:
 
     @property
     def cache(self) -> Path:
-        """Packages, hub and converted models; ``PAUSE_RAY_CACHE`` puts them elsewhere."""
+        """The folder of packages, hub snapshots and converted models; ``PAUSE_RAY_CACHE`` puts it elsewhere."""
         return Path(os.environ.get("PAUSE_RAY_CACHE") or self.root / "cache").expanduser().absolute()
 
     @property
     def shards(self) -> Path:
-        """Shard sets, by digest."""
+        """The folder of shard sets, by digest."""
         return self.root / "shards"
 
     @property
     def checkpoints(self) -> Path:
-        """Adapters, by digest."""
+        """The folder of adapters, by digest."""
         return self.root / "checkpoints"
 
     @property
     def trials(self) -> Path:
-        """Ledgers, by trial digest."""
+        """The folder of ledgers, by trial digest."""
         return self.root / "trials"
 
     @property
     def sweeps(self) -> Path:
-        """Reports and trial lists, by sweep name and digest."""
+        """The folder of reports and trial lists, by sweep name and digest."""
         return self.root / "sweeps"
 
 
@@ -104,18 +104,18 @@ def _check_format(root: Path) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a step's folder was finished."""
+    """Return whether a step's folder was finished."""
     return (folder / MANIFEST).is_file()
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, as 64 hexadecimal characters."""
+    """Return the SHA-256 of a file's bytes as 64 hexadecimal characters."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
         StorageError: missing or not JSON.
@@ -130,7 +130,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file that may still be growing, one a line; a last line without its end is passed over, no file is empty.
+    """Read the objects, one per line, of a file that may still be growing; an unfinished last line is ignored, a missing file is empty.
 
     Raises:
         StorageError: a line holds no JSON object.
@@ -171,7 +171,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """``write_text`` of indented JSON."""
+    """Write indented JSON with ``write_text``."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -194,7 +194,7 @@ def space_errors(path: Path) -> Iterator[None]:
 
 
 def _error_number(error: Exception) -> int | None:
-    """The operating system's number: of an OSError, or as the Rust of tokenizers and safetensors puts it into words."""
+    """Return the operating system's error number, from an OSError or from the message of a Rust error of tokenizers or safetensors."""
     if isinstance(error, OSError):
         return error.errno
     told = re.search(r"\(os error (\d+)\)", str(error))
@@ -233,7 +233,7 @@ def exclusive(path: Path, *, waiting: Callable[[str], None] | None = None) -> It
 
 
 def _locked(file: IO[str]) -> bool:
-    """Whether the file's lock is this process's now. Tried twice, since who looks for a holder has it for an instant."""
+    """Try to take the file's lock. It tries twice, since a process that only asks for the holder has the lock for an instant."""
     for pause_seconds in (0.05, 0.0):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -245,7 +245,7 @@ def _locked(file: IO[str]) -> bool:
 
 
 def holder_of(path: Path) -> str | None:
-    """Who holds the lock file ``path``, as ``exclusive`` names them; None if nobody does, or it cannot be told here."""
+    """Return the holder of the lock file ``path`` as ``exclusive`` names it; None if nobody holds it, or this node cannot tell."""
     with contextlib.suppress(OSError), path.open(encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -256,7 +256,7 @@ def holder_of(path: Path) -> str | None:
 
 @contextlib.contextmanager
 def building(folder: Path) -> Iterator[Path]:
-    """A scratch folder that becomes ``folder`` if the block ends well and leaves nothing if it does not.
+    """Give a scratch folder that becomes ``folder`` if the block ends well and leaves nothing if it does not.
 
     The block must write ``manifest.json`` last. Hold ``exclusive`` on the folder's lock around this. The scratch folder's
     name is this build's own: workers of a killed one may live on for a while, and must not write into its successor's.
@@ -278,11 +278,11 @@ def building(folder: Path) -> Iterator[Path]:
 
 
 def _scratch_folders(folder: Path) -> list[Path]:
-    """What builds of ``folder``, and of no other whose name begins alike, left behind."""
+    """Return the scratch folders that builds of ``folder`` left behind, and not those of a folder with a similar name."""
     name = re.compile(rf"\.{re.escape(folder.name)}\.\d+-[0-9a-f]{{8}}\.partial")
     return [path for path in folder.parent.glob(".*.partial") if name.fullmatch(path.name)]
 
 
 def lock_of(folder: Path) -> Path:
-    """The lock file beside a step's folder."""
+    """Return the lock file beside a step's folder."""
     return folder.with_name(f".{folder.name}.lock")

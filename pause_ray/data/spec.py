@@ -30,7 +30,7 @@ class FactSpec(Spec):
     needle: str = Field(min_length=1)
     """The sentence that is hidden, with {slots}; also what the model learns to answer."""
     question: str = Field(min_length=1)
-    """What is asked, with the slots that identify the fact but not those that answer it."""
+    """The question, with the slots that identify the fact but not those that answer it."""
     slots: dict[str, tuple[str, ...]] = Field(min_length=1)
     """Words per slot."""
 
@@ -64,8 +64,8 @@ class CorpusSpec(Spec):
     sources: tuple[SourceSpec, ...] = Field(min_length=1)
     """Where documents come from."""
     objective: Literal["needle_sft", "language_modeling"] = "needle_sft"
-    """``needle_sft``: paused context with a hidden fact, a question, the fact as answer, loss on the answer and its end
-    token only. ``language_modeling``: the next token of the paused text, documents packed end to end; pauses are read, never
+    """The training task. ``needle_sft``: paused context with a hidden fact, a question, the fact as answer, loss on the answer and its
+    end token only. ``language_modeling``: the next token of the paused text, documents packed end to end; pauses are read, never
     predicted, so that a tuned model does not write them (as in arXiv 2310.02226)."""
     sequence_len: int = Field(default=1024, ge=64)
     """Longest row, in tokens. Under ``pauses.budget: content`` pauses and their instruction come on top, so that arms train on
@@ -96,9 +96,9 @@ class CorpusSpec(Spec):
 
 
 HELD_OUT_SHARE = 8
-"""One fact of so many is for validation rows, where there are any."""
+"""Number of facts of which one is kept for validation rows, where there are any."""
 DRAWS = 1000
-"""Until a file of facts counts as having none of the wanted kind."""
+"""Number of draws after which a file of facts counts as having none of the wanted kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,16 +110,16 @@ class Fact:
 
     @property
     def is_held_out(self) -> bool:
-        """Whether it is one for validation rows; the fact alone decides, so that training and validation never share one."""
+        """Whether the fact belongs to validation rows; the fact alone decides, so that training and validation never share one."""
         return hashlib.sha256(self.needle.encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 
 def draw_fact(facts: FactFile, *, rng: random.Random, held_out: bool | None = None) -> Fact:
-    """One template, evenly, then one word per slot, evenly; slots are drawn in the order of their names.
+    """Draw one template, evenly, then one word per slot, evenly; slots are drawn in the order of their names.
 
     Args:
-        facts: Templates.
-        rng: Decides.
+        facts: Fact templates.
+        rng: Source of the random choices.
         held_out: Draw again until the fact is one for validation rows (true) or none of them (false); None takes any.
 
     Raises:
@@ -138,7 +138,7 @@ def draw_fact(facts: FactFile, *, rng: random.Random, held_out: bool | None = No
 
 
 def shared_with_evaluation(facts: FactFile, *, needles: Sequence[str], keywords: Sequence[str]) -> list[str]:
-    """Where training facts touch the evaluation's, one sentence each.
+    """Return one sentence for each place where training facts touch the evaluation's.
 
     They touch where a keyword is in a template or in a slot's words, and where a template can make an evaluation needle.
     Letter case, runs of white space and Unicode compatibility forms do not count.
@@ -164,7 +164,7 @@ def _filled(template: str, words: dict[str, str]) -> str:
 
 
 def _pattern(fact: FactSpec) -> re.Pattern[str]:
-    """What a template can say, as an expression over ``plain`` text."""
+    """Return the needles that a template can make, as an expression over ``plain`` text."""
     pieces = SLOT.split(" ".join(fact.needle.split()))
     for index, piece in enumerate(pieces):
         is_slot = index % 2 == 1
@@ -173,29 +173,29 @@ def _pattern(fact: FactSpec) -> re.Pattern[str]:
 
 
 RECIPE_VERSIONS = {"needle_sft": 4, "language_modeling": 5}
-"""By objective; raise when the code makes other rows from the same inputs."""
+"""Version of each objective's rows; raised when the code makes other rows from the same inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What training must not have seen."""
+    """The documents, needles and keywords of the evaluation, which training must not have seen."""
 
     document_digests: frozenset[str] = frozenset()
-    """Documents that haystacks are made of."""
+    """Digests of the documents that haystacks are made of."""
     needles: tuple[str, ...] = ()
     """Sentences that are hidden and asked for."""
     keywords: tuple[str, ...] = ()
-    """Words of right answers, which no training fact may have."""
+    """Words of right answers, which no training fact may contain."""
 
     @property
     def digest(self) -> str:
-        """Identity, whatever the order."""
+        """Identity of the evaluation, whatever the order."""
         return digest([sorted(self.document_digests), sorted(self.needles), sorted(self.keywords)])
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardJob:
-    """All that a shard set is made from, and what it is held apart from."""
+    """The inputs of a shard set, and the evaluation that it is kept apart from."""
 
     spec: CorpusSpec
     prompt: PromptSpec
@@ -208,7 +208,7 @@ class ShardJob:
 
 
 def shards_digest(job: ShardJob) -> str:
-    """Identity of the rows: spec, prompt, content of the sources, pauses, tokenizer and seed.
+    """Return the identity of the rows: spec, prompt, content of the sources, pauses, tokenizer and seed.
 
     Not the evaluation, which rows do not depend on: a checkpoint stays valid when another suite is asked.
 

@@ -1,4 +1,4 @@
-"""Documents on their way to rows: Parquet chunks of about a million characters, and reading on from any place in them.
+"""Staged documents: Parquet chunks of about a million characters, which can be read from any place in the corpus.
 
 Chunks depend on the sources alone, never on how many tasks read them, so a place in the corpus is the same place on a
 laptop and on a cluster. Knows no token and no Ray.
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 CHUNK_CHARS = 1_000_000
-"""A chunk is closed when it has this many characters: small enough to be read for one row, large enough to be few."""
+"""Size at which a chunk is closed: small enough to be read for one row, large enough for few chunks."""
 SEARCHED_CHARS = 4_000
-"""Where the beginning of a sentence is looked for first."""
+"""Number of characters before an offset in which the beginning of its sentence is searched first."""
 KEPT_CHUNKS = 4
-"""Chunks a corpus keeps in memory; a context rarely spans more than two."""
+"""Number of chunks in memory; a context rarely spans more than two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +48,11 @@ class Span:
 
     text: str
     paragraph_rule: ParagraphRule
-    """What ends a paragraph in the whole document; a short part of it may lack the evidence."""
+    """Paragraph rule of the whole document; a short part of it may lack the evidence."""
 
 
 def cut_into_chunks(documents: Iterable[Document], *, chunk_chars: int = CHUNK_CHARS) -> Iterator[list[Document]]:
-    """Consecutive documents in lists that end as soon as they hold ``chunk_chars``; never an empty list."""
+    """Group consecutive documents in lists that end as soon as they hold ``chunk_chars``; no list is empty."""
     chunk: list[Document] = []
     chars = 0
     for document in documents:
@@ -66,7 +66,7 @@ def cut_into_chunks(documents: Iterable[Document], *, chunk_chars: int = CHUNK_C
 
 
 def stage_chunk(folder: Path, *, name: str, documents: Sequence[Document], policy: PausePolicy | None) -> Chunk:
-    """Segment ``documents`` and write them with what was found: id, digest, chars, paragraph_rule, paragraphs, sentences, text.
+    """Segment ``documents`` and write them with the results: id, digest, chars, paragraph_rule, paragraphs, sentences, text.
 
     Raises:
         StorageError: the disk is full or not writable.
@@ -94,7 +94,7 @@ def stage_chunk(folder: Path, *, name: str, documents: Sequence[Document], polic
 
 
 def read_chunk(path: Path, *, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """``columns`` of the documents of one chunk, in order."""
+    """Read ``columns`` of the documents of one chunk, in order."""
     import pyarrow.parquet as pq
 
     table = pq.read_table(path, columns=list(columns))
@@ -102,7 +102,7 @@ def read_chunk(path: Path, *, columns: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def write_document_list(folder: Path, chunks: Sequence[Chunk], *, to: Path) -> None:
-    """Everything about the staged documents but their text, in corpus order, as one Parquet file.
+    """Write everything about the staged documents except their text, in corpus order, as one Parquet file.
 
     Raises:
         StorageError: the disk is full or not writable.
@@ -120,10 +120,10 @@ def write_document_list(folder: Path, chunks: Sequence[Chunk], *, to: Path) -> N
 
 
 class StagedCorpus:
-    """Staged chunks in order, or a part of their text, opened where needed; holds a few chunks in memory, whatever the corpus' size."""
+    """Staged chunks in order, or a part of their text; a few chunks are in memory at a time, whatever the corpus' size."""
 
     def __init__(self, folder: Path, chunks: Sequence[Chunk], *, begin: int = 0, end: int | None = None) -> None:
-        """Of chunks in corpus order, at least one, between two characters counted through all of them; ``end`` None is the last."""
+        """Open chunks in corpus order, at least one, between two characters counted through all of them; ``end`` None means the last."""
         self._folder = folder
         self._pieces = chunks
         self._ends = list(accumulate(chunk.num_chars for chunk in chunks))
@@ -132,7 +132,7 @@ class StagedCorpus:
         self._kept: dict[int, list[Span]] = {}
 
     def read_from(self, start: float) -> Iterator[Span]:
-        """The text from the sentence at ``start`` on, document by document, round to where it began.
+        """Yield the text from the sentence at ``start`` on, document by document, and then from the beginning up to there.
 
         Args:
             start: Share of all characters, in [0, 1): every one of them is equally likely to be chosen.
@@ -142,7 +142,7 @@ class StagedCorpus:
         yield from self._between(self._begin, place)
 
     def sentence_start(self, offset: int) -> int:
-        """Where the sentence begins in which the character at ``offset`` stands, in characters of all chunks."""
+        """Return where the sentence of the character at ``offset`` begins, in characters of all chunks."""
         number, chunk_begin = self._chunk_at(offset)
         documents = self._documents(number)
         ends = list(accumulate((len(document.text) for document in documents), initial=chunk_begin))
@@ -150,7 +150,7 @@ class StagedCorpus:
         return ends[index] + _sentence_start_before(documents[index], offset - ends[index])
 
     def _between(self, begin: int, end: int) -> Iterator[Span]:
-        """Documents, or what of them lies between two characters."""
+        """Yield documents, or the parts of them, between two characters."""
         number, offset = self._chunk_at(begin)
         while offset < end:
             for document in self._documents(number):
@@ -161,7 +161,7 @@ class StagedCorpus:
             number += 1
 
     def _chunk_at(self, offset: int) -> tuple[int, int]:
-        """Number of the chunk that has the character at ``offset``, and where it begins."""
+        """Return the number of the chunk that has the character at ``offset``, and where the chunk begins."""
         number = bisect.bisect_right(self._ends, offset)
         return number, self._ends[number - 1] if number else 0
 
@@ -175,13 +175,13 @@ class StagedCorpus:
 
 
 def held_out_from(corpus: StagedCorpus, *, num_chars: int, share: float, least_chars: int) -> int:
-    """The character from which on text is kept for validation rows: the beginning of a sentence.
+    """Return the character from which text is kept for validation rows: the beginning of a sentence.
 
     Args:
         corpus: All of the text.
         num_chars: Its length.
-        share: Of the text that is wanted.
-        least_chars: What one row may need.
+        share: Share of the text that is wanted.
+        least_chars: Characters that one row may need.
 
     Raises:
         SourceError: that would be more than half of the text.
@@ -197,7 +197,7 @@ def held_out_from(corpus: StagedCorpus, *, num_chars: int, share: float, least_c
 
 
 def _sentence_start_before(span: Span, offset: int) -> int:
-    """The last start of a sentence at or before ``offset``; boundaries are causal, so a book is not searched from its beginning."""
+    """Return the last start of a sentence at or before ``offset``; boundaries are causal, so a book is not searched from its beginning."""
     base = max(0, offset - SEARCHED_CHARS)
     begin = sentence_starts(span.text[base : offset + 1], paragraph_rule=span.paragraph_rule)[-1]
     if begin == 0 < base:

@@ -30,7 +30,7 @@ from pause_ray.text.segments import plain
 from pause_ray.text.tokenizer import Marker, ModelTokenizer, TokenDocument, encode_document, resolve_marker
 
 FILES_PER_TASK = 64
-"""Consecutive files that one task reads: essays come by the hundred, and a task costs milliseconds."""
+"""Number of consecutive files that one task reads: essays come by the hundred, and a task costs milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,18 +38,18 @@ class ReadTask:
     """Consecutive files of one source, read by one task."""
 
     number: int
-    """Place in the corpus."""
+    """Position in the corpus."""
     source: SourceSpec
     files: tuple[SourceFile, ...]
 
 
 @dataclass(frozen=True)
 class ReadTaskDocuments:
-    """The documents of a task that are kept, and how many were not; counts are complete after the iteration."""
+    """The accepted documents of a task, and the numbers of the others; the counts are complete after the iteration."""
 
     task: ReadTask
     passed_over: Counter[str] = field(default_factory=Counter)
-    """``empty``: without any visible character; ``outside``: not in the source's share."""
+    """Number of ``empty`` documents (no visible character) and of those ``outside`` the source's share."""
 
     def __iter__(self) -> Iterator[Document]:
         """Documents by file name and row.
@@ -69,7 +69,7 @@ class ReadTaskDocuments:
 
 
 def plan_read_tasks(sources: Sequence[SourceSpec], *, cache: Path) -> list[ReadTask]:
-    """The files of all sources, in order, in groups; packages are fetched into ``cache``.
+    """Group the files of all sources, in order; packages are fetched into ``cache``.
 
     Raises:
         SourceError: a source that matches nothing, is out of reach, or has another digest.
@@ -94,11 +94,11 @@ class Recipe:
     seed: int
 
     def tokenizer(self) -> ModelTokenizer:
-        """The model's, loaded once per process."""
+        """Return the model's tokenizer, which is loaded once per process."""
         return _tokenizer(self.model_dir, self.tokenizer_digest)
 
     def marker(self) -> Marker:
-        """The policy's marker in that tokenizer."""
+        """Return the policy's pause in that tokenizer."""
         return resolve_marker(self.tokenizer(), self.policy)
 
 
@@ -112,13 +112,13 @@ def _tokenizer(model_dir: Path, digest: str) -> ModelTokenizer:
 
 
 def task_item(task: ReadTask) -> JsonObject:
-    """A task as an item."""
+    """Return a read task as an item."""
     files = [asdict(file) for file in task.files]
     return {"number": task.number, "source": task.source.resolved(), "files": files}
 
 
 def read_chunks(item: JsonObject) -> Iterator[JsonObject]:
-    """A task → its chunks, then what was passed over.
+    """Turn a read task into its chunks, and then the counts of dropped documents.
 
     Raises:
         SourceError: a file cannot be read or breaks its format's rules.
@@ -132,7 +132,7 @@ def read_chunks(item: JsonObject) -> Iterator[JsonObject]:
 
 
 def stage(item: JsonObject, *, folder: Path, policy: PausePolicy | None) -> Iterator[JsonObject]:
-    """A chunk of text → a staged file; other items pass.
+    """Turn the text of a chunk into a staged file; other items pass.
 
     Raises:
         StorageError: the disk is full or not writable.
@@ -145,7 +145,7 @@ def stage(item: JsonObject, *, folder: Path, policy: PausePolicy | None) -> Iter
 
 
 def make_needle_rows(item: JsonObject, *, recipe: Recipe, staged: Path, chunks: Sequence[Chunk], packed: Path) -> Iterator[JsonObject]:
-    """Rows ``first`` to ``last`` (exclusive), of training or held out, from the text between ``begin`` and ``end`` → a packed file.
+    """Make rows ``first`` to ``last`` (exclusive), of training or held out, from the text between ``begin`` and ``end``, as a packed file.
 
     Raises:
         SourceError: the text is shorter than a row.
@@ -171,7 +171,7 @@ def make_needle_rows(item: JsonObject, *, recipe: Recipe, staged: Path, chunks: 
 
 
 def make_language_rows(item: JsonObject, *, recipe: Recipe, staged: Path, packed: Path) -> Iterator[JsonObject]:
-    """What of one staged chunk lies between its characters ``begin`` and ``end`` → a packed file.
+    """Pack the part of one staged chunk between its characters ``begin`` and ``end`` into a file of rows.
 
     Raises:
         TextError: the marker occurs in a document, or a marker group is longer than a row that it must fit in.
@@ -192,7 +192,7 @@ def make_language_rows(item: JsonObject, *, recipe: Recipe, staged: Path, packed
 
 
 def cut_shard(item: JsonObject, *, packed: Path, folder: Path) -> Iterator[JsonObject]:
-    """Slices of packed files → one shard with global row numbers.
+    """Join slices of packed files to one shard with global row numbers.
 
     Raises:
         StorageError: the disk is full or not writable.
@@ -209,7 +209,7 @@ def cut_shard(item: JsonObject, *, packed: Path, folder: Path) -> Iterator[JsonO
 
 
 def find_needles(item: JsonObject, *, recipe: Recipe, folder: Path, needles: Sequence[str]) -> Iterator[JsonObject]:
-    """A shard → the numbers of its rows whose text holds one of ``needles``, pauses and what ``plain`` takes away aside."""
+    """Return the numbers of a shard's rows whose text, as ``plain`` and without pauses, contains one of ``needles``."""
     import pyarrow.parquet as pq
 
     tokenizer, group_ids = recipe.tokenizer(), recipe.marker().group_ids
@@ -228,15 +228,15 @@ def find_needles(item: JsonObject, *, recipe: Recipe, folder: Path, needles: Seq
 def plan_shards(
     counts: Sequence[int], *, num_rows: int, rows_per_shard: int, first_row: int = 0, first_unit: int = 0, name: str = "rows"
 ) -> list[JsonObject]:
-    """Which slices of the packed files make which shard.
+    """Return which slices of the packed files make which shard.
 
     Args:
         counts: Rows of each packed file, in row order; together at least ``num_rows``.
         num_rows: Rows to keep.
         rows_per_shard: Rows of every shard but the last.
-        first_row: Global number of the first of them.
+        first_row: Global number of the first row.
         first_unit: Number of the first packed file.
-        name: What the shards' names begin with.
+        name: Prefix of the shards' names.
     """
     ends = list(accumulate(counts))
     plan: list[JsonObject] = []
@@ -251,7 +251,7 @@ def plan_shards(
 
 
 def _encoded_between(path: Path, *, begin: int, end: int, recipe: Recipe) -> Iterator[tuple[TokenDocument, bool]]:
-    """Documents of a chunk, or what of them lies between two of its characters, in tokens, and whether that reaches their ends."""
+    """Yield a chunk's documents, or their parts between two of its characters, in tokens, and whether the document's end is included."""
     offset = 0
     for name, digest, text in read_chunk(path, columns=("id", "digest", "text")):
         part = text[max(0, begin - offset) : max(0, end - offset)]
@@ -261,7 +261,7 @@ def _encoded_between(path: Path, *, begin: int, end: int, recipe: Recipe) -> Ite
 
 
 def _encoded(name: str, digest: str, text: str, *, recipe: Recipe) -> TokenDocument:
-    """A document in tokens; a random placement is drawn from the seed and the text, not from its place in the corpus."""
+    """Tokenise a document; a random placement is drawn from the seed and the text, not from its place in the corpus."""
     seed = (recipe.seed + int(digest, 16)) % 2**63
     try:
         return encode_document(text, tokenizer=recipe.tokenizer(), policy=recipe.policy, marker=recipe.marker(), seed=seed)
@@ -270,7 +270,7 @@ def _encoded(name: str, digest: str, text: str, *, recipe: Recipe) -> TokenDocum
 
 
 def _document_end_id(tokenizer: ModelTokenizer) -> int:
-    """What ends a text rather than a turn, where a model has two: ``<|end_of_text|>``, not ``<|eot_id|>``."""
+    """Return the token that ends a text rather than a turn, where a model has two: ``<|end_of_text|>``, not ``<|eot_id|>``."""
     return next((end for end in tokenizer.end_ids if end != tokenizer.answer_end_id), tokenizer.answer_end_id)
 
 

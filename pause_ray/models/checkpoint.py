@@ -1,6 +1,6 @@
-"""Checkpoint folders: what fine-tuning leaves, and what it keeps of itself while it runs. Knows files, no model library.
+"""Checkpoint folders: finished adapters, and the saved steps of a running training. Files only; no model library.
 
-A finished one, which an engine or plain PEFT loads (``Checkpoint``):
+A finished adapter, which an engine or plain PEFT loads (``Checkpoint``):
 
 adapter_config.json, adapter_model.safetensors   as PEFT writes them (the marker's row is in the safetensors)
 tokenizer.json, …                                the base tokenizer, with the marker where one was added
@@ -8,13 +8,13 @@ training.jsonl                                   one row per optimizer step: ste
 documents.json                                   digests of the documents it was trained on
 manifest.json                                    written last; without it the folder is no checkpoint
 
-One of a training that still runs (``SavedStep``), in ``.<digest>.training/step-N/`` beside the finished ones:
+A saved step of a training that still runs (``SavedStep``), in ``.<digest>.training/step-N/`` beside the finished ones:
 
 state.safetensors                                float32 masters and AdamW's moments, whole, by ``kind/parameter``
 training.jsonl                                   the rows up to this step
-manifest.json                                    what the training is, the step, every file's digest
+manifest.json                                    identity of the training, the step, every file's digest
 
-And ``.<digest>.training/rung-N/``: a finished one (``Checkpoint``) of the adapter as it is after N steps, where that was asked for.
+``.<digest>.training/rung-N/`` is a ``Checkpoint`` of the adapter after N steps, where early stopping asked for it.
 """
 
 from __future__ import annotations
@@ -50,37 +50,37 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINING_LOG = "training.jsonl"
 STOP = "stop"
-"""While it is written: asks a training for a checkpoint of its own and an end after the running step."""
+"""File whose presence asks a training for a last checkpoint and an end after the running step."""
 DOCUMENTS = "documents.json"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
-"""Copied where the base model has them, so that the folder works as a tokenizer folder."""
+"""Files that are copied where the base model has them, so that the folder works as a tokenizer folder."""
 _RUNG = "rung-"
 REQUIRED = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINING_LOG, TOKENIZER)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A finished adapter. ``open`` is the only way to get one, so its files are whole."""
+    """A finished adapter. Only ``open`` makes one, so its files are complete."""
 
     folder: Path
-    """Holds the files named in this module's docstring."""
+    """Folder with the files named in this module's docstring."""
     base_digest: str
-    """``model_digest`` of the base model it was trained on."""
+    """``model_digest`` of the base model that the adapter was trained on."""
     tokenizer_digest: str
     """Digest of the base model's tokenizer."""
     marker: MarkerToken | None
     """The marker whose row was trained, or None when markers are ordinary text or there are none."""
     spec: JsonObject
-    """How it was made: train spec, pause policy, shard set, seed."""
+    """The training's inputs: train spec, pause policy, shard set, seed."""
     num_steps: int
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     final_loss: float
     """Mean loss per labelled token of the last step, in nats."""
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
-        """The checkpoint in ``folder``, after comparing every file with the manifest.
+        """Open the checkpoint in ``folder`` after comparing every file with the manifest.
 
         Raises:
             CheckpointError: unfinished, of another format, or a file is missing or was changed.
@@ -110,7 +110,7 @@ class Checkpoint:
         )
 
     def check_fits(self, *, base_digest: str, tokenizer_digest: str, marker: MarkerToken | None) -> None:
-        """Refuse to be read on another base model, with another tokenizer or another marker, than it was trained with.
+        """Refuse to be used with another base model, tokenizer or marker than it was trained with.
 
         A checkpoint without a trained marker row fits any text marker and none; one with such a row fits only its own
         marker, or a run without pauses.
@@ -137,16 +137,16 @@ class Checkpoint:
 
     @property
     def document_digests(self) -> frozenset[str]:
-        """Of the documents it was trained on, as ``ShardSet.document_digests`` has them."""
+        """Digests of the documents that it was trained on, as in ``ShardSet.document_digests``."""
         return frozenset(read_json(self.folder / DOCUMENTS)["digests"])
 
     def losses(self) -> list[JsonObject]:
-        """The rows of training.jsonl by step: ``step`` (from 1), ``loss`` in nats, ``learning_rate``, ``tokens``, ``seconds`` and so on."""
+        """Return the rows of training.jsonl by step: ``step`` (from 1), ``loss`` in nats, ``learning_rate``, ``tokens`` and so on."""
         return read_training_log(self.folder / TRAINING_LOG)
 
 
 def read_training_log(path: Path) -> list[JsonObject]:
-    """The complete rows of a training log, which may still be growing or not exist yet.
+    """Read the complete rows of a training log, which may still be growing or not exist yet.
 
     Raises:
         StorageError: a line is no row.
@@ -155,7 +155,7 @@ def read_training_log(path: Path) -> list[JsonObject]:
 
 
 def copy_tokenizer(model_dir: Path, folder: Path, *, marker: MarkerToken | None) -> None:
-    """Put the base model's tokenizer into ``folder``; an added marker becomes a special token of it.
+    """Copy the base model's tokenizer into ``folder``; an added marker becomes a special token of it.
 
     Raises:
         CheckpointError: the tokenizer would give the added marker another id than the one that was trained.
@@ -217,7 +217,7 @@ def seal(
 
 
 def _settled(path: Path) -> JsonObject:
-    """The fingerprint of a file that is on the disk by now: a manifest must not survive a machine that its files did not."""
+    """Return a file's fingerprint after forcing it to disk: a manifest must not survive a crash that its files did not."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return _fingerprint(path)
@@ -229,15 +229,15 @@ def _fingerprint(path: Path) -> JsonObject:
 
 @dataclass(frozen=True, kw_only=True)
 class SavedStep:
-    """A running training as it was after one step. ``RunningTraining`` is the only way to get one, so its files are whole."""
+    """The state of a running training after one step. Only ``RunningTraining`` makes one, so its files are complete."""
 
     folder: Path
     step: int
-    """Steps done."""
+    """Number of finished steps."""
     facts: JsonObject
-    """What the training remembers beside its tensors."""
+    """State of the training beside its tensors, as plain JSON data."""
     validation_loss: float | None
-    """Of this step, in nats per token; None where it was not measured."""
+    """Validation loss after this step, in nats per token; None where it was not measured."""
 
     @property
     def tensors(self) -> Path:
@@ -245,20 +245,20 @@ class SavedStep:
         return self.folder / STATE_TENSORS
 
     def log_rows(self) -> list[JsonObject]:
-        """Rows of the training log up to this step."""
+        """Read the rows of the training log up to this step."""
         return read_training_log(self.folder / TRAINING_LOG)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunningTraining:
-    """The folder of a training's own checkpoints; only one process at a time may write there."""
+    """The folder of a training's saved steps; only one process at a time may write there."""
 
     folder: Path
     belongs_to: JsonObject
-    """What decides the training: a checkpoint of another one is refused, naming the first difference."""
+    """Identity of the training: a saved step of another one is refused with the first difference."""
 
     def latest(self) -> SavedStep | None:
-        """The last complete checkpoint, after comparing its files with its manifest; a half-written one does not exist.
+        """Return the last complete saved step after comparing its files with its manifest; a half-written one does not exist.
 
         Raises:
             CheckpointError: it is of another training or format, or a file is missing or was changed.
@@ -267,7 +267,7 @@ class RunningTraining:
         return self._open(steps[-1]) if steps else None
 
     def last_step(self) -> int:
-        """Steps done at the last complete checkpoint; 0 without one."""
+        """Return the number of the last complete saved step; 0 without one."""
         return max(self._steps(), default=0)
 
     def save(
@@ -279,12 +279,12 @@ class RunningTraining:
         facts: JsonObject,
         keep_last: int,
     ) -> None:
-        """Write the checkpoint after ``step`` steps, then remove all but the last ones and the one with the best validation loss.
+        """Save the state after ``step`` steps, then remove all but the last ones and the one with the best validation loss.
 
         Args:
             step: Steps done.
             write_tensors: Writes the file of that name.
-            log_rows: Of the training log; the last one may have a ``validation_loss``.
+            log_rows: Rows of the training log; the last one may have a ``validation_loss``.
             facts: Plain JSON data, given back with the tensors.
             keep_last: How many of the last ones stay.
 
@@ -306,7 +306,7 @@ class RunningTraining:
         self._remove_all_but(keep_last)
 
     def _steps(self) -> list[int]:
-        """Steps with a complete checkpoint, ascending."""
+        """Return the steps with a complete folder, ascending."""
         try:
             names = os.listdir(self.folder)
         except FileNotFoundError:
@@ -344,7 +344,7 @@ class RunningTraining:
         self._remove_all_but_rungs({self._folder_of(step) for step in kept})
 
     def finish(self, *, keep_rungs: bool) -> None:
-        """Remove what a finished training no longer needs: all of it, or all but its rungs, which may still be read."""
+        """Remove what a finished training no longer needs: everything, or everything except its rungs, which may still be read."""
         if keep_rungs and self.folder.is_dir():
             self._remove_all_but_rungs(set())
         else:
@@ -358,17 +358,17 @@ class RunningTraining:
 
 
 def training_folder(checkpoint: Path) -> Path:
-    """Where the training that will leave ``checkpoint`` keeps its own checkpoints."""
+    """Return the folder of saved steps of the training that will make ``checkpoint``."""
     return checkpoint.with_name(f".{checkpoint.name}.training")
 
 
 def rung_folder(training: Path, *, step: int) -> Path:
-    """Where a training that keeps its own checkpoints in ``training`` leaves its adapter as it is after ``step`` steps."""
+    """Return the folder, inside the training's own, of the adapter as it is after ``step`` steps."""
     return training / f"{_RUNG}{step}"
 
 
 def _first_difference(saved: JsonObject, wanted: JsonObject, *, path: str = "") -> str | None:
-    """Where two nested mappings differ, in words."""
+    """Return where two nested mappings differ, as text."""
     for key in sorted({*saved, *wanted}):
         ours, theirs = wanted.get(key), saved.get(key)
         if isinstance(ours, dict) and isinstance(theirs, dict):

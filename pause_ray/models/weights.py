@@ -24,14 +24,14 @@ from pause_ray.core.errors import CheckpointError, ModelError
 from pause_ray.text.tokenizer import MarkerToken
 
 SPREAD = "auto"
-"""Device of a model whose layers are spread over all GPUs that the process sees."""
+"""Device name of a model whose layers are spread over all GPUs that the process sees."""
 INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 
 
 def load_base(
     model_dir: Path, *, dtype: str, marker: MarkerToken | None, device: str, quantize: str | None = None
 ) -> transformers.PreTrainedModel:
-    """The base model in eval mode, with the row of an added marker at its initial value; attention is ``sdpa`` where its kind has that.
+    """Load the base model in eval mode, with the row of an added marker at its initial value; attention is ``sdpa`` where it exists.
 
     Args:
         model_dir: Folder with config.json and *.safetensors.
@@ -65,13 +65,13 @@ def load_base(
 
 
 def _reason(error: Exception) -> str:
-    """In one line; where transformers proposes to run the model's own code, that this is not done."""
+    """Return an error as one line; if transformers proposes to run the model's own code, the line says that this is never done."""
     told = " ".join(str(error).split())
     return "it has no code for this kind of model, and a model's own is never run here" if "trust_remote_code" in told else told
 
 
 def _placement(device: str, *, dtype: str, quantize: str | None) -> dict[str, Any]:
-    """Arguments of loading; plain weights for one device are moved there afterwards, which is fastest."""
+    """Return the arguments of loading; plain weights for one device are moved there afterwards, which is fastest."""
     if quantize is not None:
         quantization = _quantization(quantize, dtype=dtype)
         return {"quantization_config": quantization, "device_map": device if device == SPREAD else {"": device}}
@@ -79,7 +79,7 @@ def _placement(device: str, *, dtype: str, quantize: str | None) -> dict[str, An
 
 
 def _quantization(quantize: str, *, dtype: str) -> transformers.BitsAndBytesConfig:
-    """4-bit weights lie in tensors of ``dtype``, which ZeRO can cut up like any others."""
+    """Return the settings of bitsandbytes. 4-bit weights lie in tensors of ``dtype``, which ZeRO can split like any others."""
     if quantize == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     return transformers.BitsAndBytesConfig(
@@ -92,7 +92,7 @@ def _quantization(quantize: str, *, dtype: str) -> transformers.BitsAndBytesConf
 
 
 def _keep_plain_quantization(model: transformers.PreTrainedModel) -> None:
-    """No special form of 4-bit weights for some processors.
+    """Prevent the special form of 4-bit weights for some processors.
 
     bitsandbytes 0.50 packs them at the first forward pass where a CPU knows AVX512-BF16, rounds their scales, and cannot go on
     after ``state_dict()``, which PEFT calls when an adapter comes: the base then answers differently.
@@ -103,7 +103,7 @@ def _keep_plain_quantization(model: transformers.PreTrainedModel) -> None:
 
 
 def empty_base(model_dir: Path, *, dtype: str, marker: MarkerToken | None, quantize: str | None = None) -> transformers.PreTrainedModel:
-    """The base model without weights: parameters on the meta device, room for the marker's row, buffers in place.
+    """Build the base model without weights: parameters on the meta device, room for the marker's row, buffers in place.
 
     Raises:
         ModelError: no configuration of a causal language model that transformers knows.
@@ -130,7 +130,7 @@ def empty_base(model_dir: Path, *, dtype: str, marker: MarkerToken | None, quant
 
 
 def hold_positions(model: transformers.PreTrainedModel, *, num_tokens: int = 0) -> None:
-    """Turn positions by the frequencies of dynamic NTK for sequences of ``num_tokens``, until told otherwise; others stay as they are.
+    """Fix the frequencies of dynamic NTK for sequences of ``num_tokens``; models with other positions are not changed.
 
     transformers takes the last position of every forward pass for the length: keys that were kept would have been turned by other
     frequencies than the queries that meet them, and an answer would depend on how its prompt was cut.
@@ -159,14 +159,14 @@ class StoredWeights:
         self._files: dict[str, Any] = {path.name: self._open(path) for path in _weight_files(model_dir)}
         places = self._places(model)
         self.files = {name: {stored: places.get(stored) for stored in file.keys()} for name, file in self._files.items()}  # noqa: SIM118
-        """Per file: the stored name of each tensor → its name in the model, or None where the model has no such tensor."""
+        """By file, the stored name of each tensor and its name in the model, or None where the model has no such tensor."""
         self._found = {known: (name, stored) for name, tensors in self.files.items() for stored, known in tensors.items() if known}
 
     def __contains__(self, name: str) -> bool:
         return name in self._found
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor that a model calls ``name``, on the CPU, as it is stored.
+        """Return the tensor that a model calls ``name``, on the CPU, as it is stored.
 
         Raises:
             ModelError: no such tensor in the folder.
@@ -177,7 +177,7 @@ class StoredWeights:
         return self.read_stored(file, stored)
 
     def read_stored(self, file: str, stored: str) -> torch.Tensor:
-        """A tensor by its file and the name it has there."""
+        """Return a tensor by its file and its name there."""
         tensor: torch.Tensor = self._files[file].get_tensor(stored)
         return tensor
 
@@ -230,13 +230,13 @@ def add_marker_row(model: transformers.PreTrainedModel, marker: MarkerToken) -> 
 
 @torch.no_grad()
 def start_marker_row(table: torch.Tensor, marker: MarkerToken) -> None:
-    """Set an added marker's row of a vocabulary table to the mean of the rows of its own text in ordinary tokens: no chance in it."""
+    """Set an added marker's row of a vocabulary table to the mean of the rows of its own text in ordinary tokens."""
     if marker.added:
         table[marker.token_id] = table[list(marker.initial_ids)].float().mean(0).to(table.dtype)
 
 
 def load_adapter(base: transformers.PreTrainedModel, adapter_dir: Path) -> peft.PeftModel:
-    """``base`` with the adapter of a checkpoint folder on it; ``unload()`` of the result gives ``base`` back.
+    """Load the adapter of a checkpoint folder onto ``base``; ``unload()`` of the result gives ``base`` back.
 
     Raises:
         CheckpointError: no adapter there, one of another base model, or one that overwrites base weights.
@@ -271,7 +271,7 @@ def load_adapter(base: transformers.PreTrainedModel, adapter_dir: Path) -> peft.
 
 
 def _unfilled(model: peft.PeftModel, missing: Sequence[str]) -> list[str]:
-    """Adapter tensors that the file did not fill; those that are tied to a filled one are."""
+    """Return the adapter tensors that the file did not fill, except those that are tied to a filled one."""
     state = {name: tensor for name, tensor in model.state_dict().items() if ".default" in name}
     filled = {tensor.data_ptr() for name, tensor in state.items() if name not in missing}
     return [name for name in missing if name in state and state[name].data_ptr() not in filled]
@@ -297,13 +297,13 @@ def take_back_rows(model: peft.PeftModel) -> None:
 
 
 def num_rows(model: transformers.PreTrainedModel) -> int:
-    """Rows of the input embeddings: entries of the vocabulary, and spare ones."""
+    """Return the rows of the input embeddings: entries of the vocabulary, and spare ones."""
     rows: int = model.get_input_embeddings().weight.shape[0]
     return rows
 
 
 def vocabulary_tables(model: transformers.PreTrainedModel) -> list[torch.Tensor]:
-    """The tensors with one row per vocabulary entry: input embeddings, and the output layer's where it is not tied."""
+    """Return the tensors with one row per vocabulary entry: input embeddings, and the output layer's where it is not tied."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     tensors = [getattr(layer, name, None) for layer in layers for name in ("weight", "bias")]
     return list({tensor.data_ptr(): tensor for tensor in tensors if isinstance(tensor, torch.Tensor)}.values())

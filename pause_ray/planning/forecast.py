@@ -15,8 +15,8 @@ from rich.table import Table
 
 from pause_ray.core.spec import JsonObject, digest
 from pause_ray.core.storage import Storage, is_complete
-from pause_ray.data.spec import shards_digest
 from pause_ray.data.shards import ShardSet
+from pause_ray.data.spec import shards_digest
 from pause_ray.evaluation.answer import CellRunner
 from pause_ray.evaluation.haystack import check_fits, check_lengths, load_haystack, prompt_builder
 from pause_ray.evaluation.ledger import Ledger

@@ -30,8 +30,8 @@ from pause_ray.core.process import Stage
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import Storage, exclusive
 from pause_ray.data.pipeline import build_shards
-from pause_ray.data.spec import shards_digest
 from pause_ray.data.shards import ShardSet, format_corpus
+from pause_ray.data.spec import shards_digest
 from pause_ray.evaluation.scoring_pool import ScoringPool
 from pause_ray.sweep.governed import run_governed
 from pause_ray.sweep.progress import ProgressDisplay

@@ -1,4 +1,4 @@
-"""A model's chat template as text. Renders it as transformers does; knows no token ids."""
+"""A model's chat template as text, rendered as transformers renders it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from jinja2 import Environment, Template
 
 _CONTEXT = "\ue0f0context\ue0f1"
-"""Stands for the context, or the answer, while a template is rendered. Private-use characters survive every filter."""
+"""Placeholder of the context, or the answer, while a template is rendered. Private-use characters survive every filter."""
 _TODAY = datetime.datetime(2024, 7, 26, tzinfo=datetime.UTC)
-"""The date that templates with a date get (it is Llama 3.2's own default): prompts must not change from day to day."""
+"""The date in templates that show one (Llama 3.2's own default): prompts must not change from day to day."""
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -29,11 +29,11 @@ class ChatTemplate:
     source: str
     names: Mapping[str, str]
     origin: str
-    """For error messages: the file it came from."""
+    """The file that the template came from, for error messages."""
 
     @classmethod
     def find(cls, folder: Path, settings: Mapping[str, Any]) -> Self | None:
-        """The template of a model folder, or None if it has none.
+        """Return the template of a model folder, or None if it has none.
 
         Args:
             folder: Model folder; ``chat_template.jinja`` in it wins.
@@ -49,7 +49,7 @@ class ChatTemplate:
         return cls(source, names, str(folder / "tokenizer_config.json")) if isinstance(source, str) else None
 
     def render_around(self, system: str | None, user_before: str, user_after: str) -> tuple[str, str]:
-        """The rendered chat before and after a context in the user's message, ready for the assistant's answer.
+        """Return the rendered chat before and after a context in the user's message, ready for the assistant's answer.
 
         Raises:
             ModelError: the template refuses these messages, or does not show the user's message exactly once.
@@ -62,7 +62,7 @@ class ChatTemplate:
         return parts[0], parts[1]
 
     def after_answer(self) -> str:
-        """What the template writes after an assistant's answer.
+        """Return the text that the template writes after an assistant's answer.
 
         Raises:
             ModelError: the template refuses an assistant's message.
@@ -84,12 +84,12 @@ class ChatTemplate:
 
 @functools.lru_cache(maxsize=4)
 def _compiled(source: str) -> Template:
-    """Compiling takes longer than rendering, and a sweep renders one template thousands of times."""
+    """Compile and keep a template: compiling takes longer than rendering, and a sweep renders one template thousands of times."""
     return _environment().from_string(source)
 
 
 def _environment() -> Environment:
-    """The sandbox, switches, filters and functions that transformers gives to chat templates, but for the date."""
+    """Return the sandbox, switches, filters and functions that transformers gives to chat templates, with a fixed date."""
     import jinja2.ext
     import jinja2.nodes
     import jinja2.parser
@@ -127,5 +127,5 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _content(token: Any) -> str:
-    """A token's text; configurations write it plainly or as an object."""
+    """Return a token's text; configurations write it plainly or as an object."""
     return str(token["content"] if isinstance(token, dict) else token)

@@ -1,4 +1,4 @@
-"""Where pause markers go in a text, and what they are. Pure text; tokens are only seen as start offsets.
+"""Pause policies, and the places of pauses in a text. Pure text; tokens are only seen as start offsets.
 
 The same code pauses training corpora and evaluation haystacks. Every rule is causal: whether a pause stands at an
 offset inside a text depends only on what is before that offset, on the one character after it and on the seed, so two
@@ -25,24 +25,24 @@ from pause_ray.text.segments import DocumentRules, split
 
 
 class PausePolicy(Spec):
-    """Where markers go and what they are (pause-tuning: arXiv 2502.20405)."""
+    """The places of pauses and their content (pause-tuning: arXiv 2502.20405)."""
 
     placement: Literal["every", "random", "pattern"] = "every"
     """``every``: after every k-th unit; ``random``: at random words, the control; ``pattern``: after a regular expression."""
     unit: Literal["paragraph", "sentence", "tokens"] = "paragraph"
-    """What is counted by ``every``."""
+    """The unit that ``every`` counts."""
     paragraph_rule: Literal["auto", "blank_line", "newline", "glued"] = "auto"
-    """What ends a paragraph (and so a sentence); ``auto`` decides per document from the evidence in it."""
+    """The end of a paragraph (and so of a sentence); ``auto`` decides per document from the evidence in it."""
     unit_tokens: int = Field(default=200, ge=1)
     """Content tokens in a unit when ``unit`` is ``tokens``."""
     every: int = Field(default=1, ge=1)
-    """The pause frequency: one marker group after every k-th unit."""
+    """The pause frequency: one pause after every k-th unit."""
     rate: float | None = Field(default=None, gt=0, le=500)
-    """Mean marker groups per 1,000 content tokens when ``placement`` is ``random``."""
+    """Mean number of pauses per 1,000 content tokens when ``placement`` is ``random``."""
     pattern: str | None = None
     """Regular expression, for ``placement: pattern``; a group goes after each match. ``\\]`` is what the paper's script did."""
     count: int = Field(default=1, ge=1, le=64)
-    """Markers per group."""
+    """Markers in one pause."""
     marker: str = Field(default="<PAUSE>", min_length=1)
     """The marker's text, inserted exactly as written."""
     token: Literal["text", "added", "reserved"] = "text"
@@ -51,7 +51,7 @@ class PausePolicy(Spec):
     """``content``: pauses and instruction come on top of the asked length, of contexts and of training rows, so that the content
     is the same in every arm; ``total``: they are inside it."""
     instruction: str | None = None
-    """A sentence put before the question that tells the model what a pause is for (an arm of the paper)."""
+    """A sentence before the question that tells the model what a pause is for (an arm of the paper)."""
 
     @model_validator(mode="after")
     def _fields_fit_placement(self) -> Self:
@@ -79,7 +79,7 @@ class PausePolicy(Spec):
     @model_validator(mode="after")
     def _placement_is_complete(self) -> Self:
         if self.placement == "random" and self.rate is None:
-            raise ValueError("placement: random needs rate, the mean number of marker groups per 1,000 content tokens, for example rate: 5")
+            raise ValueError("placement: random needs rate, the mean number of pauses per 1,000 content tokens, for example rate: 5")
         if self.placement == "pattern":
             if self.pattern is None:
                 raise ValueError(r"placement: pattern needs pattern, a regular expression such as '\]'")
@@ -107,21 +107,21 @@ class PausePolicy(Spec):
 
     @property
     def group(self) -> str:
-        """The text of one marker group."""
+        """The text of one pause: ``count`` markers."""
         return self.marker * self.count
 
 
 @dataclass(frozen=True)
 class PausedText:
-    """A text and where marker groups stand in it."""
+    """A text and the places of its pauses."""
 
     text: str
     offsets: tuple[int, ...]
-    """Character offsets into ``text``, ascending and unique; a group stands before the character at its offset."""
+    """Character offsets into ``text``, ascending and unique; a pause stands before the character at its offset."""
     group: str
 
     def render(self) -> str:
-        """The text with the groups in it."""
+        """Return the text with its pauses."""
         edges = (0, *self.offsets, len(self.text))
         return self.group.join(self.text[start:end] for start, end in itertools.pairwise(edges))
 
@@ -129,14 +129,14 @@ class PausedText:
 def insert(
     text: str, policy: PausePolicy, *, token_starts: Sequence[int] | None = None, seed: int = 0, rules: DocumentRules | None = None
 ) -> PausedText:
-    """Decide where marker groups stand in ``text``.
+    """Decide where pauses stand in ``text``.
 
     Args:
         text: Text without the marker.
         policy: Where markers go and what they are.
         token_starts: Ascending character offset at which each content token starts; needed for ``unit: tokens`` and ``placement: random``.
-        seed: Of the random placement.
-        rules: What ``paragraph_rule: auto`` found in each of the documents that ``text`` was joined from; None to look for it in ``text``.
+        seed: Seed of the random placement.
+        rules: Paragraph rules of the documents that ``text`` was joined from, for ``paragraph_rule: auto``; None detects them in ``text``.
 
     Raises:
         TextError: the marker already occurs in ``text``, stripping would not give ``text`` back, or tokens are missing.
@@ -166,7 +166,7 @@ def insert(
 
 
 def strip(rendered: str, policy: PausePolicy) -> str:
-    """The text without its marker groups: the inverse of ``insert(...).render()``."""
+    """Return the text without its pauses: the inverse of ``insert(...).render()``."""
     return rendered.replace(policy.group, "")
 
 
@@ -175,7 +175,7 @@ _WORD_START = re.compile(r"(?<![^\W_])[^\W_]|[\u0e00-\u0eff\u2e80-\u9fff\uf900-\
 
 
 def _random_offsets(text: str, token_starts: Sequence[int], rate: float, seed: int) -> Iterator[int]:
-    """Word starts at or after tokens that are drawn with geometric gaps of mean 1000 / ``rate``.
+    """Yield word starts at or after tokens that are drawn with geometric gaps of mean 1000 / ``rate``.
 
     Two draws in one word make two pauses: the second goes to the next word, so that the rate holds.
     """

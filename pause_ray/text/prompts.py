@@ -1,4 +1,4 @@
-"""A question about a long context, in token ids: haystack, hidden texts, pauses, chat frame, exact length.
+"""Prompts in token ids: a question about a long context with haystack, hidden texts, pauses, chat frame and exact length.
 
 The same code builds evaluation prompts and ``needle_sft`` training rows. Knows no grid, no score and no model weights.
 """
@@ -38,9 +38,9 @@ from pause_ray.text.tokenizer import (
 )
 
 _KEPT_DOCUMENTS = 8
-"""Encoded contexts that are kept: prompts with the same texts at the same places are asked one after the other. 13 bytes a token."""
+"""Number of encoded contexts in memory (13 bytes a token): consecutive prompts often have the same texts at the same places."""
 _KEPT_FRAMES = 64
-"""Chats around a context that are kept, one for each question."""
+"""Number of chat frames in memory, one for each question."""
 
 
 class PromptSpec(Spec):
@@ -51,7 +51,7 @@ class PromptSpec(Spec):
     before: str = ""
     """User text before the context."""
     after: str = "\n\n{instruction}{question}"
-    """User text after the context; must contain {question}; {instruction} is the pause policy's, or nothing."""
+    """User text after the context. It must contain {question}; {instruction} is the pause policy's, or nothing."""
 
     @model_validator(mode="after")
     def _asks(self) -> Self:
@@ -60,45 +60,45 @@ class PromptSpec(Spec):
         return self
 
     def user_after(self, *, question: str, instruction: str | None) -> str:
-        """What follows the context in the user's message."""
+        """Return the text that follows the context in the user's message."""
         values = {"{question}": question.strip(), "{instruction}": f"{instruction.strip()} " if instruction else ""}
         return re.sub(r"\{question\}|\{instruction\}", lambda match: values[match.group()], self.after)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenText:
-    """A text to hide in a context, and where."""
+    """A text to hide in a context, and its place."""
 
     text: str
-    """A sentence; in a haystack of lines, a line."""
+    """A sentence or, in a haystack of lines, a line."""
     depth_percent: float
-    """Of the context's haystack tokens: 0 (beginning) to 100 (end)."""
+    """Depth in the context's haystack tokens: 0 is the beginning, 100 the end."""
     position_tokens: int | None = None
-    """Instead of the depth: haystack tokens before it; beyond the context's end it stands at the end."""
+    """Number of haystack tokens before the text, instead of the depth; beyond the context's end it stands at the end."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BuiltPrompt:
-    """A prompt ready for an engine, and what is in it. All counts are tokens of the model's own tokenizer."""
+    """A prompt ready for an engine, and its measures. All counts are tokens of the model's own tokenizer."""
 
     ids: NDArray[np.int32]
     context_tokens: int
-    """Asked length of the whole prompt."""
+    """Requested length of the whole prompt."""
     prompt_tokens: int
-    """Its real length; the asked one plus pauses and instruction under ``budget: content``, at most the asked one under ``total``."""
+    """Real length: the requested one plus pauses and instruction under ``budget: content``, at most the requested one under ``total``."""
     content_tokens: int
-    """Of the context, hidden texts included, pauses not."""
+    """Tokens of the context with hidden texts and without pauses."""
     num_pauses: int
-    """Marker groups in the context."""
+    """Pauses in the context."""
     needle_tokens: tuple[int, ...]
-    """Index in ``ids`` of each hidden text's first token, in the order in which they were given."""
+    """Index in ``ids`` of each hidden text's first token, in the order in which the texts were given."""
     prefix_tokens: int
     """Tokens before the context."""
     suffix_tokens: int
-    """Tokens after the context, the answer's beginning included."""
+    """Tokens after the context, with the given beginning of the answer."""
     rule: str
-    """What ends a paragraph in the documents that the context reads, ``+`` between several. The places of hidden texts follow it
-    in every arm, and so does a policy that names no rule of its own."""
+    """Paragraph rules of the documents that the context reads, joined by ``+``. The places of hidden texts follow them in every arm, and
+    so does a policy that names no rule of its own."""
     system: str | None
     """System message."""
     user_before: str
@@ -110,7 +110,7 @@ class BuiltPrompt:
 
     @classmethod
     def plain(cls, ids: NDArray[np.int32], *, system: str | None = None, user: str = "") -> Self:
-        """A prompt that hides nothing: its tokens, and for a chat server the messages instead."""
+        """Return a prompt without hidden texts: its tokens, and for a chat server the messages instead."""
         return cls(
             ids=ids,
             context_tokens=len(ids),
@@ -135,26 +135,26 @@ class BuiltPrompt:
 
 @dataclass(frozen=True)
 class _Frame:
-    """All of a prompt but its context."""
+    """A prompt without its context."""
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     num_tokens: int
-    """Of prefix and suffix, those that the asked length includes."""
+    """Tokens of prefix and suffix that the requested length includes."""
     user_after: str
 
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A document with hidden texts and pauses, as far as it was needed."""
+    """The encoded beginning of the haystack, with hidden texts and pauses."""
 
     document: TokenDocument
     base_tokens: int
-    """Haystack tokens that were asked for."""
+    """Haystack tokens that were requested."""
 
 
 class PromptBuilder:
-    """Prompts over one haystack under one pause policy; what they share is computed once.
+    """Builds prompts over one haystack under one pause policy; what they share is computed once.
 
     Every prompt is the one that a builder of its own would make. Hidden texts go, each as a sentence of its own, to the last
     sentence start at or before their place; where that is depends on the number of haystack tokens before it and not on the
@@ -175,19 +175,19 @@ class PromptBuilder:
         seed: int,
         read: Callable[[str], TokenText] | None = None,
     ) -> None:
-        """Read nothing yet.
+        """Create a builder; nothing is tokenised yet.
 
         Args:
             haystack: Text without the marker; may be much longer than needed.
-            rules: Of the documents that ``haystack`` was joined from (``segments.join_documents``); None for one document.
-            joiner: Between a hidden text and what follows it. A line end: the haystack is made of lines, and hidden texts
+            rules: Paragraph rules of the documents that ``haystack`` was joined from (``segments.join_documents``); None for one document.
+            joiner: Separator of a hidden text and its successor. With a line end, the haystack is made of lines, and hidden texts
                 become lines of it; otherwise they become sentences.
             prompt: The chat around a context.
-            tokenizer: Of the model.
+            tokenizer: The model's tokenizer.
             policy: Pauses, or None.
             marker: ``resolve_marker(tokenizer, policy)``.
-            seed: Of a random placement.
-            read: Gives the tokens of a beginning of the haystack; default: ``TokenText.of``.
+            seed: Seed of a random placement.
+            read: Returns the tokens of a beginning of the haystack; default: ``TokenText.of``.
         """
         # From whole documents and whatever the policy: the same place and the same pauses at every length and in every arm.
         self._rules: DocumentRules = rules or ((0, detect_paragraph_rule(haystack)),)
@@ -257,7 +257,7 @@ class PromptBuilder:
         )
 
     def _framed(self, question: str, answer_prefix: str) -> _Frame:
-        """Tokens before and after the context.
+        """Return the tokens before and after the context.
 
         The instruction is the pauses' own: like them, it is inside the asked length only under ``budget: total``.
         """
@@ -294,7 +294,7 @@ class PromptBuilder:
             places = [earlier if place == furthest else place for place in places]
 
     def _encoded(self, insertions: tuple[Insertion, ...], *, tokens: int) -> TokenDocument:
-        """The haystack with ``insertions`` and pauses; its first ``tokens`` content tokens at least."""
+        """Return the haystack with ``insertions`` and pauses: its first ``tokens`` content tokens, or more."""
         kept = self._documents.pop(insertions, None)
         if kept is None or kept.base_tokens < tokens:
             wanted = max(tokens, 2 * kept.base_tokens) if kept else tokens
@@ -310,7 +310,7 @@ class PromptBuilder:
         return put_pauses(whole.text, whole.ids, whole.starts, policy=self._policy, marker=self._marker, seed=self._seed, rules=rules)
 
     def _landing(self, token: int) -> int:
-        """The last offset at or before the start of haystack token ``token`` where a sentence, or a line, begins."""
+        """Return the last offset at or before the start of haystack token ``token`` where a sentence, or a line, begins."""
         read = self._beginning.read
         if self._starts[0] != len(read.text):
             unit: Literal["paragraph", "sentence"] = "paragraph" if self._joiner == "\n" else "sentence"
@@ -321,7 +321,7 @@ class PromptBuilder:
         return int(self._starts[1][place]) if place >= 0 else 0
 
     def _rule_of(self, tokens: int) -> str:
-        """Names of the rules of the documents that the first ``tokens`` haystack tokens reach."""
+        """Return the names of the rules of the documents that the first ``tokens`` haystack tokens reach."""
         starts = self._beginning.read.starts
         reached = min(tokens, len(starts))
         char = int(starts[reached - 1]) if reached > 0 else 0
@@ -338,17 +338,17 @@ def _checked(fact: HiddenText) -> str:
 
 
 def _target(fact: HiddenText, around: int) -> int:
-    """Haystack tokens before a fact, in a context that has ``around`` of them."""
+    """Return the number of haystack tokens before a fact, in a context that has ``around`` of them."""
     return int(around * fact.depth_percent / 100) if fact.position_tokens is None else min(fact.position_tokens, around)
 
 
 def _shifted(rules: DocumentRules, insertions: Sequence[Insertion]) -> DocumentRules:
-    """The rules when texts are put in; at a document's beginning they belong to it."""
+    """Return the rules after texts were inserted; a text at a document's beginning belongs to it."""
     return tuple((begin + sum(len(each.text) for each in insertions if each.offset < begin), rule) for begin, rule in rules)
 
 
 def _tokens_of(document: TokenDocument, start: int, end: int) -> tuple[int, int]:
-    """Indices among the content tokens of those that hold the characters ``start`` and ``end`` - 1."""
+    """Return the indices, among the content tokens, of those that hold the characters ``start`` and ``end`` - 1."""
     starts = document.content_starts
     holding = int(np.searchsorted(starts, start, side="right")) - 1
     first = int(np.searchsorted(starts, starts[holding]))
@@ -356,13 +356,13 @@ def _tokens_of(document: TokenDocument, start: int, end: int) -> tuple[int, int]
 
 
 FORMAT = 1
-"""Part of the digest; raised when the same text begins to be read differently."""
+"""Version in the digest of a cached encoding; raised when the same text begins to be tokenised differently."""
 LONG_CHARS = 100_000
-"""Tokenising fewer takes less than a tenth of a second, not much longer than reading a file."""
+"""Length from which an encoding is cached: a shorter text takes less than a tenth of a second, little more than reading a file."""
 
 
 def encode_cached(text: str, *, tokenizer: ModelTokenizer, folder: Path) -> TokenText:
-    """``TokenText.of``, from ``folder`` if the text is long and was read before.
+    """Return ``TokenText.of(text)``; a long text is read from ``folder`` if it was tokenised before.
 
     Raises:
         TextError: a control token is in the text.
@@ -388,7 +388,7 @@ def encode_cached(text: str, *, tokenizer: ModelTokenizer, folder: Path) -> Toke
 
 
 def _load(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Ids and starts, or None if there is no such file or it is damaged."""
+    """Return ids and starts, or None if there is no such file or it is damaged."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return arrays["ids"], arrays["starts"]

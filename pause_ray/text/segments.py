@@ -1,4 +1,4 @@
-"""Where one unit of a text ends and the next begins. Pure text: knows no pauses, no model and no document ids.
+"""The boundaries of paragraphs, sentences and token units in a text. Pure text.
 
 Every rule is lossless (the spans join back to the text) and causal (whether a boundary stands at an offset depends on
 the text before that offset and the one character after it), so a text and its beginning have the same boundaries.
@@ -20,21 +20,22 @@ from pause_ray.core.errors import TextError
 Unit = Literal["paragraph", "sentence", "tokens"]
 ParagraphRule = Literal["blank_line", "newline", "glued"]
 DocumentRules = tuple[tuple[int, ParagraphRule], ...]
-"""Of documents joined to one text: where each begins, ascending from 0, and what ends a paragraph in it."""
+"""The paragraph rules of documents that were joined to one text: pairs of where a document begins (ascending from 0) and its rule."""
 
 JOINT = "\n\n"
-"""Between neighbouring documents: a blank line ends a paragraph under every rule."""
+"""Separator of joined documents: a blank line ends a paragraph under every rule."""
 
 EVIDENCE_CHARS = 100_000
-"""A rule is chosen from this many characters, so that a long haystack costs no more than a short one."""
+"""Number of characters from which a rule is chosen, so that a long haystack costs no more than a short one."""
 MIN_GLUED = 2
-"""One glued boundary may be a typing error."""
+"""Least number of glued boundaries; a single one may be a typing error."""
 MIN_GLUED_SHARE = 0.03
-"""Of all sentence ends. The essays that lost their breaks have 0.10 to 0.31; of 116 documentation files of packages none has over 0.024."""
+"""Least share of glued boundaries in all sentence ends. The essays that lost their breaks have 0.10 to 0.31; of 116 documentation files
+of packages none has over 0.024."""
 MIN_LINES_PER_BLANK = 4
 """Line ends per blank line: a paragraph that is broken after every sentence has fewer, a paragraph per line has more."""
 MIN_CLOSED_SHARE = 0.5
-"""Of line ends that also end a sentence: the hard-wrapped essays have 0.04 to 0.20, and one paragraph per line has nearly 1."""
+"""Least share of line ends that also end a sentence: the hard-wrapped essays have 0.04 to 0.20, one paragraph per line nearly 1."""
 
 # A carriage return counts as blank, so CRLF text needs no patterns of its own.
 _BLANK_LINE = r"\n[^\S\n]*+\n"
@@ -70,7 +71,7 @@ _ABBREVIATIONS = frozenset(
 
 @dataclass(frozen=True)
 class Segments:
-    """Spans that cover a text without gap or overlap; a unit keeps the white space that follows it.
+    """Spans that cover a text without gap or overlap; a unit includes the white space that follows it.
 
     Only the last span can be blank: white space after the last boundary belongs to no unit.
     """
@@ -79,7 +80,7 @@ class Segments:
 
 
 def join_documents(documents: Iterable[tuple[str, ParagraphRule]]) -> tuple[str, DocumentRules]:
-    """Texts with their rules → one text, and which rule holds from where."""
+    """Join texts with their rules to one text, and return with it which rule holds from where."""
     texts, rules, begin = list[str](), list[tuple[int, ParagraphRule]](), 0
     for text, rule in documents:
         texts.append(text)
@@ -142,18 +143,18 @@ def detect_paragraph_rule(text: str) -> ParagraphRule:
 
 
 def sentence_starts(text: str, *, paragraph_rule: Literal["auto"] | ParagraphRule | DocumentRules = "auto") -> tuple[int, ...]:
-    """Offsets where a sentence begins, ascending; 0 is one of them unless the text is empty."""
+    """Return the offsets where a sentence begins, ascending; 0 is one of them unless the text is empty."""
     return tuple(start for start, _ in split(text, unit="sentence", paragraph_rule=paragraph_rule).spans)
 
 
 def _joined(text: str, boundaries: Iterable[int]) -> Segments:
-    """The spans between 0, the boundaries and the end of the text."""
+    """Return the spans between 0, the boundaries and the end of the text."""
     edges = sorted({0, len(text)}.union(boundaries))
     return Segments(tuple(itertools.pairwise(edges)))
 
 
 def _boundaries(text: str, rules: DocumentRules, within: Callable[[str, int, int, ParagraphRule], Iterator[int]]) -> Iterator[int]:
-    """What ``within`` finds in each document, without those that would leave a blank unit."""
+    """Yield the boundaries that ``within`` finds in each document, except those that would leave a blank unit."""
     last = 0
     ends = [begin for begin, _ in rules[1:]] + [len(text)]
     for (begin, rule), end in zip(rules, ends, strict=True):
@@ -164,14 +165,14 @@ def _boundaries(text: str, rules: DocumentRules, within: Callable[[str, int, int
 
 
 def _paragraph_boundaries(text: str, begin: int, end: int, rule: ParagraphRule) -> Iterator[int]:
-    """Ends of paragraphs; further blank lines belong to what follows, so that no lookahead is needed."""
+    """Yield the ends of paragraphs; further blank lines belong to the next one, so that no lookahead is needed."""
     yield begin
     for match in _PARAGRAPH_END[rule].finditer(text, begin, end):
         yield match.end()
 
 
 def _sentence_boundaries(text: str, begin: int, end: int, rule: ParagraphRule) -> Iterator[int]:
-    """Offsets of the first visible character of every sentence."""
+    """Yield the offset of the first visible character of every sentence."""
     first = _VISIBLE.search(text, begin, end)
     if first is not None:
         yield first.start()
@@ -181,7 +182,7 @@ def _sentence_boundaries(text: str, begin: int, end: int, rule: ParagraphRule) -
 
 
 def _ends_a_sentence(text: str, stop: int, following: int) -> bool:
-    """Whether the stop at ``stop`` ends a sentence, given the first visible character after it."""
+    """Return whether the punctuation at ``stop`` ends a sentence, given the first visible character after it."""
     if text[following].islower():
         return False
     if text[stop] != "." or text.startswith("..", stop):
@@ -197,10 +198,10 @@ def _ends_a_sentence(text: str, stop: int, following: int) -> bool:
 
 
 def plain(text: str) -> str:
-    """``folded`` text with every run of white space one blank and none at the ends."""
+    """Return ``folded`` text with single blanks between words and none at the ends."""
     return " ".join(folded(text).split())
 
 
 def folded(text: str) -> str:
-    """Text without letter case and Unicode compatibility forms (NFKC)."""
+    """Return the text without letter case and Unicode compatibility forms (NFKC)."""
     return unicodedata.normalize("NFKC", text).casefold()

@@ -1,6 +1,6 @@
-"""Token ids of texts, chats and markers. Knows a model's tokenizer and chat template, not its weights.
+"""Token ids of texts, chats and pauses, from a model's tokenizer and chat template.
 
-A text is tokenised once, as a whole and without pauses; marker groups are then put between its tokens. So the content
+A text is tokenised once, as a whole and without pauses; pauses are then inserted between its tokens. So the content
 tokens are the same under every pause policy, and an arm differs from another in its pauses only.
 """
 
@@ -40,10 +40,10 @@ class MarkerToken:
 
 @dataclass(frozen=True)
 class Marker:
-    """A marker group in token ids."""
+    """One pause in token ids."""
 
     group_ids: tuple[int, ...]
-    """Empty when there are no pauses."""
+    """Token ids of one pause; empty when there are no pauses."""
     token: MarkerToken | None
     """None when the marker is ordinary text or there is none."""
 
@@ -54,7 +54,7 @@ class Encoding:
 
     ids: NDArray[np.int32]
     starts: NDArray[np.int64]
-    """Character at which each token starts, white space before it included; ascending, not always unique."""
+    """Character at which each token starts, preceding white space included; ascending, not always unique."""
 
 
 class ModelTokenizer:
@@ -99,7 +99,7 @@ class ModelTokenizer:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Identity of all that turns text into ids: tokenizer, chat template, end tokens."""
+        """Identity of everything that turns text into ids: tokenizer, chat template, end tokens."""
         template = self._template
         return digest([self._source, template.source if template else None, dict(template.names) if template else None, list(self._ends)])
 
@@ -120,7 +120,7 @@ class ModelTokenizer:
         return np.array(sorted({*self._special.values(), *self._ends} - {self._unknown_id}), dtype=np.int64)
 
     def encode(self, text: str) -> Encoding:
-        """Tokens of ``text`` as ordinary text: ``<|im_end|>`` in it is ten characters, not the end of a turn.
+        """Tokenise ``text`` as ordinary text: ``<|im_end|>`` in it is ten characters, not the end of a turn.
 
         Raises:
             TextError: the tokenizer makes a control token out of the text although it was told not to, or the text
@@ -140,12 +140,12 @@ class ModelTokenizer:
         return Encoding(ids, np.maximum.accumulate(starts) if starts.size else starts)
 
     def decode(self, ids: Sequence[int] | NDArray[np.int32], *, skip_special_tokens: bool = True) -> str:
-        """Text of ``ids``; an id outside the vocabulary, such as an added marker's, is left out."""
+        """Return the text of ``ids``; an id outside the vocabulary, such as an added marker's, is left out."""
         text: str = self._control.decode([int(token_id) for token_id in ids], skip_special_tokens=skip_special_tokens)
         return text
 
     def token_id(self, text: str) -> int | None:
-        """The id of ``text`` if the vocabulary has it as one entry, special or not."""
+        """Return the id of ``text`` if the vocabulary has it as one entry, special or not."""
         ids: list[int] = self._control.encode(text, add_special_tokens=False).ids
         return ids[0] if len(ids) == 1 and ids[0] != self._unknown_id else None
 
@@ -157,13 +157,13 @@ class ModelTokenizer:
 
     @functools.cached_property
     def unused(self) -> tuple[str, ...]:
-        """Entries that the model's makers kept free, judged by their names."""
+        """Entries that the model's makers reserved, judged by their names."""
         return tuple(text for text in self._special if re.search(r"reserved|unused|dummy|placeholder", text))
 
     def chat_frame(
         self, system: str | None, user_before: str, user_after: str, *, marker: MarkerToken | None = None
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Token ids before and after a context that stands in the user's message.
+        """Return the token ids before and after a context that stands in the user's message.
 
         The model's chat template is rendered as transformers does, ready for the assistant's answer, and split at the
         context. A model without a template gets system message, text and context as plain text, after the tokens that
@@ -190,7 +190,7 @@ class ModelTokenizer:
 
     @functools.cached_property
     def answer_end_id(self) -> int:
-        """The token that ends an assistant's turn: what an answer is trained to end with.
+        """The token that ends an assistant's turn; an answer is trained to end with it.
 
         Raises:
             ModelError: neither template nor configuration names one.
@@ -205,13 +205,13 @@ class ModelTokenizer:
 
     @functools.cached_property
     def leading_ids(self) -> tuple[int, ...]:
-        """What the tokenizer puts before every text, such as a beginning-of-sequence token."""
+        """Ids that the tokenizer puts before every text, such as a beginning-of-sequence token."""
         bare = self._control.encode("a", add_special_tokens=False).ids
         full = self._control.encode("a", add_special_tokens=True).ids
         return tuple(full[: next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)])
 
     def _framed(self, text: str, marker: MarkerToken | None) -> tuple[int, ...]:
-        """Tokens of a rendered template, in which control tokens and the marker are tokens."""
+        """Return the tokens of a rendered template, in which control tokens and the marker are single tokens."""
         if marker is None:
             return tuple(self._control.encode(text, add_special_tokens=False).ids)
         ids: list[int] = []
@@ -229,7 +229,7 @@ class ModelTokenizer:
 
 
 def resolve_marker(tokenizer: ModelTokenizer, policy: PausePolicy | None) -> Marker:
-    """The token ids of one marker group.
+    """Return the token ids of one pause.
 
     Raises:
         ModelError: ``added`` but already in the vocabulary; ``reserved`` but not one entry of it, or one that the chat uses.
@@ -261,7 +261,7 @@ def resolve_marker(tokenizer: ModelTokenizer, policy: PausePolicy | None) -> Mar
 
 @dataclass(frozen=True, eq=False)
 class TokenDocument:
-    """Content tokens with marker groups between them."""
+    """Content tokens with pauses between them."""
 
     ids: NDArray[np.int32]
     is_pause: NDArray[np.bool_]
@@ -271,12 +271,12 @@ class TokenDocument:
 
     @property
     def num_content(self) -> int:
-        """Tokens that are not pauses."""
+        """Number of tokens that are not pauses."""
         return len(self.content_starts)
 
     @property
     def num_pauses(self) -> int:
-        """Marker groups; no two touch, so each run is one."""
+        """Number of pauses; no two touch, so each run of pause tokens is one."""
         return int(np.count_nonzero(np.diff(self.is_pause.astype(np.int8), prepend=0) == 1))
 
 
@@ -289,18 +289,18 @@ def encode_document(
     seed: int,
     rules: DocumentRules | None = None,
 ) -> TokenDocument:
-    """Tokenise ``text`` once and put marker groups between its tokens.
+    """Tokenise ``text`` once and insert pauses between its tokens.
 
-    A group goes before the first token whose visible part starts at or after the group's offset; groups that would
-    fall between the same two tokens are one.
+    A pause goes before the first token whose visible part starts at or after its offset; pauses that would fall between
+    the same two tokens are one.
 
     Args:
         text: Text without the marker.
-        tokenizer: Of the model.
-        policy: Where groups go, or None for no pauses.
+        tokenizer: The model's tokenizer.
+        policy: Where pauses go, or None for no pauses.
         marker: ``resolve_marker(tokenizer, policy)``.
-        seed: Of a random placement.
-        rules: Of the documents that ``text`` was joined from (``segments.join_documents``); None for one document.
+        seed: Seed of a random placement.
+        rules: Paragraph rules of the documents that ``text`` was joined from (``segments.join_documents``); None for one document.
 
     Raises:
         TextError: the marker or a control token is in the text.
@@ -320,16 +320,16 @@ def put_pauses(
     seed: int,
     rules: DocumentRules | None = None,
 ) -> TokenDocument:
-    """What ``encode_document`` does with a text that is tokenised already.
+    """Insert pauses into a text that is tokenised already; otherwise like ``encode_document``.
 
     Args:
         text: Text without the marker.
         ids: Its tokens.
         starts: ``visible_starts`` of them.
-        policy: Where groups go, or None for no pauses.
+        policy: Where pauses go, or None for no pauses.
         marker: ``resolve_marker(tokenizer, policy)``.
-        seed: Of a random placement.
-        rules: Of the documents that ``text`` was joined from; None for one document.
+        seed: Seed of a random placement.
+        rules: Paragraph rules of the documents that ``text`` was joined from; None for one document.
 
     Raises:
         TextError: the marker is in the text.
@@ -345,7 +345,7 @@ def put_pauses(
 
 
 def visible_starts(text: str, starts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each token, its first character that is no white space; a token of white space alone keeps its start."""
+    """Return each token's first character that is no white space; a token of white space alone keeps its start."""
     if not starts.size:
         return starts
     blank = np.isin(np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32), _WHITE_SPACE)
@@ -358,11 +358,11 @@ def visible_starts(text: str, starts: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def cut(document: TokenDocument, *, tokens: int, budget: Literal["content", "total"]) -> TokenDocument:
-    """The beginning of a document, ending in a content token; a group is kept whole or not at all.
+    """Return the beginning of a document, ending in a content token; a pause is kept whole or not at all.
 
     Args:
         document: Any.
-        tokens: ``content``: content tokens to keep, with the groups before them. ``total``: at most so many tokens in all.
+        tokens: ``content``: content tokens to keep, with the pauses before them. ``total``: at most so many tokens in all.
         budget: What ``tokens`` counts.
     """
     content = np.flatnonzero(~document.is_pause)
@@ -372,7 +372,7 @@ def cut(document: TokenDocument, *, tokens: int, budget: Literal["content", "tot
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one if there is no file."""
+    """Read a JSON object; a missing file is an empty one."""
     try:
         data = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
@@ -381,7 +381,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
 
 
 def _end_ids(folder: Path, settings: dict[str, Any], *, entries: list[dict[str, Any]]) -> tuple[int, ...]:
-    """End-of-sequence ids, from the first file that names one; the generation settings know best."""
+    """Return the end-of-sequence ids from the first file that names one; the generation settings are asked first."""
     for name in ("generation_config.json", "config.json"):
         value = _read_settings(folder / name).get("eos_token_id")
         if value is not None:
@@ -396,13 +396,13 @@ def _shortened(text: str) -> str:
 
 
 REACH_TOKENS = 64
-"""Further away than this a text does not change how another is tokenised: words, numbers and runs of marks are shorter."""
+"""Number of tokens beyond which a text does not change how another is tokenised: words, numbers and runs of marks are shorter."""
 _AGREEING_TOKENS = 32
-"""So many tokens in a row must be the same before a window counts as back in step."""
+"""Number of consecutive tokens that must be the same before a window counts as back in step."""
 _BLANK = re.compile(r"\s")
-"""Must stand before them: tokenizers that cut a run of digits or letters from its beginning start afresh after a blank."""
+"""White space that must stand before these tokens: tokenizers that cut runs of digits or letters from the left restart after it."""
 _CHARS_PER_TOKEN = 5
-"""First guess of how many characters to take; English prose has 4 to 4.5 per token."""
+"""First guess of the characters per token; English prose has 4 to 4.5."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -423,30 +423,30 @@ class TokenText:
 
 @dataclass(frozen=True)
 class Insertion:
-    """A text to put in."""
+    """A text to insert."""
 
     offset: int
-    """Before the character at this offset of the text without insertions."""
+    """Offset in the text without insertions; the inserted text stands before the character there."""
     text: str
 
 
 class LazyEncoding:
-    """How a text begins, in tokens; reads on as far as it is asked to, and no more than twice as far."""
+    """The tokens of a text's beginning. It is tokenised as far as it is asked for, and at most twice as far."""
 
     def __init__(self, whole: str, *, tokenizer: ModelTokenizer, read: Callable[[str], TokenText] | None = None) -> None:
-        """``read`` does what ``TokenText.of`` does, which is the default."""
+        """Create it; ``read`` replaces ``TokenText.of``."""
         self._whole = whole
         self._read = read or functools.partial(TokenText.of, tokenizer=tokenizer)
         self.read = TokenText.of("", tokenizer=tokenizer)
-        """What was read up to now, with up to ``REACH_TOKENS`` tokens at its end that may be others in the whole."""
+        """The part that is tokenised; up to ``REACH_TOKENS`` tokens at its end may differ in the whole text."""
 
     @property
     def is_all(self) -> bool:
-        """Whether nothing is left to read."""
+        """Whether the whole text is tokenised."""
         return len(self.read.text) == len(self._whole)
 
     def first(self, tokens: int) -> TokenText:
-        """The first ``tokens`` tokens of the whole text, or all if it has fewer."""
+        """Return the first ``tokens`` tokens of the whole text, or all if it has fewer."""
         chars = max((tokens + REACH_TOKENS) * _CHARS_PER_TOKEN, 2 * len(self.read.text))
         while not self.is_all and len(self.read.ids) < tokens + REACH_TOKENS:
             self.read = self._read(self._whole[:chars])
@@ -457,12 +457,12 @@ class LazyEncoding:
 
 
 def insert_texts(base: TokenText, insertions: Sequence[Insertion], *, tokenizer: ModelTokenizer) -> TokenText:
-    """``base`` with texts put in, tokenised as if it had been written that way.
+    """Insert texts into ``base`` and return it tokenised as if it had been written that way.
 
     Args:
         base: A text and its tokens.
         insertions: By ascending offset; at one offset, in the order in which they are to stand.
-        tokenizer: Of ``base``.
+        tokenizer: The tokenizer of ``base``.
 
     Raises:
         TextError: a control token comes about.
@@ -487,7 +487,7 @@ def insert_texts(base: TokenText, insertions: Sequence[Insertion], *, tokenizer:
 
 
 def _neighbours(base: TokenText, insertions: Sequence[Insertion]) -> Iterator[list[Insertion]]:
-    """Insertions in groups so far apart that the windows of two do not meet."""
+    """Group insertions so that the windows of two groups do not meet."""
     group, last = list[Insertion](), 0
     for insertion in insertions:
         token = _token_at(base, insertion.offset)
@@ -502,18 +502,18 @@ def _neighbours(base: TokenText, insertions: Sequence[Insertion]) -> Iterator[li
 
 @dataclass(frozen=True)
 class _Window:
-    """Tokens of the base around some insertions: read from ``begin_char`` to ``end_char``, replaced between the two splices."""
+    """The tokens of the base around some insertions: read from ``begin_char`` to ``end_char``, replaced between the two splices."""
 
     begin_char: int
     last_offset: int
-    """Of the insertions."""
+    """Offset of the last insertion."""
     splice_from: int
     splice_to: int
     end_char: int
 
     @classmethod
     def around(cls, group: Sequence[Insertion], base: TokenText) -> _Window:
-        """Two reaches on either side are read and one is replaced; at an end of the text, all up to there."""
+        """Return the window that reads two reaches on either side and replaces one; at an end of the text it takes all."""
         size = len(base.ids)
         left, right = _token_at(base, group[0].offset), _token_at(base, group[-1].offset)
         is_inner, goes_on = left >= 2 * REACH_TOKENS, right + 2 * REACH_TOKENS < size
@@ -527,7 +527,7 @@ class _Window:
 
 
 def _in_step(window: _Window, base: TokenText, read: TokenText, *, chars: int) -> TokenText | None:
-    """What replaces the base's tokens between the splices, or None if the window's tokens do not agree with them there."""
+    """Return the replacement of the base's tokens between the splices, or None if the window's tokens do not agree with them there."""
     first, last = 0, len(read.ids)
     if window.splice_from > 0:
         char, offset = int(base.starts[window.splice_from]), window.begin_char
@@ -543,12 +543,12 @@ def _in_step(window: _Window, base: TokenText, read: TokenText, *, chars: int) -
 
 
 def _agree(base: TokenText, token: int, read: TokenText, place: int, *, offset: int) -> bool:
-    """Whether the tokens from ``token`` in the base are those from ``place`` in a window that begins at ``offset``."""
+    """Return whether the tokens from ``token`` in the base are those from ``place`` in a window that begins at ``offset``."""
     size = _AGREEING_TOKENS
     same_ids = np.array_equal(base.ids[token : token + size], read.ids[place : place + size])
     return same_ids and np.array_equal(base.starts[token : token + size] - offset, read.starts[place : place + size])
 
 
 def _token_at(text: TokenText, char: int) -> int:
-    """The first token whose visible part starts at or after ``char``."""
+    """Return the first token whose visible part starts at or after ``char``."""
     return int(np.searchsorted(text.starts, char))

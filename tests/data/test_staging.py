@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from pause_ray.core.errors import SourceError
-from pause_ray.data import steps
-from pause_ray.data.documents import Document, SourceSpec, read_documents
+from pause_ray.data import transforms
+from pause_ray.data.documents import Document, SourceSpec, read_documents, source_identity
 from pause_ray.data.shards import DOCUMENTS, document_statistics, overlapping_documents
 from pause_ray.data.staging import Chunk, StagedCorpus, cut_into_chunks, held_out_from, stage_chunk, write_document_list
-from pause_ray.data.transforms import ReadTaskDocuments, plan_read_tasks, source_identity
+from pause_ray.data.transforms import ReadTaskDocuments, plan_read_tasks
 
 TALES = [
     Document(id=f"tale-{number}", text=f"Tale {number} begins. " + f"It goes on for {number} days. " * number + "\n\nIt ends.")
@@ -105,7 +105,7 @@ def test_readings_give_the_documents_of_read_documents(tmp_path: Path, monkeypat
     expected = list(read_documents(source, cache=tmp_path))
     assert 0 < len(expected) < 6
     for files in (1, 3, 64):
-        monkeypatch.setattr(steps, "FILES_PER_TASK", files)
+        monkeypatch.setattr(transforms, "FILES_PER_TASK", files)
         read = [ReadTaskDocuments(task) for task in plan_read_tasks([source], cache=tmp_path)]
         assert [document for documents in read for document in documents] == expected
         assert sum(documents.passed_over["empty"] for documents in read) == 1

@@ -39,7 +39,7 @@ class Unloadable:
 
 def test_a_path_that_one_machine_does_not_see_is_a_mistake_that_names_machine_and_path(tmp_path: Path) -> None:
     batch = pa.table({"item": [json.dumps({"path": str(tmp_path / "unseen")})]})
-    [failed] = [text for table in streaming._through(batch, read) for text in table["item"].to_pylist()]
+    [failed] = [text for table in streaming._apply(batch, read) for text in table["item"].to_pylist()]
     with pytest.raises(StorageError, match=rf"unseen: no such file or folder on {socket.gethostname()}; name texts and --storage by paths"):
         streaming._or_raise(json.loads(failed))
 
