@@ -82,12 +82,6 @@ def test_tune_keeps_idle_processes_in_a_cache() -> None:
     assert "num_cached_objects" in source
 
 
-def test_a_trainer_installs_its_signal_handler_by_a_method() -> None:
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    assert list(inspect.signature(DataParallelTrainer._register_sigint_handler).parameters) == ["self", "controller"]
-
-
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_running_ray_answers_through_its_private_interfaces() -> None:
     import ray

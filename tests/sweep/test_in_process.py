@@ -19,7 +19,7 @@ from pause_ray.cli.run import _needs_ray
 from pause_ray.core.errors import ModelError
 from pause_ray.core.storage import Storage
 from pause_ray.evaluation.ledger import Ledger
-from pause_ray.inference.engine import Completion, EngineError, Step
+from pause_ray.inference.engine import Completion, EngineError, PromptStep
 from pause_ray.inference.scripted import ScriptedEngine
 from pause_ray.sweep.in_process import run_in_process
 from pause_ray.sweep.spec import SweepSpec
@@ -91,7 +91,7 @@ class InterruptedEngine(ScriptedEngine):
 
     answered: int = 0
 
-    def answer(self, steps: Sequence[Step]) -> Iterator[tuple[int, Completion | EngineError]]:
+    def answer(self, steps: Sequence[PromptStep]) -> Iterator[tuple[int, Completion | EngineError]]:
         for place, outcome in super().answer(steps):
             self.answered += 1
             if self.answered == 3:
@@ -118,7 +118,7 @@ class FailingEngine(ScriptedEngine):
 
     because: Exception
 
-    def answer(self, steps: Sequence[Step]) -> Iterator[tuple[int, Completion | EngineError]]:
+    def answer(self, steps: Sequence[PromptStep]) -> Iterator[tuple[int, Completion | EngineError]]:
         raise self.because
 
 
