@@ -65,7 +65,7 @@ def test_tasks_that_wait_within_their_own_group_are_no_pending_requests(tmp_path
     try:
         until = time.monotonic() + 120
         while not any(
-            name.startswith(ray_cluster.IN_A_GROUP)
+            name.startswith(ray_cluster.GROUP_RESOURCE)
             for entry in ray_cluster._cluster_status().cluster_resource_state.pending_resource_requests
             for name in entry.request.resources_bundle
         ):
