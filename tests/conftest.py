@@ -25,7 +25,7 @@ BEGUN_FIRST = (
     "sweep/test_lost_nodes.py",
     "cluster_files/test_cluster_document.py",
     "cli/test_submission.py",
-    "sweep/test_governed.py",
+    "sweep/test_early_stopping.py",
     "real/test_exactness.py",
     "real/test_memory.py",
 )

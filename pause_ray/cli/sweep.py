@@ -274,7 +274,7 @@ def _remarks(found: SweepForecast, spec: SweepSpec) -> list[str]:
     if spec.scheduler is not None:
         lines.append(
             f"Scheduler {spec.scheduler.kind} will end some trainings early; the figures are for all of them going to the end, without "
-            f"the {spec.scheduler.rungs} looks of the proxy at each."
+            "the proxy's scores at rungs."
         )
     if any(trial.digest is None for trial in found.trials):
         lines.append("The model's weights are not here yet, so nothing on storage was looked for.")

@@ -30,8 +30,6 @@ class Stage(StrEnum):
     TRAINING = "training"
     PROXY = "proxy"
     """An adapter of the unfinished training is scored, and the training itself has ended."""
-    PAUSED = "paused"
-    """The scheduler lets other trials come as far first; the trial has no process until it continues."""
     QUEUED = "queued"
     """The trial's cells wait for a scoring actor: none is up yet, or all work for other trials."""
     SCORING = "scoring"

@@ -10,13 +10,14 @@ import dataclasses
 import functools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from pause_ray.core.spec import Spec, digest
+from pause_ray.core.errors import SpecError
+from pause_ray.core.spec import JsonObject, Spec, digest
 from pause_ray.data.documents import SourceSpec
 from pause_ray.evaluation.question import Fact, PlacedFact, Question
 from pause_ray.evaluation.tasks.combine import CombineTask
@@ -306,3 +307,35 @@ def _spaced(wanted: dict[str, Any], *, low: float | None, spacings: tuple[str, .
     if numbers != [0, 100]:
         raise ValueError(f"spacing sigmoid is a curve from 0 to 100 percent, given from {numbers[0]:g} to {numbers[1]:g}")
     return [steps[0], *(100 / (1 + math.exp(-_SIGMOID_STEEPNESS * (step - 50))) for step in steps[1:-1]), steps[-1]]
+
+
+PROXY_ANSWER_TOKENS = 24
+"""The limit of a proxy's answer: a number of seven digits in a short sentence, where every digit may be a token."""
+
+
+def proxy_suite(suite: SuiteSpec, *, facts: int, context_tokens: Sequence[int]) -> SuiteSpec:
+    """Return the proxy of a suite, a cheap substitute for its cells: ``facts`` keyed facts in the suite's own text, one context per length.
+
+    Early stopping compares unfinished adapters by it. A score of the proxy is never a score of the suite.
+
+    Raises:
+        SpecError: a length is not positive, there are too many facts, or the suite's text is its task's own lines.
+    """
+    if facts > MOST_FACTS:
+        raise SpecError(f"scheduler.proxy.facts {facts} is more than the {MOST_FACTS} that one context can hold; lower it")
+    if suite.task.has_filler:
+        raise SpecError(
+            f"scheduler: its proxy hides facts in documents or noise, and suite {suite.name} has only the lines of task {suite.task.kind}; "
+            "use a suite with a haystack, or leave scheduler out"
+        )
+    changes: JsonObject = {
+        "name": f"{suite.name}-proxy",
+        "task": {"kind": "keyed"},
+        "scorer": "keywords",
+        "context_tokens": list(context_tokens),
+        "depth_percent": {"from": 0, "to": 100, "count": facts},
+        "lattice_tokens": None,
+        "samples": None,
+        "max_new_tokens": PROXY_ANSWER_TOKENS,
+    }
+    return SuiteSpec.parse(suite.resolved() | changes, origin="scheduler.proxy")

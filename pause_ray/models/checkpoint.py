@@ -14,7 +14,7 @@ state.safetensors                                float32 masters and AdamW's mom
 training.jsonl                                   the rows up to this step
 manifest.json                                    identity of the training, the step, every file's digest
 
-``.<digest>.training/rung-N/`` is a ``Checkpoint`` of the adapter after N steps, where early stopping asked for it.
+``.<digest>.after-N/`` is a finished ``Checkpoint`` of the adapter after N steps, from ``fit(job, until=N)``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,6 @@ DOCUMENTS = "documents.json"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 """Files that are copied where the base model has them, so that the folder works as a tokenizer folder."""
-_RUNG = "rung-"
 REQUIRED = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINING_LOG, TOKENIZER)
 
 
@@ -341,19 +340,8 @@ class RunningTraining:
         losses = {step: read_json(self._folder_of(step) / MANIFEST)["validation_loss"] for step in steps}
         measured = [step for step in steps if losses[step] is not None]
         kept = {*steps[-keep_last:], *([min(measured, key=lambda step: losses[step])] if measured else [])}
-        self._remove_all_but_rungs({self._folder_of(step) for step in kept})
-
-    def finish(self, *, keep_rungs: bool) -> None:
-        """Remove what a finished training no longer needs: everything, or everything except its rungs, which may still be read."""
-        if keep_rungs and self.folder.is_dir():
-            self._remove_all_but_rungs(set())
-        else:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _remove_all_but_rungs(self, kept: set[Path]) -> None:
-        rungs = {path for path in self.folder.iterdir() if path.name.startswith(_RUNG) and is_complete(path)}
-        for folder in {*self.folder.iterdir()} - kept - rungs:  # also what a killed one half wrote
-            (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a half-removed one does not exist either
+        for folder in {*self.folder.iterdir()} - {self._folder_of(step) for step in kept}:  # also what a killed training half wrote
+            (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a half-removed checkpoint counts as absent
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -362,9 +350,15 @@ def training_folder(checkpoint: Path) -> Path:
     return checkpoint.with_name(f".{checkpoint.name}.training")
 
 
-def rung_folder(training: Path, *, step: int) -> Path:
-    """Return the folder, inside the training's own, of the adapter as it is after ``step`` steps."""
-    return training / f"{_RUNG}{step}"
+def partial_folder(checkpoint: Path, *, step: int) -> Path:
+    """Return the folder of the adapter after ``step`` steps of the training that will leave ``checkpoint``."""
+    return checkpoint.with_name(f".{checkpoint.name}.after-{step}")
+
+
+def remove_training(checkpoint: Path) -> None:
+    """Remove the training's own checkpoints and its adapters after fewer steps, which a finished training no longer needs."""
+    for folder in (training_folder(checkpoint), *checkpoint.parent.glob(f".{checkpoint.name}.after-*")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _first_difference(saved: JsonObject, wanted: JsonObject, *, path: str = "") -> str | None:

@@ -232,7 +232,7 @@ def _is_of(live: LiveStatus | None, driver: str | None) -> bool:
 
 
 def _left_out(folder: Path, sweep: JsonObject) -> set[str]:
-    return SearchRecord.read(folder).left_out(sweep["trials"], governed_arm=sweep["spec"].get("arm", ""))
+    return SearchRecord.read(folder).left_out(sweep["trials"], arm=sweep["spec"].get("arm", ""))
 
 
 def _trial(

@@ -13,7 +13,7 @@ from typing import Literal
 from pause_ray.evaluation.compare import ObjectiveSpec, has_enough_scored_cells, paired_difference
 from pause_ray.evaluation.statistics import Choice, Estimate, Interval, dominated_by, kendall_tau, pareto_front
 from pause_ray.report.results import Condition, SweepResults, TrialResult
-from pause_ray.sweep.search_log import Rung, Stop
+from pause_ray.sweep.search_log import RungScore, Stop
 
 CostKind = Literal["overhead", "training"]
 
@@ -188,7 +188,7 @@ class RungHistory:
     """The digest of the trial."""
     label: str
     """The label of the trial's condition."""
-    rungs: tuple[Rung, ...]
+    rungs: tuple[RungScore, ...]
     """The rungs that the trial reached, in order."""
     stop: Stop | None
     """The record of its early stop; None where it was not stopped."""
@@ -222,7 +222,7 @@ def rung_histories(results: SweepResults) -> list[RungHistory]:
     """Return the history of every trial that a scheduler judged, in the sweep's order."""
     objective = objective_of(results)
     finished = {trial.digest: trial for trial in results.trials}
-    rungs_of: dict[str, list[Rung]] = {}
+    rungs_of: dict[str, list[RungScore]] = {}
     for rung in results.search.rungs:
         rungs_of.setdefault(rung.trial, []).append(rung)
     return [

@@ -324,7 +324,7 @@ def read_results(sweep_folder: Path, storage: Storage) -> SweepResults:
     sweep = read_json(sweep_folder / "sweep.json")
     control = sweep.get("control")
     search = SearchRecord.read(sweep_folder)
-    left_out = search.left_out(sweep["trials"], governed_arm=sweep["spec"].get("arm", ""))
+    left_out = search.left_out(sweep["trials"], arm=sweep["spec"].get("arm", ""))
     labels = condition_labels(sweep["trials"])
     planned: dict[str, list[JsonObject]] = {}
     for entry in sweep["trials"]:

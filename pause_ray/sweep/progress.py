@@ -73,10 +73,8 @@ def work_done(work: tuple[float, float], state: TrialState) -> float:
     """Return the part of a trial's ``work_of`` that is done in this state."""
     training, scoring = work
     share = state.done / state.total if state.total else 0.0
-    if state.stage == Stage.TRAINING:
+    if state.stage in (Stage.TRAINING, Stage.PROXY):
         return training * share
-    if state.stage in (Stage.PROXY, Stage.PAUSED):
-        return training
     if state.stage in (Stage.QUEUED, Stage.SCORING):
         return training + scoring * share
     return training + scoring if state.stage == Stage.RECHECKING or state.stage.is_end else 0.0

@@ -241,7 +241,7 @@ class TrialMonitor:
     def _note_states(self, states: Mapping[str, TrialState]) -> None:
         now = time.monotonic()
         for key, state in states.items():
-            if state.stage.is_end or state.stage == Stage.PAUSED:
+            if state.stage.is_end:
                 self._running.pop(key, None)
             else:
                 self._running[key] = (state, now)

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import ray
+from ray import tune
 from ray.exceptions import RayError
 from rich.console import Console
 
@@ -33,17 +33,17 @@ from pause_ray.data.pipeline import build_shards
 from pause_ray.data.shards import ShardSet, format_corpus
 from pause_ray.data.spec import shards_digest
 from pause_ray.evaluation.scoring_pool import ScoringPool
-from pause_ray.sweep.governed import run_governed
-from pause_ray.sweep.progress import ProgressDisplay
+from pause_ray.sweep.early_stopping import EarlyStoppedTrial, EarlyStopping, RungTrial, compared_trials
+from pause_ray.sweep.progress import ProgressDisplay, TrialState
 from pause_ray.sweep.queue import Budget, BudgetMeter, TrialQueue, bill_of, left_over
 from pause_ray.sweep.reporter import TrialMonitor, start_progress_actor
 from pause_ray.sweep.resources import Placement
-from pause_ray.sweep.rungs import governed
 from pause_ray.sweep.search import Search, SearchLoop, SweepTrial, SweepTrials
 from pause_ray.sweep.search_log import SearchLog
 from pause_ray.sweep.spec import SweepSpec, TpeAlgorithm
 from pause_ray.sweep.status import STATUS_SECONDS, ClusterState, Failure, StatusWriter, SweepOutcome
 from pause_ray.sweep.trainable import NOT_YET, Shared, failure_of_lost_process, run_trials
+from pause_ray.trial.prepare import proxy_lengths
 from pause_ray.trial.run import shares_on_storage
 
 log = logging.getLogger("pause_ray")
@@ -244,8 +244,6 @@ class SweepDriver:
         self._running: set[str] = set()
         """Trials that have begun and not ended."""
         self._losses: dict[str, Loss] = {}
-        self._set_aside: list[str] = []
-        """Trials under early stopping whose processes were lost; they begin again together, since the scheduler has noted their ends."""
         self._next_round_error: UserError | None = None
         """Why the search's next round could not be prepared; raised when Tune has returned, which would wrap it in an error of its own."""
         self._lock = threading.RLock()
@@ -271,8 +269,7 @@ class SweepDriver:
         Raises:
             UserError: a further round could not be prepared.
         """
-        sweep = self._trials.sweep
-        stopped_early = governed(sweep, self._trials.by_digest)
+        compared = compared_trials(self._trials.sweep, self._trials.by_digest)
         waiting = self._admit(trials)
         shared = Shared(
             folder=self._trials.folder,
@@ -283,37 +280,53 @@ class SweepDriver:
             train_gpus=self._placement.train_gpus,
         )
         with self.monitor.interruptible():
-            self._queue.add(key for key in waiting if key in stopped_early)
-            again = bool(stopped_early)
-            while again:
-                run_governed(
-                    sweep,
-                    shared,
-                    trials={key: self._trials.by_digest[key] for key in stopped_early},
-                    placement=self._placement,
-                    log=self._search_log,
-                    next_trial=self._next_trial,
-                    ended=functools.partial(self._note_end, begin_again=self._begin_again_later),
-                    after_trial=self._tell_tracker,
-                )
-                again = bool([key for key in self._set_aside if self._queue.take_back(key)])
-                self._set_aside.clear()
+            if any(key in compared for key in waiting):
+                self._run_with_early_stopping(compared, waiting, shared)
             left_out = self._trials.left_out()
             with self._lock:
                 self._status.leave_out(left_out)
-            self._queue.add(key for key in waiting if key not in stopped_early and key not in left_out)
+            self._queue.add(key for key in waiting if key not in compared and key not in left_out)
             if self._queue.ended_by is None:
-                run_trials(
-                    sweep,
-                    shared,
-                    placement=self._placement,
-                    next_trial=functools.partial(self._next_trial, may_return=True),
-                    ended=functools.partial(self._note_end, begin_again=self._queue.take_back),
-                    after_trial=self._tell_tracker,
-                )
+                self._run_trials(shared)
         self._read_reports()
         if self._next_round_error is not None:
             raise self._next_round_error
+
+    def _run_with_early_stopping(self, compared: Sequence[str], waiting: Sequence[str], shared: Shared) -> None:
+        """Run those of the ``compared`` trials that wait and that no early stop has ended."""
+        spec, trials = self._trials.sweep.scheduler, {key: self._trials.by_digest[key] for key in compared}
+        if spec is None:
+            return
+        lengths = proxy_lengths(
+            [trial.prepared for trial in trials.values()],
+            facts=spec.proxy.facts,
+            context_tokens=spec.proxy.context_tokens,
+            cache=self._storage.cache,
+        )
+        scheduler = EarlyStopping(
+            spec,
+            mode=self._trials.sweep.objective.mode,
+            trials=trials,
+            finished=[key for key in compared if self._trials.is_finished(key)],
+            search_log=self._search_log,
+            on_stop=lambda key: ray.get(self._progress_actor.report.remote(key, TrialState(Stage.STOPPED, 1, 1))),
+        )
+        self._queue.add(key for key in waiting if key in trials and key not in scheduler.stopped)
+        rung_trial = RungTrial(scheduler=spec, context_tokens=lengths)
+        trainable = tune.with_parameters(EarlyStoppedTrial, shared=shared, rung_trial=rung_trial)
+        self._run_trials(shared, trainable=trainable, scheduler=scheduler)
+
+    def _run_trials(self, shared: Shared, *, trainable: Any = None, scheduler: EarlyStopping | None = None) -> None:
+        run_trials(
+            self._trials.sweep,
+            shared,
+            placement=self._placement,
+            next_trial=self._next_trial,
+            ended=self._note_end,
+            after_trial=self._tell_tracker,
+            trainable=trainable,
+            scheduler=scheduler,
+        )
 
     def failures(self) -> dict[str, Failure]:
         """Return why trials did not finish, by their labels."""
@@ -360,10 +373,10 @@ class SweepDriver:
         if self._tracker is not None:
             self._tracker.trial_ended(self._trials.folder)
 
-    def _next_trial(self, *, may_return: bool = False) -> str | None:
+    def _next_trial(self) -> str | None:
         """Return the key of the next trial, advancing the search when the queue is empty, or ``NOT_YET``, or None at the end.
 
-        While trials run that ``may_return`` to the queue when they are lost, it is not known whether there is another.
+        While trials run, which return to the queue when they are lost, it is not known whether there is another.
         """
         self._read_reports()
         key = self._queue.next()
@@ -383,11 +396,11 @@ class SweepDriver:
             key = self._queue.next()
         if key is not None:
             self._running.add(key)
-        elif may_return and self._running and self._queue.may_take_back:
+        elif self._running and self._queue.may_take_back:
             return NOT_YET
         return key
 
-    def _note_end(self, key: str, error: Exception | None, *, begin_again: Callable[[str], bool]) -> None:
+    def _note_end(self, key: str, error: Exception | None) -> None:
         """Note that a trial has ended; one whose process was lost begins again, unless a mistake ended it that would be made again."""
         self._running.discard(key)
         self._read_reports()
@@ -398,16 +411,11 @@ class SweepDriver:
             before, work = self._losses.get(key), self.monitor.work_done(key)
             self._losses[key] = Loss(before.times + 1 if before is not None and before.work == work else 1, work)
             may_restart = failure.trace is not None and self._losses[key].times < MAX_LOSSES and self.monitor.may_restart(key)
-            if may_restart and begin_again(key):
+            if may_restart and self._queue.take_back(key):
                 label = self._display.label(key)
                 self._display.print(f"{label}: the trial's process was lost ({failure.message}); it begins again where it was")
             else:
                 self.monitor.note_lost(key, failure)
-
-    def _begin_again_later(self, key: str) -> bool:
-        if self._queue.may_take_back:
-            self._set_aside.append(key)
-        return self._queue.may_take_back
 
     def _admit(self, trials: Mapping[str, SweepTrial]) -> list[str]:
         """Count trials as work and make their training sequences; return those that can run. The others have failed."""

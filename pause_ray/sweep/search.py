@@ -114,7 +114,7 @@ class SweepTrials:
 
     def left_out(self) -> set[str]:
         """Return the trials that will not be finished, since early stopping ended them or all that they depend on."""
-        left_out = SearchRecord.read(self.folder).left_out(self.description()["trials"], governed_arm=self.sweep.arm)
+        left_out = SearchRecord.read(self.folder).left_out(self.description()["trials"], arm=self.sweep.arm)
         return {key for key in left_out if not self.is_finished(key)}
 
     def missing(self, among: Collection[str]) -> dict[str, SweepTrial]:

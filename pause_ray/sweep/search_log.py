@@ -1,6 +1,6 @@
-"""What a search writes down in its sweep's folder of rungs that were scored on the proxy, and of trials that were stopped there.
+"""``search.jsonl`` in a sweep's folder: proxy scores at rungs, and the trials that early stopping ended there.
 
-The events of ``search.jsonl``; decides nothing. The proxy is a cheap stand-in for a trial's cells: many facts in one context.
+The module reads and writes events and decides nothing.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ SEARCH_LOG = "search.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rung:
-    """An adapter in the middle of its training, scored on the proxy."""
+class RungScore:
+    """The proxy score of an adapter in the middle of its training."""
 
     trial: str
-    """Digest of the trial."""
+    """The digest of the trial."""
     rung: int
-    """From 0."""
+    """The number of the rung, from 0."""
     step: int
-    """Optimizer steps done."""
+    """The number of optimizer steps that the adapter was trained for."""
     proxy_score: float | None
-    """Mean of the proxy's cells, 0 to 1; None if none could be scored."""
+    """The mean of the proxy's cells, 0 to 1; None if none could be scored."""
     num_cells: int
     seconds: float
     prefilled_tokens: int
 
     @classmethod
-    def of_event(cls, event: JsonObject) -> Rung:
-        """As it was written down."""
+    def of_event(cls, event: JsonObject) -> RungScore:
+        """Read a ``rung`` event."""
         return cls(
             trial=event["trial"],
             rung=event["rung"],
@@ -48,7 +48,7 @@ class Rung:
         )
 
     def as_event(self, *, point: JsonObject) -> JsonObject:
-        """To be written down; ``point`` is the trial's."""
+        """Return the event for the log; ``point`` is the trial's."""
         return {
             "event": "rung",
             "trial": self.trial,
@@ -64,57 +64,57 @@ class Rung:
 
 @dataclass(frozen=True, kw_only=True)
 class Stop:
-    """A trial that a scheduler gave up."""
+    """The early stop of a trial."""
 
     trial: str
     rung: int
-    """The last one that it reached."""
+    """The rung at which the trial was stopped."""
     by: str
     """The scheduler's kind."""
 
     def as_event(self, *, point: JsonObject) -> JsonObject:
-        """To be written down; ``point`` is the trial's."""
+        """Return the event for the log; ``point`` is the trial's."""
         return {"event": "stopped", "trial": self.trial, "point": point, "rung": self.rung, "by": self.by}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRecord:
-    """All of a sweep's rungs and stops."""
+    """The rungs and stops of a sweep."""
 
-    rungs: tuple[Rung, ...] = ()
-    """In the order in which they were scored; of a rung that was scored twice the first time counts."""
+    rungs: tuple[RungScore, ...] = ()
+    """The scores in their recorded order; of a rung that was recorded twice the first score counts."""
     stops: Mapping[str, Stop] = field(default_factory=dict)
-    """By the trial's digest."""
+    """The stops by the trial's digest."""
 
     @classmethod
     def read(cls, sweep_folder: Path) -> SearchRecord:
-        """Of a sweep that has no such file: nothing.
+        """Read the log of a sweep; a sweep without a log has an empty record.
 
         Raises:
-            StorageError: a line is no event.
+            StorageError: a line is not an event.
         """
-        rungs: dict[tuple[str, int], Rung] = {}
+        rungs: dict[tuple[str, int], RungScore] = {}
         stops: dict[str, Stop] = {}
         for event in read_json_lines(sweep_folder / SEARCH_LOG):
             if event.get("event") == "rung":
-                rungs.setdefault((event["trial"], event["rung"]), Rung.of_event(event))
+                rungs.setdefault((event["trial"], event["rung"]), RungScore.of_event(event))
             elif event.get("event") == "stopped":
                 stops[event["trial"]] = Stop(trial=event["trial"], rung=event["rung"], by=event["by"])
         return cls(rungs=tuple(rungs.values()), stops=stops)
 
-    def left_out(self, entries: Sequence[JsonObject], *, governed_arm: str) -> set[str]:
-        """Digests of the trials that will not be run to their ends.
+    def left_out(self, entries: Sequence[JsonObject], *, arm: str) -> set[str]:
+        """Return the digests of the trials that will not be finished.
 
-        Those that were stopped, and those of other arms and replicates whose point no surviving trial of the governed arm has.
+        These are the stopped trials, and those of other arms and replicates at points where no trial of ``arm`` survived.
 
         Args:
             entries: The sweep's trials, as in ``sweep.json``.
-            governed_arm: Whose trials at replicate 0 the scheduler judges.
+            arm: The arm whose trials at replicate 0 early stopping compares.
         """
         if not self.stops:
             return set()
-        judged = [entry for entry in entries if entry["arm"] == governed_arm and entry["replicate"] == 0]
-        alive = [entry["point"] for entry in judged if entry["digest"] not in self.stops]
+        compared = [entry for entry in entries if entry["arm"] == arm and entry["replicate"] == 0]
+        alive = [entry["point"] for entry in compared if entry["digest"] not in self.stops]
         return {
             entry["digest"]
             for entry in entries
@@ -123,7 +123,7 @@ class SearchRecord:
 
 
 def _agrees(point: JsonObject, other: JsonObject) -> bool:
-    """Whether all of ``point`` is in ``other``."""
+    """Return whether ``other`` has all values of ``point``."""
     return all(path in other and other[path] == value for path, value in point.items())
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pydantic import Field, model_validator
 from pause_ray.core.errors import SpecError
 from pause_ray.core.spec import JsonObject, Spec, check_path, digest, inline_files, read_yaml, with_overrides
 from pause_ray.evaluation.compare import ObjectiveSpec
-from pause_ray.evaluation.proxy import proxy_suite
+from pause_ray.evaluation.suite import proxy_suite
 from pause_ray.sweep.search_space import ABSENT, DOMAIN_FIELDS, Constraint, Domain, corners, drawn_points, grid_points, value_at
 from pause_ray.trial.spec import FILE_FIELDS, TrialSpec
 
@@ -74,7 +73,7 @@ AlgorithmSpec = Annotated[GridAlgorithm | RandomAlgorithm | TpeAlgorithm, Field(
 
 
 class ProxySpec(Spec):
-    """The cheap look at an adapter that is still being trained: keyed facts in one context, each asked for."""
+    """A cheap suite for adapters that are still being trained: keyed facts in one context, with one question for each."""
 
     facts: int = Field(default=16, ge=2)
     """Facts in the context, evenly spaced; one question for each."""
@@ -83,22 +82,25 @@ class ProxySpec(Spec):
 
 
 class SchedulerSpec(Spec):
-    """Ends trainings early whose intermediate adapters answer worse than others' did after as many steps."""
+    """Early stopping: ends trainings whose adapters score worse on the proxy than others did after as many optimizer steps."""
 
-    kind: Literal["asha", "hyperband", "median"]
-    """``asha``: goes on with the best 1/``reduction`` at each rung (Li et al. 2020, arXiv 1810.05934); ``hyperband``: the same in
-    brackets that wait for each other (Li et al. 2018, arXiv 1603.06560); ``median``: ends what is below the median of the others'
-    running means (Golovin et al. 2017)."""
-    rungs: int = Field(default=3, ge=1)
-    """How often a training is looked at."""
-    reduction: int = Field(default=3, ge=2)
-    """How many times as many steps lie before a rung as before the one below it."""
+    kind: Literal["asha"]
+    """Ray Tune's ASHA goes on with the best 1/``reduction_factor`` at each rung (Li et al. 2020, arXiv 1810.05934)."""
+    grace_period: int = Field(ge=1)
+    """Optimizer steps before the first rung; no trial is stopped earlier."""
+    reduction_factor: int = Field(default=3, ge=2)
+    """Each rung is at this many times the optimizer steps of the one before it."""
     proxy: ProxySpec = ProxySpec()
-    """What is asked at a rung."""
+    """The suite that is asked at a rung."""
 
-    def steps(self, total: int) -> tuple[int, ...]:
-        """The steps of a training of ``total`` steps after which it is looked at, ascending; the end is none of them."""
-        return tuple(math.ceil(total / self.reduction ** (self.rungs - rung)) for rung in range(self.rungs))
+    def steps(self, max_steps: int) -> tuple[int, ...]:
+        """Return the optimizer steps of the rungs, ascending; the end of the training is not a rung."""
+        steps = []
+        step = self.grace_period
+        while step < max_steps:
+            steps.append(step)
+            step *= self.reduction_factor
+        return tuple(steps)
 
 
 PLACES_NOT_SEARCHED = ("replicate", "resources")
@@ -461,18 +463,16 @@ def _reads(arm: Arm, path: str, points: Sequence[JsonObject]) -> bool:
     return not compared
 
 
-def _check_scheduler(scheduler: SchedulerSpec, governed: Sequence[TrialSpec], *, origin: str) -> None:
-    if len(governed) < 2:
+def _check_scheduler(scheduler: SchedulerSpec, compared: Sequence[TrialSpec], *, origin: str) -> None:
+    if len(compared) < 2:
         raise SpecError(f"{origin}: {scheduler.kind} compares trials, and the search gives one; widen it, or leave scheduler out")
-    for spec in governed:
+    for spec in compared:
         if spec.train is None:
             raise SpecError(f"{origin}: {scheduler.kind} ends trainings early, and trials without train have none; leave scheduler out")
-        steps = [*scheduler.steps(spec.train.max_steps), spec.train.max_steps]
-        if any(earlier >= later for earlier, later in itertools.pairwise(steps)):
-            room = sorted({step for step in steps if step < spec.train.max_steps})
+        if not scheduler.steps(spec.train.max_steps):
             raise SpecError(
-                f"{origin}: rungs {scheduler.rungs} with reduction {scheduler.reduction} do not fit into train.max_steps "
-                f"{spec.train.max_steps}, which has room for {len(room)}, at steps {room}; lower rungs or reduction, or train longer"
+                f"{origin}: grace_period {scheduler.grace_period} is not below train.max_steps {spec.train.max_steps}, so no trial "
+                "has a rung; lower grace_period, or train longer"
             )
         proxy_suite(spec.eval, facts=scheduler.proxy.facts, context_tokens=scheduler.proxy.context_tokens or spec.eval.context_tokens)
 

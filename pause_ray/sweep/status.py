@@ -389,7 +389,7 @@ def idle_share(running: Collection[TrialState], cluster: ClusterState, *, per_ac
     """
     if not cluster.gpus:
         return None
-    waiting = sum(state.stage not in (Stage.TRAINING, Stage.PAUSED) for state in running)
+    waiting = sum(state.stage != Stage.TRAINING for state in running)
     idle = cluster.free_gpus + per_trial * waiting + (per_actor * cluster.actors.idle if cluster.actors else 0.0)
     return round(min(1.0, idle / cluster.gpus), 4)
 

@@ -178,9 +178,9 @@ class ReapIdleActors(FIFOScheduler):  # type: ignore[misc]
     since a lost trial begins again.
     """
 
-    def __init__(self, patience_seconds: float) -> None:
-        """End a process after this time without a trial."""
-        super().__init__()
+    def __init__(self, patience_seconds: float, **options: Any) -> None:
+        """End a process after this time without a trial; ``options`` are those of the next scheduler class."""
+        super().__init__(**options)
         self._patience = patience_seconds
         self._idle_since: float | None = None
 
@@ -232,6 +232,8 @@ def run_trials(
     next_trial: Callable[[], str | None],
     ended: Callable[[str, Exception | None], None],
     after_trial: Callable[[], None],
+    trainable: Any = None,
+    scheduler: ReapIdleActors | None = None,
 ) -> None:
     """Run trials to their ends. A trial reports its own failure; ``ended`` gets the error where its process was lost.
 
@@ -242,12 +244,14 @@ def run_trials(
         next_trial: As for ``QueueSearcher``.
         ended: As for ``QueueSearcher`` and ``TrialCallbacks``.
         after_trial: Called when a trial has ended.
+        trainable: Trainable that runs a trial; None runs it in a single step.
+        scheduler: Tune's scheduler; None stops no trial.
     """
     run_tuner(
-        tune.with_resources(tune.with_parameters(TuneTrial, shared=shared), trial_bundles(placement)),
+        tune.with_resources(trainable or tune.with_parameters(TuneTrial, shared=shared), trial_bundles(placement)),
         tune.TuneConfig(
             search_alg=QueueSearcher(next_trial, ended=ended),
-            scheduler=ReapIdleActors(IDLE_SECONDS),
+            scheduler=scheduler or ReapIdleActors(IDLE_SECONDS),
             num_samples=-1,
             reuse_actors=True,
             max_concurrent_trials=placement.concurrent_trials,
@@ -258,15 +262,11 @@ def run_trials(
     )
 
 
-def trial_bundles(placement: Placement, *, beside: Mapping[str, float] | None = None) -> tune.PlacementGroupFactory:
-    """Return the resources that Tune holds for a trial, on the nodes where trials run; ``beside`` is held with it, on any node."""
+def trial_bundles(placement: Placement) -> tune.PlacementGroupFactory:
+    """Return the resources that Tune holds for a trial, on the nodes where trials run."""
     bundle = placement.of_one_trial()
-    bundles: list[dict[str, float]] = [{"CPU": bundle["cpu"], "GPU": bundle.get("gpu", 0)}]
-    labels = [dict(placement.trial_labels)]
-    if beside is not None:
-        bundles.append(dict(beside))
-        labels.append({})
-    return tune.PlacementGroupFactory(bundles, **({"bundle_label_selector": labels} if placement.trial_labels else {}))
+    labels = {"bundle_label_selector": [dict(placement.trial_labels)]} if placement.trial_labels else {}
+    return tune.PlacementGroupFactory([{"CPU": bundle["cpu"], "GPU": bundle.get("gpu", 0)}], **labels)
 
 
 def run_tuner(trainable: Any, config: tune.TuneConfig, *, name: str, storage: Storage, callbacks: list[tune.Callback]) -> None:

@@ -31,7 +31,7 @@ from pause_ray.report.best import exported
 from pause_ray.report.findings import headline, noise_words, notes
 from pause_ray.report.ranking import best, rank_correlations
 from pause_ray.report.results import Condition, Contrast, SweepResults, TrialResult, read_trial, results_of, spent
-from pause_ray.sweep.search_log import SEARCH_LOG, Rung, SearchRecord, Stop
+from pause_ray.sweep.search_log import SEARCH_LOG, RungScore, SearchRecord, Stop
 from pause_ray.sweep.spec import condition_labels
 from pause_ray.tracking.store import Run, Sender, connected
 from pause_ray.training.metrics import training_series
@@ -70,13 +70,13 @@ def trial_name(label: str, replicate: int) -> str:
     return f"{label} #{replicate}"
 
 
-def content_of(trial: TrialResult, *, label: str, rungs: Sequence[Rung]) -> str:
+def content_of(trial: TrialResult, *, label: str, rungs: Sequence[RungScore]) -> str:
     """Digest of all that a trial's run is made from: its files, the names that the sweep gives it, and its rungs."""
     files = [digest((trial.folder / name).read_bytes()) for name in ("spec.json", "cells.jsonl", MANIFEST)]
     return digest([CONTENT_VERSION, trial_name(label, trial.replicate), trial.arm, len(rungs), *files])
 
 
-def trial_run(trial: TrialResult, *, label: str, rungs: Sequence[Rung], scratch: Path) -> Run:
+def trial_run(trial: TrialResult, *, label: str, rungs: Sequence[RungScore], scratch: Path) -> Run:
     """The run of a finished trial; files that are made for it are put into ``scratch``."""
     folder = scratch / trial.digest
     folder.mkdir()
@@ -102,7 +102,7 @@ def trial_run(trial: TrialResult, *, label: str, rungs: Sequence[Rung], scratch:
     )
 
 
-def stopped_run(entry: JsonObject, stop: Stop, *, label: str, rungs: Sequence[Rung], storage: Storage, at_ms: int) -> Run:
+def stopped_run(entry: JsonObject, stop: Stop, *, label: str, rungs: Sequence[RungScore], storage: Storage, at_ms: int) -> Run:
     """The run of a trial that a scheduler stopped: no cells, only what the proxy said.
 
     Args:
@@ -129,7 +129,7 @@ def stopped_run(entry: JsonObject, stop: Stop, *, label: str, rungs: Sequence[Ru
     )
 
 
-def _proxy_series(rungs: Sequence[Rung]) -> dict[str, list[tuple[int, float]]]:
+def _proxy_series(rungs: Sequence[RungScore]) -> dict[str, list[tuple[int, float]]]:
     points = [(rung.step, rung.proxy_score) for rung in rungs if rung.proxy_score is not None]
     return {"proxy_score": points} if points else {}
 
@@ -271,7 +271,7 @@ def _sending(name: str, storage: Storage, *, uri: str | None) -> AbstractContext
     return connected(storage, experiment=name, uri=uri, waiting=lambda holder: logger.warning(WAITING, holder))
 
 
-def _rungs(search: SearchRecord, trial: str) -> list[Rung]:
+def _rungs(search: SearchRecord, trial: str) -> list[RungScore]:
     return [rung for rung in search.rungs if rung.trial == trial]
 
 

@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,23 @@ from pause_ray.core.process import Stage, stop_on_signal
 from pause_ray.core.spec import JsonObject, digest
 from pause_ray.core.storage import Storage, building, exclusive, is_complete, lock_of
 from pause_ray.data.shards import ShardSet
-from pause_ray.models.checkpoint import STOP, TRAINING_LOG, Checkpoint, RunningTraining, copy_tokenizer, seal, training_folder
+from pause_ray.models.checkpoint import (
+    STOP,
+    TRAINING_LOG,
+    Checkpoint,
+    RunningTraining,
+    copy_tokenizer,
+    partial_folder,
+    remove_training,
+    seal,
+    training_folder,
+)
 from pause_ray.models.shape import ModelShape
 from pause_ray.models.sources import row_limit_tokens
 from pause_ray.text.tokenizer import MarkerToken, ModelTokenizer
 from pause_ray.training.batching import batch_layout, check_corpus, check_heads
 from pause_ray.training.metrics import Progress, following
-from pause_ray.training.spec import FORMAT, Rungs, TrainSpec, WorkerConfig
+from pause_ray.training.spec import FORMAT, TrainSpec, WorkerConfig
 
 FRUITLESS_ATTEMPTS = 3
 """Attempts in a row that were lost without a new checkpoint, after which training gives up."""
@@ -170,7 +180,7 @@ def fit(
     gpus_per_worker: float,
     progress: Progress,
     stage: StageCallback | None = None,
-    rungs: Sequence[int] = (),
+    until: int | None = None,
     stop: threading.Event | None = None,
 ) -> Checkpoint:
     """Train, go on with a training that was stopped, or find the finished checkpoint of the same job.
@@ -187,7 +197,9 @@ def fit(
         gpus_per_worker: GPUs of each worker; 0 trains on the CPU.
         progress: Called for every optimizer step, those that a checkpoint already has included.
         stage: Called when it turns out who trains; what it raises ends the call.
-        rungs: Steps after which the adapter is also left in ``checkpoint.rung_folder``, there until the job is asked for without rungs.
+        until: Optimizer steps after which the call writes the training's checkpoint and returns the adapter of that moment, which exists
+            until the whole training is finished. A training that has gone further already gives its last checkpoint's adapter. None
+            trains to the end.
         stop: Asks the training to end, from another thread.
 
     Raises:
@@ -202,9 +214,10 @@ def fit(
     """
     _check_workers(job.train, num_workers)
     shards = ShardSet.open(job.shards)
-    folder = storage.checkpoints / _digest(_identity(job, shards))
-    with exclusive(lock_of(folder), waiting=functools.partial(_wait_for, stage=stage)):
+    whole = storage.checkpoints / _digest(_identity(job, shards))
+    with exclusive(lock_of(whole), waiting=functools.partial(_wait_for, stage=stage)):
         failures: list[Exception] = []
+        steps, folder = _goal(job, whole, until=until)
         if not is_complete(folder):
             if stage is not None:
                 stage(Stage.TRAINING)
@@ -212,7 +225,9 @@ def fit(
                 raise StoppedError("training was asked to end before it began; the same command begins it")
             _check_job(job, shards)
             with (
-                _making(job, shards, folder=folder, on_gpu=gpus_per_worker > 0 if num_workers else None, rungs=rungs) as config,
+                _making(
+                    job, shards, whole=whole, folder=folder, until=steps, on_gpu=gpus_per_worker > 0 if num_workers else None
+                ) as config,
                 following(config.folder / TRAINING_LOG, steps=job.train.max_steps, progress=progress, failures=failures),
                 _stoppable(config.folder / STOP, asked=stop),
             ):
@@ -225,11 +240,19 @@ def fit(
                     cpus_per_worker=cpus_per_worker,
                     gpus_per_worker=gpus_per_worker,
                 )
-        # Also what is left of one whose training was killed before it came to this.
-        RunningTraining(folder=training_folder(folder), belongs_to={}).finish(keep_rungs=bool(rungs))
+        if folder == whole:
+            remove_training(whole)  # also the remains of a training that was killed before this line
         if failures:
             raise failures[0]
         return Checkpoint.open(folder)
+
+
+def _goal(job: TrainJob, whole: Path, *, until: int | None) -> tuple[int, Path]:
+    """Return the steps that ``fit`` trains up to and the folder of the adapter after them; ``whole`` is that of the finished training."""
+    done = RunningTraining(folder=training_folder(whole), belongs_to={}).last_step()
+    steps = job.train.max_steps if until is None else min(max(until, done), job.train.max_steps)
+    is_partial = steps < job.train.max_steps and not is_complete(whole)
+    return steps, partial_folder(whole, step=steps) if is_partial else whole
 
 
 def _wait_for(holder: str, *, stage: StageCallback | None) -> None:
@@ -240,15 +263,16 @@ def _wait_for(holder: str, *, stage: StageCallback | None) -> None:
 
 
 @contextlib.contextmanager
-def _making(job: TrainJob, shards: ShardSet, *, folder: Path, on_gpu: bool | None, rungs: Sequence[int]) -> Iterator[WorkerConfig]:
+def _making(job: TrainJob, shards: ShardSet, *, whole: Path, folder: Path, until: int, on_gpu: bool | None) -> Iterator[WorkerConfig]:
     """What a worker is told to train so that the checkpoint ``folder`` exists when the block ends well; hold its lock.
 
     Args:
         job: What to train.
         shards: Its rows.
-        folder: Of the checkpoint.
+        whole: The folder of the finished training's checkpoint.
+        folder: The folder of the checkpoint that is made now: ``whole``, or that of the adapter after ``until`` steps.
+        until: As in ``WorkerConfig``.
         on_gpu: As in ``WorkerConfig``.
-        rungs: As in ``fit``.
 
     Raises:
         CheckpointError: a checkpoint of the training itself is damaged or of another one; or the block left no adapter.
@@ -256,7 +280,7 @@ def _making(job: TrainJob, shards: ShardSet, *, folder: Path, on_gpu: bool | Non
     """
     tokenizer_digest = ModelTokenizer.load(job.model_dir).digest
     belongs_to = _identity(job, shards) | {"tokenizer": tokenizer_digest}
-    running = RunningTraining(folder=training_folder(folder).absolute(), belongs_to=belongs_to)
+    running = RunningTraining(folder=training_folder(whole).absolute(), belongs_to=belongs_to)
     saved = running.latest()
     if saved:
         log.info("going on after step %d of %d, from %s", saved.step, job.train.max_steps, saved.folder)
@@ -273,7 +297,7 @@ def _making(job: TrainJob, shards: ShardSet, *, folder: Path, on_gpu: bool | Non
             on_gpu=on_gpu,
             folder=scratch.absolute(),
             running=running,
-            rungs=Rungs(steps=tuple(rungs), base_digest=job.base_digest, tokenizer_digest=tokenizer_digest, spec=spec) if rungs else None,
+            until=until,
         )
         shutil.rmtree(scratch / RAY_FOLDER, ignore_errors=True)
         (scratch / STOP).unlink(missing_ok=True)

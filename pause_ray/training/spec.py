@@ -158,17 +158,6 @@ class TrainSpec(Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rungs:
-    """Steps after which the adapter is written as it is then, as a checkpoint that can be scored while training goes on."""
-
-    steps: tuple[int, ...]
-    base_digest: str
-    """This and the following stand in the checkpoint's manifest."""
-    tokenizer_digest: str
-    spec: JsonObject
-
-
-@dataclass(frozen=True, kw_only=True)
 class WorkerConfig:
     """Everything that a training worker needs; picklable, with paths that every node sees."""
 
@@ -184,5 +173,5 @@ class WorkerConfig:
     """Folder in which the first worker writes log and adapter."""
     running: RunningTraining
     """Checkpoints of the training itself."""
-    rungs: Rungs | None = None
-    """None writes the adapter at the end only."""
+    until: int
+    """The number of optimizer steps after which the adapter is written and the workers end; ``train.max_steps`` is the whole training."""

@@ -29,28 +29,26 @@ from pause_ray.training.spec import WorkerConfig
 class Trainer:
     """The training loop. Every worker has one, and all workers call the same methods in the same order."""
 
-    def __init__(self, engine: Any, config: WorkerConfig, *, loses_a_node: Callable[[], bool], write_rung: Callable[[int], None]) -> None:
+    def __init__(self, engine: Any, config: WorkerConfig, *, loses_a_node: Callable[[], bool]) -> None:
         """Prepare the loop around an engine that was just started.
 
         Args:
             engine: DeepSpeed's engine around a ``LossModel``.
             config: What is trained, and where its files go.
             loses_a_node: Returns whether a node with workers on it is about to go away; all workers call it together.
-            write_rung: Writes the adapter as it is after the given step; all workers call it together.
         """
         self._engine = engine
         self._config = config
         self._train = config.train
         self._workers = workers = WorkerGroup(engine.device)
         self._requests = Requests(workers, config.folder, loses_a_node=loses_a_node)
-        self._write_rung = write_rung
         self._layout = batch_layout(self._train, num_workers=workers.size, even=False)
         self._group, self._part = self._layout.place(workers.rank)
         self._shards = ShardSet.open(config.shards)
         self._log = TrainingLogWriter(config.folder / TRAINING_LOG, writes=workers.rank == 0)
 
     def run(self) -> None:
-        """Take the steps that the last checkpoint lacks.
+        """Take the steps up to ``WorkerConfig.until`` that the last checkpoint lacks.
 
         Raises:
             TrainingError: loss, gradient or validation loss is not a number; the last checkpoint stays.
@@ -58,17 +56,15 @@ class Trainer:
             CheckpointError: the last checkpoint is damaged or of another training.
             StorageError: the disk is full; the last checkpoint stays.
         """
-        for step in range(self._resume(), self._train.max_steps):
+        for step in range(self._resume(), self._config.until):
             record = self._step(step)
             done = step + 1
             if done == self._train.max_steps or (self._train.validate_every and done % self._train.validate_every == 0):
                 record |= self._validate(step)
             self._log.append(record)
-            if self._config.rungs is not None and done in self._config.rungs.steps:
-                self._write_rung(done)
             stop, node_goes = self._requests.look()
             due = self._train.checkpoint_every is not None and done % self._train.checkpoint_every == 0
-            if done < self._train.max_steps and (due or stop or node_goes):
+            if done < self._train.max_steps and (due or stop or node_goes or done == self._config.until):
                 self._save(done)
                 if stop:
                     raise StoppedError(

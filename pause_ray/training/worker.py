@@ -7,10 +7,8 @@ folder; the launcher seals that folder.
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -20,9 +18,8 @@ import torch
 import torch.distributed
 from joblib import cpu_count
 
-from pause_ray.core.storage import building, is_complete, space_errors
+from pause_ray.core.storage import space_errors
 from pause_ray.data.shards import ShardSet
-from pause_ray.models.checkpoint import TRAINING_LOG, copy_tokenizer, rung_folder, seal
 from pause_ray.training import deepspeed
 from pause_ray.training.attention import sequence_group
 from pause_ray.training.batching import batch_layout
@@ -56,9 +53,7 @@ def train_on_worker(config: dict[str, Any]) -> None:
         warnings.simplefilter("ignore", FutureWarning)
         engine = _start_engine(settings, device=device)
         try:
-            write_rung = functools.partial(_write_rung, engine, settings)
-            Trainer(engine, settings, loses_a_node=_loses_a_node, write_rung=write_rung).run()
-            del write_rung
+            Trainer(engine, settings, loses_a_node=_loses_a_node).run()
             trained = deepspeed.gather_weights(engine)
             if torch.distributed.get_rank() == 0:
                 with space_errors(settings.folder):
@@ -69,26 +64,6 @@ def train_on_worker(config: dict[str, Any]) -> None:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-
-
-def _write_rung(engine: Any, settings: WorkerConfig, step: int) -> None:
-    """Leave the adapter as it is now beside the training's own checkpoints, unless an earlier attempt has left it; on all workers."""
-    trained = deepspeed.gather_weights(engine)
-    folder = rung_folder(settings.running.folder, step=step)
-    if torch.distributed.get_rank() != 0 or settings.rungs is None or is_complete(folder):
-        return
-    with building(folder) as scratch:
-        copy_tokenizer(settings.model_dir, scratch, marker=settings.marker)
-        write_adapter(engine.module.model, trained=trained, folder=scratch)
-        shutil.copyfile(settings.folder / TRAINING_LOG, scratch / TRAINING_LOG)
-        seal(
-            scratch,
-            base_digest=settings.rungs.base_digest,
-            tokenizer_digest=settings.rungs.tokenizer_digest,
-            marker=settings.marker,
-            spec=settings.rungs.spec,
-            document_digests=ShardSet.open(settings.shards).document_digests(),
-        )
 
 
 def _loses_a_node() -> bool:

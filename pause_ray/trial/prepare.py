@@ -6,16 +6,17 @@ Mistakes in a trial are found here, in seconds and without a GPU. Ray is not imp
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pause_ray.core.errors import ModelError, SpecError
+from pause_ray.core.errors import ModelError, SpecError, TextError
 from pause_ray.core.spec import JsonObject, digest
 from pause_ray.core.storage import MANIFEST
 from pause_ray.data.spec import CorpusSpec, Evaluation, ShardJob, shards_digest
 from pause_ray.evaluation.haystack import Haystack, ask, check_fits, check_lengths, load_haystack, prompt_builder
-from pause_ray.evaluation.suite import Cell, cells, known_facts
+from pause_ray.evaluation.suite import Cell, SuiteSpec, cells, known_facts, proxy_suite
 from pause_ray.inference.engine import HfEngineSpec
 from pause_ray.models.checkpoint import Checkpoint
 from pause_ray.models.sources import model_digest, model_limit_tokens, read_config, resolve_model, row_limit_tokens
@@ -113,8 +114,7 @@ def prepare(spec: TrialSpec, *, cache: Path, shared: PrepareCache | None = None)
             "adapter": digest((adapter.folder / MANIFEST).read_bytes()) if adapter else None,
         }
     )
-    pauses = spec.pauses.resolved() if spec.pauses else None
-    prompts = digest([spec.eval.resolved(), pauses, str(model_dir), tokenizer.digest, limit_tokens, spec.seed, spec.replicate])
+    prompts = _prompt_digest(spec, model_dir)
     if prompts not in shared.fitting:
         _check_lengths(spec, haystack, tokenizer, marker, limit_tokens=limit_tokens, cache=cache)
         shared.fitting.add(prompts)
@@ -164,15 +164,71 @@ def _shard_job(spec: TrialSpec, corpus: CorpusSpec, model_dir: Path, haystack: H
     )
 
 
+def proxy_lengths(trials: Collection[PreparedTrial], *, facts: int, context_tokens: Sequence[int] | None, cache: Path) -> tuple[int, ...]:
+    """Return the lengths at which the proxy can be asked of all ``trials`` of a sweep, so that their scores compare.
+
+    Args:
+        trials: The trials that early stopping compares.
+        facts: The number of facts in the proxy's context.
+        context_tokens: The wanted lengths; None takes the longest length that all suites have and that fits all trials.
+        cache: The folder of fetched packages.
+
+    Raises:
+        SpecError: the suites have no length in common, or no text to hide facts in.
+        ModelError: a prompt is longer than the model takes.
+        TextError: a length leaves no room for the facts.
+    """
+    distinct = {_prompt_digest(trial.spec, trial.model_dir): trial for trial in trials}
+    common = set.intersection(*(set(trial.spec.eval.context_tokens) for trial in distinct.values()))
+    if context_tokens is None and not common:
+        raise SpecError("scheduler: the trials' suites have no length in common; set scheduler.proxy.context_tokens")
+    candidates = [tuple(context_tokens)] if context_tokens is not None else [(length,) for length in sorted(common, reverse=True)]
+    for lengths in candidates:
+        try:
+            for trial in distinct.values():
+                _check_proxy(trial, proxy_suite(trial.spec.eval, facts=facts, context_tokens=lengths), cache=cache)
+        except (ModelError, TextError):
+            if lengths == candidates[-1]:
+                raise
+        else:
+            return lengths
+    raise AssertionError("every suite has a length")
+
+
+def _prompt_digest(spec: TrialSpec, model_dir: Path) -> str:
+    """Return a digest of what decides the prompts of a trial with this model folder."""
+    pauses = spec.pauses.resolved() if spec.pauses else None
+    return digest([spec.eval.resolved(), pauses, str(model_dir), spec.seed, spec.replicate])
+
+
+def _check_proxy(trial: PreparedTrial, proxy: SuiteSpec, *, cache: Path) -> None:
+    spec, limit_tokens = trial.spec, model_limit_tokens(trial.model_dir)
+    check_lengths(proxy, limit_tokens=limit_tokens, origin=spec.model.source)
+    haystack = load_haystack(proxy, cache=cache, seed=spec.seed, replicate=spec.replicate, data_seed=spec.data_seed)
+    tokenizer = ModelTokenizer.load(trial.model_dir)
+    _check_lengths(spec, haystack, tokenizer, trial.marker, limit_tokens=limit_tokens, cache=cache, proxy=proxy)
+
+
 def _check_lengths(
-    spec: TrialSpec, haystack: Haystack, tokenizer: ModelTokenizer, marker: Marker, *, limit_tokens: int, cache: Path
+    spec: TrialSpec,
+    haystack: Haystack,
+    tokenizer: ModelTokenizer,
+    marker: Marker,
+    *,
+    limit_tokens: int,
+    cache: Path,
+    proxy: SuiteSpec | None = None,
 ) -> None:
-    """Build the shortest prompts, which may have no room for their facts, and a longest one, which may exceed the model's limit."""
-    grid = cells(spec.eval, identity="", replicate=spec.replicate, seed=spec.data_seed)
+    """Build the shortest prompts, which may have no room for their facts, and a longest one, which may exceed the model's limit.
+
+    The prompts of a length of the ``proxy`` differ in the question only, so that one of them is enough.
+    """
+    suite = proxy or spec.eval
+    grid = cells(suite, identity="", replicate=spec.replicate, seed=spec.data_seed)
     builder = prompt_builder(
-        haystack, suite=spec.eval, tokenizer=tokenizer, policy=spec.pauses, marker=marker, seed=spec.data_seed, cache=cache
+        haystack, suite=suite, tokenizer=tokenizer, policy=spec.pauses, marker=marker, seed=spec.data_seed, cache=cache
     )
-    shortest, longest = min(spec.eval.context_tokens), max(spec.eval.context_tokens)
-    extremes = [cell for cell in grid if cell.context_tokens == shortest]
+    shortest, longest = min(suite.context_tokens), max(suite.context_tokens)
+    extremes = [cell for cell in grid if cell.context_tokens == shortest][: 1 if proxy else None]
     for cell in [*extremes, next(cell for cell in reversed(grid) if cell.context_tokens == longest)]:
-        check_fits(ask(cell, builder), max_new_tokens=spec.eval.max_new_tokens, limit_tokens=limit_tokens, origin=spec.model.source)
+        check_fits(ask(cell, builder), max_new_tokens=suite.max_new_tokens, limit_tokens=limit_tokens, origin=spec.model.source)

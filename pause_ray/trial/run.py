@@ -10,11 +10,12 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from pause_ray import __version__
+from pause_ray.core.errors import ModelError
 from pause_ray.core.process import Stage, format_trial
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import MANIFEST, Storage, exclusive, is_complete, lock_of, write_json
@@ -22,6 +23,7 @@ from pause_ray.data.shards import ShardSet
 from pause_ray.evaluation.answer import Condition
 from pause_ray.evaluation.ledger import CellResult, Ledger
 from pause_ray.evaluation.scoring_actor import CellScorer, ScoringJob
+from pause_ray.evaluation.suite import SuiteSpec, cells
 from pause_ray.inference.engine import HfEngineSpec, LoadedAs, depends_on_shapes
 from pause_ray.models.checkpoint import Checkpoint
 from pause_ray.trial.prepare import PreparedTrial
@@ -110,10 +112,10 @@ def run_training(
     storage: Storage,
     train_gpus: float,
     progress: TrialProgress,
-    rungs: Sequence[int] = (),
+    until: int | None = None,
     stop: threading.Event | None = None,
 ) -> Checkpoint:
-    """Train with a trial's resources; ``rungs`` and ``stop`` are those of ``training.launch.fit``."""
+    """Train with a trial's resources; ``until`` and ``stop`` are those of ``training.launch.fit``."""
     from pause_ray.training.launch import fit  # imports Ray Train
 
     fewest, most = resources.worker_bounds
@@ -125,7 +127,7 @@ def run_training(
         gpus_per_worker=train_gpus,
         progress=lambda done, total, row: progress(Stage.TRAINING, done, total, row),
         stage=lambda stage: progress(stage, 0, job.train.max_steps),
-        rungs=rungs,
+        until=until,
         stop=stop,
     )
 
@@ -210,6 +212,62 @@ def score_cells(trial: PreparedTrial, job: ScoringJob, *, ledger: Ledger, scorer
 
     if missing:
         scorer.score(job, missing, on_result=on_result, on_wait=on_wait)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyScore:
+    """The result of the proxy for one adapter."""
+
+    score: float
+    """The mean of the scored cells, 0 to 1."""
+    num_cells: int
+    """The number of scored cells; others could not be scored."""
+    seconds: float
+    """The time from the question to the last answer, including the wait for a scoring actor."""
+    prefilled_tokens: int
+    """The number of prompt tokens that were computed."""
+
+
+def score_proxy(
+    trial: PreparedTrial, adapter: Checkpoint, suite: SuiteSpec, *, arm: str, storage: Storage, scorer: CellScorer, progress: TrialProgress
+) -> ProxyScore:
+    """Score an adapter of the trial's unfinished training with the proxy ``suite``; nothing of it enters the ledger.
+
+    The stage ``proxy`` shows how far the training is.
+
+    Raises:
+        ModelError: no cell could be scored.
+        UserError: as for ``CellScorer.score``.
+    """
+    started = time.monotonic()
+    job = dataclasses.replace(scoring_job(trial, arm=arm, checkpoint=adapter, storage=storage), suite=suite, purpose="proxy")
+    trained, max_steps = adapter.num_steps, trial.spec.train.max_steps if trial.spec.train else adapter.num_steps
+    asked = cells(suite, identity=f"{trial.digest} {trained}", replicate=trial.spec.replicate, seed=trial.spec.data_seed)
+    rows: list[CellResult] = []
+
+    def on_result(result: CellResult) -> None:
+        rows.append(result)
+        progress(Stage.PROXY, trained, max_steps)
+
+    def on_wait(waits: bool) -> None:  # noqa: FBT001 (the signature of CellScorer)
+        if waits:
+            progress(Stage.QUEUED, 0, len(trial.cells))
+        else:
+            progress(Stage.PROXY, trained, max_steps)
+
+    scorer.score(job, asked, on_result=on_result, on_wait=on_wait)
+    scores = [row.score for row in rows if row.score is not None]
+    if not scores:
+        raise ModelError(
+            f"none of the {len(rows)} proxy cells after step {trained} could be scored ({rows[0].unscored_reason}); "
+            "put that right, or leave scheduler out"
+        )
+    return ProxyScore(
+        score=sum(scores) / len(scores),
+        num_cells=len(scores),
+        seconds=round(time.monotonic() - started, 3),
+        prefilled_tokens=sum(row.prefilled_tokens for row in rows),
+    )
 
 
 def recheck_cells(

@@ -54,7 +54,6 @@ PROCESS_BORDERS = {
     "sweep.in_process",  # a trial: the error is kept and the sweep goes on
     "sweep.trainable",  # a trial's process: the error is kept and the sweep goes on
     "training.metrics",  # a thread: raised again by the one that started it
-    "trial.early_stopping",  # likewise
     "core.storage",  # tokenizers and safetensors raise Rust's errors, whose class says nothing; all but a full disk go on
     "tracking.store",  # another system, whose client raises whatever its transport raised
 }

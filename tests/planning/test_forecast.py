@@ -242,7 +242,7 @@ def test_stopped_points_are_left_out_in_all_arms(folder: Path, storage: Storage)
         folder,
         trial__train__max_steps=27,
         trial__corpus__num_sequences=54,
-        scheduler={"kind": "asha", "rungs": 2},
+        scheduler={"kind": "asha", "grace_period": 3},
         arms__bare={"pauses": None},
     )
     known = SweepTrials(sweep, storage=storage, command="", progress=lambda done, of: None)

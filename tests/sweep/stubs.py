@@ -9,11 +9,12 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import yaml
 
 from pause_ray.core.errors import SpecError
 from pause_ray.inference.engine import Completion, EngineError, LoadedAs, PromptStep
-from pause_ray.inference.scripted import ScriptedEngine
+from pause_ray.inference.scripted import UNKNOWN, ScriptedEngine
 from tests.evaluation.tiny import STOCK, WORDS, make_haystack_folder, make_text, make_tokenizer_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,11 +36,22 @@ class StubEngine(ScriptedEngine):
     """Is blind in a part of the prompt that the adapter decides, so that trials differ in their scores."""
 
     cell_seconds: float = 0.0
+    _rank: int = field(default=0, init=False)
 
     def use(self, wanted: LoadedAs) -> None:
         super().use(wanted)
         name = wanted.adapter_dir.name if wanted.adapter_dir else "base"
         self.blind_percent = (20.0, 30.0 + hashlib.sha256(name.encode()).digest()[0] / 4)
+        config = wanted.adapter_dir / "adapter_config.json" if wanted.adapter_dir else None
+        self._rank = json.loads(config.read_text())["r"] if config else 0
+
+    def _answer(self, text: str, *, num_tokens: int) -> str:
+        """Answer the proxy as well: the higher the adapter's rank, the earlier in the context is the first fact that it finds."""
+        asked = re.search(r"Which number opens the locker (.+?)\?", text)
+        fact = re.search(rf"The locker {re.escape(asked[1])} opens with the number (\d+)\.", text) if asked else None
+        if fact is None:
+            return super()._answer(text, num_tokens=num_tokens)
+        return fact[1] if fact.start() >= len(text) * (1 - self._rank / 16) else UNKNOWN
 
     def answer(self, steps: Sequence[PromptStep]) -> Iterator[tuple[int, Completion | EngineError]]:
         for place, outcome in super().answer(steps):
@@ -48,7 +60,7 @@ class StubEngine(ScriptedEngine):
 
 
 def write_adapter(train: Callable[[dict[str, Any]], None], config: dict[str, Any], *, step_seconds: float, **placement: Any) -> None:
-    """Stands for Ray Train's workers: a row of the log per step, then an adapter that the spec and the seed decide."""
+    """Stand in for Ray Train's workers: go on from the last checkpoint, write a row of the log per step, then an adapter."""
     from pause_ray.core.errors import StoppedError
     from pause_ray.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STOP, TRAINING_LOG
 
@@ -60,8 +72,11 @@ def write_adapter(train: Callable[[dict[str, Any]], None], config: dict[str, Any
         time.sleep(1)
     if lora.rank == KILLING_RANK:
         os.kill(os.getpid(), signal.SIGKILL)
+    saved = settings.running.latest()
+    rows = saved.log_rows() if saved else []
     with (settings.folder / TRAINING_LOG).open("w") as log:
-        for step in range(1, settings.train.max_steps + 1):
+        log.writelines(json.dumps(row) + "\n" for row in rows)
+        for step in range(len(rows) + 1, settings.until + 1):
             if (settings.folder / STOP).exists():
                 raise StoppedError(f"stopped before step {step}; the same command goes on")
             time.sleep(step_seconds)
@@ -75,6 +90,9 @@ def write_adapter(train: Callable[[dict[str, Any]], None], config: dict[str, Any
             }
             log.write(json.dumps(row) + "\n")
             log.flush()
+            rows.append(row)
+    if settings.until < settings.train.max_steps:
+        settings.running.save(settings.until, write_tensors=lambda path: path.write_bytes(b""), log_rows=rows, facts={}, keep_last=1)
     (settings.folder / ADAPTER_CONFIG).write_text(json.dumps({"r": lora.rank, "seed": settings.seed}))
     (settings.folder / ADAPTER_WEIGHTS).write_bytes(b"")
 

@@ -219,7 +219,10 @@ def test_what_is_lost_costs_what_it_was_at_and_nothing_else(sweep: Path, undistu
     assert sealed.items() <= finished(storage).items(), "what was finished was made again"
 
 
-@pytest.mark.parametrize("scheduler", [None, {"kind": "asha", "rungs": 1, "reduction": 2, "proxy": {"facts": 2}}], ids=["alone", "judged"])
+ASHA = {"kind": "asha", "grace_period": 2, "reduction_factor": 2, "proxy": {"facts": 2}}
+
+
+@pytest.mark.parametrize("scheduler", [None, ASHA], ids=["alone", "early stopping"])
 def test_a_trial_that_takes_its_process_with_it_again_and_again_has_failed(tmp_path: Path, scheduler: JsonObject | None) -> None:
     ranks = {"train.lora.rank": {"grid": [KILLING_RANK, 2]}}
     sweep = write_stub_sweep(tmp_path, name="deadly", **{"search": ranks, "arms": {}, "scheduler": scheduler})

@@ -15,7 +15,7 @@ from tests.evaluation.answered_rows import row
 from tests.evaluation.tiny import STOCK
 from tests.sweep.stubs import write_stub_sweep
 
-ASHA = {"kind": "asha", "rungs": 2, "reduction": 2}
+ASHA = {"kind": "asha", "grace_period": 1, "reduction_factor": 3}
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,7 @@ def test_stops_and_rungs_of_one_scheduler_are_nothing_to_another_or_to_none(stub
     others: list[JsonObject] = [
         {},
         {"scheduler": ASHA},
-        {"scheduler": {**ASHA, "kind": "median"}},
-        {"scheduler": {**ASHA, "rungs": 1}},
+        {"scheduler": {**ASHA, "reduction_factor": 2}},
         {"scheduler": {**ASHA, "proxy": {"facts": 8}}},
         {"scheduler": ASHA, "objective.mode": "min"},
     ]

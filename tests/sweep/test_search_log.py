@@ -57,6 +57,6 @@ def test_trials_are_spared_with_the_last_of_their_point(tmp_path: Path) -> None:
         *(entry(f"t{rank}", "tuned", {"rank": rank}) for rank in (4, 8)),
         entry("base", "baseline", {}),
     ]
-    left_out = SearchRecord.read(tmp_path).left_out(entries, governed_arm="paused")
+    left_out = SearchRecord.read(tmp_path).left_out(entries, arm="paused")
     assert left_out == {"p14", "p18", "p24", "p14-1", "u1", "t4"}
-    assert SearchRecord().left_out(entries, governed_arm="paused") == set()
+    assert SearchRecord().left_out(entries, arm="paused") == set()

@@ -135,7 +135,7 @@ def test_who_cannot_be_asked_is_not_taken_to_begin_anew() -> None:
 
 
 def test_a_gpu_is_idle_that_is_free_or_whose_holder_waits() -> None:
-    running = [TrialState(Stage.TRAINING, 1, 2), TrialState(Stage.SCORING, 1, 2), TrialState(Stage.PAUSED, 0, 1)]
+    running = [TrialState(Stage.TRAINING, 1, 2), TrialState(Stage.SCORING, 1, 2)]
     cluster = ClusterState(scoring=scoring(pids=(1, 2, 3), busy=1), gpus=8.0, free_gpus=1.0)
     assert idle_share(running, cluster, per_actor=0.5, per_trial=1.0) == pytest.approx((1.0 + 2 * 0.5 + 1.0) / 8)
     unknown = ClusterState(gpus=8.0, free_gpus=1.0)

@@ -1,4 +1,4 @@
-"""A whole sweep under a scheduler, with real training, from the command line: rungs are scored while the adapter is trained."""
+"""A whole sweep with early stopping and real training, from the command line."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pause_ray.models.checkpoint import Checkpoint
 from pause_ray.sweep.search_log import SearchRecord
 from tests.sweep.tiny_sweep import answers, run_sweep_to_its_end, write_model, write_sweep
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 STEPS = 8
-SCHEDULER = {"kind": "asha", "rungs": 2, "reduction": 2, "proxy": {"facts": 3}}
+SCHEDULER = {"kind": "asha", "grace_period": 2, "reduction_factor": 2, "proxy": {"facts": 3}}
 
 
 @pytest.fixture(scope="module")
@@ -28,18 +28,18 @@ def sweep_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_real_adapters_are_looked_at_on_their_way(sweep_file: Path, tmp_path: Path) -> None:
+def test_real_adapters_are_scored_at_every_rung(sweep_file: Path, tmp_path: Path) -> None:
     output = run_sweep_to_its_end(sweep_file, tmp_path)
     [folder] = (tmp_path / "sweeps").glob("tiny-*")
     record = SearchRecord.read(folder)
     entries: list[dict[str, Any]] = json.loads((folder / "sweep.json").read_text())["trials"]
-    judged = [entry["digest"] for entry in entries if entry["arm"] == "pause_tuned"]
+    compared = [entry["digest"] for entry in entries if entry["arm"] == "pause_tuned"]
     assert [(rung.trial, rung.rung, rung.step) for rung in record.rungs] == [
-        (key, rung, step) for key, (rung, step) in itertools.product(judged, enumerate((2, 4)))
+        (key, rung, step) for key, (rung, step) in itertools.product(compared, enumerate((2, 4)))
     ], output
     assert {rung.num_cells for rung in record.rungs} == {3}
-    assert not record.stops, "a random model finds no fact, so nobody is behind"
+    assert not record.stops, "a random model finds no fact, so no trial is worse than another"
     assert {key: len(rows) for key, rows in answers(tmp_path).items()} == {entry["digest"]: 6 for entry in entries}
     adapters = [Checkpoint.open(path) for path in (tmp_path / "checkpoints").glob("[!.]*")]
     assert [adapter.num_steps for adapter in adapters] == [STEPS, STEPS]
-    assert not list((tmp_path / "checkpoints").glob(".*.training")), "rungs stayed behind"
+    assert not [*(tmp_path / "checkpoints").glob(".*.training"), *(tmp_path / "checkpoints").glob(".*.after-*")], "unfinished ones stayed"

@@ -1,0 +1,217 @@
+"""Early stopping with Ray Tune's ASHA: a trial trains up to a rung, its adapter is scored with the proxy, and ASHA decides.
+
+ASHA compares the trials of the unchanged arm at replicate 0. Rung scores and stops are in ``search.jsonl`` before anything follows from
+them. A restarted driver tells a fresh ASHA the recorded scores in their order, which makes it stop the same trials.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+
+from pause_ray.core.storage import is_complete
+from pause_ray.evaluation.suite import proxy_suite
+from pause_ray.models.checkpoint import Checkpoint
+from pause_ray.sweep.reporter import TrialReporter
+from pause_ray.sweep.search_log import RungScore, SearchLog, SearchRecord, Stop
+from pause_ray.sweep.spec import PlannedTrial, SchedulerSpec, SweepSpec
+from pause_ray.sweep.trainable import IDLE_SECONDS, SCORE, ReapIdleActors, Shared, TuneTrial, check_storage, guarded
+from pause_ray.trial.run import make_shards, run_training, score_proxy, training_job
+
+log = logging.getLogger("pause_ray")
+
+PROXY_SCORE, STEP, RUNG = "proxy_score", "train_step", "rung"
+"""Keys of a trial's result: what ASHA compares, its clock, and the ``RungScore`` for the log."""
+
+
+class _Planned(Protocol):
+    @property
+    def planned(self) -> PlannedTrial: ...
+
+
+def compared_trials(sweep: SweepSpec, trials: Mapping[str, _Planned]) -> list[str]:
+    """Return the digests of the trials that ASHA compares, in the sweep's order; none without a scheduler."""
+    if sweep.scheduler is None:
+        return []
+    return [
+        key
+        for key, trial in trials.items()
+        if trial.planned.arm == sweep.arm and trial.planned.spec.replicate == 0 and trial.planned.spec.train is not None
+    ]
+
+
+class EarlyStopping(ReapIdleActors, ASHAScheduler):  # type: ignore[misc]
+    """Tune's ASHA with a log: it writes each rung score before the decision and each stop before Tune acts on it."""
+
+    def __init__(
+        self,
+        spec: SchedulerSpec,
+        *,
+        mode: str,
+        trials: Mapping[str, _Planned],
+        finished: Collection[str],
+        search_log: SearchLog,
+        on_stop: Callable[[str], None],
+    ) -> None:
+        """Begin where the log ends: tell ASHA the recorded scores in their order and write the stops that the log lacks.
+
+        A driver that was killed between a score and its stop leaves such a log. A finished trial is never stopped.
+
+        Args:
+            spec: The sweep's scheduler.
+            mode: ``max`` or ``min``, the better direction of a score.
+            trials: The trials that are compared, by digest.
+            finished: The digests of those whose cells are all scored.
+            search_log: The log of the sweep.
+            on_stop: Called with the digest of every trial that is stopped.
+        """
+        steps = [trial.planned.spec.train.max_steps for trial in trials.values() if trial.planned.spec.train is not None]
+        super().__init__(
+            IDLE_SECONDS,
+            time_attr=STEP,
+            metric=PROXY_SCORE,
+            mode=mode,
+            grace_period=spec.grace_period,
+            reduction_factor=spec.reduction_factor,
+            max_t=max(steps),
+            stop_last_trials=False,  # a training that reaches its last step is scored on its whole grid
+        )
+        self._points = {key: trial.planned.point for key, trial in trials.items()}
+        self._search_log, self._on_stop, self._kind = search_log, on_stop, spec.kind
+        record = SearchRecord.read(search_log.path.parent)
+        self.stopped = set(record.stops) & set(trials)
+        """The digests of the trials that were stopped."""
+        replayed: dict[str, Any] = {}
+        for score in record.rungs:
+            if score.trial not in trials:
+                continue
+            if score.trial not in replayed:
+                replayed[score.trial] = SimpleNamespace(trial_id=score.trial)
+                self.on_trial_add(None, replayed[score.trial])
+            decision = super().on_trial_result(None, replayed[score.trial], _compared_values(score))
+            if decision == TrialScheduler.STOP and score.trial not in {*self.stopped, *finished}:
+                self._note_stop(score)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return nothing: Tune pickles its scheduler to restore an experiment, which the search log makes unnecessary."""
+        return {}
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Write the score, let ASHA decide, and write its stop."""
+        score: RungScore = result[RUNG]
+        self._search_log.append(score.as_event(point=self._points[score.trial]))
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        if decision == TrialScheduler.STOP:
+            self._note_stop(score)
+        return decision
+
+    def _note_stop(self, score: RungScore) -> None:
+        self.stopped.add(score.trial)
+        self._search_log.append(Stop(trial=score.trial, rung=score.rung, by=self._kind).as_event(point=self._points[score.trial]))
+        self._on_stop(score.trial)
+
+
+def _compared_values(score: RungScore) -> dict[str, Any]:
+    return {PROXY_SCORE: math.nan if score.proxy_score is None else score.proxy_score, STEP: score.step}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RungTrial:
+    """What a trial's process knows of early stopping."""
+
+    scheduler: SchedulerSpec
+    context_tokens: tuple[int, ...]
+    """The lengths of the proxy, the same for all trials."""
+
+
+class EarlyStoppedTrial(TuneTrial):
+    """A trial in one step per rung and one for the rest. Tune stops it between two steps, when it neither trains nor scores."""
+
+    def setup(self, config: dict[str, Any], *, shared: Shared, rung_trial: RungTrial) -> None:  # type: ignore[override]
+        """Set the process up as ``TuneTrial`` does."""
+        super().setup(config, shared=shared)
+        self._rung_trial = rung_trial
+        self._adapter: Checkpoint | None = None
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the next trial in this process."""
+        self._remove_adapter()
+        self._reporter: TrialReporter | None = None
+        self._last: dict[str, Any] = {PROXY_SCORE: math.nan, STEP: 0}
+        return True
+
+    def cleanup(self) -> None:
+        """Remove what the trial no longer needs before the process ends."""
+        self._remove_adapter()
+
+    def step(self) -> dict[str, Any]:
+        """Come to the next rung and return its score, or come to the end of the trial."""
+        self._remove_adapter()
+        with self._named():
+            if self._reporter is None:
+                self._reporter = TrialReporter(self._shared.progress_actor, self.config["trial"])
+                log.info("begins")
+            reporter = self._reporter
+            # Tune refuses a result without the scheduler's metric, also that of a trial which ends.
+            result = guarded(reporter, lambda: self._next_rung(reporter) or self._finish(reporter))
+            return self._last | result
+
+    def _next_rung(self, reporter: TrialReporter) -> dict[str, Any] | None:
+        """Train to the next rung that has no score and score the adapter there; return None if no rung is left."""
+        shared, trial = self._shared, self._shared.trials[self.config["trial"]]
+        prepared, spec = trial.prepared, self._rung_trial.scheduler
+        check_storage(shared.folder)
+        if prepared.spec.train is None or is_complete(shared.storage.trials / prepared.digest):
+            return None
+        recorded = [score.step for score in SearchRecord.read(shared.folder).rungs if score.trial == prepared.digest]
+        done = max(recorded, default=self._last[STEP])
+        open_rungs = [(rung, step) for rung, step in enumerate(spec.steps(prepared.spec.train.max_steps)) if step > done]
+        job = training_job(prepared, make_shards(prepared, storage=shared.storage, progress=reporter)) if open_rungs else None
+        if job is None:
+            return None
+        for rung, step in open_rungs:
+            self._adapter = run_training(
+                job,
+                prepared.spec.resources,
+                storage=shared.storage,
+                train_gpus=shared.train_gpus,
+                progress=reporter,
+                until=step,
+                stop=reporter.ending,
+            )
+            if self._adapter.num_steps == step:
+                return self._score(rung, self._adapter, reporter)
+        return None  # an earlier training of the same adapter went past all rungs, so stopping would save nothing
+
+    def _score(self, rung: int, adapter: Checkpoint, reporter: TrialReporter) -> dict[str, Any]:
+        shared, trial, proxy = self._shared, self._shared.trials[self.config["trial"]], self._rung_trial.scheduler.proxy
+        suite = proxy_suite(trial.prepared.spec.eval, facts=proxy.facts, context_tokens=self._rung_trial.context_tokens)
+        result = score_proxy(
+            trial.prepared, adapter, suite, arm=trial.planned.arm, storage=shared.storage, scorer=shared.pool, progress=reporter
+        )
+        score = RungScore(
+            trial=trial.prepared.digest,
+            rung=rung,
+            step=adapter.num_steps,
+            proxy_score=result.score,
+            num_cells=result.num_cells,
+            seconds=result.seconds,
+            prefilled_tokens=result.prefilled_tokens,
+        )
+        self._last = _compared_values(score)
+        return {RUNG: score, SCORE: None, tune.result.DONE: False}
+
+    def _remove_adapter(self) -> None:
+        """Remove the adapter of the last rung, which nobody needs once its score is reported; the training has its own checkpoint."""
+        if self._adapter is not None and self._adapter.folder.name.startswith("."):
+            shutil.rmtree(self._adapter.folder, ignore_errors=True)
+        self._adapter = None
