@@ -1,6 +1,6 @@
-"""The command line: every verb, and the process border around them.
+"""The command line: all verbs, and the exit codes.
 
-Heavy modules (Ray, torch, MLflow) are imported by the verb that needs them, so that ``check`` and ``--help`` answer at once.
+Heavy modules (Ray, torch, MLflow) are imported by the verb that needs them, so that ``check`` and ``--help`` answer quickly.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _global(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False,
 ) -> None:
     logging.getLogger("pause_ray").setLevel(logging.INFO)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries are not news; what came of them is said by who asked
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # the caller reports the result of its retries
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=err, show_time=False, show_path=False)])
 
 
@@ -47,7 +47,7 @@ def main() -> None:
         err.print(f"[red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except SystemExit as end:
-        # Typer makes an exit of its own of Ctrl-C.
+        # Typer turns Ctrl-C into an exit of its own.
         if end.__context__ is not None and isinstance(end.__context__.__cause__, KeyboardInterrupt):
-            err.print("stopped; run the same command again to go on where it was")
+            err.print("stopped; run the same command again to resume")
         raise

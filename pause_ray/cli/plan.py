@@ -1,4 +1,4 @@
-"""The verb plan: memory, time and money of a training and its scoring, before a GPU is rented."""
+"""The verb plan: memory, time and cost of a training and its scoring."""
 
 from __future__ import annotations
 
@@ -30,45 +30,47 @@ GPU_TABLE = "cluster/gpus.yaml"
 SUITE = "eval/suites/paper.yaml"
 ROW_TOKENS = 8192
 LEAST_ROWS = 8
-"""In a step, where no file says it: the paper's batch."""
+"""Least number of rows in a step if no file names it: the paper's batch."""
 CONFIG = "config.json"
 BESIDE = 3
-"""Plans that are shown side by side, with their memory by part; more get a line each."""
+"""TrialPlanner that are shown side by side, with their memory by part; more get a line each."""
 
 
 class _Planned(Spec):
-    """What ``--set`` may change where no file describes a trial."""
+    """The fields that ``--set`` may change without a spec file."""
 
     train: TrainSpec = TrainSpec()
 
 
 @app.command()
 def plan(
-    spec: Annotated[Path | None, typer.Argument(help="YAML file of a trial or sweep; without one, --model says what.")] = None,
+    spec: Annotated[Path | None, typer.Argument(help="YAML file of a trial or sweep; without one, --model names the models.")] = None,
     model: Annotated[
         list[str] | None,
         typer.Option(help="Hub id, folder, config.json, or 3B, 8B, 70B (Llama 3). May be repeated; default without a file: these three."),
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="How many, in all.")] = 8,
-    gpu: Annotated[str | None, typer.Option(help="A name in the table of GPUs; default: the first with that memory.")] = None,
-    gpu_memory: Annotated[str | None, typer.Option(help="Of one GPU, such as 80GB; default: as in the table.")] = None,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of one machine.")] = 8,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs in all.")] = 8,
+    gpu: Annotated[str | None, typer.Option(help="Name of a GPU in the table; default: the first with the memory of --gpu-memory.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="Memory of one GPU, such as 80GB; default: as in the table.")] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Number of GPUs in one machine.")] = 8,
     row_tokens: Annotated[
-        int | None, typer.Option(min=64, help=f"Of every training row, all learned, where no file says it; default: {ROW_TOKENS}.")
+        int | None, typer.Option(min=64, help=f"Tokens of every training row, without a spec file; default: {ROW_TOKENS}.")
     ] = None,
-    suite: Annotated[str | None, typer.Option(help=f"Suite to score, where no file says it; default: {SUITE}.")] = None,
-    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Assumed share of the GPUs' peak that is reached.")] = 0.4,
-    network: Annotated[float, typer.Option(min=0.1, help="Assumed GB/s between machines, of each machine.")] = 50.0,
+    suite: Annotated[str | None, typer.Option(help=f"Suite to score, without a spec file; default: {SUITE}.")] = None,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Assumed share of the GPUs' peak operations per second.")] = 0.4,
+    network: Annotated[float, typer.Option(min=0.1, help="Assumed network bandwidth of each machine in GB/s.")] = 50.0,
     gpu_table: Annotated[str, typer.Option(help="YAML file with GPUs and their prices.")] = GPU_TABLE,
     set_: Sets = None,
     as_json: AsJson = False,
     storage: StorageRoot = DEFAULT_STORAGE,
 ) -> None:
-    """Say what fine-tuning and scoring will take: memory by part, time, tokens, cost, and the smallest cluster. Loads no weights.
+    """Estimate memory, time, tokens and cost of fine-tuning and scoring, and the smallest cluster that fits. Loads no weights.
 
     Examples: `pause-ray plan --model 70B --gpus 16 --gpu-memory 80GB`;
     `pause-ray plan sweeps/paper.yaml --gpus 8 --gpu H100`;
     `pause-ray plan --model 8B --gpus 1 --row-tokens 131072 --set train.quantize=nf4`
+
+    Next: `pause-ray sweep FILE --dry-run` lists every trial with what is left to do; `pause-ray check FILE --cluster` checks the nodes.
     """
     from pause_ray.trial.needs import Site, parse_memory, read_gpus
 
@@ -100,7 +102,11 @@ def plan(
 
 
 def _content(name: str, *, option: str) -> Path:
-    """A file that is named, or that the project ships beside the package."""
+    """Return the path of a file that an option names.
+
+    Raises:
+        SpecError: There is no such file.
+    """
     path = Path(name).expanduser()
     if not path.is_file():
         raise SpecError(
@@ -124,9 +130,9 @@ def _is_sweep(spec: Path) -> bool:
 
 
 def _of_model(name: str, *, site: Site, row_tokens: int, suite: SuiteSpec, set_: list[str] | None, root: Storage) -> Plan:
-    """The paper's training, with whatever stage fits and activations recomputed, on at least eight rows per step that all GPUs share.
+    """Return the plan of the paper's training: any ZeRO stage that fits, activations recomputed, at least eight rows in a step.
 
-    Every token of a row counts as learned, which is the most that a training can take.
+    Every token of a row has a loss, which is the most that a training can take.
     """
     from pause_ray.evaluation.haystack import check_lengths
     from pause_ray.models.shape import ModelShape
@@ -155,7 +161,7 @@ def _of_model(name: str, *, site: Site, row_tokens: int, suite: SuiteSpec, set_:
 
 
 def _config(name: str, *, root: Storage) -> tuple[Mapping[str, Any], str]:
-    """The config of a published model, of a ``config.json``, or of whatever ``model.source`` may name, and where it is from."""
+    """Return the config of a published model, a ``config.json`` or a ``model.source``, and its origin."""
     from pause_ray.models.sources import read_config, resolve_model
 
     path, published = Path(name).expanduser(), published_config(name)
@@ -181,8 +187,8 @@ def _of_trials(spec: Path, *, site: Site, set_: list[str] | None, root: Storage)
 
 def _show(plans: list[Plan], site: Site) -> None:
     out.print(_side_by_side(plans, site) if len(plans) <= BESIDE else _line_by_line(plans, site))
-    for misfit, labels in _misfits(plans, site).items():
-        out.print(f"[red]{escape(', '.join(labels))}: {escape(misfit)}[/]", highlight=False)
+    for reason, labels in _too_large(plans, site).items():
+        out.print(f"[red]{escape(', '.join(labels))}: {escape(reason)}[/]", highlight=False)
     gpu = site.gpu
     out.print(
         f"Assumed: all GPUs train one model, then score it, one trial after another; {site.utilization:.0%} of {gpu.bf16_tflops:g} TFLOP/s "
@@ -193,8 +199,8 @@ def _show(plans: list[Plan], site: Site) -> None:
     )
 
 
-def _misfits(plans: list[Plan], site: Site) -> dict[str, list[str]]:
-    """What does not fit and what would → the plans of which that is so."""
+def _too_large(plans: list[Plan], site: Site) -> dict[str, list[str]]:
+    """Return sentences that say what does not fit and what would, each with the labels of its plans."""
     found: dict[str, list[str]] = {}
     for each in plans:
         if each.remedy is not None:

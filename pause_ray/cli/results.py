@@ -1,4 +1,4 @@
-"""Verbs that read what others left: report, compare, rescore, export, import."""
+"""The verbs that read results: report, compare, rescore, export, import."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 @app.command()
 def report(
     name: Annotated[str, typer.Argument(help="Folder of a sweep, or its name under the storage root", show_default=False)],
-    log: Annotated[bool, typer.Option("--log", help="Also send to MLflow what is missing there.")] = False,
+    log: Annotated[bool, typer.Option("--log", help="Also send the results to MLflow that it does not have.")] = False,
     as_json: AsJson = False,
     storage: StorageRoot = DEFAULT_STORAGE,
 ) -> None:
-    """Write the report of a sweep again from its ledgers, finished or not, and its best trial's folder.
+    """Write the report of a sweep from its ledgers, finished or not, and export its best trial.
 
     Example: `pause-ray report quickstart --log`
+
+    Next: open the report in a browser; `pause-ray compare SWEEP:ARM SWEEP:ARM` compares two arms in detail.
     """
     from pause_ray.report.best import export_best
     from pause_ray.report.comparison import find_sweep
@@ -61,7 +63,7 @@ Arms = Annotated[
     list[str],
     typer.Argument(
         metavar="ARM",
-        help="Ledger file, trial folder, folder of ledgers (its replicates), or SWEEP:ARM; the first is the reference.",
+        help="Ledger file, trial folder, folder of ledgers (replicates of an arm), or SWEEP:ARM; the first is the reference.",
         show_default=False,
     ),
 ]
@@ -69,14 +71,16 @@ Arms = Annotated[
 
 @app.command()
 def compare(arms: Arms, as_json: AsJson = False, storage: StorageRoot = DEFAULT_STORAGE) -> None:
-    """Compare arms cell by cell, with intervals and corrected p values; works on any ledgers.
+    """Compare arms cell by cell, with intervals and corrected p values. Any ledgers can be compared.
 
     Examples: `pause-ray compare quickstart:baseline quickstart:pauses_untuned`;
     `pause-ray compare base.jsonl tuned.jsonl`
+
+    Next: `pause-ray rescore` grades the same answers by another rule.
     """
     from pause_ray.report.comparison import compare_ledgers, comparison_json, comparison_view
 
-    result = compare_ledgers(arms, Storage(Path(storage).expanduser().absolute()))  # not opened: nothing is written
+    result = compare_ledgers(arms, Storage(Path(storage).expanduser().absolute()))  # not opened: the verb writes nothing
     if as_json:
         print_json(comparison_json(result))
         return
@@ -93,12 +97,14 @@ def rescore(
     as_json: AsJson = False,
     storage: StorageRoot = DEFAULT_STORAGE,
 ) -> None:
-    """Score the answers in ledgers again, by another rule (needs no model) or by a judge.
+    """Score the answers in ledgers again, by another rule (without a model) or by a judge model.
 
     Examples: `pause-ray rescore quickstart:baseline --scorer exact --out rescored`;
     a judge: `pause-ray rescore quickstart:baseline --judge eval/judges/single.yaml --out judged
     --set engine.kind=endpoint --set engine.url=http://127.0.0.1:8000/v1 --set engine.model=NAME --set engine.api=chat`,
-    or a model here: `--set model.source=FOLDER`
+    or a local judge: `--set model.source=FOLDER`
+
+    Next: `pause-ray compare` with the new ledgers.
     """
     from pause_ray.evaluation.rescore import agreement_table, rescore_ledgers
     from pause_ray.report.comparison import find_arm
@@ -126,14 +132,14 @@ def rescore(
 
 
 class _JudgesModel(Spec):
-    """What ``--set`` may say about a judge's model."""
+    """The fields of a judge's model that ``--set`` may change."""
 
     model: ModelSpec | None = None
     engine: EngineSpec = HfEngineSpec()
 
 
 def _judge(path: Path, set_: list[str] | None, storage: Storage) -> Judge:
-    """The judge of a file, on the model that ``--set`` names."""
+    """Return the judge that a file describes, with the model that ``--set`` names."""
     from pause_ray.evaluation.rescore import Judge, judge_at
     from pause_ray.evaluation.scorers import JudgeSpec
     from pause_ray.models.sources import resolve_model
@@ -146,7 +152,9 @@ def _judge(path: Path, set_: list[str] | None, storage: Storage) -> Judge:
     if isinstance(asked.engine, EndpointSpec):
         return judge_at(asked.engine, spec=spec, model_dir=folder)
     if folder is None or asked.model is None:
-        raise SpecError("--judge: needs a model that follows it; --set model.source=FOLDER_OR_HUB_ID, or --set engine.kind=endpoint …")
+        raise SpecError(
+            "--judge: needs a model; name it with --set model.source=FOLDER_OR_HUB_ID, or a server with --set engine.kind=endpoint …"
+        )
     from pause_ray.inference.hf import HfEngine
 
     with err.status("loading the judge"):
@@ -156,7 +164,7 @@ def _judge(path: Path, set_: list[str] | None, storage: Storage) -> Judge:
 
 
 class Precision(enum.StrEnum):
-    """What ``--dtype`` may say."""
+    """The values of ``--dtype``."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -166,15 +174,17 @@ class Precision(enum.StrEnum):
 @app.command()
 def export(
     checkpoint: Annotated[str, typer.Argument(help="Folder of a checkpoint, or its digest under the storage root", show_default=False)],
-    folder: Annotated[Path, typer.Argument(help="Where the model goes; must not exist yet.", show_default=False)],
-    model: Annotated[str | None, typer.Option(help="Folder or hub id of the base model; default: where it was while training.")] = None,
+    folder: Annotated[Path, typer.Argument(help="Folder to write the model to; must not exist.", show_default=False)],
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of the base model; default: its source in training.")] = None,
     dtype: Annotated[Precision | None, typer.Option(help="Precision of the weights; default: the base model's.")] = None,
     as_json: AsJson = False,
     storage: StorageRoot = DEFAULT_STORAGE,
 ) -> None:
-    """Merge an adapter and its marker into the base model: a plain folder that transformers, vLLM and others load.
+    """Merge an adapter and its pause token into the base model; transformers, vLLM and others can load the result.
 
     Example: `pause-ray export runs/checkpoints/1c3e52d7a9b04f68 tuned-model`
+
+    Next: `pause-ray eval eval/suites/single.yaml --model tuned-model` scores the merged model.
     """
     from pause_ray.models.checkpoint import Checkpoint
 
@@ -207,16 +217,16 @@ def export(
         return
     trained_on = found.spec.get("train", {}).get("quantize")
     if trained_on:
-        out.print(
-            f"note: trained on {trained_on} weights and merged into the whole ones, so answers may differ from those seen in training"
-        )
+        out.print(f"note: trained on {trained_on} weights and merged into unquantized ones, so answers may differ from those in training")
     out.print(f"model: {target}", highlight=False, soft_wrap=True)
 
 
 @app.command("import")
 def import_(
-    sources: Annotated[list[Path], typer.Argument(metavar="RESULTS", help="Folders or files of results, one per run.", show_default=False)],
-    out_file: Annotated[Path, typer.Option("--out", help="Ledger to create or to add to.", show_default=False)],
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="RESULTS", help="Folders or files of results, one for each run.", show_default=False)
+    ],
+    out_file: Annotated[Path, typer.Option("--out", help="Ledger to create or to append to.", show_default=False)],
     arm: Annotated[str | None, typer.Option(help="Name of the arm; default: name of the folder.")] = None,
     task: Annotated[str | None, typer.Option(help="Name of the task; arms are compared by task; default: the tester's name.")] = None,
     model: Annotated[str | None, typer.Option(help="Import only the results of this model.")] = None,
@@ -230,6 +240,8 @@ def import_(
     """Import results of the original needle-in-a-haystack tester (0.1: folders of JSON; 2: JSONL) into a ledger.
 
     Example: `pause-ray import results/base_run1 results/base_run2 --out base.jsonl --reference sandwich --reference "Dolores Park"`
+
+    Next: `pause-ray compare base.jsonl tuned.jsonl`
     """
     from pause_ray.evaluation.imported import Naming, import_results
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pause_ray.cli.cluster import hold_to_file, look_at_cluster
+from pause_ray.cli.cluster import check_cluster, check_cluster_file
 from pause_ray.cli.sweep import run_and_report
 from pause_ray.cli.terminal import (
     DEFAULT_STORAGE,
@@ -70,11 +70,11 @@ def check(
         _check_suite(read_suite(spec, parse_assignments(set_ or [])), spec, as_json=as_json)
         return
     planned, points_to_come = _plan(spec, set_)
-    misfits = hold_to_file(planned, cluster_file) if cluster_file else []
-    if misfits:
-        raise SpecError("\n".join(misfits))
+    unschedulable = check_cluster_file(planned, cluster_file) if cluster_file else []
+    if unschedulable:
+        raise SpecError("\n".join(unschedulable))
     if cluster:
-        look_at_cluster(planned, storage=storage, name=str(read_yaml(spec).get("name", spec.stem)), as_json=as_json)
+        check_cluster(planned, storage=storage, name=str(read_yaml(spec).get("name", spec.stem)), as_json=as_json)
         return
     if resolve:
         from pause_ray.trial.prepare import prepare

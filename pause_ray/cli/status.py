@@ -1,4 +1,4 @@
-"""The verb status: what runs and how far it is, on any machine that sees the storage root."""
+"""The verb status: the progress of sweeps, on any machine that sees the storage root."""
 
 from __future__ import annotations
 
@@ -22,23 +22,27 @@ if TYPE_CHECKING:
     from pause_ray.sweep.status import LiveStatus, RunningTrial
 
 MOST_SHOWN = 30
-"""Running and failed trials; --json has all."""
+"""Largest number of running and of failed trials that are shown; --json has all."""
 
 
 @app.command()
 def status(
-    sweep: Annotated[str | None, typer.Argument(help="A sweep's file, folder, or name; none: all on the root", show_default=False)] = None,
+    sweep: Annotated[
+        str | None, typer.Argument(help="File, folder or name of a sweep; default: all sweeps on the storage root", show_default=False)
+    ] = None,
     set_: Sets = None,
     as_json: AsJson = False,
     storage: StorageRoot = DEFAULT_STORAGE,
 ) -> None:
-    """Say how far a sweep is, whether it runs, how fast, and what failed; reads the storage root only, so it runs anywhere.
+    """Show the progress and speed of a sweep, whether it runs, and what failed. Reads the storage root only, so it works on any machine.
 
     Examples: `pause-ray status quickstart`; `watch -n 5 pause-ray status quickstart --storage /mnt/shared/runs`
+
+    Next: `pause-ray report NAME` writes the results so far; `pause-ray sweep FILE` resumes a sweep that does not run.
     """
     from pause_ray.report.overview import overview, sweep_status
 
-    root = Storage(Path(storage).expanduser().absolute())  # not opened: nothing is written
+    root = Storage(Path(storage).expanduser().absolute())  # not opened: the verb writes nothing
     if sweep is None:
         if set_:
             raise UserError("--set changes a sweep's file, and none is named; leave it out")
@@ -58,10 +62,10 @@ def status(
 
 
 def _folder(sweep: str, storage: Storage, *, sets: Sequence[str]) -> Path:
-    """The folder of a sweep that is called so, or that this file describes.
+    """Return the folder of a sweep, which is given by its name, folder or file.
 
     Raises:
-        UserError: there is none, or several.
+        UserError: There is no such sweep, or several.
     """
     from pause_ray.report.comparison import find_sweep
     from pause_ray.report.overview import folder_of, sweep_folders
@@ -89,15 +93,15 @@ def _show_lines(lines: Sequence[SweepLine], storage: Storage) -> None:
 
 
 def _show(found: SweepStatus) -> None:
-    told = found.as_json()
-    tokens = {name: number for name, number in told["tokens"].items() if number}
+    data = found.as_json()
+    tokens = {name: number for name, number in data["tokens"].items() if number}
     rows = {
         "trials": ", ".join(f"{number} {state}" for state, number in found.by_state.items()),
-        "cells": _of(told["cells_done"], told["cells"]) + (f", {told['cells_unscored']} not scored" if told["cells_unscored"] else ""),
-        "steps": _of(told["steps_done"], told["steps"]) if told["steps"] != 0 else "",
+        "cells": _of(data["cells_done"], data["cells"]) + (f", {data['cells_unscored']} not scored" if data["cells_unscored"] else ""),
+        "steps": _of(data["steps_done"], data["steps"]) if data["steps"] != 0 else "",
         "tokens": ", ".join(f"{count(number)} {name}" for name, number in tokens.items()),
-        "last": f"{told['last']['trial']}, {duration(told['last']['age'])} ago" if told["last"] else "nothing yet",
-        "driver": _driver_words(found),
+        "last": f"{data['last']['trial']}, {duration(data['last']['age'])} ago" if data["last"] else "nothing yet",
+        "driver": _format_driver(found),
     }
     out.print(found.name, style="bold", highlight=False)
     _lines({name: words for name, words in rows.items() if words})
@@ -105,25 +109,27 @@ def _show(found: SweepStatus) -> None:
         _show_live(found.live, age=found.live.age_seconds(found.now), is_current=found.is_live)
     for label, reason in list(found.failures.items())[:MOST_SHOWN]:
         out.print(f"[red]{escape(label)} failed:[/] {escape(reason)}", highlight=False, soft_wrap=True)
-    _say_rest(len(found.failures), "failed")
+    _print_rest(len(found.failures), "failed")
     for arm, reason in (found.live.given_up if found.live else {}).items():
         out.print(f"[red]arm {escape(arm)} given up:[/] {escape(reason)}", highlight=False, soft_wrap=True)
 
 
-def _driver_words(found: SweepStatus) -> str:
+def _format_driver(found: SweepStatus) -> str:
     live = found.live
     if found.driver is not None:
-        return f"runs: {found.driver}" + ("" if found.is_of_driver else "; it is starting and has said nothing yet, or cannot write here")
+        return f"runs: {found.driver}" + (
+            "" if found.is_of_driver else "; it is starting and has written no status yet, or cannot write here"
+        )
     if live is None:
         return "none runs"
     if live.ended is None:
         silent = duration(live.age_seconds(found.now))
-        return f"none runs; the last one ({live.driver}) ended without a word {silent} ago; the same command goes on"
+        return f"none runs; the last one ({live.driver}) was lost: it wrote its last status {silent} ago; the same command resumes it"
     return f"none runs; the last one ended {duration(found.now - live.ended)} ago" + (f": {live.ended_by}" if live.ended_by else "")
 
 
 def _show_live(live: LiveStatus, *, age: float, is_current: bool) -> None:
-    """What the driver said last."""
+    """Print the last status of the driver."""
     actors, speed = live.actors, live.speed
     speeds = {f"{speed.cells:.3g} cells/s": speed.cells, f"{count(speed.scored_tokens)} tokens/s scored": speed.scored_tokens}
     speeds |= {f"{count(speed.trained_tokens)} tokens/s trained": speed.trained_tokens}
@@ -133,19 +139,19 @@ def _show_live(live: LiveStatus, *, age: float, is_current: bool) -> None:
         "actors": f"{actors.busy} busy, {actors.idle} idle, {actors.coming} coming" if actors else "",
         "GPUs": f"{live.gpus:g}, {percent(live.gpu_idle_share)} idle" if live.gpus else "",
     }
-    old = "" if is_current else "; it is old: the driver hangs, or cannot write here"
-    out.print(f"as it said {duration(age)} ago{old}:", highlight=False, style=None if is_current else "yellow")
+    old = "" if is_current else "; this is old: the driver hangs, or cannot write here"
+    out.print(f"status of {duration(age)} ago{old}:", highlight=False, style=None if is_current else "yellow")
     _lines({name: words for name, words in rows.items() if words})
     for trial in live.running[:MOST_SHOWN]:
-        out.print(f"  {_running_words(trial)}", highlight=False, markup=False)
-    _say_rest(len(live.running), "running")
+        out.print(f"  {_format_running(trial)}", highlight=False, markup=False)
+    _print_rest(len(live.running), "running")
 
 
-def _running_words(trial: RunningTrial) -> str:
+def _format_running(trial: RunningTrial) -> str:
     return f"{trial.label}: {trial.stage} {trial.done}/{trial.total}, for {duration(trial.seconds)}"
 
 
-def _say_rest(number: int, what: str) -> None:
+def _print_rest(number: int, what: str) -> None:
     if number > MOST_SHOWN:
         out.print(f"  and {number - MOST_SHOWN} more {what}", highlight=False)
 

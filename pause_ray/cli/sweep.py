@@ -1,4 +1,4 @@
-"""The verb sweep: says what a sweep would take, or runs it, logs and reports it, and tells how to go on."""
+"""The verb sweep: runs a sweep and reports it, or forecasts what it would take."""
 
 from __future__ import annotations
 
@@ -23,30 +23,36 @@ from pause_ray.sweep.spec import SweepSpec, listed_trials, read_sweep
 from pause_ray.tracking.live import Tracker
 
 if TYPE_CHECKING:
-    from pause_ray.planning.forecast import Effort, Step, SweepForecast, TrialOutlook
+    from pause_ray.planning.forecast import Effort, StepOutlook, SweepForecast, TrialOutlook
     from pause_ray.sweep.queue import Budget
     from pause_ray.sweep.status import SweepOutcome
     from pause_ray.tracking.runs import LoggedSweep
     from pause_ray.trial.needs import Site
 
 Columns = list[tuple[str, Callable[["Effort"], str]]]
-"""Heading, and the words for an effort."""
+"""Headings of columns, each with the format of its amount of an effort."""
 GPU_TABLE = "cluster/gpus.yaml"
 GPUS_PER_NODE = 8
 ASSUMED_MFU = 0.4
 ASSUMED_NETWORK_GB = 50.0
-"""Per second and machine; as for the verb plan, which can be told others."""
+"""Assumed network bandwidth of each machine, in GB/s; the verb plan has options for these assumptions."""
 
 
 @app.command()
 def sweep(
     spec: SpecFile,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list every trial and step, and what is left to do.")] = False,
-    max_trials: Annotated[int | None, typer.Option(help="Start no more trials than this; the next command goes on.")] = None,
-    max_hours: Annotated[float | None, typer.Option(help="Start no trial after so long.")] = None,
-    max_cost: Annotated[float | None, typer.Option(help="Start no trial after so much, by the prices of --gpu and engine.prices.")] = None,
-    gpu: Annotated[str | None, typer.Option(help=f"Name in {GPU_TABLE}: for the times of --dry-run, and the price of --max-cost.")] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="How many of them, in all; default: 1.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list every trial and step, and what is left to do; start nothing.")
+    ] = False,
+    max_trials: Annotated[int | None, typer.Option(help="Start at most this many trials; the same command later starts the rest.")] = None,
+    max_hours: Annotated[float | None, typer.Option(help="Start no trial after this many hours.")] = None,
+    max_cost: Annotated[
+        float | None, typer.Option(help="Start no trial after this cost, by the prices of --gpu and engine.prices.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help=f"Name of a GPU in {GPU_TABLE}, for the times of --dry-run and the price of --max-cost.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Number of these GPUs in all; default: 1.")] = None,
     set_: Sets = None,
     as_json: AsJson = False,
     storage: StorageRoot = DEFAULT_STORAGE,
@@ -54,10 +60,12 @@ def sweep(
     """Run every trial of a sweep, then compare and report them. Running it again resumes it.
 
     Examples: `pause-ray sweep sweeps/quickstart.yaml --set trial.train.max_steps=30`;
-    what it will take: `pause-ray sweep sweeps/quickstart.yaml --dry-run --gpu H100 --gpus 8`;
-    a night of it: `pause-ray sweep sweeps/quickstart.yaml --max-hours 8`
+    a forecast: `pause-ray sweep sweeps/quickstart.yaml --dry-run --gpu H100 --gpus 8`;
+    with a time limit: `pause-ray sweep sweeps/quickstart.yaml --max-hours 8`
 
     On a cluster: `ray job submit --working-dir . -- python -m pause_ray sweep sweeps/quickstart.yaml --storage /mnt/shared/runs`
+
+    Next: `pause-ray status` shows the progress from another terminal; the last lines of the output name the report and further commands.
     """
     from pause_ray.sweep.queue import Budget
 
@@ -79,7 +87,7 @@ def _refuse_without_effect(limits: dict[str, float | None], *, dry_run: bool, gp
     if dry_run and given:
         raise SpecError(f"--dry-run starts nothing, so {given[0]} has no effect; leave one of them out")
     if gpus is not None and gpu is None:
-        raise SpecError(f"--gpus {gpus}: of which kind? Name it with --gpu, as in {GPU_TABLE}")
+        raise SpecError(f"--gpus {gpus}: needs the kind of GPU; name it with --gpu, as in {GPU_TABLE}")
     if gpu is not None and not dry_run and "--max-cost" not in given:
         raise SpecError(f"--gpu {gpu}: has an effect with --dry-run or --max-cost only; trials take the GPUs that the cluster has")
 
@@ -100,10 +108,10 @@ def _site(gpu: str, gpus: int | None) -> Site:
 
 
 def _price_per_hour(spec: SweepSpec, site: Site | None) -> float:
-    """Of the machines; 0 where an endpoint's answers are all that costs.
+    """Return the price of the GPUs per hour; 0 if only an endpoint's answers have a price.
 
     Raises:
-        SpecError: nothing has a price, or prices are in different currencies.
+        SpecError: Nothing has a price, or prices are in different currencies.
     """
     engines = (trial.spec.engine for trial in listed_trials(spec))
     prices = [engine.prices for engine in engines if isinstance(engine, EndpointSpec) and engine.prices is not None]
@@ -116,7 +124,7 @@ def _price_per_hour(spec: SweepSpec, site: Site | None) -> float:
 
 
 def run_and_report(spec: SweepSpec, *, storage: str, as_json: bool, budget: Budget | None = None, in_process: bool = False) -> None:
-    """Run a sweep on Ray or in this process, log and report it, and print what failed and what to do next."""
+    """Run a sweep on Ray or in this process, write its report, send it to MLflow, and print failures and further commands."""
     from pause_ray.report.best import export_best
     from pause_ray.report.html import table, write_report
     from pause_ray.report.results import read_results
@@ -145,16 +153,16 @@ def run_and_report(spec: SweepSpec, *, storage: str, as_json: bool, budget: Budg
         path = write_report(results, root)
         tracker.log(results)
     if as_json:
-        told = {"finished": outcome.finished, "planned": outcome.planned, "stopped": outcome.left_out, "ended_by": outcome.ended_by}
-        print_json({"folder": str(outcome.folder), "report": str(path), **told})
+        counts = {"finished": outcome.finished, "planned": outcome.planned, "stopped": outcome.left_out, "ended_by": outcome.ended_by}
+        print_json({"folder": str(outcome.folder), "report": str(path), **counts})
     else:
         out.print(table(results, root))
-        _say_what_next(outcome.folder, path, root, tracker.logged)
-    _say_what_is_left(outcome)
+        _print_next_commands(outcome.folder, path, root, tracker.logged)
+    _print_failures(outcome)
 
 
-def _say_what_is_left(outcome: SweepOutcome) -> None:
-    """Failures and ends before the end, and the exit code that they mean; a budget that was reached is no failure."""
+def _print_failures(outcome: SweepOutcome) -> None:
+    """Print failures and the reason of an early end, and exit with their code; a budget that was reached is no failure."""
     for label, failure in outcome.failures.items():
         err.print(f"[red]{escape(label)} failed:[/] {escape(failure.message)}", highlight=False)
         if failure.trace:
@@ -163,23 +171,23 @@ def _say_what_is_left(outcome: SweepOutcome) -> None:
         err.print(reason, highlight=False, markup=False, soft_wrap=True)
     if outcome.is_complete:
         return
-    err.print(f"{outcome.finished} of {outcome.planned} trials are finished; run the same command again to go on", highlight=False)
+    err.print(f"{outcome.finished} of {outcome.planned} trials are finished; run the same command again to resume", highlight=False)
     if outcome.interrupted:
         raise typer.Exit(130)
     if outcome.failures or not outcome.ended_by:
         raise typer.Exit(1 if any(failure.trace for failure in outcome.failures.values()) else 2)
 
 
-def _say_what_next(folder: Path, path: Path, storage: Storage, logged: LoggedSweep | None) -> None:
+def _print_next_commands(folder: Path, path: Path, storage: Storage, logged: LoggedSweep | None) -> None:
     from pause_ray.tracking.store import tracking_uri, without_secrets
 
     pause_ray = program("pause-ray")
-    # By looking: a job's copied working directory, and with it an absolute path to it, may be gone by now.
+    # By inode, not by path: the copied working directory of a job may have been removed, and with it an absolute path.
     is_default = Path(DEFAULT_STORAGE).exists() and Path(DEFAULT_STORAGE).samefile(storage.root)
     where = "" if is_default else f" --storage {shlex.quote(str(storage.root))}"
     lines = [f"\nreport      {path}"]
     if logged is None:
-        lines.append(f"to MLflow   {pause_ray} report {folder.name} --log{where}   (what it could not take is on storage)")
+        lines.append(f"to MLflow   {pause_ray} report {folder.name} --log{where}   (sends from storage what MLflow does not have)")
     else:
         uri = without_secrets(tracking_uri(storage))
         page = f"#/experiments/{logged.experiment_id}/runs?workflowType=machine_learning"
@@ -213,20 +221,20 @@ def _forecast(spec: SweepSpec, *, site: Site | None, storage: str, as_json: bool
 
 
 def _table(found: SweepForecast, *, currency: str) -> Table:
-    """A line per trial, and under it one per step that is not done."""
+    """Return a table with a line for each trial and, under it, for each step that is not done."""
     table = Table(show_footer=True, box=box.SIMPLE_HEAD, pad_edge=False)
     shown = [*found.trials, *found.example]
     columns: Columns = [("tokens", _tokens), ("PFLOP", _petaflops), ("time", _time)]
     if any(trial.left.cost is not None for trial in shown):
         columns.append((currency, _cost))
-    table.add_column("trial", footer="all that is left", overflow="fold")
+    table.add_column("trial", footer="left in all", overflow="fold")
     table.add_column("done")
     for heading, words in columns:
         table.add_column(heading, justify="right", footer=words(found.left))
     for trial in found.trials:
         _add_trial(table, trial, columns, times="")
     for trial in found.example:
-        _add_trial(table, trial, columns, times=f"{found.points_to_come} × such as ")
+        _add_trial(table, trial, columns, times=f"{found.points_to_come} × a trial like ")
     return table
 
 
@@ -239,10 +247,10 @@ def _add_trial(table: Table, trial: TrialOutlook, columns: Columns, *, times: st
             table.add_row(f"  {step.name}", _done(step), *figures, style="dim")
 
 
-def _done(step: Step) -> str:
+def _done(step: StepOutlook) -> str:
     unit = {"data": "rows", "training": "steps", "scoring": "cells"}[step.name]
     if step.made_by is not None:
-        return "by another"
+        return "shared"
     return f"{count(step.done)} of {count(step.total)} {unit}"
 
 
@@ -263,19 +271,19 @@ def _cost(effort: Effort) -> str:
 
 
 def _remarks(found: SweepForecast, spec: SweepSpec) -> list[str]:
-    """What the figures mean."""
+    """Return sentences that explain the figures."""
     states = [trial.state for trial in found.trials]
     lines = [f"{states.count('finished')} of {len(states)} trials are finished, {states.count('begun')} begun."]
     if any(step.made_by for trial in found.trials for step in trial.steps):
-        lines.append("By another: a trial above makes it for this one too.")
-    lines.append(f"Times: {found.pace}; one trial after another, without starting and loading.")
+        lines.append("Shared: a trial above does this step for this one too.")
+    lines.append(f"Times: {found.throughput}; one trial after another, without starting and loading.")
     if found.points_to_come:
-        lines.append(f"{found.points_to_come} points are chosen by what comes of those before; each is taken to be like the example.")
+        lines.append(f"{found.points_to_come} points will be chosen by earlier results; each is assumed to take as much as the example.")
     if spec.scheduler is not None:
         lines.append(
-            f"Scheduler {spec.scheduler.kind} will end some trainings early; the figures are for all of them going to the end, without "
+            f"The scheduler {spec.scheduler.kind} will stop some trainings early; the figures assume that all run to the end, without "
             "the proxy's scores at rungs."
         )
     if any(trial.digest is None for trial in found.trials):
-        lines.append("The model's weights are not here yet, so nothing on storage was looked for.")
-    return [*lines, *(f"Does not fit: {misfit}" for misfit in found.misfits)]
+        lines.append("The model's weights are not on this machine yet, so results on storage were not searched.")
+    return [*lines, *(f"Does not fit: {misfit}" for misfit in found.too_large)]

@@ -1,4 +1,4 @@
-"""What all verbs share: the application, two consoles, common options, a progress bar. Knows no verb."""
+"""Parts that the verbs share: the application, two consoles, common options, a progress bar."""
 
 from __future__ import annotations
 
@@ -27,14 +27,13 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     add_completion=False,
-    help="Find out whether, where and at what price pause-tuning helps a long-context model.",
+    help="Measure whether pause-tuning helps a long-context model, where in its input, and at what cost.\n\n"
+    "Start with `pause-ray sweep sweeps/quickstart.yaml`; `pause-ray VERB --help` has examples.",
 )
 out = Console()
-"""Results."""
+"""The console for results."""
 err = Console(stderr=True)
-
-
-"""Progress, warnings and errors: one console for all three, so that a message does not tear a progress bar."""
+"""The console for progress, warnings and errors: one for all three, so that a message does not break a progress bar."""
 
 
 def warn(message: str) -> None:
@@ -44,7 +43,7 @@ def warn(message: str) -> None:
 
 DEFAULT_STORAGE = "runs"
 RECENT_STEPS = 20
-"""Of a training, whose median tells how long the others will take."""
+"""Number of latest training steps whose median time gives the time that remains."""
 SECONDS_BETWEEN_LINES = 60.0
 
 SpecFile = Annotated[Path, typer.Argument(help="YAML file of a sweep, or of a single trial", show_default=False)]
@@ -57,14 +56,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for 
 
 
 def print_json(data: JsonObject) -> None:
-    """For ``--json``: one object on standard output."""
+    """Print one JSON object to standard output, for ``--json``."""
     typer.echo(json.dumps(data, ensure_ascii=False))
 
 
 class _Eta(ProgressColumn):
-    """Time that remains: of a training by the seconds of its last steps, else by the bar's own speed.
+    """The time that remains: of a training by the seconds of its last steps, else by the bar's own speed.
 
-    A training that goes on where it was interrupted tells all its old steps at once, which says nothing of its speed.
+    A resumed training reports all its earlier steps at once, from which a bar cannot compute a speed.
     """
 
     def render(self, task: Task) -> Text:
@@ -74,17 +73,17 @@ class _Eta(ProgressColumn):
 
 
 class StageProgress(Progress):
-    """One bar with an ETA per stage, on standard error; where that is no terminal, a line a minute."""
+    """A progress bar with an ETA for each stage, on standard error; a line a minute if that is no terminal."""
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[words]}"))
         super().__init__(*columns, TimeElapsedColumn(), TextColumn("eta"), _Eta(), console=err, disable=not err.is_terminal)
         self._bars: dict[str, TaskID] = {}
         self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
-        self._said, self._said_at = "", -math.inf
+        self._last_line, self._printed_at = "", -math.inf
 
     def __call__(self, stage: str, done: int, total: int, row: JsonObject | None = None) -> None:
-        """As ``trial.run.TrialProgress``."""
+        """Update the bar of a stage; see ``trial.run.TrialProgress``."""
         if stage not in self._bars:
             self._bars[stage] = self.add_task(stage, total=total, words="", step_seconds=())
         if row:
@@ -93,14 +92,14 @@ class StageProgress(Progress):
         step_seconds = tuple(self._step_seconds) if row else ()
         self.update(self._bars[stage], completed=done, total=total, words=words, step_seconds=step_seconds)
         line = " ".join(filter(None, [f"{stage} {done}/{total}", words]))
-        due = done == total or time.monotonic() - self._said_at > SECONDS_BETWEEN_LINES
-        if not err.is_terminal and due and line != self._said:
-            self._said, self._said_at = line, time.monotonic()
+        due = done == total or time.monotonic() - self._printed_at > SECONDS_BETWEEN_LINES
+        if not err.is_terminal and due and line != self._last_line:
+            self._last_line, self._printed_at = line, time.monotonic()
             err.print(line, highlight=False)
 
 
 def program(name: str) -> str:
-    """How to call a program of this environment: by its name if the shell finds it, else by its path."""
+    """Return the name of a program of this environment if the shell finds it, else its path."""
     if shutil.which(name):
         return name
     path = Path(sys.executable).parent / name
@@ -112,21 +111,21 @@ _EXAMPLES: dict[Kind, str] = {"sweep": "sweeps/quickstart.yaml", "trial": "sweep
 
 
 def expect(path: Path, *kinds: Kind) -> None:
-    """Refuse a file that describes something else.
+    """Check that a file describes one of these kinds.
 
     Raises:
-        SpecError: naming what it is and what is needed.
+        SpecError: The file describes something else.
     """
     kind = kind_of(path)
     if kind not in kinds:
-        raise SpecError(f"{path}: is a {kind}, and a {' or '.join(kinds)} is needed; give a file such as {_EXAMPLES[kinds[0]]}")
+        raise SpecError(f"{path}: contains a {kind}, but a {' or '.join(kinds)} is needed; give a file such as {_EXAMPLES[kinds[0]]}")
 
 
 def kind_of(path: Path) -> Kind:
-    """What a file describes.
+    """Return the kind of spec that a file contains.
 
     Raises:
-        SpecError: none of these.
+        SpecError: The file contains none of them.
     """
     fields = read_yaml(path).keys()
     kinds: dict[str, Kind] = {"trial": "sweep", "model": "trial", "eval": "trial", "task": "suite"}

@@ -1,1 +1,1 @@
-"""What a sweep needs and takes, before it is started."""
+"""Forecasts of sweeps and checks of clusters, before anything starts."""

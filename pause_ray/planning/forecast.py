@@ -1,20 +1,22 @@
-"""What a sweep will do and take, before anything is started: every trial and step, what is on storage of it, and what is left.
+"""Forecasts of a trial and of a sweep: every step, how much of it is on storage, and what the rest takes.
 
-Builds texts and prompts, and plans shared prefixes; loads no weights and starts no Ray. Times are those of a named GPU
-(``plan``), or as fast as the same model was on this storage before (``sweep.pace``).
+It loads no weights and starts no Ray. Times are those of a named GPU, or follow from the throughput measured on this storage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from rich.table import Table
 
 from pause_ray.core.spec import JsonObject, digest
-from pause_ray.core.storage import Storage, is_complete
+from pause_ray.core.storage import MANIFEST, Storage, is_complete, read_json
 from pause_ray.data.shards import ShardSet
 from pause_ray.data.spec import shards_digest
 from pause_ray.evaluation.answer import CellRunner
@@ -23,13 +25,14 @@ from pause_ray.evaluation.ledger import Ledger
 from pause_ray.evaluation.prefix_plan import Forecast, PrefixPlan, by_position, forecast, new_tokens, plan_prefixes, split_for_actors
 from pause_ray.evaluation.suite import Cell, cells
 from pause_ray.inference.engine import EndpointSpec, HfEngineSpec, Reuse, default_chunk_tokens, default_prefix_block_size
-from pause_ray.models.checkpoint import Checkpoint
+from pause_ray.models.checkpoint import TRAINING_LOG, Checkpoint, read_training_log
 from pause_ray.models.shape import ModelShape
 from pause_ray.models.sources import model_limit_tokens, resolve_model, row_limit_tokens
-from pause_ray.planning.throughput import Pace
+from pause_ray.models.spec import ModelSpec
 from pause_ray.sweep.search import SweepTrials
 from pause_ray.sweep.search_log import SearchLog
 from pause_ray.sweep.spec import PlannedTrial, SweepSpec, example_point, expand
+from pause_ray.text.prompts import BuiltPrompt
 from pause_ray.text.tokenizer import ModelTokenizer, resolve_marker
 from pause_ray.training.batching import check_corpus
 from pause_ray.training.launch import steps_on_storage, train_digest
@@ -42,37 +45,36 @@ from pause_ray.trial.spec import TrialSpec
 
 @dataclass(frozen=True, kw_only=True)
 class TrialForecast:
-    """One trial's scoring, for every way to share prompts."""
+    """The scoring of one trial, for each mode of prefix reuse."""
 
     by_reuse: dict[Reuse, Forecast]
     reuse: Reuse
-    """What the spec asks for."""
+    """The mode that the spec asks for."""
     chunk_tokens: int
-    """Prompt tokens per forward pass that were assumed."""
+    """Assumed number of prompt tokens per forward pass."""
     num_pauses: int
-    """Marker groups in all prompts."""
+    """Number of pauses in all prompts."""
     pause_tokens: int
-    """Tokens of them."""
+    """Number of tokens in those pauses."""
     num_actors: int
-    """Among which the prompts are divided; weights, keys and values are in each."""
+    """Number of actors that share the prompts; each holds the weights and a KV cache."""
 
     def as_json(self) -> JsonObject:
-        """Plain data."""
+        """Return the forecast as plain data."""
         return {**asdict(self), "by_reuse": {reuse: asdict(found) for reuse, found in self.by_reuse.items()}}
 
 
 def forecast_trial(spec: TrialSpec, *, cache: Path, tokenizer: ModelTokenizer | None = None) -> TrialForecast:
-    """Build the trial's prompts and plan their shared prefixes, for one actor or several.
+    """Build the trial's prompts and plan the order in which one or several actors answer them.
 
     Args:
-        spec: Any trial.
-        cache: Of models and texts.
-        tokenizer: The model's, where the caller has it already.
+        spec: The trial.
+        cache: The folder with cached models and texts.
+        tokenizer: The tokenizer of the model if the caller has loaded it.
 
     Raises:
         ModelError: unknown model, a config that does not tell its shape, or a prompt that is too long for the model.
-        CheckpointError: no adapter where the spec names one.
-        SourceError: a document that cannot be read.
+        CheckpointError, SourceError: the adapter or a document cannot be read.
         TextError: a prompt cannot be built.
     """
     model_dir = resolve_model(spec.model, cache=cache, weights=False)
@@ -89,24 +91,15 @@ def forecast_trial(spec: TrialSpec, *, cache: Path, tokenizer: ModelTokenizer | 
     prompts = {cell.id: prompt for cell, prompt in zip(grid, reader.prompts(grid), strict=True)}
     for prompt in prompts.values():
         check_fits(prompt, max_new_tokens=spec.eval.max_new_tokens, limit_tokens=limit_tokens, origin=spec.model.source)
-    runs = split_for_actors(grid, num_actors=spec.resources.scoring_bounds[1])
     engine = spec.engine if isinstance(spec.engine, HfEngineSpec) else HfEngineSpec()
     chunk = engine.chunk_tokens or default_chunk_tokens(on_gpu=bool(spec.resources.scoring_gpus_per_actor))
     block = default_prefix_block_size(dtype=spec.model.dtype, quantize=spec.model.quantize, chunk_tokens=chunk)
     shape = ModelShape.load(model_dir)
-
-    def of(reuse: Reuse) -> Forecast:
-        plans = [
-            plan_prefixes(
-                [prompts[cell.id].ids for cell in run],
-                reuse=reuse,
-                prefix_block_size=block,
-                lengths=[cell.context_tokens for cell in run],
-            )
-            for run in runs
-        ]
-        return forecast(
-            PrefixPlan(tuple(each for plan in plans for each in plan.prompts)),
+    runs = split_for_actors(grid, num_actors=spec.resources.scoring_bounds[1])
+    modes: tuple[Reuse, ...] = ("none", "depth", "full")
+    by_reuse = {
+        reuse: forecast(
+            _prefix_plan(runs, prompts, reuse=reuse, prefix_block_size=block),
             shape,
             chunk_tokens=chunk,
             decode_batch=engine.answers_together(dtype=spec.model.dtype, quantize=spec.model.quantize),
@@ -114,11 +107,11 @@ def forecast_trial(spec: TrialSpec, *, cache: Path, tokenizer: ModelTokenizer | 
             dtype=spec.model.dtype,
             quantize=spec.model.quantize,
         )
-
-    modes: tuple[Reuse, ...] = ("none", "depth", "full")
+        for reuse in modes
+    }
     num_pauses = sum(prompt.num_pauses for prompt in prompts.values())
     return TrialForecast(
-        by_reuse={reuse: of(reuse) for reuse in modes},
+        by_reuse=by_reuse,
         reuse=engine.reuse,
         chunk_tokens=chunk,
         num_actors=len(runs),
@@ -127,8 +120,22 @@ def forecast_trial(spec: TrialSpec, *, cache: Path, tokenizer: ModelTokenizer | 
     )
 
 
+def _prefix_plan(runs: Sequence[Sequence[Cell]], prompts: Mapping[str, BuiltPrompt], *, reuse: Reuse, prefix_block_size: int) -> PrefixPlan:
+    """Return the plans of all actors as one; ``prompts`` has the prompt of each cell by its id."""
+    plans = [
+        plan_prefixes(
+            [prompts[cell.id].ids for cell in run],
+            reuse=reuse,
+            prefix_block_size=prefix_block_size,
+            lengths=[cell.context_tokens for cell in run],
+        )
+        for run in runs
+    ]
+    return PrefixPlan(tuple(prompt for each in plans for prompt in each.prompts))
+
+
 def forecast_table(found: TrialForecast) -> Table:
-    """For people: one row per way to share prompts."""
+    """Return a table with a row for each mode of prefix reuse."""
     planned = found.by_reuse[found.reuse]
     each = f" in each of {found.num_actors} actors" if found.num_actors > 1 else ""
     table = Table(
@@ -155,62 +162,61 @@ def forecast_table(found: TrialForecast) -> Table:
 
 
 SFT_LEARNED_TOKENS = 64
-"""Of a needle_sft row: the fact as answer and its end."""
+"""Tokens with a loss in a row of ``needle_sft``: the needle as the answer, and its end."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    """Of one trial, from its beginning to its end."""
+class TrialWork:
+    """The tokens and operations of one whole trial."""
 
     training_tokens: int
     training_flops: float
     grid: Grid
-    """Of its cells."""
+    """The scoring of its cells."""
 
 
-class Plans:
-    """Plans trials of a sweep; what they have in common is found out once."""
+class TrialPlanner:
+    """Plans the trials of a sweep; reads each model, tokenizer and grid of prompts once."""
 
     def __init__(self, root: Storage) -> None:
-        """Find models and texts through the caches of ``root``."""
         self._root = root
         self._folders: dict[str, Path] = {}
         self._tokenizers: dict[Path, ModelTokenizer] = {}
         self._grids: dict[str, tuple[Grid, float]] = {}
 
     def plan(self, planned: PlannedTrial, *, site: Site) -> Plan:
-        """One trial's training and scoring on ``site``.
+        """Return the plan of one trial's training and scoring on ``site``.
 
         Raises:
-            UserError: as ``trial.forecast.forecast_trial`` and ``plan.make_plan``.
+            UserError: See ``forecast_trial`` and ``make_plan``.
         """
         trial = planned.spec
-        there = {"scoring_actors": site.gpus, "scoring_gpus_per_actor": 1}
-        grid, rows = self._checked(trial.model_copy(update={"resources": trial.resources.model_copy(update=there)}))
+        resources = {"scoring_actors": site.gpus, "scoring_gpus_per_actor": 1}
+        grid, rows = self._checked(trial.model_copy(update={"resources": trial.resources.model_copy(update=resources)}))
         scored_here = isinstance(trial.engine, HfEngineSpec)
         return make_plan(
             planned.label, shape=self.shape(trial), train=trial.train, rows=rows, grid=grid if scored_here else None, site=site
         )
 
-    def work(self, trial: TrialSpec) -> Work:
-        """One trial's tokens and operations, scored by as many actors as it names.
+    def work(self, trial: TrialSpec) -> TrialWork:
+        """Return the tokens and operations of one trial, with as many scoring actors as its spec names.
 
         Raises:
-            UserError: as ``trial.forecast.forecast_trial``.
+            UserError: See ``forecast_trial``.
         """
         grid, rows = self._checked(trial)
         tokens, flops, steps = 0, 0, 0
         if trial.train is not None:
             tokens, flops = step_work(trial.train, shape=self.shape(trial), rows=rows)
             steps = trial.train.max_steps
-        return Work(training_tokens=steps * tokens, training_flops=steps * flops, grid=grid)
+        return TrialWork(training_tokens=steps * tokens, training_flops=steps * flops, grid=grid)
 
     def shape(self, trial: TrialSpec) -> ModelShape:
-        """Sizes of the trial's model."""
+        """Return the sizes of the trial's model."""
         return ModelShape.load(self.folder(trial))
 
     def _checked(self, trial: TrialSpec) -> tuple[Grid, Rows]:
-        """What is asked and what is trained on."""
+        """Return the scoring and the training rows; raise an error if a row is too long or there are too few."""
         if trial.train is not None and trial.corpus is not None:
             tokens, limit_tokens = trial.corpus.sequence_len, row_limit_tokens(self.folder(trial))
             check_corpus(trial.train, num_rows=trial.corpus.num_sequences, longest_row_tokens=tokens, limit_tokens=limit_tokens)
@@ -218,7 +224,7 @@ class Plans:
         return grid, _rows(trial, paused=paused)
 
     def folder(self, trial: TrialSpec) -> Path:
-        """With the config and tokenizer of the trial's model."""
+        """Return the folder with the config and the tokenizer of the trial's model."""
         key = digest(trial.model)
         if key not in self._folders:
             self._folders[key] = resolve_model(trial.model, cache=self._root.cache, weights=False)
@@ -231,7 +237,7 @@ class Plans:
         return self._tokenizers[folder]
 
     def _grid(self, trial: TrialSpec) -> tuple[Grid, float]:
-        """The scoring, and how much longer pauses make a text."""
+        """Return the scoring, and the factor by which pauses lengthen a text."""
         asked = trial.resolved()
         key = digest([asked[part] for part in ("model", "pauses", "eval", "engine", "adapter", "seed", "replicate", "resources")])
         if key not in self._grids:
@@ -246,13 +252,9 @@ class Plans:
 
 
 def plan_trials(trials: Sequence[PlannedTrial], *, site: Site, root: Storage) -> list[Plan]:
-    """The plan of each trial on ``site``.
-
-    Raises:
-        UserError: a trial that cannot be planned.
-    """
-    plans = Plans(root)
-    return [plans.plan(trial, site=site) for trial in trials]
+    """Return the plan of each trial on ``site``; see ``TrialPlanner.plan``."""
+    planner = TrialPlanner(root)
+    return [planner.plan(trial, site=site) for trial in trials]
 
 
 def _rows(trial: TrialSpec, *, paused: float) -> Rows:
@@ -265,28 +267,92 @@ def _rows(trial: TrialSpec, *, paused: float) -> Rows:
     return Rows(longest_tokens=round(longest), mean_tokens=mean, loss_tokens=SFT_LEARNED_TOKENS)
 
 
+MOST_TRIALS = 20
+"""Number of latest trials that are measured; ledgers take time to read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Throughput:
+    """The measured speed of one model on this storage, over its latest trials."""
+
+    num_steps: int
+    trained_tokens: int
+    trained_seconds: float
+    num_answers: int
+    scored_flops: float
+    """Operations of the prompts; ``scored_seconds`` includes the time of their answers."""
+    scored_seconds: float
+    """Time that one actor would have taken."""
+
+    @classmethod
+    def measure(cls, storage: Storage, model: ModelSpec, *, shape: ModelShape) -> Self:
+        """Measure the latest trials of exactly this model spec."""
+        trials = _latest(storage, model)
+        rows = [row for folder in trials for row in Ledger(folder / "cells.jsonl").rows() if row.response is not None]
+        flops = (
+            shape.forward_flops(new_tokens=row.prefilled_tokens, past_tokens=max(0, row.prompt_tokens - row.prefilled_tokens), logit_rows=1)
+            for row in rows
+        )
+        checkpoints = {str(read_json(folder / MANIFEST).get("checkpoint") or "") for folder in trials if is_complete(folder)} - {""}
+        steps = [row for checkpoint in sorted(checkpoints) for row in read_training_log(Path(checkpoint) / TRAINING_LOG)]
+        return cls(
+            num_steps=len(steps),
+            trained_tokens=sum(row["tokens"] for row in steps),
+            trained_seconds=math.fsum(row["seconds"] for row in steps),
+            num_answers=len(rows),
+            scored_flops=math.fsum(flops),
+            scored_seconds=math.fsum(row.seconds for row in rows),
+        )
+
+    def training_seconds(self, tokens: int) -> float | None:
+        """Return the time of training on so many tokens; None if no training was measured."""
+        return tokens * self.trained_seconds / self.trained_tokens if self.trained_tokens else None
+
+    def scoring_seconds(self, flops: float) -> float | None:
+        """Return the time in which one actor answers prompts of so many operations; None if no answers were measured."""
+        return flops * self.scored_seconds / self.scored_flops if self.scored_flops else None
+
+    def __str__(self) -> str:
+        measured = [f"{self.num_steps} training steps"] * bool(self.num_steps) + [f"{self.num_answers} answers"] * bool(self.num_answers)
+        if not measured:
+            return "not known: no trial of this model has run on this storage; name a GPU with --gpu, or run one trial (--max-trials 1)"
+        return f"by the speed of {' and '.join(measured)} of this model on this storage"
+
+
+def _latest(storage: Storage, model: ModelSpec) -> list[Path]:
+    """Return the folders of the latest trials of this model, computed by transformers, newest first."""
+
+    def ran_here(folder: Path) -> bool:
+        spec = read_json(folder / "spec.json") if (folder / "spec.json").is_file() else {}
+        return spec.get("model") == model.resolved() and spec["engine"]["kind"] == "hf"
+
+    begun = [path.parent for path in storage.trials.glob("*/cells.jsonl")]
+    newest = heapq.nlargest(10 * MOST_TRIALS, begun, key=lambda folder: (folder / "cells.jsonl").stat().st_mtime)
+    return list(itertools.islice(filter(ran_here, newest), MOST_TRIALS))
+
+
 StepName = Literal["data", "training", "scoring"]
 State = Literal["finished", "stopped", "begun", "not begun"]
-Showing = Callable[[int, int], None]
-Known = tuple[PlannedTrial, PreparedTrial | None]
-"""A trial; prepared where its model's weights are here to tell it by."""
+ReportProgress = Callable[[int, int], None]
+KnownTrial = tuple[PlannedTrial, PreparedTrial | None]
+"""A trial, and the same trial prepared; None if the weights of its model, which are part of its digest, are not on this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """What some work takes; None where it cannot be said."""
+    """The tokens, operations, time and money that some work takes; None for what is not known."""
 
     tokens: int | None = 0
-    """That go through the model."""
+    """Tokens that go through the model."""
     flops: float | None = 0.0
-    """With answers of full length."""
+    """Operations, if every answer has its full length."""
     seconds: float | None = 0.0
-    """Of computing, one trial after another; starting and loading come on top."""
+    """Time of computing one trial after another, without starting processes and loading weights."""
     cost: float | None = 0.0
-    """Of the GPUs, or of an endpoint's answers."""
+    """Price of the GPUs, or of the endpoint's answers."""
 
     def times(self, share: float) -> Effort:
-        """So many times as much."""
+        """Return the effort multiplied by ``share``."""
         tokens = None if self.tokens is None else round(self.tokens * share)
         flops, seconds, cost = (None if value is None else value * share for value in (self.flops, self.seconds, self.cost))
         return Effort(tokens=tokens, flops=flops, seconds=seconds, cost=cost)
@@ -297,98 +363,90 @@ UNKNOWN = Effort(tokens=None, flops=None, seconds=None, cost=None)
 
 
 def total(efforts: Iterable[Effort]) -> Effort:
-    """The sum; None where one of them is not known."""
-
-    def of(values: Sequence[float | None]) -> float | None:
-        return None if None in values else sum(value for value in values if value is not None)
-
-    found = list(efforts)
-    tokens = of([effort.tokens for effort in found])
-    return Effort(
-        tokens=None if tokens is None else round(tokens),
-        flops=of([effort.flops for effort in found]),
-        seconds=of([effort.seconds for effort in found]),
-        cost=of([effort.cost for effort in found]),
-    )
+    """Return the sum of each amount; None where an effort does not know it."""
+    known = list(efforts)
+    columns = {amount.name: [getattr(effort, amount.name) for effort in known] for amount in fields(Effort)}
+    return Effort(**{name: None if None in values else sum(values) for name, values in columns.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """One part of a trial."""
+class StepOutlook:
+    """One step of a trial, and what is left of it."""
 
     name: StepName
     done: int
-    """On storage already: training rows, optimizer steps, cells."""
+    """Number of training rows, optimizer steps or cells on storage."""
     total: int
     made_by: str | None
-    """Label of the trial before it that makes this for both; None where it makes it itself, or it is done."""
+    """Label of the earlier trial that makes this for both trials; None if the trial makes it itself, or if it is done."""
     left: Effort
-    """Of what is not done, and is not made by another."""
+    """Effort of the part that is neither on storage nor made by another trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialOutlook:
-    """One trial and what is left of it."""
+    """One trial, its steps, and what is left of them."""
 
     label: str
     arm: str
     point: JsonObject
     replicate: int
     digest: str | None
-    """None where the model's weights are not here, which are a part of it."""
+    """Digest of the trial; None if the weights of its model, which are part of it, are not on this machine."""
     state: State
-    steps: tuple[Step, ...]
+    steps: tuple[StepOutlook, ...]
 
     @property
     def left(self) -> Effort:
-        """Of all steps."""
+        """Effort that is left, over all steps."""
         return total(step.left for step in self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepForecast:
-    """All that is known of a sweep before it runs."""
+    """The forecast of a sweep."""
 
     trials: tuple[TrialOutlook, ...]
     points_to_come: int
-    """That the search will choose by what it learns; their trials are not among ``trials``."""
+    """Number of points that the search will choose by earlier results; ``trials`` has no trials of them."""
     example: tuple[TrialOutlook, ...]
-    """What one of those points takes; empty where there are none."""
-    pace: str
-    """Where times come from, for people."""
-    misfits: tuple[str, ...]
-    """What does not fit on the GPUs, and what would."""
+    """The trials of one such point; empty if there are no points to come."""
+    throughput: str
+    """A phrase that says where the times come from."""
+    too_large: tuple[str, ...]
+    """Sentences that say what does not fit on the GPUs, and what would."""
 
     @property
     def left(self) -> Effort:
-        """Of the trials, and of the points to come if each takes as much as the example."""
+        """Effort that is left, if each point to come takes as much as the example."""
         return total([*(trial.left for trial in self.trials), total(trial.left for trial in self.example).times(self.points_to_come)])
 
     def as_json(self) -> JsonObject:
-        """Plain data."""
-        trials = [asdict(trial) | {"left": asdict(trial.left)} for trial in self.trials]
-        example = [asdict(trial) | {"left": asdict(trial.left)} for trial in self.example]
-        return asdict(self) | {"trials": trials, "example": example, "left": asdict(self.left)}
+        """Return the forecast as plain data."""
+        trials = {name: [asdict(each) | {"left": asdict(each.left)} for each in getattr(self, name)] for name in ("trials", "example")}
+        return asdict(self) | trials | {"left": asdict(self.left)}
 
 
-def forecast_sweep(sweep: SweepSpec, *, storage: Storage, site: Site | None, showing: Showing) -> SweepForecast:
-    """Look at every trial of a sweep.
+def forecast_sweep(sweep: SweepSpec, *, storage: Storage, site: Site | None, showing: ReportProgress) -> SweepForecast:
+    """Return the forecast of every trial of a sweep.
 
     Args:
         sweep: The sweep.
-        storage: Where it would run; only its caches are written to.
-        site: The GPUs that it would run on; None for times as measured on this storage.
-        showing: Told how many trials of how many were looked at.
+        storage: The storage root of the sweep; only its caches are written to.
+        site: The GPUs of the sweep; None for times by the throughput measured on this storage.
+        showing: Called with the number of trials that were examined, and the number of all.
 
     Raises:
-        UserError: the sweep or a trial breaks a rule, or cannot be planned.
+        UserError: The sweep or a trial breaks a rule, or cannot be planned.
     """
     fixed = expand(sweep)
     learns = sweep.algorithm.kind == "tpe"
     example = [trial for trial in expand(sweep, points=[example_point(sweep)]) if trial.point] if learns else []
     known = _known_trials(sweep, [*fixed, *example], storage, showing)
-    trials: list[Known] = [(trial.planned, trial.prepared) for trial in known.by_digest.values()] if known else []
-    asked = _asked(known.folder) if known and learns else []
+    trials: list[KnownTrial] = [(trial.planned, trial.prepared) for trial in known.by_digest.values()] if known else []
+    asked: list[JsonObject] = []
+    if known and learns:
+        asked = [point for event in SearchLog(known.folder).events() if event["event"] == "asked" for point in event["points"]]
     if known is None:
         trials = [(trial, None) for trial in fixed]
     elif asked:
@@ -396,31 +454,26 @@ def forecast_sweep(sweep: SweepSpec, *, storage: Storage, site: Site | None, sho
         chosen = [trial for trial in expand(sweep, points=asked) if trial.label not in labels]
         trials += [(trial, prepare(trial.spec, cache=storage.cache, shared=seen)) for trial in chosen]
     points_to_come = sweep.algorithm.points - len(asked) if sweep.algorithm.kind == "tpe" else 0
-    look = _Look(storage, site, left_out=known.left_out() if known else set())
+    inspector = _TrialInspector(storage, site, left_out=known.left_out() if known else set())
     found = []
     for number, (planned, prepared) in enumerate(trials):
         showing(number, len(trials))
-        found.append(look.at(planned, prepared))
+        found.append(inspector.outlook(planned, prepared))
     return SweepForecast(
         trials=tuple(found),
         points_to_come=points_to_come,
-        example=tuple(look.at(planned, None) for planned in example) if points_to_come else (),
-        pace=look.pace,
-        misfits=tuple(look.misfits),
+        example=tuple(inspector.outlook(planned, None) for planned in example) if points_to_come else (),
+        throughput=inspector.throughput,
+        too_large=tuple(inspector.too_large),
     )
 
 
-def _known_trials(sweep: SweepSpec, planned: Sequence[PlannedTrial], storage: Storage, showing: Showing) -> SweepTrials | None:
-    """The sweep as it would begin; None where weights are not here to tell its trials by."""
+def _known_trials(sweep: SweepSpec, planned: Sequence[PlannedTrial], storage: Storage, showing: ReportProgress) -> SweepTrials | None:
+    """Return the sweep as it would begin; None if the weights of a model, which the digests of its trials need, are not here."""
     models = {digest(trial.spec.model): trial.spec for trial in planned}
     if not all(_weights_are_here(spec, storage) for spec in models.values()):
         return None
     return SweepTrials(sweep, storage=storage, command="", progress=showing)
-
-
-def _asked(folder: Path) -> list[JsonObject]:
-    """Points that a search that learns has asked for."""
-    return [point for event in SearchLog(folder).events() if event["event"] == "asked" for point in event["points"]]
 
 
 def _weights_are_here(spec: TrialSpec, storage: Storage) -> bool:
@@ -429,25 +482,25 @@ def _weights_are_here(spec: TrialSpec, storage: Storage) -> bool:
     return any(resolve_model(spec.model, cache=storage.cache, weights=False).glob("*.safetensors"))
 
 
-class _Look:
-    """Looks at one trial after another, and remembers what each will leave for those behind it."""
+class _TrialInspector:
+    """Examines one trial after another, and keeps record of what each will make for later ones."""
 
     def __init__(self, storage: Storage, site: Site | None, *, left_out: Collection[str]) -> None:
         self._storage, self._site, self._left_out = storage, site, left_out
-        self._plans = Plans(storage)
-        self._paces: dict[str, Pace] = {}
+        self._planner = TrialPlanner(storage)
+        self._throughputs: dict[str, Throughput] = {}
         self._makers: dict[str, str] = {}
-        self.misfits: dict[str, None] = {}
+        self.too_large: dict[str, None] = {}
 
     @property
-    def pace(self) -> str:
-        """Where the times came from."""
+    def throughput(self) -> str:
+        """A phrase that says where the times came from."""
         if self._site is not None:
             return f"{self._site.gpus} × {self._site.gpu.name}, {self._site.utilization:.0%} of its peak"
-        return "; ".join(dict.fromkeys(pace.words for pace in self._paces.values()))
+        return "; ".join(dict.fromkeys(str(measured) for measured in self._throughputs.values()))
 
-    def at(self, planned: PlannedTrial, prepared: PreparedTrial | None) -> TrialOutlook:
-        """One trial."""
+    def outlook(self, planned: PlannedTrial, prepared: PreparedTrial | None) -> TrialOutlook:
+        """Return the outlook of one trial; call it in the order of the sweep."""
         folder = self._storage.trials / prepared.digest if prepared else None
         finished = folder is not None and is_complete(folder)
         over = finished or (prepared is not None and prepared.digest in self._left_out)
@@ -468,7 +521,7 @@ class _Look:
 
     def _training_steps(
         self, planned: PlannedTrial, prepared: PreparedTrial | None, effort: Effort, *, over: bool, finished: bool
-    ) -> Iterable[Step]:
+    ) -> Iterable[StepOutlook]:
         spec = planned.spec
         if spec.train is None or spec.corpus is None:
             return
@@ -477,80 +530,71 @@ class _Look:
         has_rows = finished or (shards is not None and is_complete(shards))
         texts = digest([spec.corpus.resolved(), spec.eval.resolved(), spec.pauses.resolved() if spec.pauses else None, spec.data_seed])
         maker = None if has_rows or over else self._maker(planned, "data", shards.name if shards else texts)
-        yield Step(name="data", done=rows * has_rows, total=rows, made_by=maker, left=NOTHING)
+        yield StepOutlook(name="data", done=rows * has_rows, total=rows, made_by=maker, left=NOTHING)
         job = training_job(prepared, ShardSet.open(shards)) if prepared and shards and is_complete(shards) else None
         done = steps if finished else steps_on_storage(job, storage=self._storage) if job else 0
         same = [spec.model.resolved(), spec.train.identity(), shards.name if shards else texts, spec.data_seed]
         maker = None if done == steps or over else self._maker(planned, "training", train_digest(job) if job else digest(same))
         left = NOTHING if maker or over else effort.times(1 - done / steps)
-        yield Step(name="training", done=done, total=steps, made_by=maker, left=left)
+        yield StepOutlook(name="training", done=done, total=steps, made_by=maker, left=left)
 
     def _maker(self, planned: PlannedTrial, step: StepName, key: str) -> str | None:
-        """The label of the trial that comes to this before; None for the first one."""
+        """Return the label of the earlier trial that makes the same thing; None if this trial is the first."""
         maker = self._makers.setdefault(f"{step} {key}", planned.label)
         return maker if maker != planned.label else None
 
-    def _scoring_step(self, spec: TrialSpec, prepared: PreparedTrial | None, effort: Effort, *, over: bool) -> Step:
+    def _scoring_step(self, spec: TrialSpec, prepared: PreparedTrial | None, effort: Effort, *, over: bool) -> StepOutlook:
         if prepared is None:
-            return Step(name="scoring", done=0, total=sum(spec.eval.num_positions.values()), made_by=None, left=effort)
+            return StepOutlook(name="scoring", done=0, total=sum(spec.eval.num_positions.values()), made_by=None, left=effort)
         answered = Ledger(self._storage.trials / prepared.digest / "cells.jsonl").done_ids()
         missing = [cell for cell in prepared.cells if cell.id not in answered]
-        share = 0.0 if over else _work(missing) / _work(prepared.cells)
+        share = 0.0 if over else sum(new_tokens(by_position(missing))) / sum(new_tokens(by_position(prepared.cells)))
         total_cells = len(prepared.cells)
-        return Step(name="scoring", done=total_cells - len(missing), total=total_cells, made_by=None, left=effort.times(share))
+        return StepOutlook(name="scoring", done=total_cells - len(missing), total=total_cells, made_by=None, left=effort.times(share))
 
     def _efforts(self, planned: PlannedTrial) -> tuple[Effort, Effort]:
-        """Training and scoring, from beginning to end."""
+        """Return the efforts of the whole training and the whole scoring."""
         spec = planned.spec
-        if known_shape(self._plans.folder(spec)) is None:
+        if known_shape(self._planner.folder(spec)) is None:
             return (UNKNOWN if spec.train else NOTHING), UNKNOWN
         if self._site is None:
             return self._measured(spec)
-        plan = self._plans.plan(planned, site=self._site)
-        for remedy in (plan.remedy, _too_large(plan.gpus_per_model, self._site)):
-            if remedy is not None:
-                self.misfits[remedy] = None
+        plan = self._planner.plan(planned, site=self._site)
+        if plan.remedy is not None:
+            self.too_large[plan.remedy] = None
+        if (gpus := plan.gpus_per_model) > self._site.gpus:
+            self.too_large[f"scoring needs {gpus} GPUs of this size for one copy of the model, and there are {self._site.gpus}"] = None
         training, scoring = (
             Effort(tokens=its.tokens, flops=its.flops, seconds=its.seconds, cost=its.cost) if its else None
             for its in (plan.training, plan.evaluation)
         )
-        return training or NOTHING, scoring or (UNKNOWN if isinstance(spec.engine, HfEngineSpec) else self._answered(spec))
+        return training or NOTHING, scoring or (UNKNOWN if isinstance(spec.engine, HfEngineSpec) else self._endpoint_effort(spec))
 
     def _measured(self, spec: TrialSpec) -> tuple[Effort, Effort]:
-        work, key = self._plans.work(spec), digest(spec.model)
-        if key not in self._paces:
-            self._paces[key] = Pace.measure(self._storage, spec.model, shape=self._plans.shape(spec))
-        pace, grid = self._paces[key], work.grid
+        """Return the efforts by the throughput that was measured with this model on this storage."""
+        work, key = self._planner.work(spec), digest(spec.model)
+        if key not in self._throughputs:
+            self._throughputs[key] = Throughput.measure(self._storage, spec.model, shape=self._planner.shape(spec))
+        throughput, grid = self._throughputs[key], work.grid
         training = NOTHING
         if spec.train is not None:
             tokens, flops = work.training_tokens, work.training_flops
-            training = Effort(tokens=tokens, flops=flops, seconds=pace.training_seconds(tokens), cost=None)
+            training = Effort(tokens=tokens, flops=flops, seconds=throughput.training_seconds(tokens), cost=None)
         if isinstance(spec.engine, EndpointSpec):
-            return training, self._answered(spec)
-        seconds = pace.scoring_seconds(grid.prompts.prefill_flops)
+            return training, self._endpoint_effort(spec)
+        seconds = throughput.scoring_seconds(grid.prompts.prefill_flops)
         actors = spec.resources.scoring_bounds[1]
         scoring = Effort(
             tokens=grid.prompts.prefilled_tokens, flops=grid.flops, seconds=None if seconds is None else seconds / actors, cost=None
         )
         return training, scoring
 
-    def _answered(self, spec: TrialSpec) -> Effort:
-        """Scoring by a server: what it charges for prompts and answers of full length, none of them cached."""
-        grid = self._plans.work(spec).grid
+    def _endpoint_effort(self, spec: TrialSpec) -> Effort:
+        """Return the effort of scoring by a server: its price of all prompts, none of them cached, and of answers of full length."""
+        grid = self._planner.work(spec).grid
         prices = spec.engine.prices if isinstance(spec.engine, EndpointSpec) else None
         answers = grid.prompts.num_prompts * grid.answer_tokens
         cost = None
         if prices is not None:
             cost = (grid.prompts.asked_tokens * prices.input_per_million + answers * prices.output_per_million) / 1e6
         return Effort(tokens=grid.prompts.asked_tokens, flops=None, seconds=None, cost=cost)
-
-
-def _work(cells: Sequence[Cell]) -> float:
-    """Prompt tokens of these cells, roughly, what they share counted once."""
-    return sum(new_tokens(by_position(cells)))
-
-
-def _too_large(gpus_per_model: int, site: Site) -> str | None:
-    if gpus_per_model <= site.gpus:
-        return None
-    return f"scoring needs {gpus_per_model} GPUs of this size for one copy of the model, and there are {site.gpus}"

@@ -1,7 +1,7 @@
-"""A look at a cluster before a GPU-hour is spent: at every node, in a short actor, or at the node types of a cluster file.
+"""Checks of a cluster before a sweep: of every node, by a short actor, or of the node types of a cluster file.
 
-An actor looks at its node, then tries the ports of the others. ``problems`` says what is wrong with the nodes, and ``misfits`` which
-request of a trial no node can hold. Knows no sweep.
+An actor probes its node, then tries the ports of the others. ``problems`` returns what is wrong with the nodes, and ``unschedulable`` the
+requests of a trial that no node can hold.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pause_ray.trial.spec import TrialSpec
 
 FREE_BYTES = 20e9
 """Free space below which a storage root is too full for a sweep's checkpoints and ledgers to be safe."""
-IN_BUCKETS = "give every node the way there and the right to read it, as the driver has them"
+IN_BUCKETS = "give every node network access to it and permission to read it, as the driver has"
 FREE_SHARE = 0.05
 """Free share of the disk of Ray's own files below which Ray puts neither objects nor working directories there."""
 LOOK_SECONDS = 120
@@ -51,7 +51,7 @@ class Node:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Needed:
+class Requirement:
     """The memory that the largest training takes of each GPU and of each machine with GPUs."""
 
     gpu_bytes: int
@@ -59,7 +59,7 @@ class Needed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Copy:
+class ModelReplica:
     """A model on the GPUs of a scoring actor, with the keys and values of the longest prompt."""
 
     bytes_: int
@@ -75,7 +75,7 @@ class Problem:
     remedy: str
 
 
-def look_at_nodes(root: Path, *, probe: str, paths: Sequence[str]) -> list[Node]:
+def probe_nodes(root: Path, *, probe: str, paths: Sequence[str]) -> list[Node]:
     """Return every node that is alive, head first. Ray must be initialised.
 
     Raises:
@@ -167,7 +167,7 @@ def named_paths(trials: Sequence[PreparedTrial]) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def needed_memory(trials: Sequence[PreparedTrial], *, gpus_per_node: float) -> Needed | None:
+def needed_memory(trials: Sequence[PreparedTrial], *, gpus_per_node: float) -> Requirement | None:
     """Return the memory of the largest training on GPUs; None where there is none, or the size of the models is not known."""
     needed = []
     for trial in trials:
@@ -178,19 +178,19 @@ def needed_memory(trials: Sequence[PreparedTrial], *, gpus_per_node: float) -> N
             workers = Workers(number=number, per_node=max(1, min(number, int(gpus_per_node // (gpus or 1)))))
             stage = possible_stages(train)[-1]
             plan = plan_memory(train, shape=shape, workers=workers, stage=stage, longest_row_tokens=corpus.sequence_len)
-            needed.append(Needed(gpu_bytes=plan.worker_bytes, host_bytes=plan.host_bytes))
+            needed.append(Requirement(gpu_bytes=plan.worker_bytes, host_bytes=plan.host_bytes))
     if not needed:
         return None
-    return Needed(gpu_bytes=max(its.gpu_bytes for its in needed), host_bytes=max(its.host_bytes for its in needed))
+    return Requirement(gpu_bytes=max(its.gpu_bytes for its in needed), host_bytes=max(its.host_bytes for its in needed))
 
 
-def problems(nodes: Sequence[Node], *, needed: Needed | None, copy: Copy | None = None) -> list[Problem]:
+def problems(nodes: Sequence[Node], *, needed: Requirement | None, replica: ModelReplica | None = None) -> list[Problem]:
     """Return what is wrong with nodes and would stop a sweep.
 
     Args:
-        nodes: The nodes, as ``look_at_nodes`` returns them.
+        nodes: The nodes, as ``probe_nodes`` returns them.
         needed: The memory that a GPU and its machine must have; None where no GPU is used.
-        copy: The largest model of a scoring actor; None where no actor is on GPUs.
+        replica: The largest model of a scoring actor; None where no actor is on GPUs.
     """
     versions: dict[str, str] = {}
     for node in reversed(nodes):  # those of the head, which is first, count
@@ -203,7 +203,7 @@ def problems(nodes: Sequence[Node], *, needed: Needed | None, copy: Copy | None 
             remedy = f"install {missing} there (the Dockerfile in cluster/ does)" if missing else "look at the node's logs, or drain it"
             told.append((node.failure, remedy))
         if node.look is not None:
-            told += [*_machine_problems(node.look, versions), *_gpu_problems(node, node.look, needed=needed, copy=copy)]
+            told += [*_machine_problems(node.look, versions), *_gpu_problems(node, node.look, needed=needed, replica=replica)]
             told += [
                 (f"cannot connect to {other}", "let the nodes of the cluster reach each other on all ports") for other in node.unreachable
             ]
@@ -227,7 +227,7 @@ def _machine_problems(look: NodeInfo, versions: Mapping[str, str]) -> Iterator[t
         yield wrong, IN_BUCKETS if "://" in path else "put it on shared storage and name it by that path"
 
 
-def _gpu_problems(node: Node, look: NodeInfo, *, needed: Needed | None, copy: Copy | None) -> Iterator[tuple[str, str]]:
+def _gpu_problems(node: Node, look: NodeInfo, *, needed: Requirement | None, replica: ModelReplica | None) -> Iterator[tuple[str, str]]:
     """Yield each problem of GPUs, their memory and that of the machine with its remedy."""
     if node.gpus and not look.gpus:
         yield f"Ray counts {node.gpus:g} GPUs, the driver shows none", "install NVIDIA's driver, or give the container its GPUs"
@@ -240,11 +240,11 @@ def _gpu_problems(node: Node, look: NodeInfo, *, needed: Needed | None, copy: Co
         if look.memory_bytes and look.memory_bytes < needed.host_bytes:
             what = f"the machine has {look.memory_bytes / 1e9:.0f} GB of memory, the plan needs {needed.host_bytes / 1e9:.0f} GB"
             yield what, "use a larger one, or offload less (train.zero)"
-    if copy is None or copy.gpus > node.gpus or not any(memory_bytes for memory_bytes, _ in known):
+    if replica is None or replica.gpus > node.gpus or not any(memory_bytes for memory_bytes, _ in known):
         return
     memory_bytes, name = min(gpu for gpu in known if gpu[0])  # the actor may get the smallest
-    number = math.ceil(copy.bytes_ / (ROOM * memory_bytes))
-    if number > max(1.0, copy.gpus):
+    number = math.ceil(replica.bytes_ / (ROOM * memory_bytes))
+    if number > max(1.0, replica.gpus):
         what = f"{name} has {memory_bytes / 1e9:.0f} GB, and scoring needs {number} of them for one copy of the model"
         yield what, f"set resources.scoring_gpus_per_actor to {number}, or use larger GPUs"
 
@@ -267,7 +267,7 @@ def requests_of(trial: TrialSpec, *, open_gpus: float) -> dict[str, dict[str, fl
     return found
 
 
-def misfits(requests: Mapping[str, Mapping[str, float]], nodes: Mapping[str, Mapping[str, float]]) -> list[str]:
+def unschedulable(requests: Mapping[str, Mapping[str, float]], nodes: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Return a sentence for each request that none of the nodes, or node types, can hold."""
     there = ", ".join(f"{name} ({_amounts(node)})" for name, node in nodes.items())
     return [

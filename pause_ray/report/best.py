@@ -1,7 +1,7 @@
-"""The best trial of a sweep in a folder of its own: adapter, spec, and how to use them. Copies and describes; loads no model.
+"""Exports the best trial of a sweep to ``<sweep folder>/best/``: adapter, spec, and a README that says how to use them.
 
-``<sweep folder>/best/``: ``trial.json``, ``adapter/`` (a whole checkpoint), ``README.md``, and ``manifest.json``, written last.
-The best is looked for among trained trials; a sweep that trains nothing leaves the best trial's spec alone.
+The folder holds ``trial.json``, ``adapter/`` (a whole checkpoint), ``README.md``, and ``manifest.json``, which is written last. The best
+trained trial is exported; a sweep without training exports the spec of its best trial alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pause_ray.core.storage import (
     write_text,
 )
 from pause_ray.models.checkpoint import Checkpoint
-from pause_ray.report.ranking import Best, best, objective_words
+from pause_ray.report.ranking import Best, best, format_objective
 from pause_ray.report.results import SweepResults, TrialResult, results_of
 from pause_ray.trial.ask import ADAPTER, MODEL_VARIABLE, TRIAL
 
@@ -40,17 +40,17 @@ log = logging.getLogger("pause_ray")
 
 
 def export_best(sweep: Path | SweepResults, storage: Storage) -> Path | None:
-    """Bring ``best/`` up to date with what is finished.
+    """Bring ``best/`` up to date with the finished trials.
 
     Args:
-        sweep: Its folder, or what was read of it.
-        storage: Where adapters are.
+        sweep: The sweep's folder or its results.
+        storage: The storage root with the adapters.
 
     Returns:
-        The folder; None while no trial has finished, or, with a warning, where the best one's adapter is gone or was changed.
+        The folder; None while no trial has finished, or, with a warning, if the adapter of the best one is missing or damaged.
 
     Raises:
-        StorageError: the sweep's or a trial's files are damaged, or the disk is full.
+        StorageError: The sweep's or a trial's files are damaged, or the disk is full.
     """
     results = results_of(sweep, storage)
     found, folder = best(results, tuned=True) or best(results), results.folder / FOLDER
@@ -75,18 +75,18 @@ def export_best(sweep: Path | SweepResults, storage: Storage) -> Path | None:
 
 
 def exported(sweep_folder: Path) -> JsonObject | None:
-    """The manifest of what ``export_best`` left, or None."""
+    """Return the manifest of the exported trial; None if there is none."""
     folder = sweep_folder / FOLDER
     return read_json(folder / MANIFEST) if is_complete(folder) else None
 
 
 def _adapter_folder(trial: TrialResult, storage: Storage) -> Path | None:
-    """Where it was, or under this storage root if that was moved."""
-    told = trial.manifest.get("checkpoint")
-    if told is None:
+    """Return the adapter's folder under this storage root, which may have been moved, else the folder that the manifest names."""
+    recorded = trial.manifest.get("checkpoint")
+    if recorded is None:
         return None
-    here = storage.checkpoints / Path(told).name
-    return here if is_complete(here) else Path(told)
+    here = storage.checkpoints / Path(recorded).name
+    return here if is_complete(here) else Path(recorded)
 
 
 def _manifest(results: SweepResults, found: Best, adapter: Path | None) -> JsonObject:
@@ -115,16 +115,16 @@ def _readme(manifest: JsonObject, found: Best) -> str:
     model, pauses = found.trial.spec["model"], found.trial.spec.get("pauses")
     parts = [
         f"# Best trial of {manifest['sweep']}",
-        f"{manifest['condition']}, replicate {manifest['replicate']}: {objective_words(found.objective)} of the sweep's trained trials, "
-        f"{manifest['value']:.3f} over its replicates. The best of many looks better than it is: test it on fresh texts.",
+        f"{manifest['condition']}, replicate {manifest['replicate']}: {format_objective(found.objective)} of the sweep's trained trials, "
+        f"{manifest['value']:.3f} over its replicates. As the best of many, this value is an overestimate: test the trial on new texts.",
     ]
     if manifest["better_untrained"]:
         parts.append(f"**An arm without training did better: {manifest['better_untrained']}.**")
     parts.append(f"Base model: `{model['source']}` (digest {manifest['model_digest']}).")
     if pauses:
         parts.append(
-            "It was trained and scored on text with pauses, and wants them in what it reads. The first two ways below put them in; "
-            f"with the others do so yourself:\n\n    {json.dumps(pauses, ensure_ascii=False)}"
+            "It was trained and scored on text with pauses, and needs them in its input. The first two ways below insert them; "
+            f"with the others, insert them yourself:\n\n    {json.dumps(pauses, ensure_ascii=False)}"
         )
     return "\n\n".join([*parts, *(_ways(model, pauses) if manifest["checkpoint"] else [])]) + "\n"
 

@@ -1,7 +1,4 @@
-"""Arms given by name, each against the first: what ``pause-ray compare`` finds, as data, as JSON and as tables for a terminal.
-
-Knows no sweep plan and no report; the numbers are those of ``compare``.
-"""
+"""Comparisons of arms given by name, each with the first, as data, as JSON and as tables for a terminal (``pause-ray compare``)."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from pause_ray.evaluation.compare import Comparison, Summary, compare_arms, expl
 from pause_ray.evaluation.grid import Axis, difference_fields
 from pause_ray.evaluation.ledger import CellResult, Ledger
 from pause_ray.evaluation.statistics import Estimate, Interval, holm
-from pause_ray.report.results import Condition, read_results, spent
+from pause_ray.report.results import ArmResult, answer_cost, read_results
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -28,7 +25,7 @@ if TYPE_CHECKING:
 
 
 LEDGER = "cells.jsonl"
-"""Of a trial."""
+"""Name of a trial's ledger in its folder."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +33,23 @@ class ArmRows:
     """The rows of one arm, all its replicates."""
 
     name: str
-    """As the user called it."""
+    """The name that the user gave."""
     ledgers: tuple[Path, ...]
-    """Where the rows are."""
+    """The files with the rows."""
     rows: tuple[CellResult, ...]
 
 
 def find_arm(name: str, storage: Storage) -> ArmRows:
-    """The rows that ``name`` stands for.
+    """Return the rows that ``name`` stands for.
 
     Args:
         name: A ledger file; a folder with ``cells.jsonl``; a folder of ledgers or of trials, the replicates of one arm; or the
             name of a sweep or its beginning, a colon, and the label of an arm or its beginning.
-        storage: Where sweeps are looked for.
+        storage: The storage root with the sweeps.
 
     Raises:
-        UserError: no such thing, or several; says what there is.
-        StorageError: a ledger that cannot be read, or has no rows.
+        UserError: The name stands for nothing or for several things; the message lists what exists.
+        StorageError: A ledger cannot be read, or has no rows.
     """
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "sweep.json").is_file():
@@ -71,22 +68,22 @@ def find_arm(name: str, storage: Storage) -> ArmRows:
 
 
 def find_sweep(name: str, storage: Storage) -> Path:
-    """A sweep's folder, given by its path or by the beginning of its name.
+    """Return the folder of a sweep, which is given by its path or by the beginning of its name.
 
     Raises:
-        UserError: none or several; says which there are.
+        UserError: No sweep or several have this name; the message lists all sweeps.
     """
     if (Path(name) / "sweep.json").is_file():
         return Path(name).absolute()
     found = _sweeps_named(name, storage)
     if len(found) == 1:
         return found[0]
-    problem = "several sweeps begin so" if found else "no such sweep"
+    problem = "several sweeps have names that begin with this" if found else "no such sweep"
     raise UserError(f"{name}: {problem} under {storage.sweeps}; there are: {_known(storage)}")
 
 
 def _sweeps_named(name: str, storage: Storage) -> list[Path]:
-    """Those that begin so; one whose name is just that, its digest aside, stands for itself."""
+    """Return the sweeps whose names begin with ``name``, or only the one whose name without its digest is ``name``."""
     found = [path.parent for path in sorted(storage.sweeps.glob("*/sweep.json")) if path.parent.name.startswith(name)]
     exact = [folder for folder in found if name in (folder.name, folder.name.rpartition("-")[0])]
     return exact if len(exact) == 1 else found
@@ -96,11 +93,11 @@ def _known(storage: Storage) -> str:
     return ", ".join(path.parent.name for path in sorted(storage.sweeps.glob("*/sweep.json"))) or "none"
 
 
-def _condition(label: str, conditions: Sequence[Condition], *, sweep: str) -> Condition:
-    """The one that is called so, or begins so; at least one of its trials must be finished."""
+def _condition(label: str, conditions: Sequence[ArmResult], *, sweep: str) -> ArmResult:
+    """Return the condition with this label, or whose label begins with it; at least one of its trials must be finished."""
     found = [its for its in conditions if its.label == label] or [its for its in conditions if label and its.label.startswith(label)]
     if len(found) != 1:
-        problem = "names no arm" if not label else "several arms begin so" if found else "no such arm"
+        problem = "names no arm" if not label else "several arms have labels that begin with this" if found else "no such arm"
         listed = "; ".join(its.label for its in found or conditions)
         raise UserError(f"{sweep}:{label}: {problem}; write the sweep's name, a colon and one of: {listed}")
     if not found[0].trials:
@@ -109,12 +106,14 @@ def _condition(label: str, conditions: Sequence[Condition], *, sweep: str) -> Co
 
 
 def _ledgers_in(folder: Path) -> list[Path]:
-    """The folder's own ledger; or all of those in it, or in the trials in it."""
+    """Return the ledger of a trial's folder, else all ledgers in the folder, else those of the trials in it."""
     if (folder / LEDGER).is_file():
         return [folder / LEDGER]
     found = sorted(path for path in folder.glob("*.jsonl") if not path.name.startswith(".")) or sorted(folder.glob(f"*/{LEDGER}"))
     if not found:
-        raise UserError(f"{folder}: has no ledger ({LEDGER} or other .jsonl files), nor has a folder in it")
+        raise UserError(
+            f"{folder}: has no ledger ({LEDGER} or other .jsonl files), and no folder with one; name a ledger or the folder of a trial"
+        )
     return found
 
 
@@ -122,7 +121,7 @@ def _of_files(name: str, paths: Sequence[Path]) -> ArmRows:
     read = [(path, Ledger(path).rows()) for path in paths]
     empty = [str(path) for path, rows in read if not rows]
     if empty:
-        raise StorageError(f"{empty[0]}: has no rows yet")
+        raise StorageError(f"{empty[0]}: has no rows yet; wait until the trial has answered a cell")
     arms = sorted({row.arm for _, rows in read for row in rows})
     if len(paths) > 1 and len(arms) > 1:
         raise UserError(f"{name}: holds ledgers of several arms ({', '.join(arms)}); name one of them, such as {paths[0]}")
@@ -148,7 +147,7 @@ def _refuse_doubles(read: Sequence[tuple[Path, Sequence[CellResult]]]) -> None:
 
 
 def _numbered(ledgers: Sequence[Sequence[CellResult]]) -> list[list[CellResult]]:
-    """The rows as they are; where two ledgers answer the same cell of the same replicate, their replicates are counted through."""
+    """Return the rows; replicates get new numbers if two ledgers answer the same cell of the same replicate."""
     cells = Counter((*_cell(row), row.replicate) for rows in ledgers for row in rows)
     if max(cells.values()) == 1:
         return [list(rows) for rows in ledgers]
@@ -163,7 +162,7 @@ def _cell(row: CellResult) -> tuple[str, int, float, int]:
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 NAMES_WIDTH, ARM_WIDTH = 36, 20
-"""Columns of a terminal: for the measures and the reference, and for each other arm."""
+"""Columns of the terminal: for the measures with the reference, and for each other arm."""
 
 
 @dataclass(frozen=True)
@@ -176,13 +175,13 @@ class ComparedArm:
     comparison: Comparison | None
     """None for the reference, and where nothing pairs."""
     corrected_p: float | None
-    """After Holm's correction for all arms that are compared."""
+    """``comparison.p`` after Holm's correction for all arms that are compared."""
     problem: str | None
-    """Why nothing pairs."""
+    """The reason why no cells pair; None if some do."""
 
     @property
     def label(self) -> str:
-        """Letter, and the arm if its rows agree on one."""
+        """The letter, with the arm's name if all rows have the same."""
         arms = {row.arm for row in self.arm.rows}
         return f"{self.letter} {arms.pop()}" if len(arms) == 1 else self.letter
 
@@ -194,20 +193,20 @@ class ComparedArm:
 
 @dataclass(frozen=True)
 class LedgerComparison:
-    """The reference and all others."""
+    """The reference, and all other arms compared with it."""
 
     reference: ComparedArm
     others: tuple[ComparedArm, ...]
 
     @property
     def arms(self) -> tuple[ComparedArm, ...]:
-        """The reference first."""
+        """All arms, the reference first."""
         return self.reference, *self.others
 
     @property
     def notes(self) -> list[str]:
-        """What to know before believing the numbers."""
-        found = [f"{its.letter} cannot be compared: {its.problem}" for its in self.others if its.problem]
+        """Sentences that limit what the numbers show."""
+        found = [f"{arm.letter} cannot be compared with A: {arm.problem}" for arm in self.others if arm.problem]
         found += [f"{its.letter} against A: {text}" for its in self.others if its.comparison for text in its.comparison.warnings]
         for its in self.others:
             if its.comparison and its.comparison.num_unpaired:
@@ -219,7 +218,7 @@ class LedgerComparison:
         ]
         compared = [its.comparison for its in self.others if its.comparison]
         if any(its.num_replicates == 1 for its in compared):
-            found.append("with one replicate, intervals speak of other cells of the same haystack and not of other haystacks and wordings")
+            found.append("with one replicate, intervals cover other cells of the same haystack, not other haystacks and wordings")
         return found
 
 
@@ -227,12 +226,12 @@ def compare_ledgers(names: Sequence[str], storage: Storage) -> LedgerComparison:
     """Find the arms and compare every one with the first.
 
     Args:
-        names: At least two; see ``ledger_files.find_arm``.
-        storage: Where sweeps are looked for.
+        names: At least two names; see ``find_arm``.
+        storage: The storage root with the sweeps.
 
     Raises:
-        UserError: fewer than two names, or more than 26; a name that stands for nothing or for several things.
-        StorageError: a ledger that cannot be read or has no rows.
+        UserError: There are fewer than two names or more than 26, or a name stands for nothing or for several things.
+        StorageError: A ledger cannot be read, or has no rows.
     """
     if not 2 <= len(names) <= len(LETTERS):
         raise UserError(
@@ -258,7 +257,7 @@ def compare_ledgers(names: Sequence[str], storage: Storage) -> LedgerComparison:
 
 
 def comparison_json(result: LedgerComparison) -> JsonObject:
-    """Everything that was computed, for machines."""
+    """Return the comparison as plain data, with all numbers."""
     return {
         "arms": [
             {
@@ -266,7 +265,7 @@ def comparison_json(result: LedgerComparison) -> JsonObject:
                 "name": its.arm.name,
                 "ledgers": [str(path) for path in its.arm.ledgers],
                 "summary": dataclasses.asdict(its.summary),
-                "spent": dataclasses.asdict(spent(its.arm.rows)),
+                "spent": dataclasses.asdict(answer_cost(its.arm.rows)),
                 "comparison": dataclasses.asdict(its.comparison) if its.comparison else None,
                 "cells": _cells(its, result.reference) if its.comparison else None,
                 "corrected_p": its.corrected_p,
@@ -280,7 +279,7 @@ def comparison_json(result: LedgerComparison) -> JsonObject:
 
 
 def _cells(its: ComparedArm, reference: ComparedArm) -> list[JsonObject]:
-    """The paired difference at every length and depth."""
+    """Return the paired difference at every length and depth."""
     fields = difference_fields(its.arm.rows, reference.arm.rows, axis=Axis("percent"))
     return [
         {"context_tokens": length, "depth_percent": depth, **dataclasses.asdict(field)} for (length, depth), field in sorted(fields.items())
@@ -288,11 +287,11 @@ def _cells(its: ComparedArm, reference: ComparedArm) -> list[JsonObject]:
 
 
 def comparison_view(result: LedgerComparison, *, width: int = 80) -> RenderableType:
-    """What was compared, measure by measure and length by length, and the notes.
+    """Return tables of the comparison by measure and by context length, and the notes.
 
     Args:
-        result: Of ``compare_ledgers``.
-        width: Columns of the terminal; arms that do not fit side by side go into further tables.
+        result: The comparison.
+        width: Columns of the terminal; arms that do not fit side by side get further tables.
     """
     from rich.console import Group
     from rich.text import Text
@@ -302,7 +301,7 @@ def comparison_view(result: LedgerComparison, *, width: int = 80) -> RenderableT
     for start in range(0, len(result.others), abreast):
         shown = result.others[start : start + abreast]
         parts += [_measure_table(result.reference, shown), "", _length_table(result.reference, shown), ""]
-    parts.append(Text("95 % intervals: r over replicates, c over cells of the same haystack. All are compared with A.", style="dim"))
+    parts.append(Text("95 % intervals: r over replicates, c over cells of the same haystack. All arms are compared with A.", style="dim"))
     return Group(*parts, *(Text(f"note: {note}") for note in result.notes))
 
 
@@ -326,7 +325,7 @@ def _measure_table(reference: ComparedArm, others: Sequence[ComparedArm]) -> Tab
 
     def estimate(name: str, of: Callable[[Comparison], Estimate | None], shown: Callable[[float | None], str], unit: str = "") -> None:
         of_pairs(name, lambda its: shown(found.value) if (found := of(its)) else "–")
-        of_pairs("", lambda its: _interval_words(found.interval, unit) if (found := of(its)) else "", style="dim")
+        of_pairs("", lambda its: _format_interval(found.interval, unit) if (found := of(its)) else "", style="dim")
 
     of_arms("cells scored", lambda its: f"{count(its.num_scored)} of {count(its.num_cells)}")
     of_pairs("paired questions", lambda its: count(its.num_pairs))
@@ -335,9 +334,7 @@ def _measure_table(reference: ComparedArm, others: Sequence[ComparedArm]) -> Tab
     of_pairs("p (sign flips)", lambda its: p_value(its.p))
     table.add_row("  p corrected", "", *(p_value(its.corrected_p) for its in others))
     table.add_row("  more than chance", "", *("yes" if its.differs else "no" if its.comparison else "–" for its in others), style="bold")
-    of_pairs(
-        "detectable from", lambda its: "–" if its.detectable is None else number(its.detectable) if its.detectable < 1 else "none there is"
-    )
+    of_pairs("detectable from", lambda its: "–" if its.detectable is None else number(its.detectable) if its.detectable < 1 else "none")
     estimate("paper's metric", lambda its: its.effects.relative, signed_percent, " %")
     estimate("change of mean rubric", lambda its: its.effects.rubric_change, signed_percent, " %")
     estimate("change of mean score", lambda its: its.effects.score_change, signed_percent, " %")
@@ -376,7 +373,7 @@ def _table(corner: str, reference: ComparedArm, others: Sequence[ComparedArm]) -
     return table
 
 
-def _interval_words(interval: Interval | None, unit: str) -> str:
+def _format_interval(interval: Interval | None, unit: str) -> str:
     if interval is None:
         return "no interval"
     return f"{span(interval.low, interval.high, digits=1 if unit else 2, signs=True, unit=unit)} {interval.unit[0]}"

@@ -1,8 +1,8 @@
-"""Lines and points of a sweep: profiles, recall by position, scores over costs, training curves. Knows how to draw, not what it means.
+"""Figures of a sweep: heatmaps, profiles, recall by position, scores over costs, training curves.
 
 matplotlib is imported when something is drawn, without pyplot, so drawing has no global state and needs no display.
-Lines have Okabe & Ito's eight colours (jfly.uni-koeln.de/color), each its own marker as well, so that they are told apart
-with any colour vision and in grey print. A condition looks the same in every figure.
+Lines have Okabe and Ito's eight colours (jfly.uni-koeln.de/color) with a marker for each, so that they differ with any colour vision
+and in grey print. A condition has the same colour and marker, its look, in every figure.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pause_ray.evaluation.compare import MIDDLE_PERCENT
 from pause_ray.evaluation.grid import BIN_PERCENT, Axis, Field, Place, Point, depth_profile, drawn_in_tenths, length_profile
 from pause_ray.report.ranking import CostAxis, PricedArm
-from pause_ray.report.results import Condition
+from pause_ray.report.results import ArmResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 LINE_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 MOST_LINES = 6
-"""More lines than this in one figure cannot be followed."""
+"""Largest number of lines in a figure."""
 MOST_UPRIGHT_TICKS, MOST_TICKS = 8, 18
 PAGE_WIDTH_INCHES = 10.6
-"""Wider figures are shrunk by the page, and their numbers with them."""
+"""Width of the page; wider figures would be shrunk with their numbers."""
 MOST_MARKED_STEPS = 40
 MAX_NAMED_ARMS = 14
-"""Names that a legend beside a figure has room for."""
+"""Number of names that fit into a legend beside a figure."""
 COST_WORDS = {"overhead": "prompt tokens beyond the asked length (%)", "training": "tokens trained on"}
 PNG_DOTS_PER_INCH = 200
 STYLE: Any = {
@@ -50,12 +50,12 @@ STYLE: Any = {
 }
 
 
-def shown_as_lines(conditions: Sequence[Condition], *, at_most: int | None = None) -> dict[int, Condition]:
-    """A few, by their place in the sequence, which is their look: references and controls first, then the highest means.
+def shown_as_lines(conditions: Sequence[ArmResult], *, at_most: int | None = None) -> dict[int, ArmResult]:
+    """Return a few conditions by their look (place in the sequence): references and controls first, then the highest means.
 
     Args:
-        conditions: All.
-        at_most: How many; None for as many as there are looks of lines.
+        conditions: All conditions.
+        at_most: Largest number of conditions; ``MOST_LINES`` if None.
     """
     controls = {its.against_control.other for its in conditions if its.against_control}
 
@@ -67,7 +67,7 @@ def shown_as_lines(conditions: Sequence[Condition], *, at_most: int | None = Non
     return {place: conditions[place] for place in sorted(sorted(range(len(conditions)), key=rank)[: at_most or MOST_LINES])}
 
 
-def named_looks(conditions: Sequence[Condition], cost_axes: Sequence[CostAxis]) -> dict[str, int]:
+def named_looks(conditions: Sequence[ArmResult], cost_axes: Sequence[CostAxis]) -> dict[str, int]:
     """Return the looks of the arms that the cost figure names: references and controls, then the front, then the highest means."""
     fronts = {arm.condition.label for cost_axis in cost_axes for arm in cost_axis.front}
     controls = {its.against_control.other for its in conditions if its.against_control}
@@ -80,8 +80,8 @@ def named_looks(conditions: Sequence[Condition], cost_axes: Sequence[CostAxis]) 
     return {conditions[place].label: place for place in sorted(sorted(range(len(conditions)), key=rank)[:MAX_NAMED_ARMS])}
 
 
-def profiles(conditions: Mapping[int, Condition], *, axis: Axis) -> Figure:
-    """Mean score with its interval over context length and over depth, a line per condition (look → condition)."""
+def profiles(conditions: Mapping[int, ArmResult], *, axis: Axis) -> Figure:
+    """Draw the mean score with its interval over context length and over depth, with a line for each condition (by look)."""
     figure = blank_figure(width=PAGE_WIDTH_INCHES, height=3.3)
     with style():
         by_length, by_depth = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
@@ -96,7 +96,7 @@ def profiles(conditions: Mapping[int, Condition], *, axis: Axis) -> Figure:
             depths = depth_profile(condition.rows, axis=axis, in_tenths=in_tenths)
             _line(by_depth, depths, look=look, label=None, shift=0.6 * off, width=width)
         ticks = range(0, len(lengths), math.ceil(len(lengths) / MOST_TICKS))
-        words = [length_words(lengths)[tick] for tick in ticks]
+        words = [format_lengths(lengths)[tick] for tick in ticks]
         by_length.set_xticks(ticks, words, rotation=0 if len(words) <= MOST_UPRIGHT_TICKS else 60)
         by_length.set(xlabel="context length (tokens)", ylabel="mean score", ylim=(-0.04, 1.04))
         by_depth.set(xlabel="depth of the needle (%, 0 = beginning)", xlim=(-4, 104), xticks=range(0, 101, 10))
@@ -106,7 +106,7 @@ def profiles(conditions: Mapping[int, Condition], *, axis: Axis) -> Figure:
 
 
 def recall_by_position(lines: Mapping[int, tuple[str, Mapping[float, Point]]]) -> Figure:
-    """Share of the hidden facts that answers tell, by the depth of the fact; look → label and percent → recall."""
+    """Draw the recall of needles over their depth; ``lines`` has a label and the recall by percent for each look."""
     figure = blank_figure(width=PAGE_WIDTH_INCHES, height=3.1)
     with style():
         axes = figure.subplots()
@@ -154,8 +154,8 @@ def _draw_arm(axes: Axes, arm: PricedArm, *, look: int | None) -> None:
     axes.plot([arm.cost], [arm.score], **how, **fill, markersize=5, linewidth=1.1, label=label)
 
 
-def training_curves(conditions: Mapping[int, Condition]) -> Figure | None:
-    """Training loss over steps, one line per replicate, hollow where it is of held-out rows. None when nothing was trained."""
+def training_curves(conditions: Mapping[int, ArmResult]) -> Figure | None:
+    """Draw the training loss over steps, with a line for each replicate and hollow markers for held-out rows; None without a training."""
     from matplotlib.ticker import MaxNLocator
 
     if not any(trial.training for condition in conditions.values() for trial in condition.trials):
@@ -183,7 +183,7 @@ def save(figure: Figure, stem: Path) -> str:
     """Write ``stem.png``, ``stem.pdf`` and ``stem.svg`` (the folder must exist); the same figure gives the same bytes.
 
     Returns:
-        The ``<svg>`` element.
+        The ``<svg>`` element of the figure.
     """
     save_png(figure, stem.with_suffix(".png"))
     with style():
@@ -194,7 +194,7 @@ def save(figure: Figure, stem: Path) -> str:
 
 
 def save_png(figure: Figure, path: Path, *, dots_per_inch: int = PNG_DOTS_PER_INCH) -> None:
-    """Write the figure as pixels."""
+    """Write the figure as a PNG file."""
     with style():
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # the layout is found; finding it again for every format doubles the time
@@ -202,7 +202,7 @@ def save_png(figure: Figure, path: Path, *, dots_per_inch: int = PNG_DOTS_PER_IN
 
 
 def blank_figure(*, width: float, height: float) -> Figure:
-    """An empty figure of this size in inches."""
+    """Return an empty figure of this size in inches."""
     from matplotlib.figure import Figure
 
     with style():
@@ -210,20 +210,20 @@ def blank_figure(*, width: float, height: float) -> Figure:
 
 
 def style() -> Any:
-    """A context in which all of a sweep's figures are drawn."""
+    """Return the matplotlib context for all figures of a sweep."""
     import matplotlib as mpl
 
     return mpl.rc_context(STYLE)
 
 
-def length_words(lengths: Sequence[int]) -> list[str]:
-    """Short where that tells them apart."""
-    short = [token_words(length) for length in lengths]
+def format_lengths(lengths: Sequence[int]) -> list[str]:
+    """Return the lengths as texts, in a short form if that is different for each."""
+    short = [format_tokens(length) for length in lengths]
     return short if len(set(short)) == len(short) else [f"{length:,}" for length in lengths]
 
 
-def token_words(count: int) -> str:
-    """``4K`` for 4,096 and 4,000, the number itself where neither fits."""
+def format_tokens(count: int) -> str:
+    """Return a text such as ``4K`` for multiples of 1,024 or 1,000, else the number."""
     for size in (1024, 1000):
         if count >= size and count % size == 0:
             return f"{count // size}K"
@@ -231,7 +231,7 @@ def token_words(count: int) -> str:
 
 
 def _line(axes: Axes, points: Mapping[float, Point], *, look: int, label: str | None, shift: float, width: float) -> None:
-    """A line through the means, with whiskers for their intervals."""
+    """Draw a line through the means, with whiskers for their intervals."""
     for place, point in points.items():
         if point.interval is not None:
             axes.plot(
@@ -249,7 +249,7 @@ def _line(axes: Axes, points: Mapping[float, Point], *, look: int, label: str | 
 
 
 def _look(index: int) -> dict[str, Any]:
-    """Colour, marker and dashes of the line at this place; unlike for the first 24."""
+    """Return the colour, marker and dashes of a look; they differ for the first 24."""
     turn, place = divmod(index, len(LINE_COLOURS))
     return {"color": LINE_COLOURS[place], "marker": MARKERS[place], "linestyle": ("-", "--", ":")[turn % 3]}
 
@@ -261,11 +261,11 @@ def _line_legend(figure: Figure, axes: Axes) -> None:
 
 MOST_PANELS_PER_ROW = 4
 MOST_WIDE_CELLS = 8
-"""Up to this many lengths or positions cells have room for two decimals, and scores for their range."""
+"""Largest number of lengths or positions with cells that have room for two decimals and a range of scores."""
 MOST_NUMBERED_CELLS = 20
-"""Up to this many lengths and positions numbers can be read at all."""
+"""Largest number of lengths and positions with cells that have room for a number."""
 BAR_INCHES = 0.8
-"""Width of the colour bar with its numbers."""
+"""Width of the colour bar with its numbers, in inches."""
 UNSCORED, INK = "#f3f3f3", "#444444"
 
 
@@ -280,12 +280,12 @@ class _Scale:
 
 
 def score_heatmaps(panels: Mapping[str, Mapping[Place, Field]], *, axis: Axis) -> Figure:
-    """One heatmap of scores per label, all on the scale 0 to 1."""
+    """Draw a heatmap of scores for each label, all on the scale 0 to 1."""
     return _heatmaps(panels, axis, _Scale(colours="cividis", least=0.0, most=1.0, words="{:.2f}", legend="mean score"))
 
 
 def difference_heatmaps(panels: Mapping[str, Mapping[Place, Field]], *, axis: Axis) -> Figure:
-    """One heatmap of differences per label, all on one scale around zero; blue is better than the reference."""
+    """Draw a heatmap of differences for each label, all on one scale around zero; blue is better than the reference."""
     sizes = [abs(field.value) for fields in panels.values() for field in fields.values() if field.value is not None]
     bound = max(0.25, math.ceil(4 * max(sizes, default=0.0)) / 4)
     return _heatmaps(panels, axis, _Scale(colours="RdBu", least=-bound, most=bound, words="{:+.2f}", legend="difference of scores"))
@@ -332,7 +332,7 @@ def _heatmaps(panels: Mapping[str, Mapping[Place, Field]], axis: Axis, scale: _S
 
 
 def _positions(panels: Mapping[str, Mapping[Place, Field]], axis: Axis) -> list[float]:
-    """From the beginning of a context down; steps of a lattice and bins without a fact have a row as well."""
+    """Return all positions from the beginning of a context, including steps of a lattice and bins without a needle."""
     found = {position for fields in panels.values() for _, position in fields}
     if axis.kind == "percent" or not found:
         return sorted(found)
@@ -374,11 +374,11 @@ def _heatmap(axes: Axes, fields: Mapping[Place, Field], *, lengths: list[int], p
 
 
 def _name_positions(axes: Axes, axis: Axis, *, lengths: list[int], positions: list[float]) -> None:
-    """Ticks; on a lattice also where a quarter and three quarters of each length are."""
+    """Draw the ticks, and on a lattice the marks of a quarter and three quarters of each length."""
     columns, rows = range(0, len(lengths), _every(lengths)), range(0, len(positions), _every(positions))
-    words = length_words(lengths)
+    words = format_lengths(lengths)
     axes.set_xticks(columns, [words[place] for place in columns], rotation=0 if len(lengths) <= MOST_UPRIGHT_TICKS else 60)
-    axes.set_yticks(rows, [_position_words(positions[place], axis) for place in rows])
+    axes.set_yticks(rows, [_format_position(positions[place], axis) for place in rows])
     if axis.kind == "lattice":
         for column, length in enumerate(lengths):
             for percent in MIDDLE_PERCENT:
@@ -387,14 +387,14 @@ def _name_positions(axes: Axes, axis: Axis, *, lengths: list[int], positions: li
                     axes.plot((column + side, column + side + 0.12), (row, row), color="#D55E00", linewidth=1.6, solid_capstyle="butt")
 
 
-def _position_words(position: float, axis: Axis) -> str:
+def _format_position(position: float, axis: Axis) -> str:
     if axis.kind == "lattice":
-        return token_words(int(position))
+        return format_tokens(int(position))
     return f"{position:.3g}" if axis.kind == "percent" else f"{position:.0f}–{position + BIN_PERCENT:.0f}"
 
 
 def _step(values: Sequence[float], *, wide: float, numbered: float) -> float:
-    """Inches of a cell."""
+    """Return the size of a cell in inches."""
     return wide if len(values) <= MOST_WIDE_CELLS else numbered if len(values) <= MOST_NUMBERED_CELLS else 0.12
 
 
@@ -403,7 +403,7 @@ def _every(values: Sequence[float]) -> int:
 
 
 def _words(field: Field, words: str, *, wide: bool, tall: bool) -> str:
-    """Mean, a dagger where questions are missing, and the range of scores where there is room and spread."""
+    """Return the mean, a dagger if questions are unscored, and the range of scores if there is room."""
     text = (words if wide else words.replace(".2f", ".1f")).format(field.value)
     text = "0" if set(text) <= set("+-0.") and "+" in words else text
     text += "†" if field.num_unscored else ""
@@ -416,11 +416,11 @@ def _number(field: Field | None) -> float:
 
 
 def _ink(image: Any, value: float) -> str:
-    """Black or white, whichever is read better on the cell's colour (relative luminance of WCAG 2, simplified)."""
+    """Return black or white, by contrast with the cell's colour (relative luminance of WCAG 2, simplified)."""
     red, green, blue, _ = image.cmap(image.norm(value))
     return "#ffffff" if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.3 else "#111111"
 
 
 def _wrapped(label: str) -> str:
-    """The arm on one line and its point on the next."""
+    """Return a long label with the arm on one line and its point on the next."""
     return label.replace(" ", "\n", 1) if len(label) > 22 else label

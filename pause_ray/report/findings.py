@@ -1,7 +1,7 @@
-"""What a sweep's results mean, in plain words: the headline, and what to know before believing the numbers.
+"""Sentences about the results of a sweep: the headline, and the notes that limit what the numbers show.
 
-Claims no more than the data hold: a difference is called one only where its interval excludes zero and its corrected p
-is small, and a difference to an untuned reference is never called an effect of pauses. Computes and reads nothing.
+A sentence calls a difference one only if its interval excludes zero and its corrected p is small, and never calls a difference to an
+untuned reference an effect of pauses.
 """
 
 from __future__ import annotations
@@ -11,22 +11,21 @@ from collections.abc import Sequence
 
 from pause_ray.core.format import named, p_value, signed, span
 from pause_ray.evaluation.statistics import SIGNIFICANT, min_replicates, wilson
-from pause_ray.report.results import Condition, Contrast, SweepResults, TrialResult
+from pause_ray.report.results import ArmResult, Contrast, SweepResults, TrialResult
 
 NEAR_TIE_LOGITS = 0.05
-"""Two continuations whose logits are this close may change places on other hardware; in bfloat16 one step of a logit near 10
-is 0.06."""
+"""Logits of two tokens that are this close may swap their order on other hardware; in bfloat16 one step of a logit near 10 is 0.06."""
 NEAR_TIE_SHARE = 0.02
-"""From this share of answers on near-ties are worth a word."""
+"""Share of answers with near-ties above which a note reports them."""
 UNEQUAL_TEXT_PERCENT = 1.0
 MOST_NAMED = 6
-"""More arms than this are told by their range."""
+"""Largest number of comparisons that a note lists one by one."""
 
 
 def headline(results: SweepResults) -> str:
-    """What came out, in a sentence, and in a second one what of it the pauses did, if the sweep has a control."""
+    """Return a sentence with the main result, and a second one about the effect of the pauses if the sweep has a control."""
     if not results.scored:
-        return "No trial has finished yet, so nothing can be said."
+        return "No trial has finished yet, so there is no result."
     if not results.contrasts:
         best = max(results.scored, key=_mean_score)
         return f"{best.label} has a mean score of {_mean_score(best):.2f}; there is nothing yet to compare it with."
@@ -34,15 +33,15 @@ def headline(results: SweepResults) -> str:
 
 
 def notes(results: SweepResults) -> list[str]:
-    """What a reader must know before believing the numbers, most important first."""
+    """Return sentences that limit what the numbers show, most important first."""
     found: list[str] = []
     if not results.is_finished:
         waiting = [condition.label for condition in results.conditions if condition.num_missing]
         found.append(f"Unfinished: {results.progress}. Missing in whole or in part: {named(waiting)}.")
     if results.num_stopped:
         found.append(
-            f"{results.num_stopped} of {results.num_planned} trials were stopped early, or spared with those that were, by scores on a "
-            "proxy: nothing is known of them on the full grid, and arms that went on were chosen by a look at one replicate."
+            f"{results.num_stopped} of {results.num_planned} trials were stopped early by proxy scores, or not started because their point "
+            "was stopped: they have no score on the full grid, and the arms that continued were chosen by one replicate."
         )
     contrasts = [*results.contrasts, *results.control_contrasts]
     found += list(dict.fromkeys(f"{its.label} against {its.other}: {text}." for its in contrasts for text in its.comparison.warnings))
@@ -50,8 +49,8 @@ def notes(results: SweepResults) -> list[str]:
     found += _replicate_notes(results)
     if len(results.contrasts) > 1:
         found.append(
-            f"{len(results.contrasts)} arms are compared with {results.reference_arm}. The best of many looks better than it is: "
-            "read the corrected p, and test the winner again on fresh replicates."
+            f"{len(results.contrasts)} arms are compared with {results.reference_arm}. The highest of many scores overestimates the arm: "
+            "use the corrected p, and test the winner again on new replicates."
         )
     found += _power_notes(results)
     found += _detectable_notes(results)
@@ -61,20 +60,22 @@ def notes(results: SweepResults) -> list[str]:
     if any(condition.is_reference for condition in results.scored):
         alone = [condition.label for condition in results.scored if not condition.is_reference and condition.comparison is None]
         if alone:
-            found.append(f"Without one counterpart in {results.reference_arm}, and so not compared: {named(alone)}.")
+            found.append(f"Not compared, because {results.reference_arm} has no single counterpart: {named(alone)}.")
     overlapping = [condition.label for condition in results.scored if any(trial.overlaps for trial in condition.trials)]
     if overlapping:
-        found.append(f"Training text overlaps with the evaluation, as the spec permits; not a fair test: {named(overlapping)}.")
+        found.append(
+            f"The training text overlaps with the evaluation, which the spec permits, so this is not a fair test: {named(overlapping)}."
+        )
     return found
 
 
-def noise_words(results: SweepResults) -> list[str]:
-    """How often arithmetic alone changed an answer, a sentence or two per precision in which that was measured."""
+def format_noise(results: SweepResults) -> list[str]:
+    """Return how often other batch shapes alone changed an answer, for each precision in which that was measured."""
     return [
-        f"In {its.dtype}, {its.num_cells} answered questions were asked again in other shapes, everything else equal: "
-        f"{_share_words(its.num_answers_changed, its.num_cells)} of the answers changed, and "
-        f"{_share_words(its.num_scores_changed, its.num_cells)} of the scores. "
-        "Single cells may differ between arms by arithmetic alone that often."
+        f"In {its.dtype}, {its.num_cells} answered questions were asked again in other batch shapes, with everything else equal: "
+        f"{_format_share(its.num_answers_changed, its.num_cells)} of the answers changed, and "
+        f"{_format_share(its.num_scores_changed, its.num_cells)} of the scores. "
+        "Between arms, single cells may differ that often by rounding alone."
         for its in results.noise
     ]
 
@@ -86,8 +87,8 @@ def _against_reference(results: SweepResults) -> str:
     leader = max(better or contrasts, key=lambda its: its.difference)
     highest = leader.difference == max(its.difference for its in contrasts)
     among = f", {'the best' if highest else 'one'} of {len(contrasts)} arms," if len(contrasts) > 1 else ""
-    worse_words = f"{named(worse)} scored lower than chance would explain." if worse else ""
-    measured = _measured(leader)
+    worse_words = f"{named(worse)} scored lower by more than chance would explain." if worse else ""
+    measured = _format_contrast(leader)
     if better:
         said = f"{leader.label}{among} scored {leader.difference:.2f} higher than {leader.other} {measured}: more than chance would explain"
         return f"{said}; {worse_words}" if worse else f"{said}."
@@ -95,11 +96,11 @@ def _against_reference(results: SweepResults) -> str:
         said = f"No arm scored higher than {reference}: the closest, {leader.label}, differs by {signed(leader.difference)} {measured}"
     else:
         said = f"No arm is better than {reference} beyond chance: {leader.label}{among} scored {leader.difference:.2f} higher {measured}"
-    return f"{said}; {worse_words}" if worse else f"{said}. This sweep cannot tell the arms apart."
+    return f"{said}; {worse_words}" if worse else f"{said}. This sweep shows no difference between the arms."
 
 
 def _against_control(results: SweepResults) -> str:
-    """What the pauses add beyond tuning; empty without a control."""
+    """Return a sentence about the effect of pauses beyond tuning; an empty text without a control."""
     contrasts = {its.label: its for its in results.control_contrasts}
     if not contrasts:
         return ""
@@ -111,7 +112,7 @@ def _against_control(results: SweepResults) -> str:
         leader = contrasts[max((its for its in results.scored if its.label in contrasts), key=_mean_score).label]
     apart = _apart(results, leader)
     which = "the best pause-tuned arm, " if len(contrasts) > 1 and not better else ""
-    end = f"{leader.label}{',' if which else ''} differs by {signed(leader.difference)} {_measured(leader)}"
+    end = f"{leader.label}{',' if which else ''} differs by {signed(leader.difference)} {_format_contrast(leader)}"
     if better:
         once = leader.comparison.num_replicates == 1
         alone = "by the pauses or by the luck of one training run each" if once else "and so an effect of the pauses"
@@ -120,18 +121,18 @@ def _against_control(results: SweepResults) -> str:
         end += ": nothing here is shown to be due to the pauses"
     how = f"which differs in {named(apart)} too" if apart else "which was tuned the same way on the same texts without pauses"
     said = f"Against {leader.other}, {how}, {which}{end}"
-    return f"{said}; with pauses {named(worse)} scored lower than chance would explain." if worse else f"{said}."
+    return f"{said}; with pauses {named(worse)} scored lower by more than chance would explain." if worse else f"{said}."
 
 
 def _apart(results: SweepResults, contrast: Contrast) -> list[str]:
-    """What a pause-tuned condition and its control differ in besides the pauses."""
+    """Return the parts of the spec, besides the pauses, in which a pause-tuned condition and its control differ."""
     trials = {condition.label: condition.trials for condition in results.conditions}
     a, b = trials[contrast.label][0].spec, trials[contrast.other][0].spec
     return [name for name in ("model", "train", "corpus", "adapter", "eval") if a.get(name) != b.get(name)]
 
 
 def _confounding_notes(results: SweepResults) -> list[str]:
-    """Where a difference cannot be told to come from pauses or from tuning."""
+    """Return notes on differences that may come from pauses or from tuning."""
     found = []
     references = {condition.label: condition for condition in results.conditions if condition.is_reference}
     mixed = [
@@ -181,14 +182,14 @@ def _replicate_notes(results: SweepResults) -> list[str]:
 
 
 def _power_notes(results: SweepResults) -> list[str]:
-    """Where the numbers cannot say what they seem to say."""
+    """Return notes on tests that cannot become significant, and on intervals and p values that disagree."""
     found = []
     for contrasts in (results.contrasts, results.control_contrasts):
         blunt = max((its.comparison.smallest_p for its in contrasts), default=0.0)
         if blunt * len(contrasts) >= SIGNIFICANT:
             text = (
                 f"With so few differences p cannot be less than {blunt:.2g}, and {min(1.0, blunt * len(contrasts)):.2g} after "
-                "correction: no effect, however large, could be shown. Take more lengths, depths and replicates, or fewer arms."
+                "correction: no effect, however large, could be shown. Use more lengths, depths and replicates, or fewer arms."
             )
             found += [text] if text not in found else []
     every = [*results.contrasts, *results.control_contrasts]
@@ -199,20 +200,19 @@ def _power_notes(results: SweepResults) -> list[str]:
     ]
     if at_odds:
         found.append(
-            f"Interval and p disagree on whether there is a difference: {named(at_odds)}. "
-            "An arm counts as different only where both say so."
+            f"Interval and p disagree on whether there is a difference: {named(at_odds)}. An arm counts as different only if both agree."
         )
     flat = [condition.label for condition in results.scored if _is_flat(condition)]
     if flat:
         found.append(
-            f"All replicates have the same mean or the same difference, so their spread says nothing: {named(flat)}. "
-            "The interval speaks of other cells instead, not of other texts."
+            f"All replicates have the same mean or the same difference, so their spread gives no interval: {named(flat)}. "
+            "The interval is over cells instead, and does not cover other texts."
         )
     return found
 
 
 def _detectable_notes(results: SweepResults) -> list[str]:
-    """What could have been seen, for the comparisons in which nothing was although the signs of their differences could have told."""
+    """Return the smallest detectable difference of each comparison that shows none although its sign-flip test could."""
     every = [(contrasts, its) for contrasts in (results.contrasts, results.control_contrasts) for its in contrasts]
     missed = [its for contrasts, its in every if not its.differs and its.comparison.smallest_p * len(contrasts) < SIGNIFICANT]
     sizes = {f"{its.label} against {its.other}": its.comparison.detectable or 0.0 for its in missed}
@@ -224,17 +224,17 @@ def _detectable_notes(results: SweepResults) -> list[str]:
         told = each if len(seen) <= MOST_NAMED else f"{min(seen.values()):.2f} to {max(seen.values()):.2f}"
         found.append(
             "Where no difference is shown, the smallest true one that this design would have found four times of five: "
-            f"{told}. A smaller one may be there."
+            f"{told}. A smaller one may exist."
         )
     if len(seen) < len(sizes):
         names = [name for name in sizes if name not in seen]
         told = named(names) if len(names) <= MOST_NAMED else f"{len(names)} comparisons"
-        found.append(f"Answers so few or so scattered that even the largest true difference would often have been missed: {told}.")
+        found.append(f"With answers so few or so scattered, even the largest true difference would often be missed: {told}.")
     return found
 
 
 def _text_notes(results: SweepResults) -> list[str]:
-    """Arms that read more or less text than what they are compared with."""
+    """Return notes on arms that read more or less text than the arm that they are compared with."""
     shares = {
         its.label: sum(row.content_tokens for row in its.rows) / sum(row.context_tokens for row in its.rows) for its in results.scored
     }
@@ -244,13 +244,13 @@ def _text_notes(results: SweepResults) -> list[str]:
         if abs(more) >= UNEQUAL_TEXT_PERCENT:
             found.append(
                 f"{its.label} read {abs(more):.0f} % {'more' if more > 0 else 'less'} text per asked token than {its.other}: "
-                "their difference is one of context length as well."
+                "their difference includes an effect of context length."
             )
     return found
 
 
 def _precision_notes(results: SweepResults) -> list[str]:
-    """Where arithmetic, not the arm, may have decided."""
+    """Return notes on answers that rounding may have changed."""
     found = []
     unmeasured = [
         condition.label for condition in results.scored if any(_is_coarse(trial) and trial.noise is None for trial in condition.trials)
@@ -265,25 +265,25 @@ def _precision_notes(results: SweepResults) -> list[str]:
     if sum(near.values()) > NEAR_TIE_SHARE * sum(map(len, margins.values())):
         told = named([f"{label} {number} of {len(margins[label])}" for label, number in near.items() if margins[label]])
         found.append(
-            f"Greedy near-ties: answers in which the two best next tokens once lay within {NEAR_TIE_LOGITS} logits, so that other "
+            f"Greedy near-ties: answers in which the two best next tokens were once within {NEAR_TIE_LOGITS} logits, so that other "
             f"hardware or software may give another answer: {told}."
         )
     return found
 
 
 def _is_coarse(trial: TrialResult) -> bool:
-    """Whether transformers answered in a precision in which shapes matter."""
+    """Return whether transformers answered in a precision in which batch shapes matter."""
     model, engine = trial.spec.get("model") or {}, trial.spec.get("engine") or {}
     return engine.get("kind") == "hf" and (model.get("dtype") != "float32" or model.get("quantize") is not None)
 
 
-def _share_words(number: int, total: int) -> str:
-    """``1 of 12 (8 %, 95 % interval 1 to 35 %)``."""
+def _format_share(number: int, total: int) -> str:
+    """Return a text such as ``1 of 12 (8 %, 95 % interval 1 to 35 %)``."""
     interval = wilson(number, total)
     return f"{number} of {total} ({100 * number / total:.0f} %, 95 % interval {100 * interval.low:.0f} to {100 * interval.high:.0f} %)"
 
 
-def _is_flat(condition: Condition) -> bool:
+def _is_flat(condition: ArmResult) -> bool:
     summary = condition.summary
     if summary is None or summary.num_replicates == 1:
         return False
@@ -292,7 +292,7 @@ def _is_flat(condition: Condition) -> bool:
 
 
 def _cell_notes(results: SweepResults) -> list[str]:
-    """Cells that are in no mean, in no comparison, counted once for several, or cut off."""
+    """Return notes on cells that are unscored, unpaired, repeated or cut off."""
     found = []
     summaries = [(condition.label, condition.summary) for condition in results.scored if condition.summary]
     unscored = [f"{label} {its.num_unscored} of {its.num_cells}" for label, its in summaries if its.num_unscored]
@@ -319,7 +319,7 @@ def _cell_notes(results: SweepResults) -> list[str]:
         told = "; ".join(
             f"{label} {', '.join(f'{number} {scorer}' for scorer, number in its.most_common())}" for label, its in mixed.items()
         )
-        found.append(f"Scores of different scorers are averaged: {told}. Rescore the ledgers with one of them.")
+        found.append(f"Means mix scores of different scorers: {told}. Rescore the ledgers with one of them.")
     return found + _cut_off_notes([(condition.label, condition.trials) for condition in results.scored])
 
 
@@ -328,11 +328,11 @@ def _cut_off_notes(conditions: Sequence[tuple[str, Sequence[TrialResult]]]) -> l
     if len({cut_off / cells for _, cut_off, cells in counts if cells}) < 2:
         return []
     told = named([f"{label} {cut_off} of {cells}" for label, cut_off, cells in counts])
-    return [f"Arms differ in how many answers reached max_new_tokens without an end, which can cost or win keywords: {told}."]
+    return [f"Arms differ in how many answers reached max_new_tokens without an end, which can lose or gain keywords: {told}."]
 
 
-def _measured(contrast: Contrast) -> str:
-    """``on the same 9 questions (95 % interval -0.10 to +0.30, p = 0.25, corrected 1.00)``."""
+def _format_contrast(contrast: Contrast) -> str:
+    """Return a text such as ``on the same 9 questions (95 % interval -0.10 to +0.30, p = 0.25, corrected 1.00)``."""
     comparison = contrast.comparison
     interval = comparison.interval
     details = [f"95 % interval {span(interval.low, interval.high, signs=True)}"] if interval else []
@@ -343,6 +343,6 @@ def _measured(contrast: Contrast) -> str:
     return f"on the same {comparison.num_pairs} questions{where} ({', '.join(details)})"
 
 
-def _mean_score(condition: Condition) -> float:
+def _mean_score(condition: ArmResult) -> float:
     summary = condition.summary
     return -1.0 if summary is None or summary.grand_mean is None else summary.grand_mean

@@ -1,7 +1,6 @@
-"""The report of a sweep: one HTML file without outside references, figures for papers, a CSV, a table for the terminal.
+"""The report of a sweep: one HTML file without external references, figures for papers, a CSV, and a table for the terminal.
 
-Lays out what ``results`` and ``sections`` computed, ``findings`` said, ``figures`` and ``heatmaps`` drew. Reads storage only, so it
-can be written again at any time, for a sweep that is still running too.
+The report reads storage only, so it can be written again at any time, also while the sweep runs.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ from pause_ray.evaluation.ledger import CellResult
 from pause_ray.evaluation.statistics import BOOTSTRAP_UNITS, Estimate, Interval, min_replicates
 from pause_ray.report import figures
 from pause_ray.report.best import exported
-from pause_ray.report.findings import headline, noise_words, notes
+from pause_ray.report.findings import format_noise, headline, notes
 from pause_ray.report.ranking import (
     RungHistory,
     best,
     cost_axes,
+    format_objective,
     objective_of,
-    objective_words,
     rank_correlations,
     rung_histories,
     trained_tokens,
 )
-from pause_ray.report.results import Condition, Contrast, SweepResults, results_of, spent
+from pause_ray.report.results import ArmResult, Contrast, SweepResults, answer_cost, results_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,7 +56,7 @@ SCORERS = {
 
 
 def facts(results: SweepResults) -> list[tuple[str, str]]:
-    """What was asked of whom: name and value."""
+    """Return the names and values of the report's header, such as the model and the context lengths."""
     rows = [row for condition in results.scored for row in condition.rows]
     if not rows:
         return [("Trials", results.progress)]
@@ -81,18 +80,18 @@ def facts(results: SweepResults) -> list[tuple[str, str]]:
 
 
 def num_asked(row: CellResult) -> int:
-    """How many of its hidden facts a question asks for."""
+    """Return the number of needles that a question asks for."""
     return sum(bool(fact.references) for fact in row.facts)
 
 
-def score_words(results: SweepResults) -> str:
-    """What the score of these answers means."""
+def describe_score(results: SweepResults) -> str:
+    """Return the meaning of the scores, by scorer."""
     scorers = sorted({row.scorer for condition in results.scored for row in condition.rows})
     return "; ".join(SCORERS.get(scorer, f"as graded by {scorer}, 0 to 1") for scorer in scorers)
 
 
-def middle_and_edges(conditions: Sequence[Condition]) -> list[JsonObject]:
-    """Per condition that was asked in both: its summaries there, its differences to the reference there, and how these differ."""
+def middle_and_edges(conditions: Sequence[ArmResult]) -> list[JsonObject]:
+    """Return the summaries and differences in the middle and at the edges of the context, and the middle's gain, for each condition."""
     found = []
     parts = {condition.label: _by_place(condition.rows) for condition in conditions}
     for condition in conditions:
@@ -113,13 +112,13 @@ def middle_and_edges(conditions: Sequence[Condition]) -> list[JsonObject]:
 
 
 def _by_place(rows: Sequence[CellResult]) -> tuple[list[CellResult], list[CellResult]]:
-    """Those whose first fact is in the middle of the context, and the others."""
+    """Return the rows whose first needle is in the middle of the context, and the others."""
     middle = [row for row in rows if is_middle(row.depth_percent)]
     return middle, [row for row in rows if not is_middle(row.depth_percent)]
 
 
 def proxy_cost(histories: Sequence[RungHistory]) -> JsonObject:
-    """What all rungs together took: ``cells``, ``prefilled_tokens`` and ``seconds``."""
+    """Return the ``cells``, ``prefilled_tokens`` and ``seconds`` of all rungs together."""
     rungs = [rung for history in histories for rung in history.rungs]
     return {
         "cells": sum(rung.num_cells for rung in rungs),
@@ -128,8 +127,8 @@ def proxy_cost(histories: Sequence[RungHistory]) -> JsonObject:
     }
 
 
-def unscored(conditions: Sequence[Condition]) -> list[JsonObject]:
-    """Reasons why cells have no score, most frequent first, and how many of each condition's cells have it."""
+def unscored(conditions: Sequence[ArmResult]) -> list[JsonObject]:
+    """Return the reasons of unscored cells, most frequent first, with their number in all and by condition."""
     counts = {condition.label: Counter(row.unscored_reason for row in condition.rows if row.score is None) for condition in conditions}
     reasons = sum(counts.values(), Counter())
     return [
@@ -138,8 +137,8 @@ def unscored(conditions: Sequence[Condition]) -> list[JsonObject]:
     ]
 
 
-def costs(conditions: Sequence[Condition]) -> list[JsonObject]:
-    """What each condition's training and answers took."""
+def costs(conditions: Sequence[ArmResult]) -> list[JsonObject]:
+    """Return the steps, seconds and tokens of each condition's training and answers."""
     found = []
     for condition in conditions:
         steps = [row for trial in condition.trials for row in trial.training]
@@ -150,15 +149,15 @@ def costs(conditions: Sequence[Condition]) -> list[JsonObject]:
                 "steps": len(steps),
                 "training": sum(row.get("seconds", 0.0) for row in steps),
                 "last_loss": sum(losses) / len(losses) if losses else None,
-                "answers": spent(condition.rows),
+                "answers": answer_cost(condition.rows),
                 "currency": ", ".join(sorted({trial.currency for trial in condition.trials} - {""})),
             }
         )
     return found
 
 
-def trainings(conditions: Sequence[Condition]) -> list[JsonObject]:
-    """How fast and within which memory each condition was trained; empty where logs do not say."""
+def trainings(conditions: Sequence[ArmResult]) -> list[JsonObject]:
+    """Return the speed and peak memory of each condition's training, without those whose logs do not have them."""
     found = []
     for condition in conditions:
         logs = [trial.training for trial in condition.trials if trial.training and "peak_memory_bytes" in trial.training[0]]
@@ -183,14 +182,14 @@ def trainings(conditions: Sequence[Condition]) -> list[JsonObject]:
 
 
 def questions(results: SweepResults) -> list[JsonObject]:
-    """The cells on which the conditions' scores lie furthest apart, each with every condition's answer."""
-    by_place: dict[tuple[Any, ...], list[tuple[Condition, CellResult]]] = {}
+    """Return the cells with the largest range of scores over conditions, each with the answer of every condition."""
+    by_place: dict[tuple[Any, ...], list[tuple[ArmResult, CellResult]]] = {}
     for condition in results.scored:
         for row in condition.rows:
             place = (row.replicate, row.task, row.context_tokens, row.depth_percent, row.sample)
             by_place.setdefault(place, []).append((condition, row))
 
-    def spread(answers: Sequence[tuple[Condition, CellResult]]) -> float:
+    def spread(answers: Sequence[tuple[ArmResult, CellResult]]) -> float:
         scores = [row.score for _, row in answers if row.score is not None]
         return max(scores) - min(scores) if scores else 0.0
 
@@ -202,7 +201,7 @@ def questions(results: SweepResults) -> list[JsonObject]:
 
 
 def corpora(results: SweepResults) -> list[JsonObject]:
-    """Each shard set once: which conditions it trained, plain statistics, histograms."""
+    """Return each shard set once, with the conditions that were trained on it, its statistics and histograms."""
     found: dict[str, JsonObject] = {}
     for condition in results.scored:
         for trial in condition.trials:
@@ -214,12 +213,12 @@ def corpora(results: SweepResults) -> list[JsonObject]:
 
 
 def plain(stats: JsonObject) -> dict[str, str]:
-    """Those of a corpus's statistics that are one value each, for people."""
+    """Return the statistics of a corpus that are single values, as titles and texts."""
     return {title(name): _value(value) for name, value in stats.items() if not isinstance(value, dict | list)}
 
 
 def histograms(stats: JsonObject) -> list[tuple[str, list[tuple[str, float, float]]]]:
-    """Name → bars of (label, value, share of the highest), from counts by name or by ``from_tokens`` and ``to_tokens``."""
+    """Return the title and the bars (label, value, share of the highest) of each statistic that counts by name or by token range."""
     shown = []
     for name, value in stats.items():
         if isinstance(value, dict):
@@ -234,7 +233,7 @@ def histograms(stats: JsonObject) -> list[tuple[str, list[tuple[str, float, floa
 
 
 def answers_per_field(results: SweepResults) -> int:
-    """The most questions that one cell of a heatmap stands for."""
+    """Return the largest number of questions in one cell of a heatmap."""
     axis = results.axis
     counts = Counter(
         (condition.label, row.context_tokens, axis.position(fact))
@@ -276,7 +275,7 @@ def _value(value: Any) -> str:
 
 SHOWN_ARMS, SHOWN_HISTORIES = 24, 200
 MOST_HEATMAPS = 24
-"""A heatmap takes a second to draw, and a thousand of them nobody looks at."""
+"""Largest number of heatmaps in a figure; each takes a second to draw."""
 VERSIONED = ("ray", "torch", "transformers", "peft", "deepspeed", "mlflow", "polars", "pyarrow", "numpy")
 
 
@@ -298,7 +297,7 @@ def write_report(sweep: Path | SweepResults, storage: Storage) -> Path:
 
 
 def page(results: SweepResults, drawn: Mapping[str, str]) -> str:
-    """The report as HTML, with the figures (name → ``<svg>`` element) that were drawn for it."""
+    """Return the report as HTML; ``drawn`` has the ``<svg>`` element of each figure by name."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -306,12 +305,16 @@ def page(results: SweepResults, drawn: Mapping[str, str]) -> str:
     )
     words = {"number": number, "signed": signed, "signed_percent": signed_percent, "count": count, "memory": memory}
     environment.filters |= words | {"percent": percent, "money": money, "duration": duration, "title": title, "p_value": p_value}
-    environment.globals |= {"interval_words": _interval_words, "percent_words": _percent_words, "objective_words": objective_words}
+    environment.globals |= {
+        "format_interval": _format_interval,
+        "format_percent_interval": _format_percent_interval,
+        "format_objective": format_objective,
+    }
     return environment.get_template("report.html.jinja").render(_view(results, drawn))
 
 
 def arms_csv(results: SweepResults) -> str:
-    """One line per condition; numbers unrounded, empty where there is none."""
+    """Return a CSV table with a line for each condition; numbers are not rounded, and empty where there is none."""
     priced_arms = {(axis.kind, arm.condition.label): arm for axis in cost_axes(results) for arm in axis.arms}
     columns = [
         _csv_row(condition)
@@ -327,14 +330,13 @@ def arms_csv(results: SweepResults) -> str:
 
 
 def table(sweep: Path | SweepResults, storage: Storage) -> Table:
-    """The arms of a sweep, named or read already, as a table for the terminal (80 columns are enough), with the finding as its caption.
+    """Return the arms of a sweep as a table for a terminal of at least 80 columns, with the headline as its caption.
 
-    Differences are against the sweep's reference; rows named ``A vs B`` hold those against its control.
-    p is corrected for the number of comparisons; ``n/s`` counts cells that could not be scored; bold arms differ by more than
-    chance would explain.
+    Differences are to the sweep's reference; rows named ``A vs B`` have those to its control. p is corrected for the number of
+    comparisons; ``n/s`` counts unscored cells; bold arms differ by more than chance would explain.
 
     Raises:
-        StorageError: the sweep's or a trial's files are damaged.
+        StorageError: The sweep's or a trial's files are damaged.
     """
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
@@ -343,7 +345,7 @@ def table(sweep: Path | SweepResults, storage: Storage) -> Table:
     results = results_of(sweep, storage)
     shown = Table(
         title=escape(f"{results.name}: {results.progress}"),
-        caption=escape(headline(results) + _best_words(results)),
+        caption=escape(headline(results) + _format_best(results)),
         caption_justify="left",
         title_justify="left",
         box=SIMPLE_HEAD,
@@ -361,17 +363,17 @@ def table(sweep: Path | SweepResults, storage: Storage) -> Table:
     return shown
 
 
-def _best_words(results: SweepResults) -> str:
-    """What the best arm is and that it was chosen; nothing where it goes without saying."""
+def _format_best(results: SweepResults) -> str:
+    """Return a sentence that names the best arm; an empty text if fewer than two arms have scores."""
     found = best(results)
     if found is None or len(results.scored) < 2:
         return ""
-    chosen = f"the best of {len(results.scored)}, which looks better than it is"
-    return f"\nBest by {objective_words(found.objective)}: {found.condition.label}, {number(found.value)} ({chosen})."
+    chosen = f"chosen as the best of {len(results.scored)}, so its value is an overestimate"
+    return f"\nBest by {format_objective(found.objective)}: {found.condition.label}, {number(found.value)} ({chosen})."
 
 
 def corpus_table(stats: JsonObject) -> Table:
-    """The statistics of one shard set as a table for the terminal, histograms as a line each."""
+    """Return the statistics of one shard set as a table for the terminal, with a line for each histogram."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -383,16 +385,16 @@ def corpus_table(stats: JsonObject) -> Table:
     return shown
 
 
-def _interval_words(interval: Interval | None, *, signs: bool = False) -> str:
+def _format_interval(interval: Interval | None, *, signs: bool = False) -> str:
     return "–" if interval is None else span(interval.low, interval.high, signs=signs)
 
 
-def _percent_words(interval: Interval | None) -> str:
-    """``−1.2 to +4.0 %``, of an interval in percent."""
+def _format_percent_interval(interval: Interval | None) -> str:
+    """Return an interval in percent as a text such as ``−1.2 to +4.0 %``."""
     return "" if interval is None else span(interval.low, interval.high, digits=1, signs=True, unit=" %")
 
 
-def _terminal_row(condition: Condition) -> list[str]:
+def _terminal_row(condition: ArmResult) -> list[str]:
     summary, comparison = condition.summary, condition.comparison
     if summary is None:
         return [condition.label, "not finished" if condition.num_missing else "stopped early"]
@@ -418,12 +420,12 @@ def _control_row(contrast: Contrast) -> list[str]:
 
 
 def _bracketed(interval: Interval | None, *, signs: bool = False) -> str:
-    """`` [0.44, 0.89]``, ready for a rich cell."""
-    return "" if interval is None else rf" \[{_interval_words(interval, signs=signs).replace(' to ', ', ')}]"
+    """Return an interval as a text such as `` [0.44, 0.89]``, escaped for rich."""
+    return "" if interval is None else rf" \[{_format_interval(interval, signs=signs).replace(' to ', ', ')}]"
 
 
 def _draw(results: SweepResults) -> dict[str, Figure]:
-    """Name → figure, only those that have something to show."""
+    """Return the figures by name, without those that would be empty."""
     scored = _reference_first(results.scored)
     drawn: dict[str, Figure] = {}
     if not scored:
@@ -453,8 +455,8 @@ def _draw(results: SweepResults) -> dict[str, Figure]:
     return drawn
 
 
-def _recall(condition: Condition) -> dict[float, Point]:
-    """Middle of each tenth of the prompt → recall of the facts there; empty where questions have one fact each."""
+def _recall(condition: ArmResult) -> dict[float, Point]:
+    """Return the recall of needles by the middle of each tenth of the prompt; empty if each question has one needle."""
     if all(num_asked(row) < 2 for row in condition.rows):
         return {}
     return {(its.low + its.high) / 2: Point(its.recall, its.interval) for its in recall_by_depth(condition.rows)}
@@ -469,14 +471,14 @@ def _view(results: SweepResults, drawn: Mapping[str, str]) -> JsonObject:
         "results": results,
         "headline": headline(results),
         "notes": notes(results),
-        "noise": noise_words(results),
+        "noise": format_noise(results),
         "conditions": conditions,
         "scored": scored,
         "bound": max(0.1, bound),
         "bootstrap_units": BOOTSTRAP_UNITS,
         "enough": min_replicates(max(1, len(results.contrasts))),
         "facts": facts(results),
-        "score_words": score_words(results),
+        "describe_score": describe_score(results),
         "axis": results.axis,
         "several": any(num_asked(row) > 1 for condition in scored for row in condition.rows),
         "in_tenths": drawn_in_tenths((row for condition in scored for row in condition.rows), axis=results.axis),
@@ -516,7 +518,7 @@ def _versions() -> list[tuple[str, str]]:
     return found
 
 
-def _csv_row(condition: Condition) -> JsonObject:
+def _csv_row(condition: ArmResult) -> JsonObject:
     summary = condition.summary
     row: JsonObject = {
         "arm": condition.arm,
@@ -526,7 +528,7 @@ def _csv_row(condition: Condition) -> JsonObject:
         "trials_stopped": condition.num_stopped,
     }
     if summary is not None:
-        answers = spent(condition.rows)
+        answers = answer_cost(condition.rows)
         row |= {
             "cells": summary.num_cells,
             "unscored": summary.num_unscored,
@@ -586,7 +588,7 @@ def _reach(contrast: Contrast) -> list[float]:
     return [contrast.difference] if interval is None else [interval.low, interval.high]
 
 
-def _reference_first(conditions: Sequence[Condition]) -> list[Condition]:
+def _reference_first(conditions: Sequence[ArmResult]) -> list[ArmResult]:
     return sorted(conditions, key=lambda condition: not condition.is_reference)
 
 

@@ -1,7 +1,7 @@
-"""How far the sweeps on a storage root are and what runs just now, from storage alone: no Ray, on any machine that sees the root.
+"""The progress of the sweeps on a storage root, read from storage alone, on any machine that sees the root.
 
-Trials, cells, steps and tokens are counted in ledgers and manifests; speeds, the fleet and failures are what the driver said of
-itself (``live_status``), with its age. Reads only.
+Trials, cells, steps and tokens are counted in ledgers and manifests; speeds, scoring actors and failures come from the status file
+that the driver writes, and are shown with its age.
 """
 
 from __future__ import annotations
@@ -22,64 +22,64 @@ from pause_ray.sweep.spec import condition_labels
 from pause_ray.sweep.status import LiveStatus, RunningTrial, TrainingProgress
 
 LOCK = ".lock"
-"""Held by a sweep's driver."""
+"""Name of the lock file that a sweep's driver holds."""
 STATES = ("finished", "running", "begun", "to come", "failed", "stopped")
-"""Of a trial: ``begun`` has results and does not run, ``failed`` did so in the last run, ``stopped`` was given up by a scheduler,
-or with its arm in the last run."""
+"""States of a trial: ``begun`` has results and does not run, ``failed`` failed in the last run, ``stopped`` was stopped early, or given
+up with its arm in the last run."""
 _AFTER_TRAINING = (Stage.PROXY, Stage.QUEUED, Stage.SCORING, Stage.RECHECKING)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialStatus:
-    """One trial."""
+    """The progress of one trial."""
 
     digest: str
     label: str
     state: str
     """One of ``STATES``."""
     cells: int | None
-    """Asked of it; None in a sweep that does not say."""
+    """Number of its cells; None if the sweep's file does not have it."""
     cells_done: int
-    """With a score."""
+    """Number of cells with a score."""
     cells_unscored: int
     steps: int | None
-    """Of its training, 0 without one; None in a sweep that does not say."""
+    """Number of its optimizer steps, 0 without a training; None if the sweep's file does not have it."""
     steps_done: int
     trained_tokens: int
     prefilled_tokens: int
     decoded_tokens: int
     last_sign: float | None
-    """When it left something on storage, in seconds since 1970; None if it has not."""
+    """Time of its last write to storage, in seconds since 1970; None if there is none."""
     adapter: str | None
-    """Name of its folder, once the trial has answered with it; trials may share one."""
+    """Name of the adapter's folder once the trial has answered with it; trials may share one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepStatus:
-    """One sweep."""
+    """The progress of one sweep."""
 
     name: str
-    """Of its folder."""
+    """Name of the sweep's folder."""
     folder: Path
     trials: tuple[TrialStatus, ...]
     driver: str | None
-    """Who runs it now, or None."""
+    """The process that runs the sweep now; None if none does."""
     live: LiveStatus | None
-    """The last thing that a driver said of itself."""
+    """The last status that a driver wrote."""
     failures: Mapping[str, str]
-    """Label → why the trial failed in the last run."""
+    """The reason of each trial that failed in the last run, by label."""
     now: float
-    """When this was read, in seconds since 1970."""
+    """Time of reading, in seconds since 1970."""
 
     @property
     def by_state(self) -> dict[str, int]:
-        """State → trials, in the order of ``STATES``."""
+        """Number of trials by state, in the order of ``STATES``."""
         found = Counter(trial.state for trial in self.trials)
         return {state: found[state] for state in STATES if found[state]}
 
     @property
     def trained_tokens(self) -> int:
-        """An adapter that trials share was trained once."""
+        """Number of tokens that were trained on; counts an adapter that trials share once."""
         of_adapters: dict[str, int] = {}
         for trial in self.trials:
             if trial.adapter is not None:  # an unfinished one cannot tell of one that is gone
@@ -88,11 +88,11 @@ class SweepStatus:
 
     @property
     def last(self) -> TrialStatus | None:
-        """The trial that left something on storage last."""
+        """The trial with the latest write to storage."""
         return max((trial for trial in self.trials if trial.last_sign is not None), key=lambda trial: trial.last_sign or 0.0, default=None)
 
     def as_json(self) -> JsonObject:
-        """Plain data; ages are in seconds."""
+        """Return the progress as plain data; ages are in seconds."""
         last, live = self.last, self.live
         return {
             "name": self.name,
@@ -117,35 +117,35 @@ class SweepStatus:
 
     @property
     def is_live(self) -> bool:
-        """Whether ``live`` is how things are."""
+        """Whether ``live`` is from the running driver and recent."""
         return self.is_of_driver and self.live is not None and self.live.is_current(self.now)
 
     @property
     def is_of_driver(self) -> bool:
-        """Whether ``live`` is a word of ``driver`` while it runs trials, and not of one before it."""
+        """Whether the running driver wrote ``live``, not an earlier one."""
         return _is_of(self.live, self.driver)
 
     def age(self, moment: float | None) -> float | None:
-        """Seconds since then; clocks of machines may differ a little."""
+        """Return the seconds since ``moment``; not negative, since clocks of machines may differ a little."""
         return None if moment is None else round(max(0.0, self.now - moment), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepLine:
-    """One sweep of several, as briefly as can be said without reading its ledgers."""
+    """The progress of one of several sweeps, without what only ledgers have."""
 
     name: str
     finished: int
     planned: int
     left_out: int
-    """Stopped by a scheduler, or spared with those that were."""
+    """Number of trials that were stopped early, or not started because their point was stopped."""
     driver: str | None
     age: float
-    """Seconds since anything of it was written."""
+    """Seconds since the last write of the sweep."""
 
 
 def _total(numbers: Iterable[int | None]) -> int | None:
-    """Their sum; None if one is not known."""
+    """Return the sum of the numbers; None if one of them is None."""
     found = 0
     for number in numbers:
         if number is None:
@@ -155,10 +155,10 @@ def _total(numbers: Iterable[int | None]) -> int | None:
 
 
 def sweep_folders(storage: Storage) -> list[Path]:
-    """Of every sweep on the root.
+    """Return the folder of every sweep on the storage root.
 
     Raises:
-        StorageError: there is no such root, or no sweep on it.
+        StorageError: There is no such root, or no sweep on it.
     """
     folders = sorted(path.parent for path in storage.sweeps.glob("*/sweep.json"))
     if not storage.root.is_dir():
@@ -169,10 +169,10 @@ def sweep_folders(storage: Storage) -> list[Path]:
 
 
 def folder_of(spec: JsonObject, storage: Storage) -> Path:
-    """The folder of the sweep with this resolved spec; where its spec was changed since, the only one of its name.
+    """Return the folder of the sweep with this resolved spec, else the only folder of a sweep with its name.
 
     Raises:
-        StorageError: as ``sweep_folders``; none is called so, or several are and none has this spec.
+        StorageError: See ``sweep_folders``; or no sweep has this name, or several have it and none has this spec.
     """
     read = {folder: read_json(folder / "sweep.json") for folder in sweep_folders(storage)}
     named = [folder for folder, sweep in read.items() if sweep["name"] == spec["name"]]
@@ -185,19 +185,19 @@ def folder_of(spec: JsonObject, storage: Storage) -> Path:
 
 
 def overview(storage: Storage) -> list[SweepLine]:
-    """Every sweep on the root, the one that was worked on last first.
+    """Return all sweeps on the storage root, the one with the latest write first.
 
     Raises:
-        StorageError: as ``sweep_folders``, or a file of a sweep is damaged.
+        StorageError: See ``sweep_folders``; or a file of a sweep is damaged.
     """
     return sorted((_line(folder, storage) for folder in sweep_folders(storage)), key=lambda line: line.age)
 
 
 def sweep_status(folder: Path, storage: Storage) -> SweepStatus:
-    """Everything that storage tells of one sweep.
+    """Return the progress of one sweep.
 
     Raises:
-        StorageError: a file is missing or damaged.
+        StorageError: A file is missing or damaged.
     """
     sweep, live, now = read_json(folder / "sweep.json"), LiveStatus.read(folder), time.time()
     driver = _driver(folder, live, now=now)
@@ -222,12 +222,12 @@ def sweep_status(folder: Path, storage: Storage) -> SweepStatus:
 
 
 def _driver(folder: Path, live: LiveStatus | None, *, now: float) -> str | None:
-    """Who holds the sweep's lock; on a file system whose locks other machines do not see, who says that they run."""
+    """Return the holder of the sweep's lock, else the driver of a recent status: on some file systems other machines do not see locks."""
     return holder_of(folder / LOCK) or (live.driver if live and live.is_current(now) else None)
 
 
 def _is_of(live: LiveStatus | None, driver: str | None) -> bool:
-    """Whether the one who said ``live`` is ``driver``, which a lock names with more words, and has not ended its trials."""
+    """Return whether ``driver`` wrote ``live`` and has not ended its trials; a lock names the driver with further details."""
     return live is not None and driver is not None and live.ended is None and driver.split(",")[0] == live.driver
 
 
@@ -274,7 +274,7 @@ def _trial(
 
 
 def _adapter(rows: Sequence[JsonObject], manifest: JsonObject | None) -> str | None:
-    """Which adapter it answers with: by its manifest, or by its answers."""
+    """Return the adapter of a trial by its manifest, else by its answers."""
     if manifest is not None and manifest.get("checkpoint"):
         return Path(manifest["checkpoint"]).name
     return next((row["adapter"] for row in rows if row["adapter"]), None)
@@ -289,7 +289,7 @@ def _trained(
     running: RunningTrial | None,
     told: TrainingProgress | None,
 ) -> TrainingProgress:
-    """How far its training is: by its manifest, by the adapter that its answers name, or as the driver said."""
+    """Return the progress of a training by the trial's manifest, else by the adapter of its answers, else by the driver's status."""
     if entry.get("steps") == 0:  # it may answer with an adapter all the same
         return TrainingProgress(steps=0, tokens=0)
     if manifest is not None:

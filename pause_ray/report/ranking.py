@@ -12,7 +12,7 @@ from typing import Literal
 
 from pause_ray.evaluation.compare import ObjectiveSpec, has_enough_scored_cells, paired_difference
 from pause_ray.evaluation.statistics import Choice, Estimate, Interval, dominated_by, kendall_tau, pareto_front
-from pause_ray.report.results import Condition, SweepResults, TrialResult
+from pause_ray.report.results import ArmResult, SweepResults, TrialResult
 from pause_ray.sweep.search_log import RungScore, Stop
 
 CostKind = Literal["overhead", "training"]
@@ -27,7 +27,7 @@ def objective_of(results: SweepResults) -> ObjectiveSpec:
     return ObjectiveSpec.parse(results.description.get("spec", {}).get("objective") or {}, origin=str(results.folder / "sweep.json"))
 
 
-def objective_words(objective: ObjectiveSpec) -> str:
+def format_objective(objective: ObjectiveSpec) -> str:
     """Return the objective as words, such as ``highest score_middle``."""
     return f"{'highest' if objective.mode == 'max' else 'lowest'} {objective.metric}"
 
@@ -37,7 +37,7 @@ class Best:
     """The best condition by the sweep's objective, and the best of its trials."""
 
     objective: ObjectiveSpec
-    condition: Condition
+    condition: ArmResult
     trial: TrialResult
     """The best of the condition's replicates; each has a haystack and wordings of its own."""
     value: float
@@ -68,7 +68,7 @@ def best(results: SweepResults, *, tuned: bool = False) -> Best | None:
     return Best(objective=objective, condition=condition, trial=trial, value=value, trial_value=trial_value)
 
 
-def _is_complete(condition: Condition) -> bool:
+def _is_complete(condition: ArmResult) -> bool:
     is_scored = condition.summary is not None and has_enough_scored_cells(condition.summary)
     return is_scored and condition.num_missing == 0 and condition.num_stopped == 0
 
@@ -82,16 +82,16 @@ def _sort_key(objective: ObjectiveSpec, value: float) -> float:
 class PricedArm:
     """A condition with its score and its cost."""
 
-    condition: Condition
+    condition: ArmResult
     score: float
     """The mean score, 0 to 1."""
     interval: Interval | None
     """The interval of the score."""
     cost: float
     """The cost in the unit of the axis (see ``CostAxis.kind``)."""
-    dominated_by: Condition | None
+    dominated_by: ArmResult | None
     """The best condition that scores at least as high, costs at most as much and is better in one of them; None on the front."""
-    next_cheaper: Condition | None
+    next_cheaper: ArmResult | None
     """The next cheaper condition on the front; None for the cheapest one and for a dominated one."""
     lead: Estimate | None
     """The mean paired difference of scores: of the dominating condition over this one, or, on the front, of this one over the next
@@ -103,7 +103,7 @@ class PricedArm:
         return self.dominated_by is None
 
     @property
-    def compared_with(self) -> Condition | None:
+    def compared_with(self) -> ArmResult | None:
         """The condition whose score decides the position: the dominating one, or the next cheaper on the front."""
         return self.dominated_by or self.next_cheaper
 
@@ -132,7 +132,7 @@ class CostAxis:
 
 def cost_axes(results: SweepResults) -> list[CostAxis]:
     """Return score against token overhead and against training cost, without costs that are equal for all or missing in a log."""
-    costs: dict[CostKind, Callable[[Condition], float | None]] = {"overhead": _overhead, "training": trained_tokens}
+    costs: dict[CostKind, Callable[[ArmResult], float | None]] = {"overhead": _overhead, "training": trained_tokens}
     axes = []
     for kind, cost in costs.items():
         priced = [
@@ -143,7 +143,7 @@ def cost_axes(results: SweepResults) -> list[CostAxis]:
     return axes
 
 
-def _priced_arms(priced: Sequence[tuple[Condition, float]]) -> tuple[PricedArm, ...]:
+def _priced_arms(priced: Sequence[tuple[ArmResult, float]]) -> tuple[PricedArm, ...]:
     choices = [Choice(condition.summary.grand_mean or 0.0 if condition.summary else 0.0, cost) for condition, cost in priced]
     front, dominating = pareto_front(choices), dominated_by(choices)
     arms = []
@@ -165,12 +165,12 @@ def _priced_arms(priced: Sequence[tuple[Condition, float]]) -> tuple[PricedArm, 
     return tuple(sorted(arms, key=lambda arm: (arm.cost, -arm.score)))
 
 
-def _overhead(condition: Condition) -> float | None:
+def _overhead(condition: ArmResult) -> float | None:
     """Return the prompt overhead rounded to a tenth of a percent, so that arms with equally many pauses cost the same."""
     return None if condition.summary is None else round(condition.summary.prompt_overhead_percent, 1) + 0.0
 
 
-def trained_tokens(condition: Condition) -> float | None:
+def trained_tokens(condition: ArmResult) -> float | None:
     """Return the number of tokens that one trial was trained on, mean over replicates; None where a log does not count them."""
     logs = [trial.training for trial in condition.trials]
     if any("tokens" not in row for log in logs for row in log) or any(

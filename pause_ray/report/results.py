@@ -1,9 +1,8 @@
-"""A sweep read back from storage: its conditions, how each scored, how each differs from the reference and from the control.
+"""The results of a sweep, read from storage: its conditions, their scores, and their differences to the reference and the control.
 
-The reference is the arm that all others are compared with. The control is an arm that was tuned without pauses: only
-against it does a difference of a pause-tuned arm say something about pauses and not about tuning.
-The one place that reads sweep and trial folders for people; findings, figures, the report and MLflow are views of what is here.
-Only finished trials count: a ledger that is still growing pairs with nothing yet. Draws nothing and writes nothing.
+The reference is the arm that all others are compared with. The control is an arm that was tuned without pauses: only the difference of
+a pause-tuned arm to the control shows an effect of pauses and not of tuning. Only finished trials count. Findings, figures, the report
+and MLflow show these results.
 """
 
 from __future__ import annotations
@@ -26,39 +25,39 @@ from pause_ray.sweep.spec import condition_labels
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """How often the same model gave another answer to the same prompt, because it was computed in other shapes."""
+    """Number of answers and scores that changed when the same prompts were computed in other batch shapes."""
 
     dtype: str
     num_cells: int
-    """Asked a second time."""
+    """Number of cells that were asked a second time."""
     num_answers_changed: int
     num_scores_changed: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spent:
-    """What answers cost."""
+class AnswerCost:
+    """Tokens, time and money of answers."""
 
     prompt_tokens: int
-    """Of all prompts that were answered."""
+    """Tokens of all prompts that were answered."""
     prefilled_tokens: int
-    """Of those that went through the model; the others were reused from the prompt before."""
+    """Prompt tokens that went through the model; the others were reused from an earlier prompt."""
     decoded_tokens: int
     seconds: float
     money: float | None
-    """None where no prices were given."""
+    """Price of the answers; None if no prices were given."""
 
     @property
     def reused_share(self) -> float:
-        """Of the prompt tokens, 0 to 1."""
+        """Share of the prompt tokens that were reused, 0 to 1."""
         return 1 - self.prefilled_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 
-def spent(rows: Sequence[CellResult]) -> Spent:
-    """What the answers of these rows cost; a cell without an answer counts with its seconds and money only."""
+def answer_cost(rows: Sequence[CellResult]) -> AnswerCost:
+    """Return the cost of the answers of these rows; a cell without an answer counts with its seconds and money only."""
     answered = [row for row in rows if row.response is not None]
     prices = [row.cost for row in rows if row.cost is not None]
-    return Spent(
+    return AnswerCost(
         prompt_tokens=sum(row.prompt_tokens for row in answered),
         prefilled_tokens=sum(row.prefilled_tokens for row in answered),
         decoded_tokens=sum(row.decoded_tokens for row in answered),
@@ -100,18 +99,18 @@ class TrialResult:
 
     @property
     def has_pauses(self) -> bool:
-        """Whether its texts have pauses."""
+        """Whether the trial's texts have pauses."""
         return self.spec.get("pauses") is not None
 
     @property
     def num_cut_off(self) -> int:
-        """Answers that reached ``max_new_tokens`` without an end."""
+        """Number of answers that reached ``max_new_tokens`` without an end."""
         most = self.suite.get("max_new_tokens")
         return 0 if most is None else sum(row.decoded_tokens >= most for row in self.rows)
 
     @property
     def overlaps(self) -> bool:
-        """Whether it was trained on documents or facts that it is asked about."""
+        """Whether the trial was trained on documents or needles of its evaluation."""
         return bool(self.manifest.get("evaluation_overlap"))
 
     @property
@@ -121,7 +120,7 @@ class TrialResult:
 
     @property
     def noise(self) -> Noise | None:
-        """Measured on a sample of its cells; None where nothing was asked twice."""
+        """The noise measured on a sample of the trial's cells; None if no cell was asked twice."""
         found = self.manifest.get("noise")
         if not found or not found["cells"]:
             return None
@@ -134,22 +133,22 @@ class TrialResult:
 
     @property
     def currency(self) -> str:
-        """Of its rows' cost; empty where no prices were given."""
+        """Currency of the rows' cost; empty if no prices were given."""
         prices = (self.spec.get("engine") or {}).get("prices") or {}
         return str(prices.get("currency", ""))
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Stage → wall-clock seconds of the session that finished it; what an interrupted one took is not in them."""
+        """Wall-clock seconds by stage, of the run that finished the trial, without earlier interrupted runs."""
         return dict(self.manifest.get("seconds") or {})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contrast:
-    """How one condition differs from another."""
+    """The difference of one condition to another."""
 
     label: str
-    """Of the condition."""
+    """Label of the condition."""
     other: str
     """Label of the condition that it is compared with."""
     comparison: Comparison
@@ -158,7 +157,7 @@ class Contrast:
 
     @property
     def difference(self) -> float:
-        """Of mean scores; above zero: the condition is better than the other."""
+        """Difference of mean scores; above zero if the condition is better than the other."""
         return self.comparison.difference
 
     @property
@@ -168,36 +167,36 @@ class Contrast:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Condition:
-    """An arm at one point of the search: what the replicates have in common."""
+class ArmResult:
+    """The results of an arm at one point of the search, over its replicates."""
 
     arm: str
     point: JsonObject
     label: str
-    """For people: ``pause_tuned every=2 rank=16``."""
+    """A name such as ``pause_tuned every=2 rank=16``."""
     num_planned: int
-    """Trials: one per replicate."""
+    """Number of planned trials, one for each replicate."""
     num_stopped: int
-    """Those that a scheduler stopped, or that it spared because no trial of their point was worth going on with."""
+    """Number of trials that were stopped early, or not started because their point was stopped."""
     trials: tuple[TrialResult, ...]
-    """The finished ones."""
+    """The finished trials."""
     summary: Summary | None
     """None until a trial has finished."""
     is_reference: bool
-    """Belongs to the arm that the others are compared with."""
+    """Whether the condition belongs to the arm that the others are compared with."""
     against_reference: Contrast | None
     """None for the reference itself, and until both have finished trials."""
     against_control: Contrast | None
-    """Only for conditions tuned with pauses: what the pauses add beyond tuning."""
+    """The difference that pauses make beyond tuning; None for conditions that are not tuned with pauses."""
 
     @property
     def num_missing(self) -> int:
-        """Trials that are still to come."""
+        """Number of trials that are still to come."""
         return self.num_planned - self.num_stopped - len(self.trials)
 
     @property
     def rows(self) -> list[CellResult]:
-        """Of all finished replicates."""
+        """The rows of all finished replicates."""
         return [row for trial in self.trials for row in trial.rows]
 
     @property
@@ -207,12 +206,12 @@ class Condition:
 
     @property
     def comparison(self) -> Comparison | None:
-        """With the reference."""
+        """The comparison with the reference."""
         return self.against_reference.comparison if self.against_reference else None
 
     @property
     def corrected_p(self) -> float | None:
-        """Of the comparison with the reference."""
+        """The corrected p of the comparison with the reference."""
         return self.against_reference.corrected_p if self.against_reference else None
 
     @property
@@ -222,27 +221,27 @@ class Condition:
 
     @property
     def is_pause_tuned(self) -> bool:
-        """Whether it was trained and its texts have pauses; False until a trial has finished."""
+        """Whether the condition was trained and its texts have pauses; False until a trial has finished."""
         return any(trial.is_trained and trial.has_pauses for trial in self.trials)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepResults:
-    """All of a sweep that is finished."""
+    """The finished results of a sweep."""
 
     folder: Path
     name: str
     digest: str
     description: JsonObject
-    """``sweep.json``."""
+    """The content of ``sweep.json``."""
     reference_arm: str
     control_arm: str | None
     """The arm tuned without pauses that pause-tuned ones are compared with; None where the sweep names none."""
-    conditions: tuple[Condition, ...]
+    conditions: tuple[ArmResult, ...]
     labels: Mapping[str, str]
-    """Digest of every planned trial → label of its condition."""
+    """Label of the condition of every planned trial, by digest."""
     search: SearchRecord
-    """What a scheduler saw and did."""
+    """The rungs and stops of early stopping."""
 
     @property
     def trials(self) -> list[TrialResult]:
@@ -251,12 +250,12 @@ class SweepResults:
 
     @property
     def axis(self) -> Axis:
-        """Of the needle's positions; the one that fits all finished trials."""
+        """The axis of needle positions that fits all finished trials."""
         return axis_of(trial.suite for trial in self.trials)
 
     @property
     def noise(self) -> list[Noise]:
-        """Measured in the finished trials, summed by precision."""
+        """The noise measured in the finished trials, summed by precision."""
         measured = [noise for trial in self.trials if (noise := trial.noise)]
         return [
             Noise(
@@ -270,48 +269,48 @@ class SweepResults:
 
     @property
     def num_planned(self) -> int:
-        """Trials of the sweep."""
+        """Number of planned trials."""
         return sum(condition.num_planned for condition in self.conditions)
 
     @property
-    def scored(self) -> list[Condition]:
+    def scored(self) -> list[ArmResult]:
         """Conditions with at least one finished trial."""
         return [condition for condition in self.conditions if condition.summary is not None]
 
     @property
-    def compared(self) -> list[Condition]:
+    def compared(self) -> list[ArmResult]:
         """Conditions with a comparison."""
         return [condition for condition in self.conditions if condition.comparison is not None]
 
     @property
     def contrasts(self) -> list[Contrast]:
-        """With the reference."""
+        """The differences of all conditions to the reference."""
         return [condition.against_reference for condition in self.conditions if condition.against_reference]
 
     @property
     def control_contrasts(self) -> list[Contrast]:
-        """With the control."""
+        """The differences of pause-tuned conditions to the control."""
         return [condition.against_control for condition in self.conditions if condition.against_control]
 
     @property
     def num_stopped(self) -> int:
-        """Trials that are not run to their ends, as a scheduler decided."""
+        """Number of trials that were stopped early, or not started because their point was stopped."""
         return sum(condition.num_stopped for condition in self.conditions)
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing is to come."""
+        """Whether no trial is to come."""
         return all(condition.num_missing == 0 for condition in self.conditions)
 
     @property
     def progress(self) -> str:
-        """``7 of 7 trials finished``, ``5 of 9 trials finished, 4 stopped early``."""
+        """A text such as ``5 of 9 trials finished, 4 stopped early``."""
         stopped = f", {self.num_stopped} stopped early" if self.num_stopped else ""
         return f"{len(self.trials)} of {self.num_planned} trials finished{stopped}"
 
 
 def results_of(sweep: Path | SweepResults, storage: Storage) -> SweepResults:
-    """What was read already, or ``read_results`` of a folder: a comparison of two arms takes 40 ms, and a sweep may have a thousand."""
+    """Return results as they are, or read those of a folder; reading takes 40 ms for each comparison of arms."""
     return sweep if isinstance(sweep, SweepResults) else read_results(sweep, storage)
 
 
@@ -347,7 +346,7 @@ def read_results(sweep_folder: Path, storage: Storage) -> SweepResults:
     with_reference = _contrasts(others, references, rows)
     with_control = _contrasts(paused, controls, rows)
     conditions = tuple(
-        Condition(
+        ArmResult(
             arm=arms[label],
             point=points[label],
             label=label,
@@ -377,7 +376,7 @@ def read_results(sweep_folder: Path, storage: Storage) -> SweepResults:
 def _contrasts(
     points: Mapping[str, JsonObject], others: Mapping[str, JsonObject], rows: Mapping[str, list[CellResult]]
 ) -> dict[str, Contrast]:
-    """Label → its contrast with its counterpart among ``others``; without those that have none or nothing to pair."""
+    """Return each condition's contrast with its counterpart among ``others``, by label, without those that have no pairs."""
     counterparts = {label: _counterpart(point, others) for label, point in points.items()}
     wanted = {label: other for label, other in counterparts.items() if other and rows[label] and rows[other]}
     found = {label: compare_arms(rows[label], rows[other], num_comparisons=len(wanted)) for label, other in wanted.items()}
@@ -390,10 +389,10 @@ def _contrasts(
 
 
 def read_trial(entry: JsonObject, storage: Storage) -> TrialResult:
-    """A finished trial, as ``sweep.json`` lists it.
+    """Read a finished trial from its folder; ``entry`` is its entry in ``sweep.json``.
 
     Raises:
-        StorageError: a file is missing or damaged, or the ledger does not have the cells that its manifest says.
+        StorageError: A file is missing or damaged, or the ledger does not have the cells that its manifest says.
     """
     folder = storage.trials / entry["digest"]
     trial = TrialResult(
@@ -419,6 +418,6 @@ def read_trial(entry: JsonObject, storage: Storage) -> TrialResult:
 
 
 def _counterpart(point: JsonObject, others: Mapping[str, JsonObject]) -> str | None:
-    """The one of ``others`` that agrees with ``point`` on every path that both have, if there is just one."""
+    """Return the label of the only one of ``others`` that agrees with ``point`` on every path that both have; None if there are several."""
     agreeing = [label for label, other in others.items() if all(other[path] == point[path] for path in other.keys() & point.keys())]
     return agreeing[0] if len(agreeing) == 1 else None

@@ -1,7 +1,7 @@
-"""A sweep in MLflow: a parent run per sweep, a child run per trial that finished or was stopped, the best one as a model.
+"""The MLflow runs of a sweep: a parent run, a child run for each trial that finished or was stopped, and the best trial as a model.
 
-Everything sent is read back from the sweep's and trials' folders, so it can be sent again: what is there already is
-skipped, what was sent in part or while a trial was training is completed, nothing is sent twice.
+All values are read from the folders of the sweep and its trials, so they can be sent again: a run that is complete is skipped, a run
+that was sent in part is completed, and nothing is sent twice.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from pause_ray.models.checkpoint import ADAPTER_CONFIG, TRAINING_LOG, Checkpoint
 from pause_ray.report import figures
 from pause_ray.report.best import FOLDER as BEST
 from pause_ray.report.best import exported
-from pause_ray.report.findings import headline, noise_words, notes
+from pause_ray.report.findings import format_noise, headline, notes
 from pause_ray.report.ranking import best, rank_correlations
-from pause_ray.report.results import Condition, Contrast, SweepResults, TrialResult, read_trial, results_of, spent
+from pause_ray.report.results import ArmResult, Contrast, SweepResults, TrialResult, answer_cost, read_trial, results_of
 from pause_ray.sweep.search_log import SEARCH_LOG, RungScore, SearchRecord, Stop
 from pause_ray.sweep.spec import condition_labels
 from pause_ray.tracking.store import Run, Sender, connected
@@ -39,7 +39,7 @@ from pause_ray.training.metrics import training_series
 CONTENT_FIELDS = ("eval.task.needles", "eval.task.groups", "eval.noise", "corpus.facts")
 """Parts of a trial that are text, not parameters; sent as a digest, and whole in ``spec.json``."""
 CORPUS_METRICS = ("documents", "rows", "pauses_per_1k_tokens", "longest_stretch_tokens")
-"""Of the training text's statistics; all of them are in the trial's ``manifest.json``."""
+"""Statistics of the training text that are sent as metrics; the trial's ``manifest.json`` has all."""
 MOST_PARAM_CHARS = 500
 CONTENT_VERSION = 7
 """Raised when other values are sent for the same files, so that runs logged before are brought up to date."""
@@ -47,7 +47,7 @@ HEATMAP_DOTS_PER_INCH = 100
 
 
 def flattened(spec: Mapping[str, Any], *, prefix: str = "") -> dict[str, str]:
-    """A trial spec as MLflow parameters: dotted path → short text; resources are left out, long content is a digest."""
+    """Return a trial spec as MLflow parameters, without resources: short texts by dotted path, with a digest for long content."""
     found: dict[str, str] = {}
     for name, value in spec.items():
         path = f"{prefix}{name}"
@@ -66,18 +66,18 @@ def flattened(spec: Mapping[str, Any], *, prefix: str = "") -> dict[str, str]:
 
 
 def trial_name(label: str, replicate: int) -> str:
-    """Of a trial's run, from its condition's label."""
+    """Return the name of a trial's run; ``label`` is that of its condition."""
     return f"{label} #{replicate}"
 
 
 def content_of(trial: TrialResult, *, label: str, rungs: Sequence[RungScore]) -> str:
-    """Digest of all that a trial's run is made from: its files, the names that the sweep gives it, and its rungs."""
+    """Return the digest of everything in a trial's run: its files, its names in the sweep, and its rungs."""
     files = [digest((trial.folder / name).read_bytes()) for name in ("spec.json", "cells.jsonl", MANIFEST)]
     return digest([CONTENT_VERSION, trial_name(label, trial.replicate), trial.arm, len(rungs), *files])
 
 
 def trial_run(trial: TrialResult, *, label: str, rungs: Sequence[RungScore], scratch: Path) -> Run:
-    """The run of a finished trial; files that are made for it are put into ``scratch``."""
+    """Return the run of a finished trial; writes the files that the run needs into ``scratch``."""
     folder = scratch / trial.digest
     folder.mkdir()
     to_parquet(trial.rows, folder / "cells.parquet")
@@ -103,15 +103,15 @@ def trial_run(trial: TrialResult, *, label: str, rungs: Sequence[RungScore], scr
 
 
 def stopped_run(entry: JsonObject, stop: Stop, *, label: str, rungs: Sequence[RungScore], storage: Storage, at_ms: int) -> Run:
-    """The run of a trial that a scheduler stopped: no cells, only what the proxy said.
+    """Return the run of a trial that was stopped early, which has proxy scores and no cells.
 
     Args:
-        entry: The trial in ``sweep.json``.
-        stop: By whom and where.
-        label: Of its condition.
-        rungs: Those that it reached.
-        storage: Where its spec is.
-        at_ms: When the search last wrote something down.
+        entry: The trial's entry in ``sweep.json``.
+        stop: The record of its stop.
+        label: Label of its condition.
+        rungs: The rungs that it reached.
+        storage: The storage root with its spec.
+        at_ms: Time of the last write to the search log.
     """
     path = storage.trials / entry["digest"] / "spec.json"
     name = trial_name(label, entry["replicate"])
@@ -135,7 +135,7 @@ def _proxy_series(rungs: Sequence[RungScore]) -> dict[str, list[tuple[int, float
 
 
 def _metrics(trial: TrialResult) -> dict[str, float | None]:
-    summary, answers, noise = summarize(trial.rows), spent(trial.rows), trial.noise
+    summary, answers, noise = summarize(trial.rows), answer_cost(trial.rows), trial.noise
     return {
         "score": summary.grand_mean,
         "score_middle": summary.middle_mean,
@@ -159,52 +159,52 @@ def _metrics(trial: TrialResult) -> dict[str, float | None]:
 
 
 def changed_ms(path: Path) -> int:
-    """When a file was last written, in milliseconds of Unix time."""
+    """Return the time of a file's last write, in milliseconds of Unix time."""
     return int(path.stat().st_mtime * 1000)
 
 
 def ended_ms(trial: TrialResult) -> int:
-    """When it was finished."""
+    """Return the time at which the trial finished."""
     return changed_ms(trial.folder / MANIFEST)
 
 
 def started_ms(trial: TrialResult) -> int:
-    """When the session that finished it began with it."""
+    """Return the time at which the run that finished the trial began it."""
     return ended_ms(trial) - int(1000 * trial.seconds.get("total", 0.0))
 
 
 MOST_CONTRASTS = 8
-"""Of each kind, as metrics of the parent run; all of them are in ``arms.csv``."""
+"""Largest number of contrasts of each kind that are metrics of the parent run; ``arms.csv`` has all."""
 MOST_METRIC_CHARS, DIGEST_CHARS = 200, 6
 MOST_DESCRIPTION_CHARS = 7800
-"""MLflow cuts a longer text off, in the middle of a word."""
+"""Longest description; MLflow cuts a longer one off in the middle of a word."""
 MORE_CHARS = 60
-"""What it takes to say how many arms are left out."""
+"""Room for the line that counts the arms that are left out."""
 WAITING = "MLflow: waiting for %s"
 logger = logging.getLogger("pause_ray")
 
 
 class LoggedSweep(NamedTuple):
-    """Where a sweep is in MLflow."""
+    """The place of a sweep in MLflow."""
 
     experiment_id: str
     run_id: str
-    """Of the parent run."""
+    """Id of the parent run."""
     model: str | None
     """URI of its best trial as a registered model; None where none was exported, or nothing was trained."""
 
 
 def log_sweep(sweep: Path | SweepResults, storage: Storage, *, uri: str | None = None) -> LoggedSweep:
-    """Bring MLflow up to date with what the sweep has on storage, with its report and its exported best trial where there are such.
+    """Bring MLflow up to date with a sweep on storage, including its report and its exported best trial if they exist.
 
     Args:
-        sweep: Folder with ``sweep.json``, or what was read of it.
-        storage: Where the trials are.
-        uri: As in ``tracking_uri``.
+        sweep: The sweep's folder or its results.
+        storage: The storage root with the trials.
+        uri: See ``tracking_uri``.
 
     Raises:
-        TrackingError: the server cannot be reached or refuses; what was sent stays and the next call goes on.
-        StorageError: the sweep's or a trial's files are damaged.
+        TrackingError: The server cannot be reached or refuses; what was sent stays, and the next call sends the rest.
+        StorageError: The sweep's or a trial's files are damaged.
     """
     results = results_of(sweep, storage)
     parent = _sweep_run(results)
@@ -226,17 +226,17 @@ def log_sweep(sweep: Path | SweepResults, storage: Storage, *, uri: str | None =
 
 
 def log_finished(sweep_folder: Path, storage: Storage, *, sent: set[str], uri: str | None = None) -> None:
-    """Send the runs of trials that have finished since, and of no other; costs nothing for those that were sent.
+    """Send the runs of finished trials that are not in ``sent``.
 
     Args:
         sweep_folder: Folder with ``sweep.json``.
-        storage: Where the trials are.
-        sent: Digests of trials that need not be looked at again; is added to.
-        uri: As in ``tracking_uri``.
+        storage: The storage root with the trials.
+        sent: Digests of trials whose runs were sent; the function adds those that it sends.
+        uri: See ``tracking_uri``.
 
     Raises:
-        TrackingError: as ``log_sweep``.
-        StorageError: a trial's files are damaged; the others were sent.
+        TrackingError: See ``log_sweep``.
+        StorageError: A trial's files are damaged; the others were sent.
     """
     sweep = read_json(sweep_folder / "sweep.json")
     entries = [entry for entry in sweep["trials"] if entry["digest"] not in sent and is_complete(storage.trials / entry["digest"])]
@@ -262,7 +262,7 @@ def log_finished(sweep_folder: Path, storage: Storage, *, sent: set[str], uri: s
 
 
 def growing_sweep(sweep: JsonObject) -> Run:
-    """The run of a sweep of which more is to come."""
+    """Return the run of a sweep that has not finished."""
     now = int(time.time() * 1000)
     return Run(kind="sweep", name=sweep["name"], digest=sweep["digest"], content=None, status="RUNNING", started_ms=now, ended_ms=now)
 
@@ -276,7 +276,7 @@ def _rungs(search: SearchRecord, trial: str) -> list[RungScore]:
 
 
 def _stopped_runs(results: SweepResults, storage: Storage) -> Iterator[Run]:
-    """Of trials that were stopped and have no cells; those that were spared with them never began."""
+    """Yield the runs of trials that were stopped and have no cells; trials of a stopped point that never began have no run."""
     finished = {trial.digest for trial in results.trials}
     for entry in results.description["trials"]:
         key = entry["digest"]
@@ -292,7 +292,7 @@ def _stopped_runs(results: SweepResults, storage: Storage) -> Iterator[Run]:
 
 
 def _register_best(sender: Sender, results: SweepResults, *, parent_id: str) -> str | None:
-    """The exported trial as a registered model, under the run that it came from."""
+    """Register the exported trial as a model of its run, and return the model's URI."""
     manifest, folder = exported(results.folder), results.folder / BEST
     if manifest is None or manifest["checkpoint"] is None:
         return None
@@ -346,13 +346,13 @@ def _sweep_run(results: SweepResults) -> Run:
 
 
 def _description(results: SweepResults) -> str:
-    """Markdown that MLflow shows on the sweep's page; where there is no room for all, the reference and the best arms are shown."""
+    """Return the Markdown text of the sweep's page in MLflow; without room for all arms it has the reference and the best ones."""
     above = [headline(results), "", "| arm | score | difference | 95 % interval | p (corrected) | unscored |", "|---|---|---|---|---|---|"]
     below: list[str] = []
     if results.control_contrasts:
         below += ["", f"| against {results.control_arm} | difference | 95 % interval | p (corrected) |", "|---|---|---|---|"]
-        below += [f"| {_cell(contrast.label)} | {_measured(contrast)} |" for contrast in results.control_contrasts[:MOST_CONTRASTS]]
-    said = [f"- {note}" for note in [*noise_words(results), *notes(results)]]
+        below += [f"| {_cell(contrast.label)} | {_format_contrast(contrast)} |" for contrast in results.control_contrasts[:MOST_CONTRASTS]]
+    said = [f"- {note}" for note in [*format_noise(results), *notes(results)]]
     below += ["", *_fitting(said, room=MOST_DESCRIPTION_CHARS // 3)]
     end = ["", "The whole report is the artifact `report.html`."]
     rows = [_row(condition) for condition in sorted(results.conditions, key=_shown_first)]
@@ -363,7 +363,7 @@ def _description(results: SweepResults) -> str:
 
 
 def _fitting(lines: Sequence[str], *, room: int) -> list[str]:
-    """As many of the first lines as have room."""
+    """Return as many of the first lines as fit into ``room`` characters."""
     found = []
     for line in lines:
         room -= len(line) + 1
@@ -373,27 +373,27 @@ def _fitting(lines: Sequence[str], *, room: int) -> list[str]:
     return found
 
 
-def _shown_first(condition: Condition) -> tuple[bool, float]:
+def _shown_first(condition: ArmResult) -> tuple[bool, float]:
     mean = condition.summary.grand_mean if condition.summary else None
     return not condition.is_reference, 1.0 if mean is None else -mean
 
 
-def _row(condition: Condition) -> str:
+def _row(condition: ArmResult) -> str:
     summary = condition.summary
     nothing = "not finished" if condition.num_missing else "stopped early"
     score = nothing if summary is None else number(summary.grand_mean)
     unscored = f"{summary.num_unscored} of {summary.num_cells}" if summary else ""
-    measured = _measured(condition.against_reference, otherwise="reference" if condition.is_reference else "")
+    measured = _format_contrast(condition.against_reference, otherwise="reference" if condition.is_reference else "")
     return f"| {_cell(condition.label)} | {score} | {measured} | {unscored} |"
 
 
 def _cell(text: str) -> str:
-    """As one cell of a Markdown table: a marker such as ``<|pause|>`` has its ends in it."""
+    """Escape a text for a cell of a Markdown table; markers such as ``<|pause|>`` contain its separator."""
     return text.replace("|", r"\|")
 
 
-def _measured(contrast: Contrast | None, *, otherwise: str = "") -> str:
-    """Difference, interval and p as three Markdown cells."""
+def _format_contrast(contrast: Contrast | None, *, otherwise: str = "") -> str:
+    """Return the difference, its interval and p as three cells of a Markdown table."""
     if contrast is None:
         return f"{otherwise} | | "
     interval = contrast.comparison.interval
@@ -402,7 +402,7 @@ def _measured(contrast: Contrast | None, *, otherwise: str = "") -> str:
 
 
 def _contrast_metrics(results: SweepResults) -> dict[str, float]:
-    """Differences of the sweep's conditions, under their labels."""
+    """Return the differences of the sweep's conditions as metrics."""
     found: dict[str, float] = {}
     for kind, contrasts in (("difference", results.contrasts), ("against_control", results.control_contrasts)):
         for contrast in contrasts[:MOST_CONTRASTS]:
@@ -412,9 +412,9 @@ def _contrast_metrics(results: SweepResults) -> dict[str, float]:
 
 
 def metric_label(label: str) -> str:
-    """A condition's label in the characters that MLflow allows; no two labels become one.
+    """Return a condition's label in the characters that MLflow allows; different labels stay different.
 
-    ``every=2`` is ``every-2``; a label that has more to it than names and plain values gets a digest.
+    ``every=2`` becomes ``every-2``; a label with other content than names and plain values gets a digest.
     """
     if re.fullmatch(r"\w+( [\w.]+=[\w.\-]+)*", label, flags=re.ASCII) and len(label) <= MOST_METRIC_CHARS:
         return label.replace("=", "-")
@@ -423,28 +423,26 @@ def metric_label(label: str) -> str:
 
 
 EXPERIMENT = "training"
-"""Of trainings that belong to no sweep."""
+"""Name of the experiment with trainings that belong to no sweep."""
 CURVES_VERSION = 1
-"""As that of ``tracking.trials``."""
+"""Raised like ``CONTENT_VERSION``, for runs of trainings that belong to no sweep."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """Which run a training's rows go to, and what that run holds from its beginning."""
+    """The run that gets the metrics of a training, with its values at the start."""
 
     experiment: str
     run: Run
     parent: Run | None
-    """The sweep's run."""
+    """The run of the sweep; None for a training that belongs to no sweep."""
 
     @classmethod
     def of_trial(cls, sweep_folder: Path, trial: str, storage: Storage) -> Training:
-        """The training of a sweep's trial, by the trial's digest.
-
-        One that is trained beside another before its own turn has no ``spec.json`` yet: its parameters come with its log.
+        """Return the training of a sweep's trial, which is given by its digest.
 
         Raises:
-            StorageError: the sweep's files are missing, or damaged, or the trial's are.
+            StorageError: The files of the sweep or the trial are missing or damaged.
         """
         sweep = read_json(sweep_folder / "sweep.json")
         entry = next(entry for entry in sweep["trials"] if entry["digest"] == trial)
@@ -459,7 +457,7 @@ class Training:
 
     @classmethod
     def alone(cls, spec: JsonObject, *, name: str, checkpoint: str) -> Training:
-        """The training of a resolved trial spec that belongs to no sweep; ``checkpoint`` is the adapter's digest."""
+        """Return the training of a resolved trial spec that belongs to no sweep; ``checkpoint`` is the adapter's digest."""
         run = _growing("training", name=f"{name} {checkpoint[:8]}", key=checkpoint, spec=spec, tags={})
         return cls(experiment=EXPERIMENT, run=run, parent=None)
 
@@ -476,22 +474,21 @@ def _now_ms() -> int:
 
 
 class LiveTrainings:
-    """Sends rows of trainings that are running. For one process; not for several threads at once."""
+    """Sends the metrics of trainings that are running. Not safe for several threads at once."""
 
     def __init__(self, storage: Storage, *, uri: str | None = None) -> None:
-        """Of the store that ``tracking_uri`` names; it is not asked before there is something to send."""
         self._storage = storage
         self._uri = uri
         self._run_ids: dict[str, str] = {}
         self._experiments: dict[str, str] = {}
         self._known: dict[tuple[str, str], set[int]] = {}
-        """(run id, series) → steps that have arrived."""
+        """Steps that the store has, by run id and series."""
 
     def send(self, training: Training, rows: Sequence[JsonObject]) -> None:
-        """Append what is new in ``rows``; a run that was given up goes on, one that is whole has them already.
+        """Append the steps of ``rows`` that the run does not have; a run that is complete has all.
 
         Raises:
-            TrackingError: the store cannot be reached or refuses; the same rows can be sent again.
+            TrackingError: The store cannot be reached or refuses; the same rows can be sent again.
         """
         with connected(self._storage, experiment=training.experiment, uri=self._uri, waiting=lambda _: None) as sender:
             key = training.run.digest
@@ -512,13 +509,13 @@ class LiveTrainings:
             self._known[run_id, name].add(step)
 
     def end(self, *, status: str) -> None:
-        """Close the runs that nobody has finished meanwhile.
+        """Close the runs that have not finished.
 
         Args:
-            status: ``FAILED``, or ``KILLED`` for those that the user stopped.
+            status: ``FAILED``, or ``KILLED`` if the user stopped them.
 
         Raises:
-            TrackingError: the store cannot be reached or refuses.
+            TrackingError: The store cannot be reached or refuses.
         """
         for key, run_id in self._run_ids.items():
             with connected(self._storage, experiment=self._experiments[key], uri=self._uri, waiting=lambda _: None) as sender:
@@ -529,7 +526,7 @@ def log_training(training: Training, checkpoint: Checkpoint, storage: Storage, *
     """Bring the run of a training that belongs to no sweep up to date with its checkpoint, and finish it.
 
     Raises:
-        TrackingError: the store cannot be reached or refuses; what was sent stays and the next call goes on.
+        TrackingError: The store cannot be reached or refuses; what was sent stays, and the next call sends the rest.
     """
     log = checkpoint.losses()
     ended_ms = int((checkpoint.folder / MANIFEST).stat().st_mtime * 1000)

@@ -1,7 +1,7 @@
-"""One MLflow store: runs found by tag, values sent once, failures in one line without secrets.
+"""A client of one MLflow store: finds runs by tag, sends values once, and reports failures in one line without secrets.
 
-Knows no sweep and no training: a ``Run`` holds plain values. Runs are found by the tag ``pause_ray.digest``, never by name.
-Uses the client API with explicit run ids (the fluent API keeps one active run per process) and batches.
+Runs are found by the tag ``pause_ray.digest``, never by name. The module uses the client API with explicit run ids
+(the fluent API keeps one active run per process) and batches.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from pause_ray.core.storage import Storage, exclusive
 CONTENT_TAG = "pause_ray.content"
 ALIAS = "best"
 REQUIREMENTS = ("torch", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "pydantic", "pyyaml", "numpy", "pandas", "gguf")
-"""What answering imports, at the versions that are installed here; ``bitsandbytes`` too where weights are quantised."""
+"""Packages that a registered model requires, at the installed versions."""
 
 
 def register(client: Any, experiment_id: str, *, run_id: str, name: str, folder: Path, content: str, tags: Mapping[str, str]) -> str:
-    """Log and register an exported trial; what is there already stays.
+    """Log and register an exported trial, unless the store has it.
 
     Args:
-        client: Of the store.
-        experiment_id: Of the run.
-        run_id: Of the trial.
-        name: Of the registered model.
-        folder: Export.
-        content: Its digest: a version with this digest is not made again.
-        tags: Of model and version.
+        client: Client of the store.
+        experiment_id: Id of the run's experiment.
+        run_id: Id of the trial's run.
+        name: Name of the registered model.
+        folder: Folder of the export.
+        content: Digest of the export; a version with this digest is not made again.
+        tags: Tags of the model and the version.
 
     Returns:
         ``models:/NAME/VERSION``.
@@ -65,13 +65,13 @@ def register(client: Any, experiment_id: str, *, run_id: str, name: str, folder:
 
 
 def _point_to(client: Any, name: str, version: str) -> None:
-    """Let the alias name this version: another one may have been the best in between, or the server went away before it was set."""
+    """Set the alias to this version; another one may have been the best in between, or the server may have failed before it was set."""
     if str(client.get_registered_model(name).aliases.get(ALIAS)) != version:
         client.set_registered_model_alias(name, ALIAS, version)
 
 
 def _logged(client: Any, experiment_id: str, content: str) -> Any:
-    """A model that arrived whole and was not registered, because the server went away in between."""
+    """Return a model that was logged and not registered, because the server failed in between."""
     found = client.search_logged_models([experiment_id], filter_string=f"tags.`{CONTENT_TAG}` = '{content}'")
     return next((model for model in found if str(model.status) == "READY"), None)
 
@@ -93,10 +93,10 @@ def save(folder: Path, target: Path, *, model: Any = None, run_id: str | None = 
     """Write an export in MLflow's format.
 
     Args:
-        folder: Export.
-        target: Must not exist yet.
-        model: The logged model that it becomes; None for a folder alone.
-        run_id: Of the trial.
+        folder: Folder of the export.
+        target: Folder to create; must not exist.
+        model: The logged model; None for a folder alone.
+        run_id: Id of the trial's run.
     """
     import mlflow.pyfunc
     from mlflow.models import Model, ModelSignature
@@ -108,7 +108,7 @@ def save(folder: Path, target: Path, *, model: Any = None, run_id: str | None = 
     )
     named = {"artifact_path": model.artifact_location, "model_uuid": model.model_id, "model_id": model.model_id} if model else {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it wants an example, and would load the model to try it
+        warnings.simplefilter("ignore")  # MLflow recommends an input example, for which it would load the model
         mlflow.pyfunc.save_model(
             path=str(target),
             mlflow_model=Model(run_id=run_id, **named),
@@ -121,9 +121,9 @@ def save(folder: Path, target: Path, *, model: Any = None, run_id: str | None = 
 
 
 BATCH_METRICS, BATCH_PARAMS = 1000, 100
-"""MLflow's limits of one batch."""
+"""MLflow's limits for a batch."""
 BATCH_MIXED_METRICS = 800
-"""Of a batch that also has parameters and up to 100 tags: it may have 1,000 of all together."""
+"""Metrics in a batch with parameters and up to 100 tags; MLflow allows 1,000 of all together."""
 PATIENCE = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "8",
@@ -146,40 +146,40 @@ SAFE_REASONS = (
     r"error code \d+",
     "Permission denied",
 )
-"""Words of a failure that are passed on; they quote no address and no password."""
+"""Texts of a failure that may be shown, since they quote no address and no password."""
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-"""Lets MLflow's pages begin with runs and their curves, not with traces of agents."""
+"""Tags that make MLflow's pages show runs and curves first, not traces of agents."""
 KIND_TAG, DIGEST_TAG = "pause_ray.kind", "pause_ray.digest"
 logger = logging.getLogger("pause_ray")
 
 
 def tracking_uri(storage: Storage, uri: str | None = None) -> str:
-    """Where runs go: ``uri``, else ``MLFLOW_TRACKING_URI``, else a SQLite file under the storage root."""
+    """Return the URI of the store: ``uri``, else ``MLFLOW_TRACKING_URI``, else a SQLite file under the storage root."""
     return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.root / 'mlflow.db'}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run shall hold; plain values, made from storage."""
+    """The wanted content of a run, as plain values."""
 
     kind: str
     """``sweep``, ``trial`` or ``training``."""
     name: str
     digest: str
-    """Of what it shows; with the kind and the parent run it says which run this is."""
+    """Digest of the trial, sweep or training; identifies the run together with the kind and the parent run."""
     content: str | None
-    """Digest of all that is sent: the tag is set last, so its presence says that all of it arrived. None while more is to come."""
+    """Digest of all content, sent last as a tag that marks the run as complete. None while more is to come."""
     status: str
     started_ms: int
     ended_ms: int
     tags: dict[str, str] = field(default_factory=dict)
-    """What may change while the run stays the same, such as the arm's name; MLflow never changes a parameter."""
+    """Values that may change later, such as the arm's name; MLflow does not allow to change a parameter."""
     params: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     series: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    """Name → (step, value)."""
+    """Steps and values of each series, by name."""
     files: Sequence[tuple[Path, str]] = ()
-    """Local file and the artifact folder that it goes to ("" for the root)."""
+    """Local files, each with its artifact folder ("" for the root)."""
 
 
 class Sender:
@@ -191,7 +191,7 @@ class Sender:
 
     @classmethod
     def open(cls, uri: str, *, experiment: str, artifacts: Path) -> Sender:
-        """Connect, and make the experiment if it is not there; a store without a server keeps artifacts under ``artifacts``."""
+        """Connect, and create the experiment if it does not exist; a store without a server keeps artifacts under ``artifacts``."""
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
 
@@ -212,12 +212,12 @@ class Sender:
         return cls(client, found.experiment_id)
 
     def logged_children(self, parent_id: str) -> dict[str, str]:
-        """Trial digest → content digest of the child runs that arrived whole."""
+        """Return the content digests of the child runs that are complete, by trial digest."""
         runs = self._search(f"tags.`mlflow.parentRunId` = '{parent_id}'")
         return {run.data.tags[DIGEST_TAG]: run.data.tags[CONTENT_TAG] for run in runs if CONTENT_TAG in run.data.tags}
 
     def send(self, wanted: Run, *, parent_id: str | None = None) -> str:
-        """Make or complete a run; what it has already is not sent again, and one that is whole does not begin to grow again."""
+        """Create or complete a run and return its id; values that it has are not sent again, and a complete run stays complete."""
         run = self._find(wanted, parent_id) or self._create(wanted, parent_id)
         run_id: str = run.info.run_id
         if wanted.content is None and CONTENT_TAG in run.data.tags:
@@ -239,31 +239,31 @@ class Sender:
         return run_id
 
     def child(self, parent_id: str, key: str) -> str | None:
-        """The run with this digest among a run's children."""
+        """Return the id of the child run with this digest; None if there is none."""
         runs = self._search(f"tags.`mlflow.parentRunId` = '{parent_id}' and tags.`{DIGEST_TAG}` = '{key}'")
         return runs[0].info.run_id if runs else None
 
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
-        """Set tags of a run that has others or none."""
+        """Set those tags of a run that differ."""
         has = self._client.get_run(run_id).data.tags
         for name, value in tags.items():
             if has.get(name) != value:
                 self._client.set_tag(run_id, name, value)
 
     def register(self, name: str, *, run_id: str, folder: Path, content: str, tags: Mapping[str, str]) -> str:
-        """``models.register`` in this experiment."""
+        """Log and register an exported trial in this experiment; see the function ``register``."""
         return register(self._client, self.experiment_id, run_id=run_id, name=name, folder=folder, content=content, tags=tags)
 
     def is_whole(self, run_id: str) -> bool:
-        """Whether all of a run has arrived."""
+        """Return whether the run is complete."""
         return CONTENT_TAG in self._client.get_run(run_id).data.tags
 
     def steps(self, run_id: str, name: str) -> set[int]:
-        """Steps of a series that have arrived."""
+        """Return the steps of a series that the store has."""
         return {point.step for point in self._client.get_metric_history(run_id, name)}
 
     def append(self, run_id: str, points: Sequence[tuple[str, int, float]], *, at_ms: int) -> None:
-        """Add (series, step, value) to a run that has none of them."""
+        """Add points (series, step, value) that the run does not have."""
         from mlflow.entities import Metric
 
         metrics = [Metric(name, value, at_ms, step) for name, step, value in points]
@@ -271,7 +271,7 @@ class Sender:
             self._client.log_batch(run_id, metrics=metrics[start : start + BATCH_METRICS])
 
     def end(self, run_id: str, *, status: str) -> None:
-        """Close a run that nothing more is coming to; one that has ended keeps its status."""
+        """Close a run that is running; one that has ended keeps its status."""
         if self._client.get_run(run_id).info.status == "RUNNING":
             self._client.set_terminated(run_id, status=status)
 
@@ -316,16 +316,16 @@ class Sender:
 
 @contextlib.contextmanager
 def connected(storage: Storage, *, experiment: str, uri: str | None, waiting: Callable[[str], None]) -> Iterator[Sender]:
-    """The store that ``tracking_uri`` names, for this process alone among those that use the storage root.
+    """Connect to the store that ``tracking_uri`` names, while no other process with the same storage root sends.
 
     Args:
-        storage: Whose lock is held, and where artifacts go if the store has no server.
-        experiment: Made if it is not there.
-        uri: As in ``tracking_uri``.
-        waiting: Called with the holder's name if another process sends at the moment.
+        storage: The storage root, whose lock is held, and which has the artifacts if the store has no server.
+        experiment: Name of the experiment; it is created if it does not exist.
+        uri: See ``tracking_uri``.
+        waiting: Called with the lock's holder if another process is sending.
 
     Raises:
-        TrackingError: the store cannot be reached or refuses; what was sent stays.
+        TrackingError: The store cannot be reached or refuses; what was sent stays.
     """
     where = tracking_uri(storage, uri)
     with exclusive(storage.root / ".mlflow.lock", waiting=waiting), _border(where):
@@ -334,10 +334,10 @@ def connected(storage: Storage, *, experiment: str, uri: str | None, waiting: Ca
 
 @contextlib.contextmanager
 def _border(uri: str) -> Iterator[None]:
-    """The border to MLflow: short patience inside, and whatever its stores raise is a ``TrackingError`` without secrets.
+    """Set short timeouts for MLflow, and raise any error of its stores as a ``TrackingError`` without secrets.
 
     Stores raise the exceptions of many libraries (SQLAlchemy, requests, boto3, …), and their texts may hold the URI with its
-    password, so only the kind of error and the operating system's words for it are passed on.
+    password, so only the kind of error and the operating system's text are passed on.
     """
     added = {name: value for name, value in PATIENCE.items() if name not in os.environ}
     os.environ.update(added)
@@ -371,14 +371,14 @@ def _check_database_answers(uri: str) -> None:
 
 
 def without_secrets(uri: str) -> str:
-    """The URI without user, password, query and fragment."""
+    """Return the URI without user, password, query and fragment."""
     parts = urlsplit(uri)
     place = parts.netloc.rpartition("@")[2]
     return f"{parts.scheme}://{place}{parts.path}"
 
 
 def _reason(error: BaseException) -> str:
-    """The kind of error, and why a connection failed if that is what happened; no text that could quote a URI."""
+    """Return the kind of error, with the reason of a failed connection, and no text that could quote a URI."""
     seen: BaseException | None = error
     texts = []
     while seen is not None:

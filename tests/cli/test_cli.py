@@ -55,9 +55,9 @@ def test_check_prints_json_that_holds_every_resolved_trial() -> None:
         (("check", SUITE, "--set", "depth_percent=[120]"), "depth_percent 120 is outside 0 to 100"),
         (("check", SUITE, "--resolve"), "a suite names no model"),
         (("check", QUICKSTART, "--set", "trial.engine={kind: vllm}"), "engine.kind: 'vllm' is none of 'hf', 'endpoint'"),
-        (("eval", QUICKSTART, "--model", "some/model"), f"{QUICKSTART}: is a sweep, and a suite is needed"),
-        (("sweep", SUITE), f"{SUITE}: is a suite, and a sweep is needed"),
-        (("train", SUITE), f"{SUITE}: is a suite, and a trial or sweep is needed"),
+        (("eval", QUICKSTART, "--model", "some/model"), f"{QUICKSTART}: contains a sweep, but a suite is needed"),
+        (("sweep", SUITE), f"{SUITE}: contains a suite, but a sweep is needed"),
+        (("train", SUITE), f"{SUITE}: contains a suite, but a trial or sweep is needed"),
         (("eval", "nowhere.yaml", "--model", "some/model", "--dry-run"), "nowhere.yaml: cannot be read"),
     ],
 )

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from pause_ray.cli import submission
-from pause_ray.cli.submission import connect
+from pause_ray.cli import cluster
+from pause_ray.cli.cluster import connect
 from pause_ray.core.errors import ClusterError
 
 pytestmark = pytest.mark.ray
@@ -58,6 +58,6 @@ def test_what_is_no_head_or_another_one_is_told_in_one_line(monkeypatch: pytest.
 
 def test_what_takes_a_connection_and_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setattr(submission, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ClusterError, match="no Ray head answers there"):
         connect(f"http://127.0.0.1:{silent.getsockname()[1]}")

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from pause_ray.cli.cluster import check_no_secrets
 from pause_ray.cli.main import app
-from pause_ray.cli.submission import check_no_secrets
 from pause_ray.core.errors import SpecError
 from tests.real_cluster import RealCluster, free_port, running_cluster
 from tests.sweep.tiny_sweep import ROOT, answers, run_sweep_to_its_end, write_model, write_sweep

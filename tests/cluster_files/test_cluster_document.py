@@ -186,7 +186,7 @@ def test_every_block_does_what_is_said_of_it(followed: Followed) -> None:
     looked = told_by(followed, "pause-ray check sweeps/quickstart.yaml")
     assert "2 trials, 12 cells, no mistakes found" in looked
     assert "0 of 2 trials are finished" in looked
-    assert "nothing is wrong with them" in looked
+    assert "no problems found" in looked
     stopped = told_by(followed, "ray job stop --address http://127.0.0.1:8265 $JOB")
     [job] = re.findall(r"^submitted (quickstart-[0-9a-f]{8}-\d): ", stopped, flags=re.MULTILINE)
     assert f"Job '{job}' was stopped" in stopped

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from pause_ray.cli.main import app
 from pause_ray.core.errors import SpecError
 from pause_ray.core.spec import JsonObject, with_overrides
-from pause_ray.planning.preflight import misfits, read_node_types, requests_of
+from pause_ray.planning.preflight import read_node_types, requests_of, unschedulable
 from pause_ray.trial.spec import TrialSpec
 from tests.sweep.stubs import write_stub_sweep
 from tests.sweep.test_spec import SWEEP
@@ -37,18 +37,18 @@ def test_the_shipped_files_can_hold_what_the_largest_shipped_sweep_requests(name
 
 def test_a_request_that_no_node_type_holds_is_named_with_the_node_types() -> None:
     spec = trial(**{"resources.train_workers": 1, "resources.scoring_gpus_per_actor": 16, "resources.train_cpus_per_worker": 65})
-    actor, worker = misfits(requests_of(spec, open_gpus=1.0), BIG)
+    actor, worker = unschedulable(requests_of(spec, open_gpus=1.0), BIG)
     there = "h100x8 (64 CPUs and 8 GPUs), cpu (15 CPUs and 0 GPUs)"
     assert actor == f"a scoring actor takes 1 CPUs and 16 GPUs on one node, and none has that: {there}"
     assert worker == f"a training worker takes 65 CPUs and 1 GPUs on one node, and none has that: {there}"
-    assert misfits(requests_of(trial(), open_gpus=1.0), BIG) == []
-    assert len(misfits(requests_of(trial(), open_gpus=1.0), {"cpu": BIG["cpu"]})) == 2
+    assert unschedulable(requests_of(trial(), open_gpus=1.0), BIG) == []
+    assert len(unschedulable(requests_of(trial(), open_gpus=1.0), {"cpu": BIG["cpu"]})) == 2
 
 
 def test_answers_of_a_server_need_no_gpu() -> None:
     asked = {"kind": "endpoint", "url": "http://127.0.0.1:1/v1", "model": "m", "api": "chat"}
     spec = trial(train=None, pauses=None, engine=asked)
-    assert misfits(requests_of(spec, open_gpus=1.0), {"cpu": {"CPU": 4.0, "GPU": 0.0}}) == []
+    assert unschedulable(requests_of(spec, open_gpus=1.0), {"cpu": {"CPU": 4.0, "GPU": 0.0}}) == []
 
 
 def written(folder: Path, *documents: JsonObject) -> Path:

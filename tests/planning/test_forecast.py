@@ -190,7 +190,7 @@ def test_times_are_those_of_the_same_model_before_or_not_told(folder: Path, stor
     untold = look(sweep, storage)
     assert untold.left.seconds is None
     assert (untold.left.flops or 0) > 0
-    assert "nothing of this model is measured" in untold.pace
+    assert "no trial of this model has run" in untold.throughput
     first, _, baseline = trials_of(sweep, storage)
     store_rows(first, storage)
     checkpoint = checkpoint_of(first, storage)
@@ -200,7 +200,7 @@ def test_times_are_those_of_the_same_model_before_or_not_told(folder: Path, stor
         answer(trial, storage, cells=9)
     finish(first, storage, checkpoint=checkpoint)
     found = look(sweep, storage)
-    assert found.pace.startswith(f"as fast as {STEPS} training steps and 18 answers of this model")
+    assert found.throughput.startswith(f"by the speed of {STEPS} training steps and 18 answers of this model")
     training = found.trials[1].steps[1]
     assert training.left.seconds == pytest.approx((training.left.tokens or 0) * 3.0 / 600)
     alone = sum(0.5 for _ in range(9))

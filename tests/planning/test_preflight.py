@@ -19,7 +19,7 @@ from pause_ray.core.node_probe import PACKAGES, Gpu, NodeActor, NodeInfo, parse_
 from pause_ray.core.spec import with_overrides
 from pause_ray.models.shape import PUBLISHED
 from pause_ray.planning import preflight
-from pause_ray.planning.preflight import FREE_BYTES, FREE_SHARE, Copy, Needed, Node, problems
+from pause_ray.planning.preflight import FREE_BYTES, FREE_SHARE, ModelReplica, Node, Requirement, problems
 from pause_ray.text.tokenizer import Marker
 from pause_ray.trial.prepare import PreparedTrial
 from pause_ray.trial.spec import TrialSpec
@@ -34,7 +34,7 @@ GOOD = NodeInfo(
     storage="ok",
     unseen={},
 )
-NEEDED = Needed(gpu_bytes=60 * 10**9, host_bytes=200 * 10**9)
+NEEDED = Requirement(gpu_bytes=60 * 10**9, host_bytes=200 * 10**9)
 HEAD = Node(name="10.0.0.1 (head)", gpus=0, look=replace(GOOD, gpus=()))
 WORKER = Node(name="10.0.0.2", gpus=1, look=GOOD)
 
@@ -79,7 +79,7 @@ def test_what_differs_is_told_of_the_node_that_differs(change: dict[str, object]
 )
 def test_a_model_that_an_actors_gpus_do_not_hold_is_told(copy_bytes: int, gpus: float, told_of_it: list[str]) -> None:
     worker = replace(WORKER, gpus=2)
-    found = problems([HEAD, worker], needed=NEEDED, copy=Copy(bytes_=copy_bytes, gpus=gpus))
+    found = problems([HEAD, worker], needed=NEEDED, replica=ModelReplica(bytes_=copy_bytes, gpus=gpus))
     assert [problem.what for problem in found] == told_of_it
 
 

@@ -30,14 +30,14 @@ def test_a_clear_difference_is_called_one(storage: Storage) -> None:
 
 def test_a_difference_on_three_questions_is_not_called_one(storage: Storage) -> None:
     results = results_of(storage, {"baseline": 0.0, "pause_tuned": 1.0}, lengths=(1024,))
-    assert "cannot tell the arms apart" in headline(results)
+    assert "shows no difference between the arms" in headline(results)
     assert any("p cannot be less than 0.25" in note for note in notes(results))
 
 
 def test_worse_arms_are_called_worse(storage: Storage) -> None:
     said = headline(results_of(storage, {"baseline": 1.0, "pauses_untuned": 0.0, "pause_tuned": 1.0}))
     assert said.startswith("No arm scored higher than baseline: the closest, pause_tuned, differs by 0.00")
-    assert said.endswith("pauses_untuned scored lower than chance would explain.")
+    assert said.endswith("pauses_untuned scored lower by more than chance would explain.")
 
 
 def test_the_headline_is_about_an_arm_that_differs(storage: Storage) -> None:
@@ -58,7 +58,7 @@ def test_the_headline_is_about_an_arm_that_differs(storage: Storage) -> None:
 def test_better_and_worse_arms_are_both_named(storage: Storage) -> None:
     said = headline(results_of(storage, {"baseline": 0.5, "up": 1.0, "down": 0.0}))
     assert said.startswith("up, the best of 2 arms, scored 0.50 higher than baseline")
-    assert said.endswith("more than chance would explain; down scored lower than chance would explain.")
+    assert said.endswith("more than chance would explain; down scored lower by more than chance would explain.")
 
 
 def test_one_replicate_claims_its_haystack_and_wording_only(storage: Storage) -> None:
@@ -78,7 +78,7 @@ def test_what_pauses_add_and_cost_is_said(storage: Storage) -> None:
     other = Storage.open(storage.root / "other")
     worse = headline(read_results(with_control(other, {"baseline": 0.0, "tuned_without_pauses": 1.0, "pause_tuned": 0.0}), other))
     assert "pause_tuned differs by −1.00" in worse
-    assert worse.endswith("with pauses pause_tuned scored lower than chance would explain.")
+    assert worse.endswith("with pauses pause_tuned scored lower by more than chance would explain.")
     assert "effect of the pauses" not in worse
 
 
@@ -183,7 +183,7 @@ def test_arms_that_read_unequal_text_are_named_with_how_much(storage: Storage) -
 def test_scores_of_different_scorers_are_not_averaged_in_silence(storage: Storage) -> None:
     store_trial(storage, "b", [cell(1024, 10, 1.0, trial="b"), cell(1024, 50, 1.0, trial="b", scorer="judge")])
     found = notes(read_results(store_sweep(storage, [("b", "baseline", {}, 0)]), storage))
-    assert any("Scores of different scorers are averaged: baseline 1 keywords, 1 judge." in note for note in found)
+    assert any("Means mix scores of different scorers: baseline 1 keywords, 1 judge." in note for note in found)
 
 
 def test_permitted_overlap_is_reported(storage: Storage) -> None:

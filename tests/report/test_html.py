@@ -18,7 +18,7 @@ from pause_ray.core.errors import StorageError
 from pause_ray.core.format import duration, money, signed
 from pause_ray.core.storage import Storage
 from pause_ray.evaluation.statistics import BOOTSTRAP_UNITS
-from pause_ray.report.findings import headline, noise_words, notes
+from pause_ray.report.findings import format_noise, headline, notes
 from pause_ray.report.html import arms_csv, page, table, write_report
 from pause_ray.report.results import SweepResults, read_results
 from tests.stored_sweep import DEPTHS, LENGTHS, cell, grid, rows, several_facts, store_sweep, store_trial, sweep_of, with_control
@@ -99,7 +99,7 @@ def test_a_searched_reference_is_compared_point_by_point(storage: Storage) -> No
         "paused rank=16": "plain rank=16",
         "untuned": None,
     }
-    assert any("Without one counterpart in plain, and so not compared: untuned." in note for note in notes(results))
+    assert any("Not compared, because plain has no single counterpart: untuned." in note for note in notes(results))
 
 
 def test_corrected_p_counts_the_arms_of_the_sweep(storage: Storage) -> None:
@@ -193,7 +193,7 @@ def test_the_noise_floor_is_summed_by_precision_and_said_beside_the_scores(stora
         noise = {"dtype": dtype, "cells": 12, "answers_changed": changed, "scores_changed": 0}
         store_trial(storage, trial, rows({(1024, 10): 1.0}, trial=trial), noise=noise)
     folder = store_sweep(storage, [("b", "baseline", {}, 0), ("p", "paused", {}, 0), ("q", "quantized", {}, 0)])
-    coarse, coarser = noise_words(read_results(folder, storage))
+    coarse, coarser = format_noise(read_results(folder, storage))
     assert coarse.startswith("In bfloat16, 24 answered questions")
     assert "4 of 24 (17 %, 95 % interval 7 to 36 %) of the answers" in coarse  # Wilson's: 0.167, 0.067 to 0.359
     assert "0 of 24 (0 %, 95 % interval 0 to 14 %) of the scores" in coarse
@@ -267,7 +267,7 @@ def test_answers_of_a_model_cannot_become_markup(storage: Storage) -> None:
 
 def test_the_report_shows_arms_training_corpus_and_how_it_was_made(report: Path) -> None:
     shown = text_of(report.read_text(encoding="utf-8"))
-    for part in ("Where the fact is found", "Where the arms differ from baseline", "Training corpora", "How it was made"):
+    for part in ("Where the fact is found", "Where the arms differ from baseline", "Training corpora", "Provenance"):
         assert part in shown
     assert "+0.50" in shown
     assert "0.750" in shown  # the last training loss

@@ -104,7 +104,7 @@ def test_an_arm_of_a_sweep_is_found_by_the_beginnings_of_both_names(storage: Sto
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("demo:pause", "several arms begin so; .*pause_tuned every=1 rank=4; pause_tuned every=1 rank=16"),
+        ("demo:pause", "several arms have labels that begin with this; .*pause_tuned every=1 rank=4; pause_tuned every=1 rank=16"),
         ("demo:nothing", "no such arm; .*baseline; pause_tuned every=1 rank=4; .*random"),
         ("demo", "names no arm; .*one of: baseline; "),
         ("demo:", "names no arm"),
@@ -136,7 +136,7 @@ def test_a_name_that_is_one_sweeps_whole_name_is_that_sweep(storage: Storage) ->
     folder = store_sweep(storage, [])
     store_sweep(storage, [], name="demo_long")
     assert find_sweep("demo", storage) == folder
-    with pytest.raises(UserError, match="several sweeps begin so"):
+    with pytest.raises(UserError, match="several sweeps have names that begin with this"):
         find_sweep("dem", storage)
 
 
@@ -169,7 +169,7 @@ def test_all_are_compared_with_the_first_and_what_cannot_be_is_said(three: Ledge
     assert b.differs
     assert c.comparison is None
     assert not c.differs
-    assert any("C cannot be compared: the arms have no tasks in common: multi against single" in note for note in three.notes)
+    assert any("C cannot be compared with A: the arms have no tasks in common: multi against single" in note for note in three.notes)
     assert any("one replicate" in note for note in three.notes)
 
 

@@ -146,7 +146,7 @@ def test_what_a_killed_driver_said_is_not_taken_for_what_is_so(storage: Storage,
     assert (found.driver, found.is_live) == (None, False)
     assert found.by_state["begun"] == 1, "what it was at does not run"
     shown = show(storage, "demo")
-    assert "ended without a word 60 min ago" in shown
+    assert "wrote its last status 60 min ago" in shown
     assert "busy" not in shown
 
 
@@ -154,7 +154,7 @@ def test_a_driver_that_holds_the_sweep_and_says_nothing_is_said_to_hang(storage:
     live(driver=ME, written=time.time() - 200).write(folder)
     with exclusive(folder / ".lock"):
         shown = show(storage, "demo")
-    assert "as it said 3 min ago; it is old" in shown
+    assert "status of 3 min ago; this is old" in shown
 
 
 @pytest.mark.parametrize("before", [{}, {"written": time.time() - 3600}, {"driver": ME, "ended": time.time()}])
@@ -167,8 +167,8 @@ def test_what_the_driver_before_said_is_not_the_word_of_one_that_starts(storage:
     assert (found.is_live, found.as_json()["live"]["is_current"]) == (False, False)
     assert found.by_state == {"finished": 2, "begun": 1, "to come": 1, "failed": 1, "stopped": 1}
     assert f"runs: {ME}" in shown
-    assert "it is starting and has said nothing yet" in shown
-    assert not [words for words in ("as it said", "it is old", "scoring 1/4") if words in shown]
+    assert "it is starting and has written no status yet" in shown
+    assert not [words for words in ("status of", "this is old", "scoring 1/4") if words in shown]
 
 
 def test_trials_of_an_arm_that_was_given_up_are_not_to_come_and_it_is_said_why(storage: Storage, folder: Path) -> None:

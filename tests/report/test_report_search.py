@@ -45,7 +45,7 @@ def test_the_best_trial_is_named_and_where_it_is(storage: Storage) -> None:
     assert "Best trial by the sweep’s objective, highest score: paused every=2, 1.00" in shown_of(folder, storage)
     console = Console(width=200, record=True, quiet=False, file=io.StringIO())
     console.print(table(folder, storage))
-    assert "Best by highest score: paused every=2, 1.00 (the best of 4, which looks better" in console.export_text()
+    assert "Best by highest score: paused every=2, 1.00 (chosen as the best of 4" in console.export_text()
     assert "is in best/" not in shown_of(folder, storage)
 
 
@@ -62,8 +62,8 @@ def test_the_front_is_in_the_report_with_what_beats_the_others(storage: Storage)
     overhead = shown[shown.index("Score against token overhead") : shown.index("Score against training cost")]
     # Pauses cost 6, 12 and 19 %; every=3 costs most and scores less than every=2, on two questions, which is not sure.
     assert overhead.count(" yes") == 3
-    assert "no, unsure: beaten by paused every=2 +0.25" in overhead
-    assert overhead.count("yes, unsure") == 2  # two questions do not show that the dearer ones are worth it
+    assert "no, not significant: dominated by paused every=2 +0.25" in overhead
+    assert overhead.count("yes, not significant") == 2  # two questions do not show that the dearer ones are worth it
     lines = {row["pauses.every"]: row for row in csv.DictReader(io.StringIO(arms_csv(read_results(searched_folder(storage), storage))))}
     assert {key: row["overhead_front"] for key, row in lines.items()} == {"": "yes", "0": "", "1": "yes", "2": "yes", "3": "no"}
     assert lines["2"]["trained_tokens"] == "2000.0"
@@ -81,7 +81,7 @@ def test_what_was_stopped_is_shown_as_stopped_and_not_as_missing(storage: Storag
     assert "not finished" not in shown
     assert "paused every=0 stopped early" in shown
     assert not any(note.startswith("Unfinished") for note in notes(results))
-    assert any("nothing is known of them on the full grid" in note for note in notes(results))
+    assert any("they have no score on the full grid" in note for note in notes(results))
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(table(folder, storage))
     assert "stopped early" in console.export_text()
@@ -89,7 +89,7 @@ def test_what_was_stopped_is_shown_as_stopped_and_not_as_missing(storage: Storag
 
 def test_rungs_are_labelled_as_a_proxy_and_compared_with_the_full_grid(storage: Storage) -> None:
     shown = shown_of(searched(storage), storage)
-    rungs = shown[shown.index("Rungs: what was stopped early") :]
+    rungs = shown[shown.index("Early stopping") :]
     assert "scored on a proxy" in rungs
     assert "Rung 0 proxy, step 10 Rung 1 proxy, step 30 Full grid score" in rungs
     assert "paused every=0 0.00 – – stopped at rung 0 by asha" in rungs

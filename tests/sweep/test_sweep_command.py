@@ -24,7 +24,7 @@ def run(*arguments: str) -> Result:
     ("options", "told"),
     [
         (["--dry-run", "--max-trials", "1"], r"--dry-run starts nothing, so --max-trials has no effect"),
-        (["--gpus", "2"], r"--gpus 2: of which kind\? Name it with --gpu"),
+        (["--gpus", "2"], r"--gpus 2: needs the kind of GPU; name it with --gpu"),
         (["--gpu", "H100"], r"--gpu H100: has an effect with --dry-run or --max-cost only"),
         (["--gpu", "H1000", "--dry-run"], r"--gpu H1000: not in the table of GPUs, which has"),
         (["--max-cost", "5"], r"--max-cost: nothing has a price; name the GPUs with --gpu and --gpus, or give engine\.prices"),
@@ -92,4 +92,4 @@ def test_a_budget_ends_cleanly_and_the_same_command_goes_on(stubbed: Path, tmp_p
     assert answered < whole_lines(tmp_path)
     looked = run(str(stubbed), "--dry-run", "--storage", str(tmp_path))
     assert "4 of 4 trials are finished" in looked.output
-    assert "all that is left" in looked.output
+    assert "left in all" in looked.output

@@ -154,3 +154,4 @@ def test_trials_that_could_not_be_sent_are_sent_when_the_server_is_back(
         until(lambda: tracker._warned, tracker)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{storage.root / 'mlflow.db'}")
         until(lambda: len(runs(storage, "demo")) == 2, tracker)
+    assert {run.data.tags["pause_ray.digest"] for run in runs(storage, "demo")} == {"a", "0011223344556677"}

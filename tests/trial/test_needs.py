@@ -1,4 +1,4 @@
-"""Plans: GPUs and their prices, time and money, the smallest cluster."""
+"""TrialPlanner: GPUs and their prices, time and money, the smallest cluster."""
 
 from __future__ import annotations
 
