@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray import tune
+from ray import cloudpickle, tune
+from ray.tune.error import TuneError
 from ray.tune.execution import class_cache
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
@@ -219,8 +220,14 @@ class TrialCallbacks(tune.Callback):  # type: ignore[misc]
         self._after_trial()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Report it with the error object, which Tune has pickled if it is Ray's, as that of a lost process is."""
-        error = trial.get_pickled_error() or trial.get_error()
+        """Report it with the error object, which Tune has pickled if it is Ray's, as that of a lost process is.
+
+        ``Trial.get_pickled_error`` reads the copy on storage, which Tune writes only later.
+        """
+        if trial.pickled_error_file:
+            error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+        else:
+            error = TuneError(Path(trial.error_file).read_text(encoding="utf-8"))
         self._ended(trial.config["trial"], error)
 
 

@@ -223,9 +223,9 @@ def test_a_float16_step_that_overflows_is_skipped_counted_and_no_error(
     llama: Path, shards: Path, tmp_path: Path, stage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A first loss scale that is too large is halved until gradients fit; the training goes on from there."""
-    from pause_ray.training import deepspeed
+    from pause_ray.training import zero_config
 
-    monkeypatch.setattr(deepspeed, "FIRST_LOSS_SCALE_POWER", 22)
+    monkeypatch.setattr(zero_config, "FIRST_LOSS_SCALE_POWER", 22)
     rows = run(job_of(llama, shards, precision="float16", zero=ZeroSpec(stage=stage), max_steps=30), tmp_path).losses()
     skipped = [row.get("skipped_steps", 0) for row in rows]
     assert skipped == sorted(skipped)
