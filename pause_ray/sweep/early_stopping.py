@@ -125,7 +125,7 @@ def _compared_values(score: RungScore) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class RungTrial:
-    """What a trial's process knows of early stopping."""
+    """The rungs and the proxy of early stopping, as a trial's process needs them."""
 
     scheduler: SchedulerSpec
     context_tokens: tuple[int, ...]

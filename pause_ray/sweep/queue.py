@@ -1,7 +1,7 @@
-"""How much a command may spend on a sweep. Knows no clock but the one it is given, and starts and ends nothing.
+"""The queue of trials that wait to begin, and the budget that limits how many may.
 
-A budget decides whether another trial may start; running ones end as they would. What was left out is run by the same command
-without the limit.
+A budget decides whether another trial may start; running trials are not stopped by it. The same command without the limit runs
+the trials that were left out. The module starts and stops nothing itself.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Budget:
     """Limits of one command; None for no limit."""
 
     max_trials: int | None = None
-    """Trials that are started, finished before or not; what is finished already does not count."""
+    """Most trials that the command starts; trials that were finished before do not count."""
     max_hours: float | None = None
-    """Since the sweep began to run."""
+    """Most hours since the sweep began to run."""
     max_cost: float | None = None
-    """In the currency of the prices, of machines and endpoints together."""
+    """Most money for machines and endpoints together, in the currency of the prices."""
     price_per_hour: float = 0.0
-    """Of all machines that the sweep holds, used or not."""
+    """Price per hour of all machines that the sweep holds, used or not."""
 
     def __post_init__(self) -> None:
         for option, value in (("--max-trials", self.max_trials), ("--max-hours", self.max_hours), ("--max-cost", self.max_cost)):
@@ -42,16 +42,16 @@ class Budget:
 
     @property
     def is_limited(self) -> bool:
-        """Whether there is any limit."""
+        """Whether any limit is set."""
         return any(limit is not None for limit in (self.max_trials, self.max_hours, self.max_cost))
 
     def reached(self, *, started: int, seconds: float, spent: float = 0.0) -> str | None:
-        """The limit that keeps another trial from starting, in words; None where it may start.
+        """Return a sentence about the limit that keeps another trial from starting; None where it may start.
 
         Args:
             started: Trials that this command has started.
-            seconds: Since the sweep began to run.
-            spent: On answers of endpoints, in the prices' currency.
+            seconds: Seconds since the sweep began to run.
+            spent: Money spent on endpoints' answers, in the currency of the prices.
         """
         hours = seconds / SECONDS_PER_HOUR
         cost = hours * self.price_per_hour + spent
@@ -65,34 +65,34 @@ class Budget:
 
 
 class Bill(Protocol):
-    """What a trial's answers have cost."""
+    """Looks up the cost of a trial's answers."""
 
     def __call__(self, trial: str) -> tuple[float, bool]:
-        """Of the trial with this digest: money so far, and whether that is all."""
+        """Return the cost so far of the trial with this digest, and whether it is final."""
 
 
 class BudgetMeter:
-    """A budget while it is spent: asked once before each trial. Several threads may ask."""
+    """Counts what a command spends against its budget; thread-safe."""
 
     def __init__(self, budget: Budget, *, bill: Bill | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        """Begin to count now.
+        """Start to count now.
 
         Args:
             budget: The limits.
-            bill: Asked for the trials that were started; None where answers cost nothing.
-            clock: Tells seconds.
+            bill: Looks up the cost of started trials; None where answers cost nothing.
+            clock: Returns the time in seconds.
         """
         self._budget, self._bill, self._clock = budget, bill, clock
         self._began = clock()
         self._started: set[str] = set()
         self._growing: dict[str, float] = {}
-        """Started trials that may still cost something, and what they had cost before."""
+        """Cost before this command of each started trial whose cost may still grow, by trial digest."""
         self._spent = 0.0
-        """By trials that cost nothing any more."""
+        """Money spent on trials whose cost is final."""
         self._lock = threading.Lock()
 
     def start(self, trial: str) -> str | None:
-        """Count a trial as started, unless a limit forbids it: then the limit in words. A trial that was started may go on."""
+        """Count a trial as started and return None, or return the reason why it may not start. A started trial may start again."""
         with self._lock:
             if trial in self._started:
                 return None
@@ -124,7 +124,7 @@ class BudgetMeter:
 
 
 def bill_of(storage: Storage) -> Bill:
-    """The costs that ledgers have, of endpoints with prices."""
+    """Return the bill that reads the costs of endpoints' answers from ledgers."""
 
     def bill(trial: str) -> tuple[float, bool]:
         folder = storage.trials / trial
@@ -134,21 +134,21 @@ def bill_of(storage: Storage) -> Bill:
 
 
 def left_over(reached: str, *, trials: int) -> str:
-    """For people: why ``trials`` were not started, and how to go on."""
+    """Return a sentence that says why ``trials`` were not started and how to continue."""
     return f"{reached}: {trials} trials were not started; the same command goes on with them, without the limit to the end"
 
 
 GIVE_UP_SHARE = 0.1
-"""Of an arm's trials (of all trials, for the whole sweep): if so many have failed and none has finished, the others are not begun."""
+"""Share of an arm's trials, or of all trials, that may fail while none has finished; then the others are not started."""
 FEWEST_FAILURES = 3
-"""One or two failures may be chance."""
+"""Fewest failures after which an arm or a sweep is given up; one or two may be chance."""
 
 
 class TrialQueue:
-    """Trials that wait for their turn, first come first served."""
+    """Trials that wait to begin, first come first served."""
 
     def __init__(self, *, start: Callable[[str], str | None]) -> None:
-        """``start`` is asked before each trial: None if it may begin, or why none may begin any more."""
+        """Create an empty queue; ``start`` is called before each trial and returns None, or why no further trial may begin."""
         self._start = start
         self._arms: dict[str, str] = {}
         self._waiting: deque[str] = deque()
@@ -157,28 +157,28 @@ class TrialQueue:
         self._taken_back: deque[str] = deque()
         self._is_over = False
         self.ended_by: str | None = None
-        """Why no trial begins any more, for people; None while trials begin."""
+        """Reason why no further trial begins; None while trials begin."""
         self.is_out_of_budget = False
-        """Whether it is ``start`` that said so."""
+        """Whether the budget is the reason."""
         self.given_up: dict[str, str] = {}
-        """Arm → why its other trials were not begun."""
+        """Reason why the other trials of an arm are not started, by arm."""
 
     def expect(self, trials: Mapping[str, str]) -> None:
-        """Count trials (key → arm) among those of their arms; they may never get in line."""
+        """Register trials and their arms (key → arm) before they are queued."""
         self._arms.update(trials)
 
     def expects(self, key: str) -> bool:
-        """Whether a trial is counted."""
+        """Return whether a trial is registered."""
         return key in self._arms
 
     def add(self, keys: Iterable[str]) -> None:
-        """Let expected trials queue up behind those that wait."""
+        """Append registered trials to the queue."""
         self._waiting.extend(keys)
 
     def take_back(self, key: str) -> bool:
-        """Let a trial that had begun go on before all others; False if it is not to, as no other of its arm or of the sweep is.
+        """Put a trial that was lost at the front of the queue, and return whether it may begin again.
 
-        A budget that is used up does not keep it: it was started within it.
+        It may not where its arm or the sweep was given up. A budget that is used up does not matter: the trial was started within it.
         """
         may = not self._is_over and self._arms[key] not in self.given_up
         if may:
@@ -187,11 +187,11 @@ class TrialQueue:
 
     @property
     def may_take_back(self) -> bool:
-        """Whether a trial that runs may come back."""
+        """Whether a running trial that is lost may begin again."""
         return not self._is_over
 
     def next(self) -> str | None:
-        """The trial whose turn it is, or None when none waits or none is to begin any more."""
+        """Return the key of the next trial, or None when no trial waits or none may begin."""
         if self._taken_back and not self._is_over:
             return self._taken_back.popleft()
         while self._waiting and self.ended_by is None:
@@ -206,16 +206,16 @@ class TrialQueue:
         return None
 
     def end(self, reason: str) -> None:
-        """Let no trial begin any more; of several reasons the first one counts."""
+        """Start no further trial; the first of several reasons is kept."""
         self.ended_by = self.ended_by or reason
         self._is_over = True
 
     def note_finished(self, keys: Iterable[str]) -> None:
-        """These trials came to their end."""
+        """Count trials that finished."""
         self._finished.update(self._arms[key] for key in keys)
 
     def note_failed(self, key: str, message: str) -> None:
-        """A trial failed: perhaps one too many of its arm, or of the sweep. One that was not expected counts for nothing."""
+        """Count a failed trial, and give up its arm or the sweep after too many; trials that are not registered are ignored."""
         arm = self._arms.get(key)
         if arm is None:
             return
@@ -234,7 +234,7 @@ def _enough(failed: int, *, of: int) -> bool:
 
 
 def _in_words(whose: str, messages: list[str]) -> str:
-    """How many failed, and the reason that most of them have in common: the same words but for numbers, digests and paths."""
+    """Summarise failures by their most common message, in which numbers, digests and paths may differ."""
     kinds = Counter(re.sub(r"\S*[\d/]\S*", "…", message) for message in messages)
     kind, count = kinds.most_common(1)[0]
     example = next(message for message in messages if re.sub(r"\S*[\d/]\S*", "…", message) == kind)

@@ -32,7 +32,7 @@ STAGES_THAT_ASK = (Stage.WAITING, Stage.DATA, Stage.TRAINING)
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What trials have reported since the last call of ``ProgressActor.drain``."""
+    """Reports of trials since the last call of ``ProgressActor.drain``."""
 
     states: Mapping[str, TrialState]
     """The last state of each trial that reported, by trial digest."""

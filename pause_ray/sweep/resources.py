@@ -1,4 +1,7 @@
-"""What of the cluster training and scoring get, and what they hold at a time. Knows how large the cluster is; starts nothing."""
+"""Placement of trials on the cluster: the resources of training and scoring, and how many trials run at a time.
+
+The module reads the size of the cluster and starts nothing; ``sweep.trainable`` gives the placement to Ray Tune.
+"""
 
 from __future__ import annotations
 
@@ -17,30 +20,30 @@ from pause_ray.trial.spec import Resources, TrialSpec
 log = logging.getLogger("pause_ray")
 
 GPU_FIELDS = ("train_gpus_per_worker", "scoring_gpus_per_actor")
-"""Of ``Resources``: what is decided by the cluster as it is now where the spec leaves it open."""
+"""Fields of ``Resources`` that are set from the size of the cluster where the spec leaves them open."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """What of the cluster training and scoring get; what the spec leaves open is decided here."""
+    """The resources of training and scoring on this cluster, with the spec's open fields filled in."""
 
     resources: Resources
     train_gpus: float
-    """Of each training worker."""
+    """GPUs of each training worker."""
     scoring_gpus: float
-    """Of each scoring actor."""
+    """GPUs of each scoring actor."""
     trains: bool
-    """Whether any trial does."""
+    """Whether any trial trains."""
     concurrent_trials: int = 1
     trial_labels: Mapping[str, str] = field(default_factory=dict)
-    """Of the nodes that trials' own processes run on; none where they may run anywhere."""
+    """Labels of the nodes on which trials' own processes run; empty where they may run anywhere."""
 
     @classmethod
     def of(cls, sweep: SweepSpec, trials: Sequence[TrialSpec]) -> Placement:
-        """Shares of the cluster as it is now, for trials that all have the same resources.
+        """Compute the placement on the cluster as it is now; all trials of a sweep have the same resources.
 
         Raises:
-            SpecError: they can never have them.
+            SpecError: the cluster can never provide them.
         """
         resources, gpus = trials[0].resources, ray_cluster.total("GPU")  # the same for all trials of a sweep
         here = any(isinstance(trial.engine, HfEngineSpec) for trial in trials)
@@ -60,25 +63,25 @@ class Placement:
         return dataclasses.replace(placement, trial_labels=placement.labels_for_trials(min(placement.concurrent_trials, len(trials))))
 
     def placed(self, trial: PreparedTrial) -> PreparedTrial:
-        """The trial with the resources that were decided here; its results and its identity are the same."""
+        """Return the trial with these resources filled in; its results and its digest stay the same."""
         return dataclasses.replace(trial, spec=trial.spec.model_copy(update={"resources": self.resources}))
 
     def of_one_trial(self) -> dict[str, float]:
-        """Tune's bundle: the trial trains in its own process, or only drives a worker group that has its own bundles."""
+        """Return Tune's bundle for a trial, which trains in its own process or drives a worker group with bundles of its own."""
         if self.resources.train_workers:
             return {"cpu": 1}
         return {"cpu": self.resources.train_cpus_per_worker, "gpu": self.train_gpus}
 
     def held_at_a_time(self) -> dict[str, float]:
-        """What one trial holds with the actors that stay, and with its fewest workers or the one actor that it cannot do without."""
+        """Return the least that the cluster must provide at once: a trial, the permanent actors, and its workers or one actor."""
         trial, beside = self._trial(), self._beside_trials()
         return {name: trial[name] + beside[name] for name in trial}
 
     def check(self) -> None:
-        """Refuse what would be waited for for ever.
+        """Refuse resources for which a sweep would wait for ever.
 
         Raises:
-            SpecError: no node can give one of the pieces, or the cluster not all that is held at a time.
+            SpecError: no node can hold one of the bundles, or the cluster cannot hold those that are needed at once.
         """
         takers = {"a trial": self._trial(), "a scoring actor": self._actor()}
         if self.trains and self.resources.train_workers:
@@ -91,9 +94,9 @@ class Placement:
         ray_cluster.check_capacity(self.held_at_a_time(), remedy=remedy)
 
     def trials_at_a_time(self, wanted: int | None, *, gpus: float) -> int:
-        """Trials that Tune may place side by side; by default as many as can train while one actor scores.
+        """Return how many trials Tune may run at a time; by default as many as can train while one actor scores.
 
-        Never so many that their own processes leave no room for what each of them waits for, on a cluster that cannot grow.
+        On a cluster that cannot grow, their own processes must leave room for the workers and actors that they wait for.
         """
         if wanted is None:
             per_trial = self.train_gpus * max(1, self.resources.worker_bounds[1])
@@ -113,9 +116,9 @@ class Placement:
         return wanted
 
     def labels_for_trials(self, number: int) -> Mapping[str, str]:
-        """``cluster.STAYS`` where nodes that stay have room for so many trials, now or as soon as they have come; else none.
+        """Return ``ray_cluster.STAYS`` where on-demand nodes have room for ``number`` trials, or will have; else no labels.
 
-        Actors that stay may sit there too. A trial that is lost with its node begins again, so nothing has to wait for such nodes.
+        Permanent actors may run there too. A trial that is lost with its node begins again, so no trial has to wait for such nodes.
         """
         if not ray_cluster.has_market_labels():
             return {}
@@ -141,7 +144,7 @@ class Placement:
         return {"CPU": self.resources.scoring_cpus_per_actor, "GPU": self.scoring_gpus}
 
     def _beside_trials(self) -> dict[str, float]:
-        """What must be free beside trials so that one of them can always go on: the actors that stay, and a worker group or an actor."""
+        """Return the resources that must stay free beside trials so that one can always continue: permanent actors and workers."""
         worker, actor = self._worker(), self._actor()
         fewest_workers = self.resources.worker_bounds[0] * self.trains
         fewest_actors = self.resources.scoring_bounds[0]

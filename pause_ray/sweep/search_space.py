@@ -1,6 +1,6 @@
-"""What a search may choose: domains of values, and constraints between the values of one trial. Pure; knows no sweep and no arm.
+"""The search space of a sweep: domains of values, and constraints between the values of one trial. Pure.
 
-A domain is told by its key: ``{grid: [...]}``, ``{choice: [...]}``, ``{uniform: [low, high]}``, ``{loguniform: [low, high]}``,
+A domain is recognised by its key: ``{grid: [...]}``, ``{choice: [...]}``, ``{uniform: [low, high]}``, ``{loguniform: [low, high]}``,
 ``{int: [low, high]}`` or ``{quantised: [low, high], step: x}``. Bounds belong to the domain.
 """
 
@@ -230,7 +230,7 @@ class QuantisedDomain(_Listed):
 _DOMAINS: Final = (GridDomain, ChoiceDomain, UniformDomain, LogUniformDomain, IntDomain, QuantisedDomain)
 _KINDS = {next(iter(domain.model_fields)): domain for domain in _DOMAINS}
 DOMAIN_FIELDS: Final = frozenset(field for domain in _DOMAINS for field in domain.model_fields)
-"""What may stand behind a searched path."""
+"""Keys that a domain may have."""
 
 
 def _kind_of(value: Any) -> str | None:
@@ -293,9 +293,9 @@ def value_at(data: JsonObject, path: str) -> Any:
 
 
 class Constraint(Spec):
-    """What must hold between two values of one trial, or a value and a number; whether they are searched does not matter.
+    """A rule between two values of a trial, or between a value and a number; the values need not be searched.
 
-    It says nothing of a trial that lacks one of the values, such as ``train.lora.alpha`` where nothing is trained.
+    It does not apply to a trial that lacks one of the values, such as ``train.lora.alpha`` where nothing is trained.
     """
 
     model_config = ConfigDict(serialize_by_alias=True)

@@ -1,4 +1,4 @@
-"""What a sweep is: one trial, a search over its dotted paths, named arms, replicates. Pure; starts nothing.
+"""The specification of a sweep: one trial, a search over its dotted paths, named arms, replicates. Pure.
 
 A sweep only makes trial specs. Every arm is combined with every point of the search, except that an arm which sets a
 searched path (or a branch above it) itself is not varied along that path: an arm with ``train: null`` has no LoRA rank,
@@ -36,9 +36,9 @@ class RandomAlgorithm(Spec):
 
     kind: Literal["random"]
     points: int = Field(ge=1)
-    """How many."""
+    """Number of points."""
     seed: int = Field(default=0, ge=0)
-    """Of the draws; no trial's own."""
+    """Seed of the draws; it is no trial's seed."""
 
 
 class TpeAlgorithm(Spec):
@@ -46,11 +46,11 @@ class TpeAlgorithm(Spec):
 
     kind: Literal["tpe"]
     points: int = Field(ge=2)
-    """How many in all."""
+    """Number of points in all."""
     seed: int = Field(default=0, ge=0)
-    """Of the draws; no trial's own."""
+    """Seed of the draws; it is no trial's seed."""
     random_points: int = Field(default=8, ge=1)
-    """How many are drawn at random before anything is learned from their values."""
+    """Number of points that are drawn at random before the estimator is used."""
     at_a_time: int = Field(default=1, ge=1)
     """How many are asked for, and run, before the next are chosen: as many trials can run side by side."""
 
@@ -119,13 +119,13 @@ class SweepSpec(Spec):
     arm: str = Field(default="pause_tuned", pattern=r"^[a-z0-9][a-z0-9_]*$")
     """Name of the unchanged trial's arm."""
     search: dict[str, Domain] = Field(default_factory=dict)
-    """Dotted path of the trial → values, for example ``{grid: [1, 2, 4]}`` (``sweep.space``)."""
+    """Dotted path of the trial → values, for example ``{grid: [1, 2, 4]}`` (``sweep.search_space``)."""
     constraints: tuple[Constraint, ...] = ()
-    """What must hold in every trial; points of the search that break one are left out, or drawn again."""
+    """Rules that every trial keeps; points of the search that break one are left out, or drawn again."""
     algorithm: AlgorithmSpec = GridAlgorithm()
     """How points of the search are chosen."""
     objective: ObjectiveSpec = ObjectiveSpec()
-    """What the search learns from, and what the best trial is the best by."""
+    """Number that the search maximises or minimises, and by which the best trial is chosen."""
     scheduler: SchedulerSpec | None = None
     """Ends trainings of the unchanged trial's arm early; null trains all to the end."""
     arms: dict[str, JsonObject] = Field(default_factory=dict)
@@ -326,7 +326,7 @@ def expand(sweep: SweepSpec, points: Sequence[JsonObject] | None = None) -> list
 
 
 def listed_trials(sweep: SweepSpec) -> list[PlannedTrial]:
-    """What can be said of a sweep's trials before anything runs: all, or with a search that learns those of ``example_point``.
+    """Return the trials that are known before anything runs: all, or with a TPE search those of ``example_point``.
 
     Raises:
         SpecError: as ``expand``.
@@ -478,7 +478,7 @@ def _check_scheduler(scheduler: SchedulerSpec, compared: Sequence[TrialSpec], *,
 
 
 MOST_VALUE_CHARS = 40
-"""Of a searched value."""
+"""Most characters of a searched value that a label shows."""
 
 
 def condition_labels(entries: Sequence[JsonObject]) -> dict[str, str]:

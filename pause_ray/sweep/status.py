@@ -361,7 +361,7 @@ class Speedometer:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterState:
-    """What the cluster tells of itself; None for what does not answer."""
+    """State of the cluster as Ray reports it; None for parts that do not answer."""
 
     scoring: PoolState | None = None
     """The scoring pool's state."""
@@ -399,7 +399,7 @@ class Failure:
     """Why a trial did not finish."""
 
     error: PauseRayError
-    """What the trial raised; an error from outside of this package is wrapped, since it may not survive pickling."""
+    """Error that the trial raised; other packages' errors are wrapped, since they may not survive pickling."""
     trace: str | None = None
     """The traceback; None for a mistake of the user."""
 
@@ -411,7 +411,7 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOutcome:
-    """What a sweep left on storage."""
+    """Result of running a sweep."""
 
     folder: Path
     finished: int

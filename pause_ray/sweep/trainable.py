@@ -43,7 +43,7 @@ NOT_YET = ""
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """What all trials of a sweep share; it is sent to their processes."""
+    """Objects that all trials of a sweep share; they are sent to the trials' processes."""
 
     folder: Path
     """The sweep's folder."""

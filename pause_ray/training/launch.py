@@ -47,7 +47,7 @@ class Recovery(ray.train.UserCallback):  # type: ignore[misc]
     """Lives in Ray Train's controller; an exception that it raises ends the training, otherwise the workers are started again."""
 
     def __init__(self, running: RunningTraining) -> None:
-        """Of the training whose checkpoints lie there."""
+        """Watch the training whose checkpoints ``running`` holds."""
         self._running = running
         self._last_step: int | None = None
         self._fruitless = 0
@@ -87,7 +87,7 @@ def run_config(running: RunningTraining, *, name: str, storage: str) -> ray.trai
 
 
 def cause_of(error: Exception) -> Exception:
-    """What a worker or ``Recovery`` raised, where it is an error of ours or of the disk; otherwise a ``TrainingError``."""
+    """Return the error of a worker or of ``Recovery`` if it is this package's or the disk's; else a ``TrainingError``."""
     failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
     for failure in failures:
         raised = getattr(failure, "_base_exc", failure)
@@ -128,17 +128,17 @@ class TrainJob:
     shards: Path
     """Folder of a complete shard set."""
     marker: MarkerToken | None
-    """Whose embedding row is trained, or None."""
+    """Marker token whose embedding row is trained, or None."""
     policy: JsonObject | None
     """The resolved pause policy of the shards, for the record; None without pauses."""
     seed: int
-    """Of row order and of the adapter's first values."""
+    """Seed of the row order and of the adapter's first values."""
     threads: int | None
     """Threads of one worker on a CPU; None divides the machine's cores among the workers on it."""
 
 
 def train_digest(job: TrainJob) -> str:
-    """Identity of the adapter: what is trained on what, with which seed; not where.
+    """Return the adapter's identity: a digest of the job without places and threads.
 
     Raises:
         SourceError: the shard set is missing or damaged.
@@ -147,7 +147,7 @@ def train_digest(job: TrainJob) -> str:
 
 
 def steps_on_storage(job: TrainJob, *, storage: Storage) -> int:
-    """Optimizer steps that ``fit`` need not take any more: all of a finished adapter's, else those of its last checkpoint.
+    """Return the optimizer steps that ``fit`` finds on storage: all of a finished adapter's, else those of its last checkpoint.
 
     Raises:
         SourceError: as for ``train_digest``.
@@ -163,7 +163,7 @@ def _digest(identity: JsonObject) -> str:
 
 
 def _identity(job: TrainJob, shards: ShardSet) -> JsonObject:
-    """What decides the adapter, as plain JSON data."""
+    """Return everything that decides the adapter as plain JSON data."""
     rows = [entry["sha256"] for entry in shards.manifest["shards"]]
     marker = dataclasses.asdict(job.marker) if job.marker else None
     identity = {"train": job.train.identity(), "model": job.base_digest, "shards": rows, "marker": marker, "seed": job.seed}
@@ -183,10 +183,9 @@ def fit(
     until: int | None = None,
     stop: threading.Event | None = None,
 ) -> Checkpoint:
-    """Train, go on with a training that was stopped, or find the finished checkpoint of the same job.
+    """Train, continue a training that was stopped, or find the finished checkpoint of the same job.
 
-    The training's own checkpoints (``train.checkpoint_every``) are gone when it is finished. SIGTERM or Ctrl-C, or ``stop``, makes one
-    after the running step and ends.
+    SIGTERM, Ctrl-C or ``stop`` writes a checkpoint after the running step and ends. A finished training's own checkpoints are removed.
 
     Args:
         job: What to train.
@@ -196,20 +195,16 @@ def fit(
         cpus_per_worker: Logical CPUs of each worker.
         gpus_per_worker: GPUs of each worker; 0 trains on the CPU.
         progress: Called for every optimizer step, those that a checkpoint already has included.
-        stage: Called when it turns out who trains; what it raises ends the call.
+        stage: Called when the training begins or waits for another process that makes the same adapter.
         until: Optimizer steps after which the call writes the training's checkpoint and returns the adapter of that moment, which exists
-            until the whole training is finished. A training that has gone further already gives its last checkpoint's adapter. None
-            trains to the end.
+            until the training is finished; a training that is further gives its last checkpoint's adapter. None trains to the end.
         stop: Asks the training to end, from another thread.
 
     Raises:
-        SpecError: rows per step that the workers cannot share, layers that the model lacks, fewer rows than a step takes, or rows
-            longer than the model.
-        SourceError: a missing or damaged shard set.
-        ModelError: a model folder that cannot be loaded.
-        CheckpointError: a checkpoint whose files were changed, or that is of another training.
-        StorageError: disk full or not writable.
-        StoppedError: SIGTERM or Ctrl-C came, or ``stop`` was set; a checkpoint was written.
+        SpecError: the workers cannot share the rows of a step, the model lacks layers, or the rows are too few or too long.
+        SourceError, ModelError, StorageError: the shards, the model folder or the disk cannot be used.
+        CheckpointError: a checkpoint's files were changed, or it is of another training.
+        StoppedError: the training was interrupted or ``stop`` was set; a checkpoint was written.
         TrainingError: loss, gradient or validation loss is not a number, or workers were lost again and again.
     """
     _check_workers(job.train, num_workers)
@@ -224,10 +219,9 @@ def fit(
             if stop is not None and stop.is_set():
                 raise StoppedError("training was asked to end before it began; the same command begins it")
             _check_job(job, shards)
+            on_gpu = gpus_per_worker > 0 if num_workers else None
             with (
-                _making(
-                    job, shards, whole=whole, folder=folder, until=steps, on_gpu=gpus_per_worker > 0 if num_workers else None
-                ) as config,
+                _making(job, shards, whole=whole, folder=folder, until=steps, on_gpu=on_gpu) as config,
                 following(config.folder / TRAINING_LOG, steps=job.train.max_steps, progress=progress, failures=failures),
                 _stoppable(config.folder / STOP, asked=stop),
             ):
@@ -264,7 +258,7 @@ def _wait_for(holder: str, *, stage: StageCallback | None) -> None:
 
 @contextlib.contextmanager
 def _making(job: TrainJob, shards: ShardSet, *, whole: Path, folder: Path, until: int, on_gpu: bool | None) -> Iterator[WorkerConfig]:
-    """What a worker is told to train so that the checkpoint ``folder`` exists when the block ends well; hold its lock.
+    """Yield the config with which workers fill the checkpoint ``folder``, and seal it when the block ends well; hold its lock.
 
     Args:
         job: What to train.

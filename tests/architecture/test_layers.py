@@ -57,7 +57,7 @@ PROCESS_BORDERS = {
     "core.storage",  # tokenizers and safetensors raise Rust's errors, whose class says nothing; all but a full disk go on
     "tracking.store",  # another system, whose client raises whatever its transport raised
 }
-FILE_LINES, FUNCTION_LINES = 600, 80
+FILE_LINES, FUNCTION_LINES = 600, 60
 EMPTY_NAMES = ("util", "helper", "common", "manager", "factory", "handler", "misc")
 
 
