@@ -219,26 +219,56 @@ def fit(
             if stop is not None and stop.is_set():
                 raise StoppedError("training was asked to end before it began; the same command begins it")
             _check_job(job, shards)
-            on_gpu = gpus_per_worker > 0 if num_workers else None
-            with (
-                _making(job, shards, whole=whole, folder=folder, until=steps, on_gpu=on_gpu) as config,
-                following(config.folder / TRAINING_LOG, steps=job.train.max_steps, progress=progress, failures=failures),
-                _stoppable(config.folder / STOP, asked=stop),
-            ):
-                run_workers(
-                    _train_on_worker,
-                    {"worker": config},
-                    running=config.running,
-                    notes=config.folder,
-                    num_workers=num_workers,
-                    cpus_per_worker=cpus_per_worker,
-                    gpus_per_worker=gpus_per_worker,
-                )
+            failures = _train(
+                job,
+                shards,
+                whole=whole,
+                folder=folder,
+                until=steps,
+                progress=progress,
+                stop=stop,
+                num_workers=num_workers,
+                cpus_per_worker=cpus_per_worker,
+                gpus_per_worker=gpus_per_worker,
+            )
         if folder == whole:
             remove_training(whole)  # also the remains of a training that was killed before this line
         if failures:
             raise failures[0]
         return Checkpoint.open(folder)
+
+
+def _train(
+    job: TrainJob,
+    shards: ShardSet,
+    *,
+    whole: Path,
+    folder: Path,
+    until: int,
+    progress: Progress,
+    stop: threading.Event | None,
+    num_workers: int | tuple[int, int],
+    cpus_per_worker: float,
+    gpus_per_worker: float,
+) -> list[Exception]:
+    """Make the checkpoint ``folder`` and return the errors that ``progress`` raised meanwhile; arguments as for ``fit``."""
+    failures: list[Exception] = []
+    on_gpu = gpus_per_worker > 0 if num_workers else None
+    with (
+        _making(job, shards, whole=whole, folder=folder, until=until, on_gpu=on_gpu) as config,
+        following(config.folder / TRAINING_LOG, steps=job.train.max_steps, progress=progress, failures=failures),
+        _stoppable(config.folder / STOP, asked=stop),
+    ):
+        run_workers(
+            _train_on_worker,
+            {"worker": config},
+            running=config.running,
+            notes=config.folder,
+            num_workers=num_workers,
+            cpus_per_worker=cpus_per_worker,
+            gpus_per_worker=gpus_per_worker,
+        )
+    return failures
 
 
 def _goal(job: TrainJob, whole: Path, *, until: int | None) -> tuple[int, Path]:
