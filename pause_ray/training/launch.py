@@ -190,14 +190,12 @@ def fit(
     Args:
         job: What to train.
         storage: Where the checkpoint goes, under its digest.
-        num_workers: Ray Train workers; 0 trains in this process, on its GPU if it has one, without starting Ray. A
-            smallest and a largest number lets Ray Train use what the cluster has, from one attempt to the next.
-        cpus_per_worker: Logical CPUs of each worker.
-        gpus_per_worker: GPUs of each worker; 0 trains on the CPU.
+        num_workers: Ray Train workers, or their smallest and largest number; 0 trains in this process without Ray.
+        cpus_per_worker, gpus_per_worker: Logical CPUs and GPUs of each worker; 0 GPUs train on the CPU.
         progress: Called for every optimizer step, those that a checkpoint already has included.
         stage: Called when the training begins or waits for another process that makes the same adapter.
-        until: Optimizer steps after which the call writes the training's checkpoint and returns the adapter of that moment, which exists
-            until the training is finished; a training that is further gives its last checkpoint's adapter. None trains to the end.
+        until: Optimizer steps after which the training's checkpoint is written and the adapter of that step (or, where the training is
+            further, of its last checkpoint) is returned, which exists until the training is finished. None trains to the end.
         stop: Asks the training to end, from another thread.
 
     Raises:
@@ -216,9 +214,6 @@ def fit(
         if not is_complete(folder):
             if stage is not None:
                 stage(Stage.TRAINING)
-            if stop is not None and stop.is_set():
-                raise StoppedError("training was asked to end before it began; the same command begins it")
-            _check_job(job, shards)
             failures = _train(
                 job,
                 shards,
@@ -252,6 +247,9 @@ def _train(
     gpus_per_worker: float,
 ) -> list[Exception]:
     """Make the checkpoint ``folder`` and return the errors that ``progress`` raised meanwhile; arguments as for ``fit``."""
+    if stop is not None and stop.is_set():
+        raise StoppedError("training was asked to end before it began; the same command begins it")
+    _check_job(job, shards)
     failures: list[Exception] = []
     on_gpu = gpus_per_worker > 0 if num_workers else None
     with (
