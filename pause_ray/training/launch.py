@@ -191,11 +191,11 @@ def fit(
         job: What to train.
         storage: Where the checkpoint goes, under its digest.
         num_workers: Ray Train workers, or their smallest and largest number; 0 trains in this process without Ray.
-        cpus_per_worker, gpus_per_worker: Logical CPUs and GPUs of each worker; 0 GPUs train on the CPU.
+        cpus_per_worker: Logical CPUs of each worker.
+        gpus_per_worker: GPUs of each worker; 0 trains on the CPU.
         progress: Called for every optimizer step, those that a checkpoint already has included.
         stage: Called when the training begins or waits for another process that makes the same adapter.
-        until: Optimizer steps after which the training's checkpoint is written and the adapter of that step (or, where the training is
-            further, of its last checkpoint) is returned, which exists until the training is finished. None trains to the end.
+        until: Optimizer steps after which the adapter of that step is returned (see ``_goal``); None trains to the end.
         stop: Asks the training to end, from another thread.
 
     Raises:
@@ -270,7 +270,11 @@ def _train(
 
 
 def _goal(job: TrainJob, whole: Path, *, until: int | None) -> tuple[int, Path]:
-    """Return the steps that ``fit`` trains up to and the folder of the adapter after them; ``whole`` is that of the finished training."""
+    """Return the steps that ``fit`` trains up to and the folder of the adapter after them; ``whole`` is that of the finished training.
+
+    With ``until`` the training's checkpoint is written, too, and the adapter exists until the training is finished. A training that has
+    gone further already gives the adapter of its last checkpoint.
+    """
     done = RunningTraining(folder=training_folder(whole), belongs_to={}).last_step()
     steps = job.train.max_steps if until is None else min(max(until, done), job.train.max_steps)
     is_partial = steps < job.train.max_steps and not is_complete(whole)
