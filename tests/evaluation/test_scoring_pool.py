@@ -196,7 +196,12 @@ def test_a_cell_that_kills_every_actor_stops_the_scoring_with_its_name(tokenizer
     ("because", "raised", "told"),
     [
         (RuntimeError("this engine cannot be made here"), ScoringPoolError, "no scoring actor starts: .*this engine cannot be made here"),
-        (ModuleNotFoundError("No module named 'torch.nn'"), ClusterError, "^a node of the cluster has no torch: use one image"),
+        pytest.param(
+            ModuleNotFoundError("No module named 'torch.nn'"),
+            ClusterError,
+            "^a node of the cluster has no torch: use one image",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_actors_that_cannot_start_stop_the_scoring_with_the_reason(

@@ -184,6 +184,7 @@ def found(storage: Path) -> tuple[list[tuple[int, int, float | None]], dict[int,
     return scores, {ranks[key]: stop.rung for key, stop in record.stops.items()}, finished
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_stub_sweep_stops_the_weak_trials_and_a_killed_driver_stops_the_same(stub_sweep: Path, tmp_path: Path) -> None:
     code, output = run_to_its_end(stub_sweep, tmp_path / "whole")

@@ -90,8 +90,8 @@ def test_trials_leave_room_for_what_they_wait_for(
     "resources",
     [
         {"train_workers": 0, **TAKING_TURNS},
-        {"train_workers": 1, **TAKING_TURNS},
-        {"train_workers": 0},
+        pytest.param({"train_workers": 1, **TAKING_TURNS}, marks=pytest.mark.slow),
+        pytest.param({"train_workers": 0}, marks=pytest.mark.slow),
     ],
     ids=["in_the_trial", "in_a_worker", "half_a_gpu_each"],
 )

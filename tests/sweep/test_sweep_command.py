@@ -72,6 +72,7 @@ def stubbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_stub_sweep(tmp_path_factory.mktemp("texts"))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_budget_ends_cleanly_and_the_same_command_goes_on(stubbed: Path, tmp_path: Path) -> None:
     code, output = run_to_its_end(stubbed, tmp_path, "--max-trials", "1")
