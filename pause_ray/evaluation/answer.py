@@ -113,10 +113,10 @@ def answer_cells(asked: Sequence[PlannedCell], *, engine: Engine, reader: CellRu
 
 
 @runtime_checkable
-class OtherwiseEngine(Engine, Protocol):
+class NumericsCheckEngine(Engine, Protocol):
     """An engine that can compute an answer in other shapes."""
 
-    def answer_otherwise(self, step: PromptStep) -> Completion:
+    def answer_with_other_shapes(self, step: PromptStep) -> Completion:
         """Answer the same prompt with other chunk shapes: the result is equal up to rounding.
 
         Raises:
@@ -124,7 +124,9 @@ class OtherwiseEngine(Engine, Protocol):
         """
 
 
-def answer_otherwise(cells: Sequence[Cell], *, engine: OtherwiseEngine, reader: CellRunner, condition: Condition) -> list[CellResult]:
+def answer_with_other_shapes(
+    cells: Sequence[Cell], *, engine: NumericsCheckEngine, reader: CellRunner, condition: Condition
+) -> list[CellResult]:
     """The cells' results computed in other shapes, in their order; unscored where none could be computed.
 
     Raises:
@@ -134,7 +136,7 @@ def answer_otherwise(cells: Sequence[Cell], *, engine: OtherwiseEngine, reader: 
     results = []
     for cell, prompt in zip(cells, reader.prompts(cells), strict=True):
         try:
-            outcome: Completion | EngineError = engine.answer_otherwise(reader.step(cell, prompt, keep_tokens=0, drafts=False))
+            outcome: Completion | EngineError = engine.answer_with_other_shapes(reader.step(cell, prompt, keep_tokens=0, drafts=False))
         except EngineError as error:
             outcome = error
         results.append(_row(cell, prompt, outcome, reader=reader, condition=condition, engine=engine.name))

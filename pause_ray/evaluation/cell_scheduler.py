@@ -25,7 +25,7 @@ MODEL_SWITCH_SECONDS = 600.0
 MIN_ACTORS_TO_SPLIT = 3
 """A batch is split for an idle actor if it could keep this many actors busy; with fewer, both would mostly recompute prefixes."""
 
-Purpose = Literal["grid", "proxy", "recheck"]
+Purpose = Literal["grid", "proxy", "numerics_check"]
 """Why cells are answered: for a trial's ledger, to judge an adapter in training, or again with other numerics."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-LabelScorer = Literal["label", "furthest"]
+LabelScorer = Literal["label", "chain_progress"]
 """Scorers that read ``Question.labels``."""
 
 
@@ -44,7 +44,7 @@ class Question:
     draft: str = ""
     """Likely answer, verified as a speculative draft; it never changes an answer."""
     labels: tuple[str, ...] = ()
-    """All answers that the task knows, for the ``label`` scorer; the steps that lead to the answer, in order, for ``furthest``."""
+    """All answers that the task knows, for the ``label`` scorer; the steps that lead to the answer, in order, for ``chain_progress``."""
     spread: Literal["random", "spaced"] = "random"
     """Places of the other facts when the first has a depth: anywhere, or evenly spaced from there to the end."""
     in_order: bool = False

@@ -84,9 +84,9 @@ def grade(
             letter, ignoring case.
             ``label``: BABILong's metric (arXiv 2406.10149): 1 if the first sentence contains the reference and no other label; labels
             that the question names are ignored.
-            ``furthest``: the labels form a chain, and the score is the position of the last one that occurs, as a share of the chain's
-            length (as in needlehaystack 2.0, which also counts the label in the question).
-        labels: All possible answers of the task, for ``label`` and ``furthest``.
+            ``chain_progress``: the labels form a chain, and the score is the position of the last one that occurs, as a share of the
+            chain's length (as in needlehaystack 2.0, which also counts the label in the question).
+        labels: All possible answers of the task, for ``label`` and ``chain_progress``.
         question: The question, for ``label``.
 
     Returns:
@@ -95,7 +95,7 @@ def grade(
     references = [reference for fact in facts for reference in fact.references]
     if not references:
         return Unscored(reason="no references: nothing says what a right answer contains")
-    if scorer in ("label", "furthest") and not labels:
+    if scorer in ("label", "chain_progress") and not labels:
         return Unscored(reason=f"no labels: scorer {scorer} compares them with the answer")
     normal = _lowercase if scorer == "string_match" else plain
     fact_scores = tuple(_share(fact.references, response, normal=normal) if fact.references else None for fact in facts)
@@ -109,7 +109,7 @@ def grade(
     elif scorer == "label":
         value = float(_named_labels(response, labels=labels, question=question) == {plain(reference) for reference in references})
     else:
-        value = _furthest(response, labels=labels)
+        value = _chain_progress(response, labels=labels)
     return Score(value=value, fact_scores=fact_scores)
 
 
@@ -134,7 +134,7 @@ def _named_labels(response: str, *, labels: Sequence[str], question: str) -> set
     return {name for name in map(plain, labels) if name in sentence and name not in plain(question)}
 
 
-def _furthest(response: str, *, labels: Sequence[str]) -> float:
+def _chain_progress(response: str, *, labels: Sequence[str]) -> float:
     answer = plain(response)
     reached: Iterable[int] = (place for place, label in enumerate(labels, start=1) if plain(label) in answer)
     return max(reached, default=0) / len(labels)

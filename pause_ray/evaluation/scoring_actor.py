@@ -16,7 +16,7 @@ from joblib import cpu_count
 
 from pause_ray.core.errors import StoppedError
 from pause_ray.core.process import about, log_to_stderr
-from pause_ray.evaluation.answer import CellRunner, Condition, OtherwiseEngine, answer_cells, answer_otherwise, plan_cells
+from pause_ray.evaluation.answer import CellRunner, Condition, NumericsCheckEngine, answer_cells, answer_with_other_shapes, plan_cells
 from pause_ray.evaluation.cell_scheduler import Purpose, ScoringStats
 from pause_ray.evaluation.haystack import Haystack, load_haystack, prompt_builder
 from pause_ray.evaluation.ledger import CellResult
@@ -125,8 +125,8 @@ class ScoringActor:
             reader = self._reader_of(job)
             engine = self._fixed_engine or self._engine.get(job.engine, lambda: _make_engine(job.engine, threads=self._threads))
             engine.use(job.loaded)
-            if job.purpose == "recheck":
-                ordered, results = cells, _recheck(cells, engine=engine, reader=reader, condition=job.condition)
+            if job.purpose == "numerics_check":
+                ordered, results = cells, _check_numerics(cells, engine=engine, reader=reader, condition=job.condition)
             else:
                 local = job.engine if isinstance(job.engine, HfEngineSpec) else HfEngineSpec()
                 steps = plan_cells(cells, reader=reader, prefix_block_size=engine.prefix_block_size, reuse=local.reuse, drafts=local.drafts)
@@ -165,12 +165,12 @@ class ScoringActor:
         return self._reader.get((job.suite, job.policy, job.seed, job.replicate, job.data_seed, job.loaded.model_dir), make_reader)
 
 
-def _recheck(cells: Sequence[Cell], *, engine: Engine, reader: CellRunner, condition: Condition) -> Iterator[CellResult]:
-    if not isinstance(engine, OtherwiseEngine):
+def _check_numerics(cells: Sequence[Cell], *, engine: Engine, reader: CellRunner, condition: Condition) -> Iterator[CellResult]:
+    if not isinstance(engine, NumericsCheckEngine):
         raise TypeError(f"engine {engine.name} cannot compute an answer in other shapes")
     for cell in cells:
         with about(cell.words):
-            yield from answer_otherwise([cell], engine=engine, reader=reader, condition=condition)
+            yield from answer_with_other_shapes([cell], engine=engine, reader=reader, condition=condition)
 
 
 def _make_engine(spec: EngineSpec, *, threads: int) -> Engine:

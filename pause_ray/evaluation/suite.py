@@ -32,7 +32,7 @@ TaskSpec = Annotated[
     SingleTask | MultiTask | UuidTask | UuidChainTask | RulerNiahTask | VariableTrackingTask | KeyValueTask | KeyedTask | CombineTask,
     Field(discriminator="kind"),
 ]
-Scorer = Literal["keywords", "all", "exact", "string_match", "label", "furthest"]
+Scorer = Literal["keywords", "all", "exact", "string_match", "label", "chain_progress"]
 _SIGMOID_STEEPNESS = 0.1
 """Steepness per percent of the sigmoid spacing around 50 %, as in the original tester."""
 _KEYED_CHARS_PER_TOKEN = 3
@@ -47,7 +47,8 @@ class SuiteSpec(Spec):
     task: TaskSpec
     """Task that draws the facts to hide and the question about them."""
     scorer: Scorer = "keywords"
-    """Rule that turns an answer into a score (``evaluation.scorers``). ``label`` is for task combine, ``furthest`` for task uuid_chain."""
+    """Rule that turns an answer into a score (``evaluation.scorers``). ``label`` is for task combine,
+    ``chain_progress`` for task uuid_chain."""
     haystack: tuple[SourceSpec, ...] = ()
     """Documents that contexts are cut from, joined by blank lines in a seeded order. Empty: ``noise``, or the task's own lines."""
     noise: str | None = None
@@ -124,7 +125,7 @@ class SuiteSpec(Spec):
 
     @model_validator(mode="after")
     def _task_has_what_the_scorer_reads(self) -> Self:
-        if self.scorer in ("label", "furthest") and self.scorer != self.task.label_scorer:
+        if self.scorer in ("label", "chain_progress") and self.scorer != self.task.label_scorer:
             raise ValueError(f"scorer {self.scorer} reads labels that task {self.task.kind} does not have; use another, such as keywords")
         return self
 

@@ -44,7 +44,7 @@ class HfEngineSpec(Spec):
     its batch, and with ``kv: host``."""
     kv: Literal["device", "host"] = "device"
     """Memory that holds keys and values. ``host``: the machine's memory, where a GPU is too small for a long context."""
-    recheck_cells: int | None = Field(default=None, ge=0)
+    numerics_check_cells: int | None = Field(default=None, ge=0)
     """Cells of a trial that are answered a second time with other chunk shapes, to measure how often rounding changes an answer.
     null: none in float32, 12 in other precisions and with quantized weights."""
 

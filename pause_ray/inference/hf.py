@@ -192,7 +192,7 @@ class HfEngine:
         self._go_on(reader, asked)
         yield from self._settled(asked)
 
-    def answer_otherwise(self, step: PromptStep) -> Completion:
+    def answer_with_other_shapes(self, step: PromptStep) -> Completion:
         """The answer to ``step`` in other shapes: half the chunk, nothing kept, no drafts. Equal up to rounding.
 
         Raises:

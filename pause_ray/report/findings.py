@@ -257,7 +257,7 @@ def _precision_notes(results: SweepResults) -> list[str]:
     ]
     if unmeasured:
         found.append(
-            "Scored below float32, and how often that alone changes an answer was not measured (engine.recheck_cells): "
+            "Scored below float32, and how often that alone changes an answer was not measured (engine.numerics_check_cells): "
             f"{named(unmeasured)}."
         )
     margins = {its.label: [row.margin for row in its.rows if row.margin is not None] for its in results.scored}

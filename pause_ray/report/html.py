@@ -51,7 +51,7 @@ SCORERS = {
     "exact": "1 if the answer is the references and nothing else, else 0",
     "string_match": "share of the references that occur in the answer (RULER’s string match)",
     "label": "1 if the answer names the right label and no other (BABILong’s rule), else 0",
-    "furthest": "how far along the chain the answer got, 0 to 1",
+    "chain_progress": "how far along the chain the answer got, 0 to 1",
 }
 
 

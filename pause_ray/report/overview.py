@@ -26,7 +26,7 @@ LOCK = ".lock"
 STATES = ("finished", "running", "begun", "to come", "failed", "stopped")
 """States of a trial: ``begun`` has results and does not run, ``failed`` failed in the last run, ``stopped`` was stopped early, or given
 up with its arm in the last run."""
-_AFTER_TRAINING = (Stage.PROXY, Stage.QUEUED, Stage.SCORING, Stage.RECHECKING)
+_AFTER_TRAINING = (Stage.PROXY, Stage.QUEUED, Stage.SCORING, Stage.NUMERICS_CHECK)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,7 +77,7 @@ def work_done(work: tuple[float, float], state: TrialState) -> float:
         return training * share
     if state.stage in (Stage.QUEUED, Stage.SCORING):
         return training + scoring * share
-    return training + scoring if state.stage == Stage.RECHECKING or state.stage.is_end else 0.0
+    return training + scoring if state.stage == Stage.NUMERICS_CHECK or state.stage.is_end else 0.0
 
 
 class PendingNotice:

@@ -176,7 +176,10 @@ class Metric:
 
 
 CELLS = Metric(
-    "pause_ray_cells", "Cells answered; asked: for the ledger (grid), again in other shapes (recheck), by a proxy", ("asked",), counts=True
+    "pause_ray_cells",
+    "Cells answered; asked: for the ledger (grid), again with other chunk shapes (numerics_check), by a proxy",
+    ("asked",),
+    counts=True,
 )
 UNSCORED_CELLS = Metric("pause_ray_unscored_cells", "Of the answered cells, those that could not be scored", ("asked",), counts=True)
 PREFILLED_TOKENS = Metric("pause_ray_prefilled_tokens", "Prompt tokens that went through the model", ("asked",), counts=True)
@@ -281,7 +284,7 @@ class TrialCounts:
 
 
 def _left(cells: CellCounts, state: TrialState | None) -> int:
-    if state is not None and (state.stage.is_end or state.stage == Stage.RECHECKING):
+    if state is not None and (state.stage.is_end or state.stage == Stage.NUMERICS_CHECK):
         return 0
     if state is not None and state.stage in (Stage.QUEUED, Stage.SCORING):
         return state.total - state.done

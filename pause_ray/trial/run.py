@@ -32,7 +32,7 @@ from pause_ray.trial.spec import Resources
 if TYPE_CHECKING:
     from pause_ray.training.launch import TrainJob
 
-RECHECKED_CELLS = 12
+NUMERICS_CHECK_CELLS = 12
 """The default sample of a trial below float32; 12 equal answers say that less than 24 % change (Wilson, 95 %)."""
 
 
@@ -72,7 +72,7 @@ def run_trial(
             checkpoint = make_checkpoint(trial, storage=storage, shards=shards, train_gpus=train_gpus, progress=progress, stop=stop)
             job = scoring_job(trial, arm=arm, checkpoint=checkpoint, storage=storage)
             score_cells(trial, job, ledger=ledger, scorer=scorer, progress=progress)
-            noise = recheck_cells(trial, job, ledger=ledger, scorer=scorer, progress=progress)
+            noise = check_numerics(trial, job, ledger=ledger, scorer=scorer, progress=progress)
             write_json(folder / MANIFEST, _manifest(trial, shards, checkpoint, noise, seconds=time.monotonic() - started))
         scores = [row.score for row in ledger.rows() if row.score is not None]
     return sum(scores) / len(scores) if scores else None
@@ -270,20 +270,20 @@ def score_proxy(
     )
 
 
-def recheck_cells(
+def check_numerics(
     trial: PreparedTrial, job: ScoringJob, *, ledger: Ledger, scorer: CellScorer, progress: TrialProgress
 ) -> JsonObject | None:
     """Answer a sample of scored cells again with other batch shapes, and count the answers and scores that the precision alone changes.
 
     Returns:
-        The counts, or None where nothing is rechecked.
+        The counts, or None where no cell is checked.
     """
     engine, model = trial.spec.engine, trial.spec.model
     if not isinstance(engine, HfEngineSpec):
         return None
-    sample_size = engine.recheck_cells
+    sample_size = engine.numerics_check_cells
     if sample_size is None:
-        sample_size = RECHECKED_CELLS if depends_on_shapes(dtype=model.dtype, quantize=model.quantize) else 0
+        sample_size = NUMERICS_CHECK_CELLS if depends_on_shapes(dtype=model.dtype, quantize=model.quantize) else 0
     rows = {row.cell_id: row for row in ledger.rows() if row.score is not None}
     sample = sorted((cell for cell in trial.cells if cell.id in rows), key=lambda cell: cell.id)[:sample_size]
     if not sample:
@@ -293,10 +293,10 @@ def recheck_cells(
         if waits:
             progress(Stage.QUEUED, len(rows), len(trial.cells))
         else:
-            progress(Stage.RECHECKING, 0, len(sample))
+            progress(Stage.NUMERICS_CHECK, 0, len(sample))
 
     results: list[CellResult] = []
-    scorer.score(dataclasses.replace(job, purpose="recheck"), sample, on_result=results.append, on_wait=on_wait)
+    scorer.score(dataclasses.replace(job, purpose="numerics_check"), sample, on_result=results.append, on_wait=on_wait)
     again = [result for result in results if result.score is not None]
     if not again:
         return None

@@ -83,7 +83,7 @@ def test_the_document_names_every_metric_label_and_state() -> None:
     assert named == {metric.exported: metric.labels for metric in METRICS}
     [trials] = [line for line in table.splitlines() if "ray_pause_ray_trials" in line]
     assert set(re.findall(r"`([a-z_]+)`", trials)) == set(Stage)
-    assert set(re.findall(r"`(grid|proxy|recheck)`", table)) == set(typing.get_args(Purpose))
+    assert set(re.findall(r"`(grid|proxy|numerics_check)`", table)) == set(typing.get_args(Purpose))
 
 
 def test_prometheus_asks_the_head_and_reads_the_token_from_a_file() -> None:

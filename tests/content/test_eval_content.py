@@ -172,7 +172,7 @@ def test_rulers_variable_tracking_is_one_chain_of_four_hops():
 
 def test_uuid_chains_have_the_originals_length():
     spec = suite("uuid_chain")
-    assert (spec.task.chain_length, spec.scorer) == (5, "furthest")
+    assert (spec.task.chain_length, spec.scorer) == (5, "chain_progress")
 
 
 @pytest.mark.parametrize("supporting", [1, 2, 3])

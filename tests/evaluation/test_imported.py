@@ -287,7 +287,7 @@ def test_a_chain_can_be_scored_by_how_far_the_answer_got(tmp_path: Path) -> None
     import_results([write_lines(tmp_path / "run.jsonl", [chain])], out=tmp_path / "a.jsonl")
     [row] = Ledger(tmp_path / "a.jsonl").rows()
     assert row.scorer == "chain_match (imported)"
-    assert rescore(row, scorer="furthest").score == 2 / 4
+    assert rescore(row, scorer="chain_progress").score == 2 / 4
 
 
 def test_a_score_outside_its_scale_is_no_score(tmp_path: Path) -> None:

@@ -51,7 +51,10 @@ def test_the_score_is_the_share_of_keywords_whatever_stands_around_them(kept: se
     assert score(answer, (STOCK,), "all").value == (share == 1)
 
 
-@given(kept=st.sets(st.sampled_from([0, 1, 2])), scorer=st.sampled_from(["keywords", "all", "exact", "string_match", "label", "furthest"]))
+@given(
+    kept=st.sets(st.sampled_from([0, 1, 2])),
+    scorer=st.sampled_from(["keywords", "all", "exact", "string_match", "label", "chain_progress"]),
+)
 def test_every_fact_is_scored_by_itself_under_every_scorer(kept: set[int], scorer: Scorer) -> None:
     answer = " ".join(NUMBERS[place].references[0] for place in sorted(kept))
     graded = score(answer, (*NUMBERS, DISTRACTOR), scorer, labels=("1234567", "9"))
@@ -132,17 +135,17 @@ def test_labels_of_the_question_do_not_count() -> None:
 
 @pytest.mark.parametrize(("answer", "value"), [("b", 1 / 3), ("c, over b", 2 / 3), ("d", 1.0), ("a", 0.0), ("B then D", 1.0)])
 def test_furthest_goes_by_the_last_label_reached(answer: str, value: float) -> None:
-    assert score(answer, (Fact(text="c leads to d", references=("d",)),), "furthest", labels=("b", "c", "d")).value == value
+    assert score(answer, (Fact(text="c leads to d", references=("d",)),), "chain_progress", labels=("b", "c", "d")).value == value
 
 
-@pytest.mark.parametrize("scorer", ["keywords", "all", "exact", "string_match", "label", "furthest"])
+@pytest.mark.parametrize("scorer", ["keywords", "all", "exact", "string_match", "label", "chain_progress"])
 def test_without_references_nothing_can_be_scored(scorer: Scorer) -> None:
     result = grade("an answer", (DISTRACTOR,), scorer=scorer, labels=PLACES)
     assert isinstance(result, Unscored)
     assert "no references" in result.reason
 
 
-@pytest.mark.parametrize("scorer", ["label", "furthest"])
+@pytest.mark.parametrize("scorer", ["label", "chain_progress"])
 def test_without_labels_their_scorers_do_not_score(scorer: Scorer) -> None:
     result = grade("cellar", NUMBERS, scorer=scorer)
     assert isinstance(result, Unscored)

@@ -158,7 +158,7 @@ class OtherEngine(ScriptedEngine):
 
     dies: bool = False
 
-    def answer_otherwise(self, step: PromptStep) -> Completion:
+    def answer_with_other_shapes(self, step: PromptStep) -> Completion:
         if self.dies:
             os._exit(1)
         [(_, outcome)] = self.answer([step])
@@ -169,19 +169,19 @@ class OtherEngine(ScriptedEngine):
 
 def test_cells_are_rechecked_and_counted_by_purpose(tokenizer_dir: Path, essays_dir: Path) -> None:
     job, asked = job_of(tokenizer_dir, essays_dir)
-    recheck = dataclasses.replace(job, purpose="recheck")
+    check = dataclasses.replace(job, purpose="numerics_check")
     results: list[CellResult] = []
     with running(OtherEngine(facts=FACTS, fails_from_tokens=900)) as started:
-        started.score(recheck, asked, on_result=results.append)
+        started.score(check, asked, on_result=results.append)
         started.score(job, asked[:2], on_result=lambda _: None)
-        assert {purpose: stats.cells for purpose, stats in started.state().stats.items()} == {"recheck": len(asked), "grid": 2}
+        assert {purpose: stats.cells for purpose, stats in started.state().stats.items()} == {"numerics_check": len(asked), "grid": 2}
     assert sorted(result.cell_id for result in results) == sorted(cell.id for cell in asked)
     assert {result.context_tokens for result in results if result.score is None} == {900}
     with (
         running(OtherEngine(facts=FACTS, dies=True), num_actors=1) as started,
         pytest.raises(ScoringPoolError, match="3 scoring actors were lost"),
     ):
-        started.score(recheck, asked, on_result=results.append)
+        started.score(check, asked, on_result=results.append)
 
 
 def test_a_cell_that_kills_every_actor_stops_the_scoring_with_its_name(tokenizer_dir: Path, essays_dir: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_bug_in_an_actor_arrives_with_its_traceback(tokenizer_dir: Path, essay
     job, asked = job_of(tokenizer_dir, essays_dir)
     with running(ScriptedEngine(facts=FACTS), num_actors=1) as started:
         with pytest.raises(TypeError, match="cannot compute an answer in other shapes") as caught:
-            started.score(dataclasses.replace(job, purpose="recheck"), asked, on_result=lambda _: None)
+            started.score(dataclasses.replace(job, purpose="numerics_check"), asked, on_result=lambda _: None)
         assert "ray::ScoringActor.answer" in str(caught.value), "the actor's traceback"
         started.score(job, asked[:1], on_result=lambda _: None)
 

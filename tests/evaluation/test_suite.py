@@ -196,7 +196,7 @@ def test_sigmoid_depths_are_a_logistic_curve_with_the_ends_kept() -> None:
         ({"haystack": [], "noise": " \n"}, "noise is empty"),
         ({"task": PAIRS}, "one text to be hidden in.*the lines of task key_value"),
         ({"scorer": "label"}, "scorer label reads labels that task single does not have"),
-        ({"scorer": "furthest"}, "scorer furthest reads labels"),
+        ({"scorer": "chain_progress"}, "scorer chain_progress reads labels"),
         ({"task": CHAIN, "scorer": "label"}, "scorer label reads labels that task uuid_chain does not have"),
         ({"scorer": "bleu"}, "scorer"),
         ({"depth_percent": []}, "needs one of depth_percent, lattice_tokens and samples, given: none"),

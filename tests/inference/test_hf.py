@@ -99,7 +99,7 @@ def test_answers_in_other_shapes_are_the_same_in_float32_and_count_as_whole(tiny
     engine = engine_for(tiny)
     asked = prompts(4)
     for step, answer in zip(walk_of(asked), ask_all(engine, asked), strict=True):
-        other = engine.answer_otherwise(step)
+        other = engine.answer_with_other_shapes(step)
         assert other.ids == answer.ids
         assert other.prefilled_tokens == len(step.prompt.ids)
         assert other.forwards >= other.decoded_tokens - 1
@@ -354,7 +354,7 @@ def test_the_real_model_answers_a_needle_alike_with_reuse_and_without(model_dir:
     none = ask(engine, [step_of(ids, most=32) for ids in asked])
     full = ask(engine, walk_of(asked, drafts=[draft, draft], most=32))
     assert [answer.text for answer in full] == [answer.text for answer in none]
-    assert engine.answer_otherwise(step_of(asked[1], most=32)).text == none[1].text
+    assert engine.answer_with_other_shapes(step_of(asked[1], most=32)).text == none[1].text
     assert all("eat a sandwich" in answer.text for answer in full)
     assert full[1].prefilled_tokens < 0.8 * len(asked[1])
     assert sum(answer.forwards for answer in full) < sum(answer.forwards for answer in none) / 2

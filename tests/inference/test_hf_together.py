@@ -163,7 +163,7 @@ def test_whoever_is_overtaken_is_told(tmp_path: Path, meanwhile: str) -> None:
     if meanwhile == "another call":
         next(engine.answer(some_steps(seed=2)))
     elif meanwhile == "other shapes":
-        engine.answer_otherwise(some_steps(seed=2)[0])
+        engine.answer_with_other_shapes(some_steps(seed=2)[0])
     else:
         engine.use(LoadedAs(model_dir=folder, dtype="float32", adapter_dir=make_adapter(tmp_path / "adapter", folder, seed=1)))
     with pytest.raises(RuntimeError, match="something else before all answers were taken"):

@@ -148,7 +148,7 @@ def test_precision_that_was_not_rechecked_is_noted(storage: Storage) -> None:
     for trial, dtype, kind in (("a", "bfloat16", "hf"), ("b", "float32", "hf"), ("c", "bfloat16", "endpoint")):
         store_trial(storage, trial, rows({(1024, 10): 1.0}, trial=trial), spec={"model": {"dtype": dtype}, "engine": {"kind": kind}})
     found = notes(read_results(store_sweep(storage, [(trial, trial, {}, 0) for trial in "abc"]), storage))
-    assert [note for note in found if "below float32" in note and note.endswith("(engine.recheck_cells): a.")]
+    assert [note for note in found if "below float32" in note and note.endswith("(engine.numerics_check_cells): a.")]
 
 
 def test_near_ties_are_noted_where_they_are_many(storage: Storage) -> None:

@@ -53,7 +53,7 @@ def test_work_that_is_behind_a_trial_never_shrinks() -> None:
         TrialState(Stage.SCORING, 3, 4),
         TrialState(Stage.QUEUED, 3, 4),
         TrialState(Stage.QUEUED, 4, 4),
-        TrialState(Stage.RECHECKING, 0, 2),
+        TrialState(Stage.NUMERICS_CHECK, 0, 2),
         TrialState(Stage.DONE, 1, 1),
     ]
     done = [work_done(work_of(spec), state) for state in stages]

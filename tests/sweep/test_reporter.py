@@ -91,7 +91,9 @@ def test_who_insists_on_an_end_is_not_kept_waiting_by_trials(board: Any) -> None
 
 
 def test_only_who_is_at_work_and_says_nothing_is_taken_to_hang(board: Any) -> None:
-    at_work = {stage: TrialState(stage, 1, 4) for stage in (Stage.STARTING, Stage.DATA, Stage.TRAINING, Stage.SCORING, Stage.RECHECKING)}
+    at_work = {
+        stage: TrialState(stage, 1, 4) for stage in (Stage.STARTING, Stage.DATA, Stage.TRAINING, Stage.SCORING, Stage.NUMERICS_CHECK)
+    }
     for_others = {stage: TrialState(stage, 1, 4) for stage in Stage if stage.waits_for_others}
     failed = failures_after(board, for_others | at_work, lambda failures: len(failures) >= len(at_work))
     assert failed.keys() == at_work.keys()

@@ -49,7 +49,7 @@ def work(*trials: str) -> TrialCounts:
         (TrialState(Stage.PROXY, 1, 16), NUMBER - ANSWERED),
         (TrialState(Stage.QUEUED, 5, NUMBER), NUMBER - 5),
         (TrialState(Stage.SCORING, 7, NUMBER), NUMBER - 7),
-        (TrialState(Stage.RECHECKING, 0, 12), 0),
+        (TrialState(Stage.NUMERICS_CHECK, 0, 12), 0),
         *((TrialState(stage, 0, 0), 0) for stage in Stage if stage.is_end),
     ],
 )

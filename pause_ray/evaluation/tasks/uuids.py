@@ -37,7 +37,7 @@ class UuidChainTask(Spec):
     """UUIDs that each lead to the next; asked from the first for the last."""
 
     has_filler: ClassVar[bool] = False
-    label_scorer: ClassVar[LabelScorer | None] = "furthest"
+    label_scorer: ClassVar[LabelScorer | None] = "chain_progress"
     kind: Literal["uuid_chain"]
     chain_length: int = Field(default=5, ge=2)
     """UUIDs, one more than facts; the original's default."""

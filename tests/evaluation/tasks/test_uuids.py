@@ -45,7 +45,7 @@ def test_a_chain_leads_from_the_question_to_the_reference(seed: int, length: int
 def test_a_chain_is_scored_by_how_far_the_answer_got(seed: int, reached: int) -> None:
     question = UuidChainTask(kind="uuid_chain").question(random.Random(seed), replicate=0)
     answer = f"It leads to {question.labels[reached - 1].upper()}." if reached else question.question
-    score = grade(answer, question.facts, scorer="furthest", labels=question.labels, question=question.question)
+    score = grade(answer, question.facts, scorer="chain_progress", labels=question.labels, question=question.question)
     assert isinstance(score, Score)
     assert score.value == reached / 4
 

@@ -34,7 +34,7 @@ class Again:
     asked: int = 0
 
     def score(self, job: ScoringJob, sample: Sequence[Cell], *, on_result: Callable[[CellResult], None], on_wait: object) -> None:
-        assert job.purpose == "recheck"
+        assert job.purpose == "numerics_check"
         self.asked = len(sample)
         rows = {its.cell_id: its for its in self.ledger.rows()}
         changes = [*self.differs, *({} for _ in sample)]
@@ -43,7 +43,7 @@ class Again:
 
 
 @pytest.fixture
-def recheck(tmp_path: Path) -> Callable[..., tuple[JsonObject | None, int]]:
+def checked(tmp_path: Path) -> Callable[..., tuple[JsonObject | None, int]]:
     def found(*differs: JsonObject, model: JsonObject | None = None, engine: JsonObject | None = None) -> tuple[JsonObject | None, int]:
         suite = make_suite(None, noise="Grass is green.", context_tokens=[200, 300, 400, 500, 600])
         data: dict[str, Any] = {"model": {"source": "m", **(model or {})}, "engine": engine or {}, "eval": suite.resolved()}
@@ -55,28 +55,28 @@ def recheck(tmp_path: Path) -> Callable[..., tuple[JsonObject | None, int]]:
             ledger.append(row(0, "Eat a sandwich.", cell_id=cell.id) if cell is not grid[0] else row(0, None, cell_id=cell.id))
         scorer = Again(ledger, differs)
         job = run.scoring_job(trial, arm="a", checkpoint=None, storage=Storage.open(str(tmp_path / "runs")))
-        noise = run.recheck_cells(trial, job, ledger=ledger, scorer=scorer, progress=lambda stage, done, total: None)
+        noise = run.check_numerics(trial, job, ledger=ledger, scorer=scorer, progress=lambda stage, done, total: None)
         return noise, scorer.asked
 
     return found
 
 
-def test_float32_needs_none_and_every_other_precision_gets_a_sample(recheck: Any, tmp_path: Path) -> None:
+def test_float32_needs_none_and_every_other_precision_gets_a_sample(checked: Any, tmp_path: Path) -> None:
     for model, asked in (({}, 0), ({"dtype": "bfloat16"}, 12), ({"quantize": "nf4"}, 12), ({"dtype": "bfloat16", "quantize": "nf4"}, 12)):
-        noise, count = recheck(model=model)
+        noise, count = checked(model=model)
         assert count == asked, model
         assert (noise is None) == (asked == 0)
         (tmp_path / "cells.jsonl").unlink()
-    noise, count = recheck(engine={"recheck_cells": 20})
+    noise, count = checked(engine={"numerics_check_cells": 20})
     assert count == 14, "all that have a score"
     assert noise == {"cells": 14, "answers_changed": 0, "scores_changed": 0, "dtype": "float32"}
 
 
-def test_changed_answers_and_scores_are_counted_and_cells_that_failed_are_not(recheck: Any) -> None:
+def test_changed_answers_and_scores_are_counted_and_cells_that_failed_are_not(checked: Any) -> None:
     other, better = {"response": "Eat the sandwich."}, {"response": "Sit in Dolores Park, sandwich in hand.", "score": 1.0}
-    noise, _ = recheck(other, better, OUT_OF_MEMORY, model={"dtype": "bfloat16"})
+    noise, _ = checked(other, better, OUT_OF_MEMORY, model={"dtype": "bfloat16"})
     assert noise == {"cells": 11, "answers_changed": 2, "scores_changed": 1, "dtype": "bfloat16"}
 
 
-def test_a_sample_of_which_nothing_could_be_asked_again_says_nothing(recheck: Any) -> None:
-    assert recheck(*[OUT_OF_MEMORY] * 12, model={"dtype": "bfloat16"}) == (None, 12)
+def test_a_sample_of_which_nothing_could_be_asked_again_says_nothing(checked: Any) -> None:
+    assert checked(*[OUT_OF_MEMORY] * 12, model={"dtype": "bfloat16"}) == (None, 12)
