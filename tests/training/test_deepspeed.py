@@ -48,6 +48,7 @@ def config(llama: Path, shards: Path, folder: Path, *, stage: int = 0, dropout: 
         marker=added_marker(llama),
         seed=0,
         threads=1,
+        until=STEPS,
         on_gpu=False,
         folder=folder / "out",
         running=RunningTraining(folder=folder / "training", belongs_to={"training": "tiny"}),
