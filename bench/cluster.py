@@ -40,7 +40,7 @@ from tables import as_table
 
 from pause_ray.core.spec import read_yaml
 from pause_ray.core.storage import Storage
-from pause_ray.evaluation.answer import Condition
+from pause_ray.evaluation.answer import Provenance
 from pause_ray.evaluation.ledger import CellResult, Ledger
 from pause_ray.evaluation.scoring_pool import ScoringJob, ScoringPool
 from pause_ray.evaluation.suite import Cell, cells
@@ -242,7 +242,7 @@ def scoring_job(folder: Path, *, model_dir: Path, num_cells: int) -> tuple[Scori
         data_seed=0,
         engine=HfEngineSpec(),
         loaded=LoadedAs(model_dir=model_dir, dtype="float32"),
-        condition=Condition(arm="bench", model=model_dir.name, adapter=None, pauses="none"),
+        provenance=Provenance(arm="bench", model=model_dir.name, adapter=None, pauses="none"),
         cache=folder / "cache",
     )
     return job, cells(suite, identity="bench", replicate=0, seed=0)

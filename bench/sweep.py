@@ -159,7 +159,7 @@ def _timed_send(sent: Callable[[Callable[[], None]], bool], send: Callable[[], N
 def answering_alone(sweep: object, storage: object) -> float:
     """Seconds per cell of reading the text, building prompts and answering by the rule, in this process."""
     from pause_ray.core.storage import Storage
-    from pause_ray.evaluation.answer import CellRunner, Condition, answer_cells, plan_cells
+    from pause_ray.evaluation.answer import CellRunner, Provenance, answer_cells, plan_cells
     from pause_ray.evaluation.haystack import load_haystack, prompt_builder
     from pause_ray.inference.engine import LoadedAs
     from pause_ray.sweep.spec import SweepSpec, expand
@@ -178,9 +178,9 @@ def answering_alone(sweep: object, storage: object) -> float:
     builder = prompt_builder(haystack, suite=spec.eval, tokenizer=tokenizer, policy=spec.pauses, marker=trial.marker, seed=0)
     reader = CellRunner(builder=builder, tokenizer=tokenizer, policy=spec.pauses, marker=trial.marker, max_new_tokens=8)
     engine.use(LoadedAs(model_dir=trial.model_dir, dtype="float32"))
-    condition = Condition(arm="", model="", adapter=None, pauses="none")
+    provenance = Provenance(arm="", model="", adapter=None, pauses="none")
     asked = plan_cells(cells, reader=reader, prefix_block_size=1)
-    for _ in answer_cells(asked, engine=engine, reader=reader, condition=condition):
+    for _ in answer_cells(asked, engine=engine, reader=reader, provenance=provenance):
         pass
     return (time.perf_counter() - started) / len(cells)
 

@@ -23,8 +23,8 @@ from pause_ray.text.tokenizer import Marker, ModelTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Condition:
-    """The arm, model, adapter and pauses that a ledger row names beside its cell."""
+class Provenance:
+    """Where the answers of a ledger row come from: the arm, the model, the adapter and the pauses."""
 
     arm: str
     model: str
@@ -101,7 +101,7 @@ def plan_cells(
     ]
 
 
-def answer_cells(asked: Sequence[PlannedCell], *, engine: Engine, reader: CellRunner, condition: Condition) -> Iterator[CellResult]:
+def answer_cells(asked: Sequence[PlannedCell], *, engine: Engine, reader: CellRunner, provenance: Provenance) -> Iterator[CellResult]:
     """Ask the engine and yield each result as soon as it is answered; engines that batch may change the order.
 
     Raises:
@@ -109,7 +109,7 @@ def answer_cells(asked: Sequence[PlannedCell], *, engine: Engine, reader: CellRu
     """
     for place, outcome in engine.answer([step for _, step in asked]):
         cell, step = asked[place]
-        yield _row(cell, step.prompt, outcome, reader=reader, condition=condition, engine=engine.name)
+        yield _row(cell, step.prompt, outcome, reader=reader, provenance=provenance, engine=engine.name)
 
 
 @runtime_checkable
@@ -125,7 +125,7 @@ class NumericsCheckEngine(Engine, Protocol):
 
 
 def answer_with_other_shapes(
-    cells: Sequence[Cell], *, engine: NumericsCheckEngine, reader: CellRunner, condition: Condition
+    cells: Sequence[Cell], *, engine: NumericsCheckEngine, reader: CellRunner, provenance: Provenance
 ) -> list[CellResult]:
     """The cells' results computed in other shapes, in their order; unscored where none could be computed.
 
@@ -139,33 +139,33 @@ def answer_with_other_shapes(
             outcome: Completion | EngineError = engine.answer_with_other_shapes(reader.step(cell, prompt, keep_tokens=0, drafts=False))
         except EngineError as error:
             outcome = error
-        results.append(_row(cell, prompt, outcome, reader=reader, condition=condition, engine=engine.name))
+        results.append(_row(cell, prompt, outcome, reader=reader, provenance=provenance, engine=engine.name))
     return results
 
 
 def _row(
-    cell: Cell, prompt: BuiltPrompt, outcome: Completion | EngineError, *, reader: CellRunner, condition: Condition, engine: str
+    cell: Cell, prompt: BuiltPrompt, outcome: Completion | EngineError, *, reader: CellRunner, provenance: Provenance, engine: str
 ) -> CellResult:
     if isinstance(outcome, EngineError):
-        return _result(cell, prompt, None, Unscored(reason=str(outcome)), condition=condition, engine=engine)
+        return _result(cell, prompt, None, Unscored(reason=str(outcome)), provenance=provenance, engine=engine)
     shown = dataclasses.replace(outcome, text=reader.shown(outcome))
-    return _result(cell, prompt, shown, reader.graded(cell, outcome), condition=condition, engine=engine)
+    return _result(cell, prompt, shown, reader.graded(cell, outcome), provenance=provenance, engine=engine)
 
 
 def _result(
-    cell: Cell, prompt: BuiltPrompt, completion: Completion | None, verdict: Score | Unscored, *, condition: Condition, engine: str
+    cell: Cell, prompt: BuiltPrompt, completion: Completion | None, verdict: Score | Unscored, *, provenance: Provenance, engine: str
 ) -> CellResult:
     scores = verdict.fact_scores if isinstance(verdict, Score) else (None,) * len(cell.facts)
     return CellResult(
         cell_id=cell.id,
         task=cell.task,
-        arm=condition.arm,
+        arm=provenance.arm,
         replicate=cell.replicate,
         sample=cell.sample,
         seed=cell.seed,
-        model=condition.model,
-        adapter=condition.adapter,
-        pauses=condition.pauses,
+        model=provenance.model,
+        adapter=provenance.adapter,
+        pauses=provenance.pauses,
         context_tokens=cell.context_tokens,
         prompt_tokens=prompt.prompt_tokens,
         content_tokens=prompt.content_tokens,

@@ -16,7 +16,7 @@ from joblib import cpu_count
 
 from pause_ray.core.errors import StoppedError
 from pause_ray.core.process import about, log_to_stderr
-from pause_ray.evaluation.answer import CellRunner, Condition, NumericsCheckEngine, answer_cells, answer_with_other_shapes, plan_cells
+from pause_ray.evaluation.answer import CellRunner, NumericsCheckEngine, Provenance, answer_cells, answer_with_other_shapes, plan_cells
 from pause_ray.evaluation.cell_scheduler import Purpose, ScoringStats
 from pause_ray.evaluation.haystack import Haystack, load_haystack, prompt_builder
 from pause_ray.evaluation.ledger import CellResult
@@ -44,7 +44,7 @@ class ScoringJob:
     """The seed of randomly placed pauses."""
     engine: EngineSpec
     loaded: LoadedAs
-    condition: Condition
+    provenance: Provenance
     cache: Path
     trial: str = ""
     """The trial's name in log lines."""
@@ -126,12 +126,12 @@ class ScoringActor:
             engine = self._fixed_engine or self._engine.get(job.engine, lambda: _make_engine(job.engine, threads=self._threads))
             engine.use(job.loaded)
             if job.purpose == "numerics_check":
-                ordered, results = cells, _check_numerics(cells, engine=engine, reader=reader, condition=job.condition)
+                ordered, results = cells, _check_numerics(cells, engine=engine, reader=reader, provenance=job.provenance)
             else:
                 local = job.engine if isinstance(job.engine, HfEngineSpec) else HfEngineSpec()
                 steps = plan_cells(cells, reader=reader, prefix_block_size=engine.prefix_block_size, reuse=local.reuse, drafts=local.drafts)
                 ordered = [cell for cell, _ in steps]
-                results = answer_cells(steps, engine=engine, reader=reader, condition=job.condition)
+                results = answer_cells(steps, engine=engine, reader=reader, provenance=job.provenance)
             yield ordered
             for result in results:
                 if result.unscored_reason is not None:
@@ -165,12 +165,12 @@ class ScoringActor:
         return self._reader.get((job.suite, job.policy, job.seed, job.replicate, job.data_seed, job.loaded.model_dir), make_reader)
 
 
-def _check_numerics(cells: Sequence[Cell], *, engine: Engine, reader: CellRunner, condition: Condition) -> Iterator[CellResult]:
+def _check_numerics(cells: Sequence[Cell], *, engine: Engine, reader: CellRunner, provenance: Provenance) -> Iterator[CellResult]:
     if not isinstance(engine, NumericsCheckEngine):
         raise TypeError(f"engine {engine.name} cannot compute an answer in other shapes")
     for cell in cells:
         with about(cell.words):
-            yield from answer_with_other_shapes([cell], engine=engine, reader=reader, condition=condition)
+            yield from answer_with_other_shapes([cell], engine=engine, reader=reader, provenance=provenance)
 
 
 def _make_engine(spec: EngineSpec, *, threads: int) -> Engine:

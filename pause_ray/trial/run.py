@@ -20,7 +20,7 @@ from pause_ray.core.process import Stage, format_trial
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import MANIFEST, Storage, exclusive, is_complete, lock_of, write_json
 from pause_ray.data.shards import ShardSet
-from pause_ray.evaluation.answer import Condition
+from pause_ray.evaluation.answer import Provenance
 from pause_ray.evaluation.ledger import CellResult, Ledger
 from pause_ray.evaluation.scoring_actor import CellScorer, ScoringJob
 from pause_ray.evaluation.suite import SuiteSpec, cells
@@ -177,7 +177,7 @@ def scoring_job(trial: PreparedTrial, *, arm: str, checkpoint: Checkpoint | None
         seed=spec.seed,
         data_seed=spec.data_seed,
         engine=spec.engine,
-        condition=Condition(
+        provenance=Provenance(
             arm=arm,
             model=spec.model.source,
             adapter=checkpoint.folder.name if checkpoint else None,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pause_ray.core.errors import ModelError, TextError
-from pause_ray.evaluation.answer import CellRunner, Condition, answer_cells, plan_cells
+from pause_ray.evaluation.answer import CellRunner, Provenance, answer_cells, plan_cells
 from pause_ray.evaluation.haystack import load_haystack, prompt_builder
 from pause_ray.evaluation.ledger import CellResult
 from pause_ray.evaluation.suite import SuiteSpec, cells
@@ -20,7 +20,7 @@ from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.tokenizer import ModelTokenizer, resolve_marker
 from tests.evaluation.tiny import STOCK, base, make_suite
 
-CONDITION = Condition(arm="baseline", model="tiny", adapter=None, pauses="none")
+PROVENANCE = Provenance(arm="baseline", model="tiny", adapter=None, pauses="none")
 FACTS = {STOCK.question: STOCK.needle}
 
 
@@ -36,7 +36,7 @@ def answers(
     asked = plan_cells(
         cells(suite, identity="i", replicate=0, seed=0), reader=reader, prefix_block_size=engine.prefix_block_size, reuse=reuse
     )
-    return list(answer_cells(asked, engine=engine, reader=reader, condition=CONDITION))
+    return list(answer_cells(asked, engine=engine, reader=reader, provenance=PROVENANCE))
 
 
 @pytest.mark.parametrize(

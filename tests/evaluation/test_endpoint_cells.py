@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pause_ray.evaluation.answer import CellRunner, Condition, answer_cells, plan_cells
+from pause_ray.evaluation.answer import CellRunner, Provenance, answer_cells, plan_cells
 from pause_ray.evaluation.haystack import load_haystack, prompt_builder
 from pause_ray.evaluation.ledger import CellResult
 from pause_ray.evaluation.suite import SuiteSpec, cells
@@ -19,7 +19,7 @@ from pause_ray.text.tokenizer import ModelTokenizer, resolve_marker
 from tests.evaluation.tiny import STOCK, base, make_suite
 from tests.inference.endpoint_server import Act, Asked, EndpointServer, completion
 
-CONDITION = Condition(arm="baseline", model="tiny", adapter=None, pauses="none")
+PROVENANCE = Provenance(arm="baseline", model="tiny", adapter=None, pauses="none")
 
 
 def rows_of(suite: SuiteSpec, engine: Engine, model_dir: Path) -> dict[str, CellResult]:
@@ -30,7 +30,7 @@ def rows_of(suite: SuiteSpec, engine: Engine, model_dir: Path) -> dict[str, Cell
     reader = CellRunner(builder=builder, tokenizer=tokenizer, policy=policy, marker=marker, max_new_tokens=suite.max_new_tokens)
     engine.use(base(model_dir))
     asked = plan_cells(cells(suite, identity="i", replicate=0, seed=0), reader=reader, prefix_block_size=engine.prefix_block_size)
-    rows = list(answer_cells(asked, engine=engine, reader=reader, condition=CONDITION))
+    rows = list(answer_cells(asked, engine=engine, reader=reader, provenance=PROVENANCE))
     assert len(rows) == len(asked)
     return {row.cell_id: dataclasses.replace(row, engine="", prefilled_tokens=0, decoded_tokens=0, seconds=0.0) for row in rows}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pause_ray.evaluation.answer import Condition
+from pause_ray.evaluation.answer import Provenance
 from pause_ray.evaluation.scoring_actor import ScoringActor, ScoringJob
 from pause_ray.evaluation.suite import cells
 from pause_ray.inference.engine import HfEngineSpec
@@ -26,7 +26,7 @@ def test_a_cell_that_could_not_be_scored_is_named_with_its_trial(
         data_seed=0,
         engine=HfEngineSpec(),
         loaded=base(tokenizer_dir),
-        condition=Condition(arm="baseline", model="tiny", adapter=None, pauses="none"),
+        provenance=Provenance(arm="baseline", model="tiny", adapter=None, pauses="none"),
         cache=tokenizer_dir,
         trial="trial baseline (0123abcd)",
     )

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from pause_ray.core.errors import ClusterError, ModelError, ScoringPoolError, StoppedError, StorageError
-from pause_ray.evaluation.answer import Condition
+from pause_ray.evaluation.answer import Provenance
 from pause_ray.evaluation.ledger import CellResult, Ledger
 from pause_ray.evaluation.scoring_actor import LocalScorer, ScoringJob
 from pause_ray.evaluation.scoring_pool import ScoringPool
@@ -99,7 +99,7 @@ def job_of(tokenizer_dir: Path, essays_dir: Path, **changes: Any) -> tuple[Scori
         data_seed=0,
         engine=HfEngineSpec(),
         loaded=base(tokenizer_dir),
-        condition=Condition(arm="baseline", model="tiny", adapter=None, pauses="none"),
+        provenance=Provenance(arm="baseline", model="tiny", adapter=None, pauses="none"),
         cache=tokenizer_dir,
     )
     return job, cells(suite, identity="i", replicate=0, seed=0)
