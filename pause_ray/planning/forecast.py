@@ -29,8 +29,7 @@ from pause_ray.models.checkpoint import TRAINING_LOG, Checkpoint, read_training_
 from pause_ray.models.shape import ModelShape
 from pause_ray.models.sources import model_limit_tokens, resolve_model, row_limit_tokens
 from pause_ray.models.spec import ModelSpec
-from pause_ray.sweep.search import SweepTrials
-from pause_ray.sweep.search_log import SearchLog
+from pause_ray.sweep.search import SearchLog, SweepTrials
 from pause_ray.sweep.spec import PlannedTrial, SweepSpec, example_point, expand
 from pause_ray.text.prompts import BuiltPrompt
 from pause_ray.text.tokenizer import ModelTokenizer, resolve_marker

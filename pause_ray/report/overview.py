@@ -17,7 +17,7 @@ from pause_ray.core.process import Stage
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import MANIFEST, Storage, holder_of, is_complete, read_json, read_json_lines
 from pause_ray.report.comparison import LEDGER
-from pause_ray.sweep.search_log import SearchRecord
+from pause_ray.sweep.search import SearchRecord
 from pause_ray.sweep.spec import condition_labels
 from pause_ray.sweep.status import LiveStatus, RunningTrial, TrainingProgress
 

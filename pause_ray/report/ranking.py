@@ -13,7 +13,7 @@ from typing import Literal
 from pause_ray.evaluation.compare import ObjectiveSpec, has_enough_scored_cells, paired_difference
 from pause_ray.evaluation.statistics import Choice, Estimate, Interval, dominated_by, kendall_tau, pareto_front
 from pause_ray.report.results import ArmResult, SweepResults, TrialResult
-from pause_ray.sweep.search_log import RungScore, Stop
+from pause_ray.sweep.search import RungScore, Stop
 
 CostKind = Literal["overhead", "training"]
 

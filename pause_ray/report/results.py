@@ -19,7 +19,7 @@ from pause_ray.evaluation.compare import Comparison, Summary, compare_arms, summ
 from pause_ray.evaluation.grid import Axis, axis_of
 from pause_ray.evaluation.ledger import CellResult, Ledger
 from pause_ray.evaluation.statistics import holm
-from pause_ray.sweep.search_log import SearchRecord
+from pause_ray.sweep.search import SearchRecord
 from pause_ray.sweep.spec import condition_labels
 
 

@@ -21,7 +21,7 @@ from pause_ray.core.storage import is_complete
 from pause_ray.evaluation.suite import proxy_suite
 from pause_ray.models.checkpoint import Checkpoint
 from pause_ray.sweep.reporter import TrialReporter
-from pause_ray.sweep.search_log import RungScore, SearchLog, SearchRecord, Stop
+from pause_ray.sweep.search import RungScore, SearchLog, SearchRecord, Stop
 from pause_ray.sweep.spec import PlannedTrial, SchedulerSpec, SweepSpec
 from pause_ray.sweep.trainable import IDLE_SECONDS, SCORE, ReapIdleActors, Shared, TuneTrial, check_storage, guarded
 from pause_ray.trial.run import make_shards, run_training, score_proxy, training_job

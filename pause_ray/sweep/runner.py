@@ -38,9 +38,8 @@ from pause_ray.sweep.progress import ProgressDisplay, TrialState
 from pause_ray.sweep.queue import Budget, BudgetMeter, TrialQueue, bill_of, left_over
 from pause_ray.sweep.reporter import TrialMonitor, start_progress_actor
 from pause_ray.sweep.resources import Placement
-from pause_ray.sweep.search import Search, SearchLoop, SweepTrial, SweepTrials
-from pause_ray.sweep.search_log import SearchLog
-from pause_ray.sweep.spec import SweepSpec, TpeAlgorithm
+from pause_ray.sweep.search import SearchLoop, SweepTrial, SweepTrials
+from pause_ray.sweep.spec import SweepSpec
 from pause_ray.sweep.status import STATUS_SECONDS, ClusterState, Failure, StatusWriter, SweepOutcome
 from pause_ray.sweep.trainable import NOT_YET, Shared, failure_of_lost_process, run_trials
 from pause_ray.trial.prepare import proxy_lengths
@@ -99,16 +98,13 @@ def run_sweep(
     failures: dict[str, Failure] = {}
     interrupted = False
     with exclusive(trials.folder / ".lock"):
-        search_log = SearchLog(trials.folder)
         trials.write()
-        search = SearchLoop(trials, _search(sweep, search_log=search_log))
+        search = SearchLoop(trials)
         missing = trials.missing(trials.by_digest) | search.next_round()
         if missing:
             if finished := trials.num_finished():
                 console.print(f"{finished} of {len(trials.by_digest)} trials are finished already; going on with the rest")
-            with _driver(
-                trials, missing, search=search, search_log=search_log, storage=storage, queue=queue, console=console, tracker=tracker
-            ) as driver:
+            with _driver(trials, missing, search=search, storage=storage, queue=queue, console=console, tracker=tracker) as driver:
                 driver.run(missing)
                 failures, interrupted = driver.failures(), driver.monitor.interrupted
         finished, planned, left_out = trials.num_finished(), len(trials.by_digest), len(trials.left_out())
@@ -134,7 +130,6 @@ def _driver(
     missing: Mapping[str, SweepTrial],
     *,
     search: SearchLoop,
-    search_log: SearchLog,
     storage: Storage,
     queue: TrialQueue,
     console: Console,
@@ -154,7 +149,6 @@ def _driver(
             SweepDriver(
                 trials,
                 search=search,
-                search_log=search_log,
                 storage=storage,
                 queue=queue,
                 placement=placement,
@@ -173,15 +167,6 @@ def _prepared_trials(sweep: SweepSpec, *, storage: Storage, console: Console, co
             status.update(f"checking models, texts and lengths: {done} of {total} trials")
 
         return SweepTrials(sweep, storage=storage, command=command, progress=show)
-
-
-def _search(sweep: SweepSpec, *, search_log: SearchLog) -> Search | None:
-    """Return what chooses points while the sweep runs; None where all are known."""
-    if not isinstance(sweep.algorithm, TpeAlgorithm):
-        return None
-    from pause_ray.sweep.tpe import TpeSearch  # loads Optuna
-
-    return TpeSearch(sweep, sweep.algorithm, log=search_log)
 
 
 @contextlib.contextmanager
@@ -217,7 +202,6 @@ class SweepDriver:
         trials: SweepTrials,
         *,
         search: SearchLoop,
-        search_log: SearchLog,
         storage: Storage,
         queue: TrialQueue,
         placement: Placement,
@@ -226,7 +210,7 @@ class SweepDriver:
         tracker: SweepTracker | None,
     ) -> None:
         """Prepare to run; Ray must be initialised, and the display entered."""
-        self._trials, self._search, self._search_log = trials, search, search_log
+        self._trials, self._search = trials, search
         self._storage, self._queue, self._placement, self._pool = storage, queue, placement, pool
         self._display, self._tracker = display, tracker
         self._progress_actor = start_progress_actor()
@@ -308,7 +292,7 @@ class SweepDriver:
             mode=self._trials.sweep.objective.mode,
             trials=trials,
             finished=[key for key in compared if self._trials.is_finished(key)],
-            search_log=self._search_log,
+            search_log=self._trials.log,
             on_stop=lambda key: ray.get(self._progress_actor.report.remote(key, TrialState(Stage.STOPPED, 1, 1))),
         )
         self._queue.add(key for key in waiting if key in trials and key not in scheduler.stopped)

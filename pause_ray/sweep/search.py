@@ -1,27 +1,161 @@
-"""The trials of a sweep: those that are known, prepared and written to ``sweep.json``, and the search that asks for more.
+"""The trials of a sweep, the search that adds more of them, and its log ``search.jsonl``.
 
-Knows storage and the search algorithm, neither Ray nor where trials run. With a grid or random points all trials are known at once.
+With a grid or random points all trials are known at once; a TPE search adds them round by round. The module starts no trial and does not
+know where trials run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pause_ray import __version__
 from pause_ray.core.errors import SpecError
 from pause_ray.core.spec import JsonObject, digest
-from pause_ray.core.storage import Storage, is_complete, write_json
+from pause_ray.core.storage import Storage, is_complete, read_json_lines, space_errors, write_json
 from pause_ray.evaluation.ledger import Ledger
-from pause_ray.sweep.search_log import SearchRecord
-from pause_ray.sweep.search_space import corners
-from pause_ray.sweep.spec import PlannedTrial, SweepSpec, arms_of, expand
+from pause_ray.sweep.search_space import (
+    Domain,
+    IntDomain,
+    LogUniformDomain,
+    QuantisedDomain,
+    UniformDomain,
+    check_enough,
+    corners,
+    drawn_points,
+    rounded,
+)
+from pause_ray.sweep.spec import PlannedTrial, SweepSpec, TpeAlgorithm, allows, arms_of, expand
 from pause_ray.trial.prepare import PrepareCache, PreparedTrial, prepare
+
+if TYPE_CHECKING:
+    import optuna
 
 NOT_IDENTIFYING = ("max_concurrent_trials", "trial_timeout_minutes")
 """Fields of a sweep that change where and how long it runs, not its results."""
+SEARCH_LOG = "search.jsonl"
+SUGGESTIONS = 50
+"""Suggestions in a row that are invalid or known, after which the next point is drawn at random: in a small space the estimator suggests
+its best point again and again."""
+
+
+class SearchLog:
+    """The events of one sweep's search: points, their values, scores at rungs, and stops."""
+
+    def __init__(self, folder: Path) -> None:
+        """Name the log of the sweep in ``folder``; neither has to exist yet."""
+        self.path = folder / SEARCH_LOG
+
+    def events(self) -> list[JsonObject]:
+        """Return the events, oldest first; none if there is no log yet.
+
+        Raises:
+            StorageError: a line is not an event.
+        """
+        return read_json_lines(self.path)
+
+    def append(self, event: JsonObject) -> None:
+        """Add an event; on return it is on disk.
+
+        Raises:
+            StorageError: disk full or not writable; a line that was half written does not count.
+        """
+        with space_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a+b") as file:
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)  # an interrupted run leaves half a line
+                file.write((json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n").encode())
+                file.flush()
+                os.fsync(file.fileno())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RungScore:
+    """The proxy score of an adapter in the middle of its training."""
+
+    trial: str
+    """The digest of the trial."""
+    rung: int
+    """The number of the rung, from 0."""
+    step: int
+    """The number of optimizer steps that the adapter was trained for."""
+    proxy_score: float | None
+    """The mean of the proxy's cells, 0 to 1; None if none could be scored."""
+    num_cells: int
+    seconds: float
+    prefilled_tokens: int
+
+    def as_event(self, *, point: JsonObject) -> JsonObject:
+        """Return the event for the log; ``point`` is the trial's."""
+        event = {"event": "rung", "point": point, **asdict(self)}
+        return event | {"cells": event.pop("num_cells")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """The early stop of a trial."""
+
+    trial: str
+    rung: int
+    """The rung at which the trial was stopped."""
+    by: str
+    """The scheduler's kind."""
+
+    def as_event(self, *, point: JsonObject) -> JsonObject:
+        """Return the event for the log; ``point`` is the trial's."""
+        return {"event": "stopped", "point": point, **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRecord:
+    """The rungs and stops of a sweep."""
+
+    rungs: tuple[RungScore, ...] = ()
+    """The scores in their recorded order; of a rung that was recorded twice the first score counts."""
+    stops: Mapping[str, Stop] = field(default_factory=dict)
+    """The stops by the trial's digest."""
+
+    @classmethod
+    def read(cls, sweep_folder: Path) -> SearchRecord:
+        """Read the log of a sweep; a sweep without a log has an empty record.
+
+        Raises:
+            StorageError: a line is not an event.
+        """
+        rungs: dict[tuple[str, int], RungScore] = {}
+        stops: dict[str, Stop] = {}
+        for event in SearchLog(sweep_folder).events():
+            kind = event.pop("event", None)
+            if kind == "rung":
+                del event["point"]
+                rungs.setdefault((event["trial"], event["rung"]), RungScore(num_cells=event.pop("cells"), **event))
+            elif kind == "stopped":
+                stops[event["trial"]] = Stop(trial=event["trial"], rung=event["rung"], by=event["by"])
+        return cls(rungs=tuple(rungs.values()), stops=stops)
+
+    def left_out(self, entries: Sequence[JsonObject], *, arm: str) -> set[str]:
+        """Return the digests of the trials that will not be finished.
+
+        These are the stopped trials, and those of other arms and replicates at points where no trial of ``arm`` survived.
+
+        Args:
+            entries: The sweep's trials, as in ``sweep.json``.
+            arm: The arm whose trials at replicate 0 early stopping compares.
+        """
+        if not self.stops:
+            return set()
+        compared = [entry for entry in entries if entry["arm"] == arm and entry["replicate"] == 0]
+        alive = [entry["point"].items() for entry in compared if entry["digest"] not in self.stops]
+        return {
+            entry["digest"]
+            for entry in entries
+            if entry["digest"] in self.stops or not any(all(value in point for value in entry["point"].items()) for point in alive)
+        }
 
 
 @dataclass(frozen=True)
@@ -39,10 +173,10 @@ class SweepTrials:
         """Prepare the trials that are known before anything runs.
 
         Args:
-            sweep: What to run.
-            storage: Where models and trials are.
-            command: How the user started this, for the report.
-            progress: Called with how many trials of how many are prepared.
+            sweep: The spec.
+            storage: The storage of models and trials.
+            command: The command line, for the report.
+            progress: Called with the number of prepared trials and the number of all.
 
         Raises:
             UserError: a trial cannot be prepared, or two are the same.
@@ -59,6 +193,7 @@ class SweepTrials:
         self.add(expand(sweep))
         self._digest = digest([sweep.name, sweep.reference_arm, sweep.control, self._identity()])
         self.folder: Path = storage.sweeps / f"{sweep.name}-{self._digest}"
+        self.log = SearchLog(self.folder)
 
     def add(self, planned: Sequence[PlannedTrial]) -> None:
         """Prepare further trials; those that are known already are not added twice.
@@ -152,34 +287,152 @@ class SweepTrials:
         return [spec, known, prepare(example, cache=self._storage.cache).digest if example else None]
 
 
-class Search(Protocol):
-    """Chooses points by the values of earlier ones (``sweep.tpe``)."""
+class TpeSearch:
+    """Chooses points near good ones with Optuna's tree-structured Parzen estimator.
 
-    def ask(self) -> list[JsonObject] | None:
-        """Return the points to run next, whose values must be told before the next call; None at the end.
+    The same seed and values always give the same points, so an interrupted search is replayed. A point that was asked for before is asked
+    for again, even if the estimator would now choose another.
+    """
+
+    def __init__(self, sweep: SweepSpec, algorithm: TpeAlgorithm, *, log: SearchLog) -> None:
+        """Begin a search, or prepare to replay the one in ``log``.
+
+        Raises:
+            SpecError: there are fewer valid points than are to be asked for.
+            StorageError: the log is damaged.
+        """
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._sweep, self._algorithm, self._log = sweep, algorithm, log
+        check_enough(sweep.search, lambda point: allows(sweep, point), points=algorithm.points, origin=f"sweep {sweep.name}")
+        sampler = optuna.samplers.TPESampler(
+            seed=algorithm.seed, n_startup_trials=algorithm.random_points, multivariate=True, constant_liar=algorithm.at_a_time > 1
+        )
+        self._study = optuna.create_study(sampler=sampler, direction="maximize" if sweep.objective.mode == "max" else "minimize")
+        self._distributions = {path: _distribution(domain) for path, domain in sweep.search.items()}
+        events = log.events()
+        self._asked_before = {event["round"]: event["points"] for event in events if event["event"] == "asked"}
+        self._values_before = {digest(event["point"]): event["value"] for event in events if event["event"] == "told"}
+        self._round = 0
+        self._suggestions = 0
+        self._trials: dict[str, optuna.Trial | None] = {}
+        """Optuna's trial of each point that was asked for, by the point's digest; None if the estimator did not suggest the point."""
+
+    def ask(self) -> list[JsonObject]:
+        """Return the points to run next, whose values must be told before the next call; none at the end of the search.
 
         Raises:
             SpecError: no valid point is left to ask for.
         """
+        points = [self._choose() for _ in range(min(self._algorithm.at_a_time, self._algorithm.points - len(self._trials)))]
+        if not points:
+            return []
+        if before := self._asked_before.get(self._round):
+            self._replace(points, before)
+            points = before
+        else:
+            self._log.append({"event": "asked", "round": self._round, "points": points})
+        self._round += 1
+        return points
 
     def tell(self, point: JsonObject, value: float | None) -> None:
-        """Learn the objective's value at a point that was asked for, or None where its trial failed."""
+        """Learn the objective's value at a point that was asked for, or None if its trial failed."""
+        import optuna
+
+        key = digest(point)
+        if trial := self._trials[key]:
+            self._end(trial, value)
+        elif value is not None:
+            params = {path: _suggestion(domain, point[path]) for path, domain in self._sweep.search.items()}
+            self._study.add_trial(optuna.create_trial(params=params, distributions=self._distributions, value=value))
+        if key not in self._values_before or self._values_before[key] != value:
+            self._log.append({"event": "told", "point": point, "value": value})
+            self._values_before[key] = value
+
+    def _choose(self) -> JsonObject:
+        """Return a new valid point, which from now on counts as asked for."""
+        for _ in range(SUGGESTIONS):
+            self._suggestions += 1
+            trial = self._study.ask(self._distributions)
+            point = {path: _value(domain, trial.params[path]) for path, domain in self._sweep.search.items()}
+            if self._is_new(point):
+                self._trials[digest(point)] = trial
+                return point
+            self._end(trial, None)
+        seed = self._algorithm.seed + self._suggestions
+        [point] = drawn_points(self._sweep.search, self._is_new, points=1, seed=seed, origin=f"sweep {self._sweep.name}")
+        self._trials[digest(point)] = None
+        return point
+
+    def _replace(self, points: Sequence[JsonObject], before: Sequence[JsonObject]) -> None:
+        """Count the points of an earlier run as asked for, instead of those that the estimator chose now."""
+        kept = {digest(point) for point in before}
+        for key in {digest(point) for point in points} - kept:
+            if trial := self._trials.pop(key):
+                self._end(trial, None)
+        for key in kept:
+            self._trials.setdefault(key, None)
+
+    def _is_new(self, point: JsonObject) -> bool:
+        return digest(point) not in self._trials and allows(self._sweep, point)
+
+    def _end(self, trial: optuna.Trial, value: float | None) -> None:
+        from optuna.trial import TrialState
+
+        self._study.tell(trial, value, state=TrialState.FAIL if value is None else TrialState.COMPLETE)
+
+
+def _distribution(domain: Domain) -> optuna.distributions.BaseDistribution:
+    """Return Optuna's distribution of a domain; a listed value is represented by its index."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if isinstance(domain, UniformDomain):
+        return FloatDistribution(*domain.uniform)
+    if isinstance(domain, LogUniformDomain):
+        return FloatDistribution(*domain.loguniform, log=True)
+    if isinstance(domain, IntDomain):
+        return IntDistribution(*domain.int, step=domain.step, log=domain.log)
+    if isinstance(domain, QuantisedDomain):
+        return IntDistribution(0, len(domain.listed()) - 1)
+    return CategoricalDistribution(range(len(domain.listed())))
+
+
+def _value(domain: Domain, suggested: Any) -> Any:
+    """Return the value of a domain that a suggestion stands for."""
+    if isinstance(domain, IntDomain):
+        return suggested
+    if isinstance(domain, UniformDomain):
+        return rounded(suggested, domain.uniform)
+    if isinstance(domain, LogUniformDomain):
+        return rounded(suggested, domain.loguniform)
+    return domain.listed()[suggested]
+
+
+def _suggestion(domain: Domain, value: Any) -> Any:
+    """Return the suggestion that stands for a value, the inverse of ``_value``."""
+    if isinstance(domain, IntDomain | UniformDomain | LogUniformDomain):
+        return value
+    return [digest([listed]) for listed in domain.listed()].index(digest([value]))
 
 
 class SearchLoop:
-    """Adds trials round by round: the values of a round's points go to the search before the next points are asked for."""
+    """Adds trials round by round: the search learns the values of a round's points before it is asked for the next points."""
 
-    def __init__(self, trials: SweepTrials, search: Search | None) -> None:
-        """Create a loop that adds to ``trials``; without a search it adds nothing."""
+    def __init__(self, trials: SweepTrials) -> None:
+        """Create a loop that adds to ``trials``; if all of them are known, it adds nothing.
+
+        Raises:
+            SpecError: there are fewer valid points than are to be asked for.
+            StorageError: the search log is damaged.
+        """
+        algorithm = trials.sweep.algorithm
         self._trials = trials
-        self._search = search
+        self._search = TpeSearch(trials.sweep, algorithm, log=trials.log) if isinstance(algorithm, TpeAlgorithm) else None
         self._asked: list[JsonObject] = []
 
     def next_round(self) -> dict[str, SweepTrial]:
-        """Tell the search the values of the last round, whose trials must have ended, and add trials until one of them is to be run.
-
-        Returns:
-            The trials to be run; empty at the end of the search.
+        """Return the trials of the next round that are to be run; none at the end of the search. Those of the last round must have ended.
 
         Raises:
             UserError: as for ``SweepTrials``.
@@ -188,7 +441,7 @@ class SearchLoop:
         while self._search is not None:
             for point in self._asked:
                 self._search.tell(point, self._trials.objective(point))
-            self._asked = self._search.ask() or []
+            self._asked = self._search.ask()
             if not self._asked:
                 break
             known = set(self._trials.by_digest)

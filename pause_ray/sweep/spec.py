@@ -42,7 +42,7 @@ class RandomAlgorithm(Spec):
 
 
 class TpeAlgorithm(Spec):
-    """Points near those that did well: a tree-structured Parzen estimator (Bergstra et al. 2011, NeurIPS), Optuna's through Ray Tune."""
+    """Points near those that did well: a tree-structured Parzen estimator (Bergstra et al. 2011, NeurIPS), by Optuna."""
 
     kind: Literal["tpe"]
     points: int = Field(ge=2)

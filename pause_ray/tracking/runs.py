@@ -31,7 +31,7 @@ from pause_ray.report.best import exported
 from pause_ray.report.findings import format_noise, headline, notes
 from pause_ray.report.ranking import best, rank_correlations
 from pause_ray.report.results import ArmResult, Contrast, SweepResults, TrialResult, answer_cost, read_trial, results_of
-from pause_ray.sweep.search_log import SEARCH_LOG, RungScore, SearchRecord, Stop
+from pause_ray.sweep.search import SEARCH_LOG, RungScore, SearchRecord, Stop
 from pause_ray.sweep.spec import condition_labels
 from pause_ray.tracking.store import Run, Sender, connected
 from pause_ray.training.metrics import training_series

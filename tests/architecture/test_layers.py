@@ -40,7 +40,7 @@ HEAVY = {
         "training.worker",
         "evaluation.scoring_pool",
     },
-    "optuna": {"sweep.tpe"},
+    "optuna": {"sweep.search"},
     "mlflow": {"tracking.store"},
     "torch": {"inference", "training", "models.sources", "models.weights"},
     "transformers": {"inference", "training", "models.sources", "models.weights"},

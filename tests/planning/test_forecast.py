@@ -16,8 +16,7 @@ from pause_ray.data.shards import ShardSet
 from pause_ray.data.spec import shards_digest
 from pause_ray.evaluation.ledger import Ledger
 from pause_ray.planning.forecast import Effort, SweepForecast, TrialOutlook, forecast_sweep, total
-from pause_ray.sweep.search import SweepTrial, SweepTrials
-from pause_ray.sweep.search_log import SearchLog
+from pause_ray.sweep.search import SearchLog, SweepTrial, SweepTrials
 from pause_ray.sweep.spec import SweepSpec
 from pause_ray.training.launch import train_digest
 from pause_ray.trial.needs import GpuSpec, Site

@@ -18,7 +18,7 @@ from pause_ray.core.errors import SpecError
 from pause_ray.core.spec import JsonObject, with_overrides
 from pause_ray.core.storage import is_complete
 from pause_ray.sweep.early_stopping import EarlyStopping, _compared_values, compared_trials
-from pause_ray.sweep.search_log import RungScore, SearchLog, SearchRecord, Stop
+from pause_ray.sweep.search import RungScore, SearchLog, SearchRecord, Stop
 from pause_ray.sweep.spec import PlannedTrial, SchedulerSpec, SweepSpec, expand
 from tests.sweep.stubs import write_stub_sweep
 from tests.sweep.test_robust_sweep import run_to_its_end, started, wait_until

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from pause_ray.models.checkpoint import Checkpoint
-from pause_ray.sweep.search_log import SearchRecord
+from pause_ray.sweep.search import SearchRecord
 from tests.sweep.tiny_sweep import answers, run_sweep_to_its_end, write_model, write_sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -46,20 +46,6 @@ def test_where_and_how_long_it_runs_and_what_is_made_of_it_changes_no_sweep(stub
     assert folder_of(stubbed, overrides) == folder_of(stubbed, {})
 
 
-class Asked:
-    """A search of these rounds; keeps what it is told."""
-
-    def __init__(self, rounds: list[list[JsonObject]]) -> None:
-        self._rounds = rounds
-        self.told: list[tuple[JsonObject, float | None]] = []
-
-    def ask(self) -> list[JsonObject] | None:
-        return self._rounds.pop(0) if self._rounds else None
-
-    def tell(self, point: JsonObject, value: float | None) -> None:
-        self.told.append((point, value))
-
-
 def test_points_that_are_the_same_trial_have_its_value_in_one_round_and_in_two(stubbed: Path, tmp_path: Path) -> None:
     """Of rows per step and steps that are added up only the product counts."""
     same: list[JsonObject] = [{"train.micro_batch_size": size, "train.gradient_accumulation_steps": 4 // size} for size in (1, 2, 4)]
@@ -72,14 +58,16 @@ def test_points_that_are_the_same_trial_have_its_value_in_one_round_and_in_two(s
     }
     storage = Storage(tmp_path)
     trials = SweepTrials(read_sweep(stubbed, changes), storage=storage, command="", progress=lambda done, total: None)
-    search = Asked([same[:2], same[2:]])
-    loop = SearchLoop(trials, search)
+    for number, points in enumerate([same[:2], same[2:]]):
+        trials.log.append({"event": "asked", "round": number, "points": points})
+    loop = SearchLoop(trials)
     [(key, trial)] = loop.next_round().items()
     ledger = Ledger(storage.trials / key / "cells.jsonl")
     for number, cell in enumerate(trial.prepared.cells):
         ledger.append(row(number, STOCK.needle, cell_id=cell.id))
     write_json(storage.trials / key / "manifest.json", {})
     assert loop.next_round() == {}
-    [value] = {value for _, value in search.told}
+    told = [event for event in trials.log.events() if event["event"] == "told"]
+    assert [event["point"] for event in told] == same
+    [value] = {event["value"] for event in told}
     assert value is not None
-    assert [point for point, _ in search.told] == same

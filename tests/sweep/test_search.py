@@ -8,8 +8,7 @@ import pytest
 
 from pause_ray.core.errors import SpecError
 from pause_ray.core.spec import JsonObject
-from pause_ray.sweep.search import Search
-from pause_ray.sweep.search_log import SearchLog
+from pause_ray.sweep.search import SearchLog, TpeSearch
 from pause_ray.sweep.spec import SweepSpec, TpeAlgorithm, expand, known_points
 from tests.sweep.test_spec import SWEEP
 
@@ -28,9 +27,7 @@ def sweep_of(search: JsonObject, algorithm: JsonObject, **changes: object) -> Sw
     return SweepSpec.parse({**SWEEP, "search": search, "algorithm": algorithm, **changes}, origin="test")
 
 
-def learning(sweep: SweepSpec, folder: Path) -> Search:
-    from pause_ray.sweep.tpe import TpeSearch
-
+def learning(sweep: SweepSpec, folder: Path) -> TpeSearch:
     assert isinstance(sweep.algorithm, TpeAlgorithm)
     return TpeSearch(sweep, sweep.algorithm, log=SearchLog(folder))
 
@@ -40,12 +37,12 @@ def value(point: JsonObject) -> float:
     return 1 / (1 + abs(point["pauses.every"] - 4))
 
 
-def ask_on(search: Search, *, rounds: int | None = None) -> list[JsonObject]:
+def ask_on(search: TpeSearch, *, rounds: int | None = None) -> list[JsonObject]:
     """Points of so many rounds, each told its value."""
     asked: list[JsonObject] = []
     while rounds is None or rounds > 0:
         points = search.ask()
-        if points is None:
+        if not points:
             break
         asked += points
         for point in points:
@@ -67,7 +64,6 @@ def test_random_points_keep_the_constraints_and_become_trials() -> None:
     assert any(point["train.lora.alpha"] < point["train.lora.rank"] for point in unlimited)
 
 
-@pytest.mark.ray
 @pytest.mark.parametrize("at_a_time", [1, 4])
 def test_a_search_that_went_on_asks_what_it_would_have_asked(tmp_path: Path, at_a_time: int) -> None:
     sweep = sweep_of(SPACE, {**TPE, "at_a_time": at_a_time}, constraints=[AT_LEAST])
@@ -83,7 +79,6 @@ def test_a_search_that_went_on_asks_what_it_would_have_asked(tmp_path: Path, at_
     assert SearchLog(tmp_path / "parts").events() == SearchLog(tmp_path / "whole").events()
 
 
-@pytest.mark.ray
 def test_it_learns_from_values_in_the_direction_of_the_objective(tmp_path: Path) -> None:
     nearness = {}
     for mode in ("max", "min"):
@@ -93,13 +88,12 @@ def test_it_learns_from_values_in_the_direction_of_the_objective(tmp_path: Path)
     assert nearness["max"] > 2 * nearness["min"]
 
 
-@pytest.mark.ray
 def test_points_asked_before_stay_asked_when_a_value_has_changed_since(tmp_path: Path) -> None:
     sweep = sweep_of(SPACE, TPE)
     search = learning(sweep, tmp_path)
     first: list[JsonObject] = []
     for _ in range(14):
-        points = search.ask() or []
+        points = search.ask()
         first += points
         for point in points:
             search.tell(point, None)  # every trial failed
@@ -111,7 +105,6 @@ def test_points_asked_before_stay_asked_when_a_value_has_changed_since(tmp_path:
     assert [event["value"] for event in told[14:28]] == [value(point) for point in first]
 
 
-@pytest.mark.ray
 def test_a_small_space_is_asked_for_each_of_its_points_once(tmp_path: Path) -> None:
     space = {"pauses.every": {"int": [1, 6]}, "train.schedule": {"grid": ["linear", "cosine"]}}
     sweep = sweep_of(space, {"kind": "tpe", "points": 12, "random_points": 2})
@@ -122,15 +115,6 @@ def test_a_small_space_is_asked_for_each_of_its_points_once(tmp_path: Path) -> N
     assert len(points) == 12
     with pytest.raises(SpecError, match=r"algorithm\.points 13: the search has 12 valid points"):
         learning(sweep_of(space, {"kind": "tpe", "points": 13, "random_points": 2}), tmp_path)
-
-
-@pytest.mark.ray
-def test_the_next_round_waits_for_the_values_of_the_last(tmp_path: Path) -> None:
-    search = learning(sweep_of(SPACE, {**TPE, "at_a_time": 2}), tmp_path)
-    points = search.ask() or []
-    search.tell(points[1], 0.5)
-    with pytest.raises(RuntimeError, match="1 points were asked for whose value was not told"):
-        search.ask()
 
 
 def test_trials_of_points_to_come_are_not_known_and_the_others_are() -> None:

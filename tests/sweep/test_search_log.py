@@ -1,4 +1,4 @@
-"""What a scheduler wrote down, read back: whole lines only, and who is spared with a stopped trial."""
+"""The search log keeps every event that was written to its end; rungs and stops are read back from it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,42 @@ from typing import Any
 import pytest
 
 from pause_ray.core.errors import StorageError
-from pause_ray.sweep.search_log import SearchRecord
+from pause_ray.sweep.search import SearchLog, SearchRecord
 from tests.stored_sweep import rung_event, stop_event, store_search
 
+ASKED = {"event": "asked", "round": 0, "points": [{"pauses.every": 1}]}
+TOLD = {"event": "told", "point": {"pauses.every": 1}, "value": None}
 
-def test_a_sweep_without_a_search_has_nothing_to_tell(tmp_path: Path) -> None:
+
+def test_events_come_back_in_order_whoever_reads(tmp_path: Path) -> None:
+    log = SearchLog(tmp_path / "sweep")
+    assert log.events() == []
+    log.append(ASKED)
+    log.append(TOLD)
+    assert log.events() == SearchLog(tmp_path / "sweep").events() == [ASKED, TOLD]
+
+
+@pytest.mark.parametrize("cut", range(1, 20))
+def test_a_line_that_was_cut_off_counts_as_not_written(tmp_path: Path, cut: int) -> None:
+    log = SearchLog(tmp_path)
+    log.append(ASKED)
+    log.append(TOLD)
+    log.path.write_bytes(log.path.read_bytes()[:-cut])
+    again = SearchLog(tmp_path)
+    assert again.events() == [ASKED]
+    again.append(TOLD)
+    assert SearchLog(tmp_path).events() == [ASKED, TOLD]
+
+
+def test_a_damaged_line_is_named_by_its_number(tmp_path: Path) -> None:
+    log = SearchLog(tmp_path)
+    log.append(ASKED)
+    log.path.write_bytes(b"{}}\n" + log.path.read_bytes())
+    with pytest.raises(StorageError, match=r"search\.jsonl: line 1 "):
+        log.events()
+
+
+def test_a_sweep_without_a_search_has_an_empty_record(tmp_path: Path) -> None:
     assert SearchRecord.read(tmp_path) == SearchRecord()
 
 
@@ -47,7 +78,7 @@ def entry(key: str, arm: str, point: dict[str, Any], replicate: int = 0) -> dict
     return {"digest": key, "arm": arm, "point": point, "replicate": replicate}
 
 
-def test_trials_are_spared_with_the_last_of_their_point(tmp_path: Path) -> None:
+def test_trials_are_left_out_with_the_last_of_their_point(tmp_path: Path) -> None:
     store_search(tmp_path, [stop_event("p14", 0), stop_event("p18", 1), stop_event("p24", 1)])
     entries = [
         *(entry(f"p{every}{rank}", "paused", {"every": every, "rank": rank}) for every in (1, 2) for rank in (4, 8)),
