@@ -1,9 +1,11 @@
-"""A question and the facts that it asks about, before they have a place in a context. Pure data."""
+"""A question, the facts that it asks about, and the base class of the tasks that draw questions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
+
+from pause_ray.core.spec import Spec
 
 LabelScorer = Literal["label", "chain_progress"]
 """Scorers that read ``Question.labels``."""
@@ -20,11 +22,9 @@ class Fact:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlacedFact:
+class PlacedFact(Fact):
     """A fact of one cell and its place."""
 
-    text: str
-    references: tuple[str, ...]
     depth_percent: float
     """Place in percent of the context's haystack tokens; on a lattice, in percent of the asked length."""
     position_tokens: int | None = None
@@ -54,3 +54,15 @@ class Question:
     def references(self) -> tuple[str, ...]:
         """The references of all facts, in their order."""
         return tuple(reference for fact in self.facts for reference in fact.references)
+
+
+class Task(Spec):
+    """The base class of tasks; a task draws its question from a seed."""
+
+    label_scorer: ClassVar[LabelScorer | None] = None
+    """The scorer that the question's labels are for; None for tasks without labels."""
+
+    @property
+    def has_filler(self) -> bool:
+        """Whether the task brings its own filler lines, so that its suite needs no haystack."""
+        return False

@@ -21,21 +21,19 @@ from pause_ray.core.spec import JsonObject, Spec, digest
 from pause_ray.data.documents import SourceSpec
 from pause_ray.evaluation.question import Fact, PlacedFact, Question
 from pause_ray.evaluation.tasks.combine import CombineTask
-from pause_ray.evaluation.tasks.key_value import KeyValueTask
-from pause_ray.evaluation.tasks.keyed import MOST_FACTS, KeyedTask
+from pause_ray.evaluation.tasks.keys_values import MOST_FACTS, KeyValueTask, MultiKeyTask, UuidChainTask, UuidTask
+from pause_ray.evaluation.tasks.needle_files import MultiTask, SingleTask
 from pause_ray.evaluation.tasks.ruler import RulerNiahTask, VariableTrackingTask
-from pause_ray.evaluation.tasks.stock import MultiTask, SingleTask
-from pause_ray.evaluation.tasks.uuids import UuidChainTask, UuidTask
 from pause_ray.text.prompts import PromptSpec
 
 TaskSpec = Annotated[
-    SingleTask | MultiTask | UuidTask | UuidChainTask | RulerNiahTask | VariableTrackingTask | KeyValueTask | KeyedTask | CombineTask,
+    SingleTask | MultiTask | UuidTask | UuidChainTask | RulerNiahTask | VariableTrackingTask | KeyValueTask | MultiKeyTask | CombineTask,
     Field(discriminator="kind"),
 ]
 Scorer = Literal["keywords", "all", "exact", "string_match", "label", "chain_progress"]
 _SIGMOID_STEEPNESS = 0.1
 """Steepness per percent of the sigmoid spacing around 50 %, as in the original tester."""
-_KEYED_CHARS_PER_TOKEN = 3
+_MULTI_KEY_CHARS_PER_TOKEN = 3
 """Names and numbers make shorter tokens than prose."""
 
 
@@ -115,10 +113,10 @@ class SuiteSpec(Spec):
         return self
 
     @model_validator(mode="after")
-    def _keyed_facts_have_depths(self) -> Self:
-        if isinstance(self.task, KeyedTask) and not 2 <= len(self.depth_percent) <= MOST_FACTS:
+    def _multi_key_has_depths(self) -> Self:
+        if isinstance(self.task, MultiKeyTask) and not 2 <= len(self.depth_percent) <= MOST_FACTS:
             raise ValueError(
-                f"task keyed hides a fact at every depth of one context; give depth_percent, 2 to {MOST_FACTS} depths "
+                f"task multi_key hides a fact at every depth of one context; give depth_percent, 2 to {MOST_FACTS} depths "
                 f"(here: {len(self.depth_percent)})"
             )
         return self
@@ -198,7 +196,7 @@ def cells(suite: SuiteSpec, *, identity: str, replicate: int, seed: int) -> list
         for question in (ask_for(suite, seed=seed, replicate=replicate, sample=position.sample, place=place),)
         for facts in (
             _placed_by_key(suite, question, place=place, tokens=tokens)
-            if isinstance(suite.task, KeyedTask)
+            if isinstance(suite.task, MultiKeyTask)
             else _placed(question, position, seed=seed, replicate=replicate),
         )
     ]
@@ -207,10 +205,10 @@ def cells(suite: SuiteSpec, *, identity: str, replicate: int, seed: int) -> list
 def ask_for(suite: SuiteSpec, *, seed: int, replicate: int, sample: int, place: int = 0) -> Question:
     """Draw the question of one replicate and sample; it is the same at every length and depth, so that only these differ.
 
-    Only a keyed task asks for another of its facts at each depth, that of index ``place``.
+    Only task multi_key asks for another of its facts at each depth, that of index ``place``.
     """
     draw = _random(seed, replicate, sample, "question")
-    if isinstance(suite.task, KeyedTask):
+    if isinstance(suite.task, MultiKeyTask):
         return suite.task.questions(draw, count=len(suite.depth_percent))[place]
     return suite.task.question(draw, replicate=replicate)
 
@@ -219,7 +217,7 @@ def known_facts(suite: SuiteSpec, *, seed: int, replicate: int) -> tuple[Fact, .
     """Return every fact that an evaluation may hide: all facts of a needle file, or those that a task draws for this replicate."""
     if isinstance(suite.task, SingleTask | MultiTask):
         return suite.task.known_facts()
-    if isinstance(suite.task, KeyedTask):
+    if isinstance(suite.task, MultiKeyTask):
         places = range(len(suite.depth_percent))
         return tuple(ask_for(suite, seed=seed, replicate=replicate, sample=0, place=place).facts[0] for place in places)
     drawn = [ask_for(suite, seed=seed, replicate=replicate, sample=sample) for sample in range(suite.samples or 1)]
@@ -275,7 +273,7 @@ def _placed_by_key(suite: SuiteSpec, question: Question, *, place: int, tokens: 
     chars = [len(fact.text) + 1 for fact in question.facts]
     chat = [suite.prompt.system or "", suite.prompt.before, suite.prompt.user_after(question="", instruction=None)]
     room = max(
-        0, tokens - (sum(chars) + 2 * max(chars) + sum(map(len, chat))) // _KEYED_CHARS_PER_TOKEN
+        0, tokens - (sum(chars) + 2 * max(chars) + sum(map(len, chat))) // _MULTI_KEY_CHARS_PER_TOKEN
     )  # a question has up to two facts' words
     return tuple(
         PlacedFact(
@@ -315,7 +313,7 @@ PROXY_ANSWER_TOKENS = 24
 
 
 def proxy_suite(suite: SuiteSpec, *, facts: int, context_tokens: Sequence[int]) -> SuiteSpec:
-    """Return the proxy of a suite, a cheap substitute for its cells: ``facts`` keyed facts in the suite's own text, one context per length.
+    """Return the proxy of a suite, a cheap substitute for its cells: ``facts`` keys in the suite's own text, one context per length.
 
     Early stopping compares unfinished adapters by it. A score of the proxy is never a score of the suite.
 
@@ -331,7 +329,7 @@ def proxy_suite(suite: SuiteSpec, *, facts: int, context_tokens: Sequence[int]) 
         )
     changes: JsonObject = {
         "name": f"{suite.name}-proxy",
-        "task": {"kind": "keyed"},
+        "task": {"kind": "multi_key"},
         "scorer": "keywords",
         "context_tokens": list(context_tokens),
         "depth_percent": {"from": 0, "to": 100, "count": facts},

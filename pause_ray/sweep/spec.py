@@ -73,7 +73,7 @@ AlgorithmSpec = Annotated[GridAlgorithm | RandomAlgorithm | TpeAlgorithm, Field(
 
 
 class ProxySpec(Spec):
-    """A cheap suite for adapters that are still being trained: keyed facts in one context, with one question for each."""
+    """A cheap suite for adapters that are still being trained: many keys in one context (task multi_key), with one question for each."""
 
     facts: int = Field(default=16, ge=2)
     """Facts in the context, evenly spaced; one question for each."""

@@ -13,7 +13,7 @@ from pause_ray.core.spec import inline_files, read_yaml
 from pause_ray.data.spec import FactFile, FactSpec, shared_with_evaluation
 from pause_ray.evaluation.haystack import ask, load_haystack, prompt_builder
 from pause_ray.evaluation.suite import SuiteSpec, ask_for, cells, known_facts
-from pause_ray.evaluation.tasks.stock import NeedleFile, NeedleGroupFile
+from pause_ray.evaluation.tasks.needle_files import NeedleFile, NeedleGroupFile
 from pause_ray.sweep.spec import expand, read_sweep
 from pause_ray.text.segments import plain
 from pause_ray.text.tokenizer import ModelTokenizer, resolve_marker

@@ -23,7 +23,7 @@ def grid(seed: int = 0) -> list[Cell]:
 def one_context() -> list[Cell]:
     """Six questions about facts in the same context."""
     suite = make_suite(
-        Path("texts"), task={"kind": "keyed"}, context_tokens=[4096], prompt={"system": None}, depth_percent=[0, 20, 40, 60, 80, 100]
+        Path("texts"), task={"kind": "multi_key"}, context_tokens=[4096], prompt={"system": None}, depth_percent=[0, 20, 40, 60, 80, 100]
     )
     return cells(suite, identity="", replicate=0, seed=0)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pause_ray.evaluation.suite import SuiteSpec
-from pause_ray.evaluation.tasks.stock import NeedleSpec
+from pause_ray.evaluation.tasks.needle_files import NeedleSpec
 from pause_ray.inference.engine import LoadedAs
 
 STOCK = NeedleSpec(

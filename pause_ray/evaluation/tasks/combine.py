@@ -11,8 +11,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pause_ray.core.spec import Spec
-from pause_ray.evaluation.question import Fact, LabelScorer, Question
+from pause_ray.evaluation.question import Fact, LabelScorer, Question, Task
 
 PLACES = ("balcony", "courtyard", "laundry", "nursery", "pantry", "veranda")
 """As many as in bAbI; the labels of every answer."""
@@ -35,10 +34,9 @@ class _Asked:
     question: str
 
 
-class CombineTask(Spec):
+class CombineTask(Task):
     """Persons moving, things taken and put down; asked where one is, or was."""
 
-    has_filler: ClassVar[bool] = False
     label_scorer: ClassVar[LabelScorer | None] = "label"
     kind: Literal["combine"]
     supporting: Literal[1, 2, 3]

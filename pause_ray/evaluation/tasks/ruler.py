@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from pause_ray.core.spec import Spec
-from pause_ray.evaluation.question import Fact, LabelScorer, Question
+from pause_ray.evaluation.question import Fact, Question, Task
 from pause_ray.evaluation.tasks.keys_values import (
     KeyKind,
     ValueKind,
@@ -32,11 +31,10 @@ _MAKE = {"words": fact_name, "numbers": fact_number, "uuids": drawn_uuid}
 _NOUN = {"words": "code word", "numbers": "code number", "uuids": "access code"}
 
 
-class RulerNiahTask(Spec):
+class RulerNiahTask(Task):
     """Keys and their values in sentences of one form, some of which are asked for."""
 
     kind: Literal["ruler_niah"]
-    label_scorer: ClassVar[LabelScorer | None] = None
     keys: int = Field(default=1, ge=1)
     """Keys in the context; those that are not asked for are distractors."""
     values: int = Field(default=1, ge=1)
@@ -93,11 +91,9 @@ class RulerNiahTask(Spec):
         return f"One of the {_NOUN[self.value_kind]}s of {key} is {value}."
 
 
-class VariableTrackingTask(Spec):
+class VariableTrackingTask(Task):
     """Variables that are set to a number, or to another variable; asked for all that end up with one number."""
 
-    has_filler: ClassVar[bool] = False
-    label_scorer: ClassVar[LabelScorer | None] = None
     kind: Literal["variable_tracking"]
     chains: int = Field(default=1, ge=1)
     """Numbers, each with its variables; the first is asked for."""

@@ -7,7 +7,7 @@ import json
 import random
 import uuid
 
-from pause_ray.evaluation.tasks.key_value import KeyValueTask
+from pause_ray.evaluation.tasks.keys_values import KeyValueTask
 
 TASK = KeyValueTask(kind="key_value")
 

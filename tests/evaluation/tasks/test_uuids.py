@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pause_ray.core.errors import SpecError
 from pause_ray.evaluation.scorers import Score, grade
-from pause_ray.evaluation.tasks.uuids import UuidChainTask, UuidTask
+from pause_ray.evaluation.tasks.keys_values import UuidChainTask, UuidTask
 
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 seeds = st.integers(0, 2**32)

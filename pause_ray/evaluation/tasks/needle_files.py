@@ -7,12 +7,12 @@ the pause-tuning paper (arXiv 2502.20405), where the score says which of the fac
 from __future__ import annotations
 
 import random
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from pause_ray.core.spec import Spec
-from pause_ray.evaluation.question import Fact, LabelScorer, Question
+from pause_ray.evaluation.question import Fact, Question, Task
 from pause_ray.text.segments import plain
 
 
@@ -71,11 +71,9 @@ class NeedleGroupFile(Spec):
     """The groups; replicate r asks for group r modulo their number."""
 
 
-class SingleTask(Spec):
+class SingleTask(Task):
     """One fact of a file, hidden at the cell's depth; replicate r asks for fact r modulo their number."""
 
-    has_filler: ClassVar[bool] = False
-    label_scorer: ClassVar[LabelScorer | None] = None
     kind: Literal["single"]
     needles: NeedleFile
     """In YAML, the path of a file."""
@@ -90,11 +88,9 @@ class SingleTask(Spec):
         return tuple(Fact(text=spec.needle, references=spec.keywords) for spec in self.needles.needles)
 
 
-class MultiTask(Spec):
+class MultiTask(Task):
     """Several facts in one context and one question for all of them; scored per fact."""
 
-    has_filler: ClassVar[bool] = False
-    label_scorer: ClassVar[LabelScorer | None] = None
     kind: Literal["multi"]
     groups: NeedleGroupFile
     """In YAML, the path of a file; replicate r asks for group r modulo their number."""

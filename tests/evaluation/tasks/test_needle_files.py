@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pause_ray.core.errors import SpecError
-from pause_ray.evaluation.tasks.stock import MultiTask, SingleTask
+from pause_ray.evaluation.tasks.needle_files import MultiTask, SingleTask
 
 ANY_DRAW = random.Random(0)
 NEEDLES = [{"needle": f"The {colour} door leads to the {room}.", "question": f"Where does the {colour} door lead?", "keywords": [room]}
