@@ -27,7 +27,7 @@ from pause_ray.data.staging import Chunk, StagedCorpus, cut_into_chunks, read_ch
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.prompts import PromptSpec
 from pause_ray.text.segments import plain
-from pause_ray.text.tokenizer import Marker, ModelTokenizer, TokenDocument, encode_document, resolve_marker
+from pause_ray.text.tokenizer import Marker, ModelTokenizer, TokenDocument, insert_pauses, resolve_marker
 
 FILES_PER_TASK = 64
 """Number of consecutive files that one task reads: essays come by the hundred, and a task costs milliseconds."""
@@ -264,7 +264,7 @@ def _encoded(name: str, digest: str, text: str, *, recipe: Recipe) -> TokenDocum
     """Tokenise a document; a random placement is drawn from the seed and the text, not from its place in the corpus."""
     seed = (recipe.seed + int(digest, 16)) % 2**63
     try:
-        return encode_document(text, tokenizer=recipe.tokenizer(), policy=recipe.policy, marker=recipe.marker(), seed=seed)
+        return insert_pauses(recipe.tokenizer().encode(text), policy=recipe.policy, marker=recipe.marker(), seed=seed)
     except TextError as error:
         raise TextError(f"document {name}: {error}") from error
 

@@ -170,7 +170,7 @@ def prompt_builder(
         policy=policy,
         marker=marker,
         seed=seed,
-        read=functools.partial(encode_cached, tokenizer=tokenizer, folder=cache / "tokens") if cache else None,
+        encode=functools.partial(encode_cached, tokenizer=tokenizer, folder=cache / "tokens") if cache else None,
     )
 
 

@@ -26,15 +26,15 @@ from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.segments import DocumentRules, detect_paragraph_rule, split
 from pause_ray.text.tokenizer import (
     REACH_TOKENS,
+    Encoding,
     Insertion,
     LazyEncoding,
     Marker,
     ModelTokenizer,
     TokenDocument,
-    TokenText,
     cut,
+    insert_pauses,
     insert_texts,
-    put_pauses,
 )
 
 _KEPT_DOCUMENTS = 8
@@ -173,7 +173,7 @@ class PromptBuilder:
         policy: PausePolicy | None,
         marker: Marker,
         seed: int,
-        read: Callable[[str], TokenText] | None = None,
+        encode: Callable[[str], Encoding] | None = None,
     ) -> None:
         """Create a builder; nothing is tokenised yet.
 
@@ -187,7 +187,7 @@ class PromptBuilder:
             policy: Pauses, or None.
             marker: ``resolve_marker(tokenizer, policy)``.
             seed: Seed of a random placement.
-            read: Returns the tokens of a beginning of the haystack; default: ``TokenText.of``.
+            encode: Encodes a beginning of the haystack; default: ``tokenizer.encode``.
         """
         # From whole documents and whatever the policy: the same place and the same pauses at every length and in every arm.
         self._rules: DocumentRules = rules or ((0, detect_paragraph_rule(haystack)),)
@@ -198,7 +198,7 @@ class PromptBuilder:
         self._marker = marker
         self._seed = seed
         self._budget: Literal["content", "total"] = policy.budget if policy else "content"
-        self._beginning = LazyEncoding(haystack, tokenizer=tokenizer, read=read)
+        self._beginning = LazyEncoding(haystack, encode=encode or tokenizer.encode)
         self._starts: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
         self._documents: dict[tuple[Insertion, ...], _Encoded] = {}
         self._frame = functools.lru_cache(maxsize=_KEPT_FRAMES)(self._framed)
@@ -307,7 +307,7 @@ class PromptBuilder:
     def _encode(self, insertions: tuple[Insertion, ...], *, tokens: int) -> TokenDocument:
         whole = insert_texts(self._beginning.first(tokens + REACH_TOKENS), insertions, tokenizer=self._tokenizer)
         rules = _shifted(self._rules, insertions)
-        return put_pauses(whole.text, whole.ids, whole.starts, policy=self._policy, marker=self._marker, seed=self._seed, rules=rules)
+        return insert_pauses(whole, policy=self._policy, marker=self._marker, seed=self._seed, rules=rules)
 
     def _landing(self, token: int) -> int:
         """Return the last offset at or before the start of haystack token ``token`` where a sentence, or a line, begins."""
@@ -361,20 +361,20 @@ LONG_CHARS = 100_000
 """Length from which an encoding is cached: a shorter text takes less than a tenth of a second, little more than reading a file."""
 
 
-def encode_cached(text: str, *, tokenizer: ModelTokenizer, folder: Path) -> TokenText:
-    """Return ``TokenText.of(text)``; a long text is read from ``folder`` if it was tokenised before.
+def encode_cached(text: str, *, tokenizer: ModelTokenizer, folder: Path) -> Encoding:
+    """Return ``tokenizer.encode(text)``; a long text is read from ``folder`` if it was tokenised before.
 
     Raises:
         TextError: a control token is in the text.
         StorageError: disk full or not writable.
     """
     if len(text) < LONG_CHARS:
-        return TokenText.of(text, tokenizer=tokenizer)
+        return tokenizer.encode(text)
     path = folder / f"{digest([FORMAT, tokenizer.digest, text])}.npz"
     kept = _load(path)
     if kept is not None:
-        return TokenText(text, *kept)
-    read = TokenText.of(text, tokenizer=tokenizer)
+        return Encoding(text, *kept)
+    read = tokenizer.encode(text)
     scratch = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     with space_errors(path):
         folder.mkdir(parents=True, exist_ok=True)

@@ -50,11 +50,16 @@ class Marker:
 
 @dataclass(frozen=True, eq=False)
 class Encoding:
-    """Tokens of a text, without special tokens."""
+    """A text and its tokens, without special tokens."""
 
+    text: str
     ids: NDArray[np.int32]
     starts: NDArray[np.int64]
-    """Character at which each token starts, preceding white space included; ascending, not always unique."""
+    """Character at which each token's visible part starts (a token of white space alone: its first); ascending, not always unique."""
+
+    def token_at(self, char: int) -> int:
+        """Return the first token whose visible part starts at or after ``char``."""
+        return int(np.searchsorted(self.starts, char))
 
 
 class ModelTokenizer:
@@ -137,7 +142,7 @@ class ModelTokenizer:
         if control.size:
             token = self._control.id_to_token(int(ids[control[0]]))
             raise TextError(f"the text contains the control token {token} at character {starts[control[0]]}; remove it from the text")
-        return Encoding(ids, np.maximum.accumulate(starts) if starts.size else starts)
+        return Encoding(text, ids, _visible_starts(text, np.maximum.accumulate(starts)) if starts.size else starts)
 
     def decode(self, ids: Sequence[int] | NDArray[np.int32], *, skip_special_tokens: bool = True) -> str:
         """Return the text of ``ids``; an id outside the vocabulary, such as an added marker's, is left out."""
@@ -236,9 +241,9 @@ def resolve_marker(tokenizer: ModelTokenizer, policy: PausePolicy | None) -> Mar
     """
     if policy is None:
         return Marker((), None)
-    ordinary = tuple(int(token_id) for token_id in tokenizer.encode(policy.marker).ids)
+    ordinary = tuple(tokenizer.encode(policy.marker).ids.tolist())
     if policy.token == "text":
-        return Marker(tuple(int(token_id) for token_id in tokenizer.encode(policy.group).ids), None)
+        return Marker(tuple(tokenizer.encode(policy.group).ids.tolist()), None)
     existing = tokenizer.token_id(policy.marker)
     if policy.token == "added":
         if existing is not None:
@@ -280,63 +285,28 @@ class TokenDocument:
         return int(np.count_nonzero(np.diff(self.is_pause.astype(np.int8), prepend=0) == 1))
 
 
-def encode_document(
-    text: str,
-    *,
-    tokenizer: ModelTokenizer,
-    policy: PausePolicy | None,
-    marker: Marker,
-    seed: int,
-    rules: DocumentRules | None = None,
+def insert_pauses(
+    encoding: Encoding, *, policy: PausePolicy | None, marker: Marker, seed: int, rules: DocumentRules | None = None
 ) -> TokenDocument:
-    """Tokenise ``text`` once and insert pauses between its tokens.
+    """Insert pauses between the tokens of a text.
 
     A pause goes before the first token whose visible part starts at or after its offset; pauses that would fall between
     the same two tokens are one.
 
     Args:
-        text: Text without the marker.
-        tokenizer: The model's tokenizer.
+        encoding: A text without the marker.
         policy: Where pauses go, or None for no pauses.
         marker: ``resolve_marker(tokenizer, policy)``.
         seed: Seed of a random placement.
-        rules: Paragraph rules of the documents that ``text`` was joined from (``segments.join_documents``); None for one document.
-
-    Raises:
-        TextError: the marker or a control token is in the text.
-    """
-    encoding = tokenizer.encode(text)
-    starts = visible_starts(text, encoding.starts)
-    return put_pauses(text, encoding.ids, starts, policy=policy, marker=marker, seed=seed, rules=rules)
-
-
-def put_pauses(
-    text: str,
-    ids: NDArray[np.int32],
-    starts: NDArray[np.int64],
-    *,
-    policy: PausePolicy | None,
-    marker: Marker,
-    seed: int,
-    rules: DocumentRules | None = None,
-) -> TokenDocument:
-    """Insert pauses into a text that is tokenised already; otherwise like ``encode_document``.
-
-    Args:
-        text: Text without the marker.
-        ids: Its tokens.
-        starts: ``visible_starts`` of them.
-        policy: Where pauses go, or None for no pauses.
-        marker: ``resolve_marker(tokenizer, policy)``.
-        seed: Seed of a random placement.
-        rules: Paragraph rules of the documents that ``text`` was joined from; None for one document.
+        rules: Paragraph rules of the documents that the text was joined from (``segments.join_documents``); None for one document.
 
     Raises:
         TextError: the marker is in the text.
     """
+    ids, starts = encoding.ids, encoding.starts
     if policy is None:
         return TokenDocument(ids, np.zeros(len(ids), dtype=np.bool_), starts)
-    paused = insert(text, policy, token_starts=starts.tolist(), seed=seed, rules=rules)
+    paused = insert(encoding.text, policy, token_starts=starts.tolist(), seed=seed, rules=rules)
     places = np.unique(np.searchsorted(starts, np.array(paused.offsets, dtype=np.int64)))
     group = np.array(marker.group_ids, dtype=np.int32)
     at = np.repeat(places, len(group))
@@ -344,10 +314,8 @@ def put_pauses(
     return TokenDocument(np.insert(ids, at, np.tile(group, len(places))), is_pause, starts)
 
 
-def visible_starts(text: str, starts: NDArray[np.int64]) -> NDArray[np.int64]:
+def _visible_starts(text: str, starts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return each token's first character that is no white space; a token of white space alone keeps its start."""
-    if not starts.size:
-        return starts
     blank = np.isin(np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32), _WHITE_SPACE)
     # next_visible[i]: the first visible character at or after i
     positions = np.where(blank, len(text), np.arange(len(text)))
@@ -360,10 +328,7 @@ def visible_starts(text: str, starts: NDArray[np.int64]) -> NDArray[np.int64]:
 def cut(document: TokenDocument, *, tokens: int, budget: Literal["content", "total"]) -> TokenDocument:
     """Return the beginning of a document, ending in a content token; a pause is kept whole or not at all.
 
-    Args:
-        document: Any.
-        tokens: ``content``: content tokens to keep, with the pauses before them. ``total``: at most so many tokens in all.
-        budget: What ``tokens`` counts.
+    ``tokens`` counts content tokens under ``budget="content"``, and all tokens under ``total``.
     """
     content = np.flatnonzero(~document.is_pause)
     kept = min(tokens, len(content)) if budget == "content" else int(np.searchsorted(content, tokens))
@@ -405,22 +370,6 @@ _CHARS_PER_TOKEN = 5
 """First guess of the characters per token; English prose has 4 to 4.5."""
 
 
-@dataclass(frozen=True, eq=False)
-class TokenText:
-    """A text and its tokens."""
-
-    text: str
-    ids: NDArray[np.int32]
-    starts: NDArray[np.int64]
-    """Character at which each token's visible part starts; ascending, not always unique."""
-
-    @classmethod
-    def of(cls, text: str, *, tokenizer: ModelTokenizer) -> TokenText:
-        """Tokenise ``text`` as a whole."""
-        encoding = tokenizer.encode(text)
-        return cls(text, encoding.ids, visible_starts(text, encoding.starts))
-
-
 @dataclass(frozen=True)
 class Insertion:
     """A text to insert."""
@@ -431,33 +380,36 @@ class Insertion:
 
 
 class LazyEncoding:
-    """The tokens of a text's beginning. It is tokenised as far as it is asked for, and at most twice as far."""
+    """The tokens of a text's beginning. The text is encoded as far as tokens are requested, and at most twice as far."""
 
-    def __init__(self, whole: str, *, tokenizer: ModelTokenizer, read: Callable[[str], TokenText] | None = None) -> None:
-        """Create it; ``read`` replaces ``TokenText.of``."""
+    def __init__(self, whole: str, *, encode: Callable[[str], Encoding]) -> None:
+        """Create it; nothing is encoded yet."""
         self._whole = whole
-        self._read = read or functools.partial(TokenText.of, tokenizer=tokenizer)
-        self.read = TokenText.of("", tokenizer=tokenizer)
-        """The part that is tokenised; up to ``REACH_TOKENS`` tokens at its end may differ in the whole text."""
+        self._encode = encode
+        self.read = Encoding("", np.zeros(0, np.int32), np.zeros(0, np.int64))
+        """The encoded part; up to ``REACH_TOKENS`` tokens at its end may differ in the whole text."""
 
     @property
     def is_all(self) -> bool:
-        """Whether the whole text is tokenised."""
+        """Whether the whole text is encoded."""
         return len(self.read.text) == len(self._whole)
 
-    def first(self, tokens: int) -> TokenText:
+    def first(self, tokens: int) -> Encoding:
         """Return the first ``tokens`` tokens of the whole text, or all if it has fewer."""
         chars = max((tokens + REACH_TOKENS) * _CHARS_PER_TOKEN, 2 * len(self.read.text))
         while not self.is_all and len(self.read.ids) < tokens + REACH_TOKENS:
-            self.read = self._read(self._whole[:chars])
+            self.read = self._encode(self._whole[:chars])
             chars *= 2
         if tokens >= len(self.read.ids):
             return self.read
-        return TokenText(self.read.text[: int(self.read.starts[tokens])], self.read.ids[:tokens], self.read.starts[:tokens])
+        return Encoding(self.read.text[: int(self.read.starts[tokens])], self.read.ids[:tokens], self.read.starts[:tokens])
 
 
-def insert_texts(base: TokenText, insertions: Sequence[Insertion], *, tokenizer: ModelTokenizer) -> TokenText:
-    """Insert texts into ``base`` and return it tokenised as if it had been written that way.
+def insert_texts(base: Encoding, insertions: Sequence[Insertion], *, tokenizer: ModelTokenizer) -> Encoding:
+    """Insert texts into ``base`` and return the result, encoded as if it had been written that way.
+
+    Around insertions, a window with two reaches on either side is encoded, and the base's tokens are replaced up to the nearer
+    reach (at an end of the text, up to the end). If base and window do not agree there, the whole text is encoded.
 
     Args:
         base: A text and its tokens.
@@ -472,25 +424,31 @@ def insert_texts(base: TokenText, insertions: Sequence[Insertion], *, tokenizer:
     text = parts[0] + "".join(insertion.text + part for insertion, part in zip(insertions, parts[1:], strict=True))
     ids, starts, done, shift = list[NDArray[np.int32]](), list[NDArray[np.int64]](), 0, 0
     for group in _neighbours(base, insertions):
-        window = _Window.around(group, base)
-        chars = sum(len(insertion.text) for insertion in group)
-        begin, end = window.begin_char + shift, window.end_char + shift + chars
-        middle = _in_step(window, base, TokenText.of(text[begin:end], tokenizer=tokenizer), chars=chars)
-        if middle is None:
-            return TokenText.of(text, tokenizer=tokenizer)
-        ids += [base.ids[done : window.splice_from], middle.ids]
-        starts += [base.starts[done : window.splice_from] + shift, middle.starts + begin]
-        done, shift = window.splice_to, shift + chars
-    ids.append(base.ids[done:])
-    starts.append(base.starts[done:] + shift)
-    return TokenText(text, np.concatenate(ids), np.concatenate(starts))
+        left, right = base.token_at(group[0].offset), base.token_at(group[-1].offset)
+        has_left, has_right = left >= 2 * REACH_TOKENS, right + 2 * REACH_TOKENS < len(base.ids)
+        begin = int(base.starts[left - 2 * REACH_TOKENS]) if has_left else 0
+        end = int(base.starts[right + 2 * REACH_TOKENS]) if has_right else len(base.text)
+        added = sum(len(insertion.text) for insertion in group)
+        window = tokenizer.encode(text[begin + shift : end + shift + added])
+        first: tuple[int, int] | None = (0, 0)
+        last: tuple[int, int] | None = (len(base.ids), len(window.ids))
+        if has_left:
+            first = _junction(base, window, token=left - REACH_TOKENS, shift=begin, blank_from=begin)
+        if has_right:
+            last = _junction(base, window, token=right + REACH_TOKENS, shift=begin - added, blank_from=group[-1].offset)
+        if first is None or last is None:
+            return tokenizer.encode(text)
+        ids += [base.ids[done : first[0]], window.ids[first[1] : last[1]]]
+        starts += [base.starts[done : first[0]] + shift, window.starts[first[1] : last[1]] + (begin + shift)]
+        done, shift = last[0], shift + added
+    return Encoding(text, np.concatenate([*ids, base.ids[done:]]), np.concatenate([*starts, base.starts[done:] + shift]))
 
 
-def _neighbours(base: TokenText, insertions: Sequence[Insertion]) -> Iterator[list[Insertion]]:
+def _neighbours(base: Encoding, insertions: Sequence[Insertion]) -> Iterator[list[Insertion]]:
     """Group insertions so that the windows of two groups do not meet."""
     group, last = list[Insertion](), 0
     for insertion in insertions:
-        token = _token_at(base, insertion.offset)
+        token = base.token_at(insertion.offset)
         if group and token - last > 4 * REACH_TOKENS:
             yield group
             group = []
@@ -500,55 +458,18 @@ def _neighbours(base: TokenText, insertions: Sequence[Insertion]) -> Iterator[li
         yield group
 
 
-@dataclass(frozen=True)
-class _Window:
-    """The tokens of the base around some insertions: read from ``begin_char`` to ``end_char``, replaced between the two splices."""
+def _junction(base: Encoding, window: Encoding, *, token: int, shift: int, blank_from: int) -> tuple[int, int] | None:
+    """Return the token of the base and that of the window from which both are the same, or None if they do not agree.
 
-    begin_char: int
-    last_offset: int
-    """Offset of the last insertion."""
-    splice_from: int
-    splice_to: int
-    end_char: int
-
-    @classmethod
-    def around(cls, group: Sequence[Insertion], base: TokenText) -> _Window:
-        """Return the window that reads two reaches on either side and replaces one; at an end of the text it takes all."""
-        size = len(base.ids)
-        left, right = _token_at(base, group[0].offset), _token_at(base, group[-1].offset)
-        is_inner, goes_on = left >= 2 * REACH_TOKENS, right + 2 * REACH_TOKENS < size
-        return cls(
-            begin_char=int(base.starts[left - 2 * REACH_TOKENS]) if is_inner else 0,
-            last_offset=group[-1].offset,
-            splice_from=_token_at(base, int(base.starts[left - REACH_TOKENS])) if is_inner else 0,
-            splice_to=_token_at(base, int(base.starts[right + REACH_TOKENS])) if goes_on else size,
-            end_char=int(base.starts[right + 2 * REACH_TOKENS]) if goes_on else len(base.text),
-        )
-
-
-def _in_step(window: _Window, base: TokenText, read: TokenText, *, chars: int) -> TokenText | None:
-    """Return the replacement of the base's tokens between the splices, or None if the window's tokens do not agree with them there."""
-    first, last = 0, len(read.ids)
-    if window.splice_from > 0:
-        char, offset = int(base.starts[window.splice_from]), window.begin_char
-        first = _token_at(read, char - offset)
-        if not _BLANK.search(base.text, window.begin_char, char) or not _agree(base, window.splice_from, read, first, offset=offset):
-            return None
-    if window.splice_to < len(base.ids):
-        char, offset = int(base.starts[window.splice_to]), window.begin_char - chars
-        last = _token_at(read, char - offset)
-        if not _BLANK.search(base.text, window.last_offset, char) or not _agree(base, window.splice_to, read, last, offset=offset):
-            return None
-    return TokenText("", read.ids[first:last], read.starts[first:last])
-
-
-def _agree(base: TokenText, token: int, read: TokenText, place: int, *, offset: int) -> bool:
-    """Return whether the tokens from ``token`` in the base are those from ``place`` in a window that begins at ``offset``."""
-    size = _AGREEING_TOKENS
-    same_ids = np.array_equal(base.ids[token : token + size], read.ids[place : place + size])
-    return same_ids and np.array_equal(base.starts[token : token + size] - offset, read.starts[place : place + size])
-
-
-def _token_at(text: TokenText, char: int) -> int:
-    """Return the first token whose visible part starts at or after ``char``."""
-    return int(np.searchsorted(text.starts, char))
+    Args:
+        base: The text without insertions.
+        window: The tokens of a part of the text with insertions.
+        token: The token of the base to begin with.
+        shift: Offset of a character of the base less its offset in the window.
+        blank_from: Offset in the base after which white space must stand before the token.
+    """
+    char = int(base.starts[token])
+    token, place, size = base.token_at(char), window.token_at(char - shift), _AGREEING_TOKENS
+    same_ids = np.array_equal(base.ids[token : token + size], window.ids[place : place + size])
+    agree = same_ids and np.array_equal(base.starts[token : token + size] - shift, window.starts[place : place + size])
+    return (token, place) if agree and _BLANK.search(base.text, blank_from, char) else None

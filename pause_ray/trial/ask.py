@@ -20,7 +20,7 @@ from pause_ray.inference.engine import EngineError, HfEngineSpec, LoadedAs, Prom
 from pause_ray.models.checkpoint import Checkpoint
 from pause_ray.models.sources import model_digest, model_limit_tokens, resolve_model
 from pause_ray.text.prompts import BuiltPrompt
-from pause_ray.text.tokenizer import ModelTokenizer, encode_document, resolve_marker
+from pause_ray.text.tokenizer import ModelTokenizer, insert_pauses, resolve_marker
 from pause_ray.trial.spec import TrialSpec
 
 TRIAL, ADAPTER = "trial.json", "adapter"
@@ -91,7 +91,7 @@ class Answerer:
             ModelError: it leaves no room for an answer.
         """
         policy, chat = self._spec.pauses, self._spec.eval.prompt
-        document = encode_document(context, tokenizer=self._tokenizer, policy=policy, marker=self._marker, seed=self._spec.data_seed)
+        document = insert_pauses(self._tokenizer.encode(context), policy=policy, marker=self._marker, seed=self._spec.data_seed)
         after = chat.user_after(question=question, instruction=policy.instruction if policy else None)
         prefix, suffix = self._tokenizer.chat_frame(chat.system, chat.before, after, marker=self._marker.token)
         ids = np.concatenate([np.array(prefix, np.int32), document.ids, np.array(suffix, np.int32)])

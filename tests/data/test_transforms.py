@@ -18,7 +18,7 @@ from pause_ray.data.staging import stage_chunk
 from pause_ray.data.transforms import Recipe, cut_shard, find_needles, make_language_rows, plan_shards
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.prompts import PromptSpec
-from pause_ray.text.tokenizer import ModelTokenizer, encode_document, resolve_marker
+from pause_ray.text.tokenizer import ModelTokenizer, insert_pauses, resolve_marker
 
 SPEC = CorpusSpec.parse({"sources": [{"path": "x"}], "objective": "language_modeling"}, origin="test")
 
@@ -73,7 +73,7 @@ def test_a_needle_is_found_through_pauses_case_white_space_and_unicode_forms(
         "The old bridge\u00a0sings at night\u2024 The \uff4fld bridge.",
     ]
     marker = resolve_marker(tokenizer, policy)
-    encoded = [encode_document(text, tokenizer=tokenizer, policy=policy, marker=marker, seed=0).ids for text in texts]
+    encoded = [insert_pauses(tokenizer.encode(text), policy=policy, marker=marker, seed=0).ids for text in texts]
     write_rows(tmp_path / "rows.parquet", [rows_to_table([row_of(ids.tolist()) for ids in encoded], first_row=70)])
     found = list(find_needles({"file": "rows.parquet"}, recipe=recipe, folder=tmp_path, needles=["The old bridge sings at night."]))
     assert found == [{"rows": [71, 73]}]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pause_ray.text.tokenizer import REACH_TOKENS, Encoding, Insertion, LazyEncoding, ModelTokenizer, TokenText, insert_texts
+from pause_ray.text.tokenizer import REACH_TOKENS, Encoding, Insertion, LazyEncoding, ModelTokenizer, insert_texts
 from tests.text.conftest import SPECIAL, write_model_folder
 from tests.text.texts import texts
 
@@ -38,7 +38,7 @@ def written_out(text: str, insertions: list[Insertion]) -> str:
     return "".join(itertools.chain.from_iterable(itertools.zip_longest(parts, [each.text for each in insertions], fillvalue="")))
 
 
-def assert_same(one: TokenText, other: TokenText) -> None:
+def assert_same(one: Encoding, other: Encoding) -> None:
     assert one.text == other.text
     assert one.ids.tolist() == other.ids.tolist()
     assert one.starts.tolist() == other.starts.tolist()
@@ -48,19 +48,19 @@ def assert_same(one: TokenText, other: TokenText) -> None:
 @given(offsets=offsets, text=any_text, base=st.sampled_from([PROSE, PROSE.replace(" ", "\n"), PROSE.replace("\n\n", ""), NUMBERS * 2]))
 def test_the_tokens_are_those_of_the_text_written_out(tokenizer, offsets, text, base):
     insertions = [Insertion(min(offset, len(base)), text) for offset in offsets]
-    wanted = TokenText.of(written_out(base, insertions), tokenizer=tokenizer)
-    assert_same(insert_texts(TokenText.of(base, tokenizer=tokenizer), insertions, tokenizer=tokenizer), wanted)
+    wanted = tokenizer.encode(written_out(base, insertions))
+    assert_same(insert_texts(tokenizer.encode(base), insertions, tokenizer=tokenizer), wanted)
 
 
 def test_nothing_put_in_is_the_text_itself(tokenizer):
-    base = TokenText.of(PROSE, tokenizer=tokenizer)
+    base = tokenizer.encode(PROSE)
     assert_same(insert_texts(base, [], tokenizer=tokenizer), base)
 
 
 @pytest.mark.parametrize("places", [[0], [3_000], [len(PROSE)], [100, 2_000, 6_000]])
 def test_only_what_lies_near_is_tokenised_again(model_folder: Path, places: list[int]) -> None:
     tokenizer = Counting.load(model_folder)
-    base = TokenText.of(PROSE, tokenizer=tokenizer)
+    base = tokenizer.encode(PROSE)
     tokenizer.seen_chars = 0
     insert_texts(base, [Insertion(place, "A grey horse waits. ") for place in places], tokenizer=tokenizer)
     chars_per_token = len(PROSE) / len(base.ids)
@@ -84,15 +84,15 @@ def digits_by_threes() -> Tokenizer:
 def test_a_change_that_reaches_far_is_followed_to_its_end(tmp_path: Path, digits: str, base: str) -> None:
     tokenizer = ModelTokenizer.load(write_model_folder(tmp_path, digits_by_threes()))
     insertions = [Insertion(1_501, digits)]
-    wanted = TokenText.of(written_out(base, insertions), tokenizer=tokenizer)
-    assert_same(insert_texts(TokenText.of(base, tokenizer=tokenizer), insertions, tokenizer=tokenizer), wanted)
+    wanted = tokenizer.encode(written_out(base, insertions))
+    assert_same(insert_texts(tokenizer.encode(base), insertions, tokenizer=tokenizer), wanted)
 
 
 @settings(max_examples=40)
 @given(asked=st.lists(st.integers(0, 2_500), min_size=1, max_size=6))
 def test_a_beginning_has_the_tokens_of_the_whole_whatever_was_asked_before(tokenizer, asked):
-    whole = TokenText.of(PROSE, tokenizer=tokenizer)
-    beginning = LazyEncoding(PROSE, tokenizer=tokenizer)
+    whole = tokenizer.encode(PROSE)
+    beginning = LazyEncoding(PROSE, encode=tokenizer.encode)
     for tokens in asked:
         first = beginning.first(tokens)
         assert len(first.ids) == min(tokens, len(whole.ids))
@@ -105,10 +105,10 @@ def test_a_beginning_has_the_tokens_of_the_whole_whatever_was_asked_before(token
 @pytest.mark.real
 def test_the_real_tokenizer_is_back_in_step_soon(model_dir: Path) -> None:
     tokenizer = Counting.load(model_dir)
-    base = TokenText.of(PROSE * 10, tokenizer=tokenizer)
+    base = tokenizer.encode(PROSE * 10)
     for offset in range(0, len(base.text), 997):
         insertions = [Insertion(offset, "The blue key lies under the third bell. ")]
         tokenizer.seen_chars = 0
         got = insert_texts(base, insertions, tokenizer=tokenizer)
         assert tokenizer.seen_chars < 6 * 4 * REACH_TOKENS
-        assert_same(got, TokenText.of(written_out(base.text, insertions), tokenizer=tokenizer))
+        assert_same(got, tokenizer.encode(written_out(base.text, insertions)))

@@ -15,7 +15,7 @@ from pause_ray.core.errors import TextError
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.prompts import BuiltPrompt, HiddenText, PromptBuilder, PromptSpec
 from pause_ray.text.segments import sentence_starts
-from pause_ray.text.tokenizer import ModelTokenizer, cut, encode_document, resolve_marker
+from pause_ray.text.tokenizer import ModelTokenizer, cut, insert_pauses, resolve_marker
 from tests.text.test_prompts import HAYSTACK, NEEDLE, POLICIES, QUESTION, TOTAL, context_ids, haystack_of
 
 TEXTS = (NEEDLE, "A grey horse waits at the mill.", "At noon, the bell rings four times!")
@@ -93,7 +93,7 @@ def test_the_context_is_the_beginning_of_the_whole_text_with_its_facts_and_pause
     for fact in sorted(facts, key=lambda fact: landings[fact.text]):
         text += f"{haystack[done : landings[fact.text]]}{fact.text} "
         done = landings[fact.text]
-    document = encode_document(text + haystack[done:], tokenizer=tokenizer, policy=policy, marker=marker, seed=0)
+    document = insert_pauses(tokenizer.encode(text + haystack[done:]), policy=policy, marker=marker, seed=0)
     context = built.ids[built.prefix_tokens : end_of_context(built)]
     room = built.content_tokens if policy is None or policy.budget == "content" else len(context)
     wanted = cut(document, tokens=room, budget=policy.budget if policy else "content")
