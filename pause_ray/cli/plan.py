@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pause_ray.cli.terminal import DEFAULT_STORAGE, AsJson, Sets, StorageRoot, app, err, out, print_json
 from pause_ray.core.errors import ModelError, SpecError
-from pause_ray.core.format import count, duration, money
+from pause_ray.core.format import format_count, format_duration, format_money
 from pause_ray.core.spec import Spec, check_path, parse_assignments, read_yaml, with_overrides
 from pause_ray.core.storage import Storage
 from pause_ray.evaluation.suite import SuiteSpec
@@ -193,7 +193,7 @@ def _show(plans: list[Plan], site: Site) -> None:
     out.print(
         f"Assumed: all GPUs train one model, then score it, one trial after another; {site.utilization:.0%} of {gpu.bf16_tflops:g} TFLOP/s "
         f"(--mfu), {site.network_gb_per_second:g} GB/s between machines (--network), every answer of full length, "
-        f"{money(gpu.price_per_hour)} {gpu.currency} per hour of one {gpu.name} ({gpu.price_source}, {gpu.price_date}). "
+        f"{format_money(gpu.price_per_hour)} {gpu.currency} per hour of one {gpu.name} ({gpu.price_source}, {gpu.price_date}). "
         "1 GB is 10⁹ bytes.",
         highlight=False,
     )
@@ -227,7 +227,7 @@ def _side_by_side(plans: list[Plan], site: Site) -> Table:
     row("trained", (_billions(found.trained_parameters) for found in plans), end_section=True)
     if any(trains):
         row("steps × rows", (f"{train.max_steps} × {train.rows_per_step}" if train else "–" for train in trains))
-        row("longest row, tokens", (count(found.longest_row_tokens) if found.train else "–" for found in plans))
+        row("longest row, tokens", (format_count(found.longest_row_tokens) if found.train else "–" for found in plans))
         row("base weights", ((train.quantize or train.precision) if train else "–" for train in trains))
         row("activations", (("recomputed" if train.gradient_checkpointing else "kept") if train else "–" for train in trains))
     if any(memories):
@@ -243,11 +243,11 @@ def _side_by_side(plans: list[Plan], site: Site) -> Table:
         row("training fits", ("–" if not found.memory else "no" if found.remedy else "yes" for found in plans), end_section=True)
     for heading, spent in (("training", [found.training for found in plans]), ("scoring", [found.evaluation for found in plans])):
         if any(spent):
-            row(f"{heading} tokens", (count(its.tokens) if its else "–" for its in spent))
+            row(f"{heading} tokens", (format_count(its.tokens) if its else "–" for its in spent))
             row("  PFLOP", (_rounded(its.flops / 1e15) if its else "–" for its in spent))
-            row("  time", (duration(its.seconds) if its else "–" for its in spent))
+            row("  time", (format_duration(its.seconds) if its else "–" for its in spent))
             row("  bound by", (its.bound_by if its else "–" for its in spent))
-            row(f"  cost, {site.gpu.currency}", (money(its.cost) if its else "–" for its in spent), end_section=True)
+            row(f"  cost, {site.gpu.currency}", (format_money(its.cost) if its else "–" for its in spent), end_section=True)
     if any(found.gpus_per_model for found in plans):
         row("GPUs per scoring copy", (str(found.gpus_per_model or "–") for found in plans))
     row("smallest cluster", (_cluster(found, site) for found in plans))
@@ -263,9 +263,9 @@ def _line_by_line(plans: list[Plan], site: Site) -> Table:
     for heading, footer in (
         ("stage", ""),
         ("GPU memory", ""),
-        ("train", duration(sum(found.training.seconds for found in plans if found.training))),
-        ("score", duration(sum(found.evaluation.seconds for found in plans if found.evaluation))),
-        (site.gpu.currency, money(sum(costs))),
+        ("train", format_duration(sum(found.training.seconds for found in plans if found.training))),
+        ("score", format_duration(sum(found.evaluation.seconds for found in plans if found.evaluation))),
+        (site.gpu.currency, format_money(sum(costs))),
         ("smallest", ""),
     ):
         table.add_column(heading, footer=footer, justify="right")
@@ -275,9 +275,9 @@ def _line_by_line(plans: list[Plan], site: Site) -> Table:
             found.label,
             str(found.memory.stage) if found.memory else "–",
             gigabytes(found.memory.worker_bytes) if found.memory else "–",
-            duration(found.training.seconds) if found.training else "–",
-            duration(found.evaluation.seconds) if found.evaluation else "–",
-            money(sum(its.cost for its in spent)),
+            format_duration(found.training.seconds) if found.training else "–",
+            format_duration(found.evaluation.seconds) if found.evaluation else "–",
+            format_money(sum(its.cost for its in spent)),
             _cluster(found, site),
         )
     return table
@@ -292,4 +292,4 @@ def _billions(parameters: int) -> str:
 
 
 def _rounded(value: float) -> str:
-    return count(value) if value >= 100 else f"{value:.2g}"
+    return format_count(value) if value >= 100 else f"{value:.2g}"

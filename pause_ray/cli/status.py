@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pause_ray.cli.terminal import DEFAULT_STORAGE, AsJson, Sets, StorageRoot, app, err, out, print_json
 from pause_ray.core.errors import UserError
-from pause_ray.core.format import count, duration, percent
+from pause_ray.core.format import format_count, format_duration, format_percent
 from pause_ray.core.spec import parse_assignments
 from pause_ray.core.storage import Storage
 
@@ -88,7 +88,7 @@ def _show_lines(lines: Sequence[SweepLine], storage: Storage) -> None:
     for line in lines:
         done = f"{line.finished} of {line.planned}"
         driver, _, _ = (line.driver or "none").partition(",")
-        table.add_row(line.name, done, str(line.left_out or ""), f"{duration(line.age)} ago", escape(driver))
+        table.add_row(line.name, done, str(line.left_out or ""), f"{format_duration(line.age)} ago", escape(driver))
     out.print(table)
 
 
@@ -99,8 +99,8 @@ def _show(found: SweepStatus) -> None:
         "trials": ", ".join(f"{number} {state}" for state, number in found.by_state.items()),
         "cells": _of(data["cells_done"], data["cells"]) + (f", {data['cells_unscored']} not scored" if data["cells_unscored"] else ""),
         "steps": _of(data["steps_done"], data["steps"]) if data["steps"] != 0 else "",
-        "tokens": ", ".join(f"{count(number)} {name}" for name, number in tokens.items()),
-        "last": f"{data['last']['trial']}, {duration(data['last']['age'])} ago" if data["last"] else "nothing yet",
+        "tokens": ", ".join(f"{format_count(number)} {name}" for name, number in tokens.items()),
+        "last": f"{data['last']['trial']}, {format_duration(data['last']['age'])} ago" if data["last"] else "nothing yet",
         "driver": _format_driver(found),
     }
     out.print(found.name, style="bold", highlight=False)
@@ -123,24 +123,24 @@ def _format_driver(found: SweepStatus) -> str:
     if live is None:
         return "none runs"
     if live.ended is None:
-        silent = duration(live.age_seconds(found.now))
+        silent = format_duration(live.age_seconds(found.now))
         return f"none runs; the last one ({live.driver}) was lost: it wrote its last status {silent} ago; the same command resumes it"
-    return f"none runs; the last one ended {duration(found.now - live.ended)} ago" + (f": {live.ended_by}" if live.ended_by else "")
+    return f"none runs; the last one ended {format_duration(found.now - live.ended)} ago" + (f": {live.ended_by}" if live.ended_by else "")
 
 
 def _show_live(live: LiveStatus, *, age: float, is_current: bool) -> None:
     """Print the last status of the driver."""
     actors, speed = live.actors, live.speed
-    speeds = {f"{speed.cells:.3g} cells/s": speed.cells, f"{count(speed.scored_tokens)} tokens/s scored": speed.scored_tokens}
-    speeds |= {f"{count(speed.trained_tokens)} tokens/s trained": speed.trained_tokens}
+    speeds = {f"{speed.cells:.3g} cells/s": speed.cells, f"{format_count(speed.scored_tokens)} tokens/s scored": speed.scored_tokens}
+    speeds |= {f"{format_count(speed.trained_tokens)} tokens/s trained": speed.trained_tokens}
     rows = {
         "speed": ", ".join(words for words, value in speeds.items() if value),
-        "left": duration(live.seconds_left) if live.seconds_left is not None else "",
+        "left": format_duration(live.seconds_left) if live.seconds_left is not None else "",
         "actors": f"{actors.busy} busy, {actors.idle} idle, {actors.coming} coming" if actors else "",
-        "GPUs": f"{live.gpus:g}, {percent(live.gpu_idle_share)} idle" if live.gpus else "",
+        "GPUs": f"{live.gpus:g}, {format_percent(live.gpu_idle_share)} idle" if live.gpus else "",
     }
     old = "" if is_current else "; this is old: the driver hangs, or cannot write here"
-    out.print(f"status of {duration(age)} ago{old}:", highlight=False, style=None if is_current else "yellow")
+    out.print(f"status of {format_duration(age)} ago{old}:", highlight=False, style=None if is_current else "yellow")
     _lines({name: words for name, words in rows.items() if words})
     for trial in live.running[:MOST_SHOWN]:
         out.print(f"  {_format_running(trial)}", highlight=False, markup=False)
@@ -148,7 +148,7 @@ def _show_live(live: LiveStatus, *, age: float, is_current: bool) -> None:
 
 
 def _format_running(trial: RunningTrial) -> str:
-    return f"{trial.label}: {trial.stage} {trial.done}/{trial.total}, for {duration(trial.seconds)}"
+    return f"{trial.label}: {trial.stage} {trial.done}/{trial.total}, for {format_duration(trial.seconds)}"
 
 
 def _print_rest(number: int, what: str) -> None:
@@ -162,4 +162,4 @@ def _lines(rows: dict[str, str]) -> None:
 
 
 def _of(done: int, whole: int | None) -> str:
-    return count(done) if whole is None else f"{count(done)} of {count(whole)}"
+    return format_count(done) if whole is None else f"{format_count(done)} of {format_count(whole)}"

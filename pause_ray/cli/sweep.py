@@ -15,7 +15,7 @@ from rich.table import Table
 
 from pause_ray.cli.terminal import DEFAULT_STORAGE, AsJson, Sets, SpecFile, StorageRoot, app, err, expect, out, print_json, program, warn
 from pause_ray.core.errors import SpecError
-from pause_ray.core.format import count, duration, money
+from pause_ray.core.format import format_count, format_duration, format_money
 from pause_ray.core.spec import parse_assignments
 from pause_ray.core.storage import Storage
 from pause_ray.inference.engine import EndpointSpec
@@ -251,11 +251,11 @@ def _done(step: StepOutlook) -> str:
     unit = {"data": "rows", "training": "steps", "scoring": "cells"}[step.name]
     if step.made_by is not None:
         return "shared"
-    return f"{count(step.done)} of {count(step.total)} {unit}"
+    return f"{format_count(step.done)} of {format_count(step.total)} {unit}"
 
 
 def _tokens(effort: Effort) -> str:
-    return "–" if effort.tokens is None else count(effort.tokens)
+    return "–" if effort.tokens is None else format_count(effort.tokens)
 
 
 def _petaflops(effort: Effort) -> str:
@@ -263,11 +263,11 @@ def _petaflops(effort: Effort) -> str:
 
 
 def _time(effort: Effort) -> str:
-    return "–" if effort.seconds is None else duration(effort.seconds)
+    return "–" if effort.seconds is None else format_duration(effort.seconds)
 
 
 def _cost(effort: Effort) -> str:
-    return "–" if effort.cost is None else money(effort.cost)
+    return "–" if effort.cost is None else format_money(effort.cost)
 
 
 def _remarks(found: SweepForecast, spec: SweepSpec) -> list[str]:

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pause_ray.core.errors import StorageError, UserError
-from pause_ray.core.format import count, listed, number, p_value, signed, signed_percent, span
+from pause_ray.core.format import (
+    format_count,
+    format_interval,
+    format_list,
+    format_number,
+    format_p_value,
+    format_signed,
+    format_signed_percent,
+)
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import Storage
 from pause_ray.evaluation.compare import Comparison, Summary, compare_arms, explain_no_pairs, summarize
@@ -132,7 +140,7 @@ def _of_files(name: str, paths: Sequence[Path]) -> ArmRows:
             task, length, depth, _, replicate = question
             raise UserError(
                 f"{path}: has {answers} answers of replicate {replicate} for {task} at {length} tokens and {depth:g} %"
-                f"{f' (arms: {listed(arms)})' if len(arms) > 1 else ''}; keep each arm and run in a ledger of its own"
+                f"{f' (arms: {format_list(arms)})' if len(arms) > 1 else ''}; keep each arm and run in a ledger of its own"
             )
     return ArmRows(name, tuple(paths), tuple(row for rows in _numbered([rows for _, rows in read]) for row in rows))
 
@@ -327,22 +335,22 @@ def _measure_table(reference: ComparedArm, others: Sequence[ComparedArm]) -> Tab
         of_pairs(name, lambda its: shown(found.value) if (found := of(its)) else "–")
         of_pairs("", lambda its: _format_interval(found.interval, unit) if (found := of(its)) else "", style="dim")
 
-    of_arms("cells scored", lambda its: f"{count(its.num_scored)} of {count(its.num_cells)}")
-    of_pairs("paired questions", lambda its: count(its.num_pairs))
-    of_arms("mean score", lambda its: number(its.grand_mean))
-    estimate("difference", lambda its: its.effects.difference, signed)
-    of_pairs("p (sign flips)", lambda its: p_value(its.p))
-    table.add_row("  p corrected", "", *(p_value(its.corrected_p) for its in others))
+    of_arms("cells scored", lambda its: f"{format_count(its.num_scored)} of {format_count(its.num_cells)}")
+    of_pairs("paired questions", lambda its: format_count(its.num_pairs))
+    of_arms("mean score", lambda its: format_number(its.grand_mean))
+    estimate("difference", lambda its: its.effects.difference, format_signed)
+    of_pairs("p (sign flips)", lambda its: format_p_value(its.p))
+    table.add_row("  p corrected", "", *(format_p_value(its.corrected_p) for its in others))
     table.add_row("  more than chance", "", *("yes" if its.differs else "no" if its.comparison else "–" for its in others), style="bold")
-    of_pairs("detectable from", lambda its: "–" if its.detectable is None else number(its.detectable) if its.detectable < 1 else "none")
-    estimate("paper's metric", lambda its: its.effects.relative, signed_percent, " %")
-    estimate("change of mean rubric", lambda its: its.effects.rubric_change, signed_percent, " %")
-    estimate("change of mean score", lambda its: its.effects.score_change, signed_percent, " %")
-    of_arms("exact recall", lambda its: number(its.exact_recall))
-    estimate("difference", lambda its: its.effects.exact_difference, signed)
-    of_arms("middle", lambda its: number(its.middle_mean))
-    of_arms("edges", lambda its: number(its.edge_mean))
-    estimate("gain middle − edges", lambda its: its.effects.middle_gain, signed)
+    of_pairs("detectable from", lambda its: "none" if its.detectable is not None and its.detectable >= 1 else format_number(its.detectable))
+    estimate("paper's metric", lambda its: its.effects.relative, format_signed_percent, " %")
+    estimate("change of mean rubric", lambda its: its.effects.rubric_change, format_signed_percent, " %")
+    estimate("change of mean score", lambda its: its.effects.score_change, format_signed_percent, " %")
+    of_arms("exact recall", lambda its: format_number(its.exact_recall))
+    estimate("difference", lambda its: its.effects.exact_difference, format_signed)
+    of_arms("middle", lambda its: format_number(its.middle_mean))
+    of_arms("edges", lambda its: format_number(its.edge_mean))
+    estimate("gain middle − edges", lambda its: its.effects.middle_gain, format_signed)
     return table
 
 
@@ -350,15 +358,15 @@ def _length_table(reference: ComparedArm, others: Sequence[ComparedArm]) -> Tabl
     table = _table("context tokens", reference, others)
     arms = (reference, *others)
     for length in sorted({length for its in arms for length in its.summary.mean_by_length}):
-        table.add_row(count(length), *_length_cells(length, arms))
+        table.add_row(format_count(length), *_length_cells(length, arms))
     return table
 
 
 def _length_cells(length: int, arms: Sequence[ComparedArm]) -> Iterator[str]:
     for its in arms:
-        mean = number(its.summary.mean_by_length.get(length))
+        mean = format_number(its.summary.mean_by_length.get(length))
         difference = its.comparison.difference_by_length.get(length) if its.comparison else None
-        yield mean if difference is None else f"{mean}  {signed(difference)}"
+        yield mean if difference is None else f"{mean}  {format_signed(difference)}"
 
 
 def _table(corner: str, reference: ComparedArm, others: Sequence[ComparedArm]) -> Table:
@@ -376,4 +384,4 @@ def _table(corner: str, reference: ComparedArm, others: Sequence[ComparedArm]) -
 def _format_interval(interval: Interval | None, unit: str) -> str:
     if interval is None:
         return "no interval"
-    return f"{span(interval.low, interval.high, digits=1 if unit else 2, signs=True, unit=unit)} {interval.unit[0]}"
+    return f"{format_interval(interval.low, interval.high, digits=1 if unit else 2, signs=True, unit=unit)} {interval.unit[0]}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from pause_ray.core.format import named, p_value, signed, span
+from pause_ray.core.format import format_interval, format_list, format_p_value, format_signed
 from pause_ray.evaluation.statistics import SIGNIFICANT, min_replicates, wilson
 from pause_ray.report.results import ArmResult, Contrast, SweepResults, TrialResult
 
@@ -37,7 +37,7 @@ def notes(results: SweepResults) -> list[str]:
     found: list[str] = []
     if not results.is_finished:
         waiting = [condition.label for condition in results.conditions if condition.num_missing]
-        found.append(f"Unfinished: {results.progress}. Missing in whole or in part: {named(waiting)}.")
+        found.append(f"Unfinished: {results.progress}. Missing in whole or in part: {format_list(waiting)}.")
     if results.num_stopped:
         found.append(
             f"{results.num_stopped} of {results.num_planned} trials were stopped early by proxy scores, or not started because their point "
@@ -60,11 +60,11 @@ def notes(results: SweepResults) -> list[str]:
     if any(condition.is_reference for condition in results.scored):
         alone = [condition.label for condition in results.scored if not condition.is_reference and condition.comparison is None]
         if alone:
-            found.append(f"Not compared, because {results.reference_arm} has no single counterpart: {named(alone)}.")
+            found.append(f"Not compared, because {results.reference_arm} has no single counterpart: {format_list(alone)}.")
     overlapping = [condition.label for condition in results.scored if any(trial.overlaps for trial in condition.trials)]
     if overlapping:
         found.append(
-            f"The training text overlaps with the evaluation, which the spec permits, so this is not a fair test: {named(overlapping)}."
+            f"The training text overlaps with the evaluation, as the spec permits, so this is not a fair test: {format_list(overlapping)}."
         )
     return found
 
@@ -87,13 +87,14 @@ def _against_reference(results: SweepResults) -> str:
     leader = max(better or contrasts, key=lambda its: its.difference)
     highest = leader.difference == max(its.difference for its in contrasts)
     among = f", {'the best' if highest else 'one'} of {len(contrasts)} arms," if len(contrasts) > 1 else ""
-    worse_words = f"{named(worse)} scored lower by more than chance would explain." if worse else ""
+    worse_words = f"{format_list(worse)} scored lower by more than chance would explain." if worse else ""
     measured = _format_contrast(leader)
     if better:
         said = f"{leader.label}{among} scored {leader.difference:.2f} higher than {leader.other} {measured}: more than chance would explain"
         return f"{said}; {worse_words}" if worse else f"{said}."
     if leader.difference <= 0:
-        said = f"No arm scored higher than {reference}: the closest, {leader.label}, differs by {signed(leader.difference)} {measured}"
+        difference = format_signed(leader.difference)
+        said = f"No arm scored higher than {reference}: the closest, {leader.label}, differs by {difference} {measured}"
     else:
         said = f"No arm is better than {reference} beyond chance: {leader.label}{among} scored {leader.difference:.2f} higher {measured}"
     return f"{said}; {worse_words}" if worse else f"{said}. This sweep shows no difference between the arms."
@@ -112,16 +113,16 @@ def _against_control(results: SweepResults) -> str:
         leader = contrasts[max((its for its in results.scored if its.label in contrasts), key=_mean_score).label]
     apart = _apart(results, leader)
     which = "the best pause-tuned arm, " if len(contrasts) > 1 and not better else ""
-    end = f"{leader.label}{',' if which else ''} differs by {signed(leader.difference)} {_format_contrast(leader)}"
+    end = f"{leader.label}{',' if which else ''} differs by {format_signed(leader.difference)} {_format_contrast(leader)}"
     if better:
         once = leader.comparison.num_replicates == 1
         alone = "by the pauses or by the luck of one training run each" if once else "and so an effect of the pauses"
         end += f": more than chance would explain, {'by the pauses or by that' if apart else alone}"
     elif leader.label not in worse:
         end += ": nothing here is shown to be due to the pauses"
-    how = f"which differs in {named(apart)} too" if apart else "which was tuned the same way on the same texts without pauses"
+    how = f"which differs in {format_list(apart)} too" if apart else "which was tuned the same way on the same texts without pauses"
     said = f"Against {leader.other}, {how}, {which}{end}"
-    return f"{said}; with pauses {named(worse)} scored lower by more than chance would explain." if worse else f"{said}."
+    return f"{said}; with pauses {format_list(worse)} scored lower by more than chance would explain." if worse else f"{said}."
 
 
 def _apart(results: SweepResults, contrast: Contrast) -> list[str]:
@@ -151,13 +152,13 @@ def _confounding_notes(results: SweepResults) -> list[str]:
         if results.control_arm is not None:
             remedy = f"{results.control_arm} must have finished trials, and one counterpart for each of them"
         found.append(
-            f"Tuning and pauses are confounded: {named(mixed)} had both and {results.reference_arm} had neither, so a difference "
+            f"Tuning and pauses are confounded: {format_list(mixed)} had both and {results.reference_arm} had neither, so a difference "
             f"between them may come from tuning alone. To tell them apart, {remedy}."
         )
     for contrast in results.control_contrasts:
         apart = _apart(results, contrast)
         if apart:
-            found.append(f"{contrast.label} and its control {contrast.other} differ in more than pauses: {named(apart)}.")
+            found.append(f"{contrast.label} and its control {contrast.other} differ in more than pauses: {format_list(apart)}.")
     return found
 
 
@@ -200,12 +201,13 @@ def _power_notes(results: SweepResults) -> list[str]:
     ]
     if at_odds:
         found.append(
-            f"Interval and p disagree on whether there is a difference: {named(at_odds)}. An arm counts as different only if both agree."
+            f"Interval and p disagree on whether there is a difference: {format_list(at_odds)}. "
+            "An arm counts as different only if both agree."
         )
     flat = [condition.label for condition in results.scored if _is_flat(condition)]
     if flat:
         found.append(
-            f"All replicates have the same mean or the same difference, so their spread gives no interval: {named(flat)}. "
+            f"All replicates have the same mean or the same difference, so their spread gives no interval: {format_list(flat)}. "
             "The interval is over cells instead, and does not cover other texts."
         )
     return found
@@ -220,7 +222,7 @@ def _detectable_notes(results: SweepResults) -> list[str]:
     seen = {name: size for name, size in sizes.items() if size <= 1}
     found = []
     if seen:
-        each = named([f"{name} {size:.2f}" for name, size in seen.items()])
+        each = format_list([f"{name} {size:.2f}" for name, size in seen.items()])
         told = each if len(seen) <= MOST_NAMED else f"{min(seen.values()):.2f} to {max(seen.values()):.2f}"
         found.append(
             "Where no difference is shown, the smallest true one that this design would have found four times of five: "
@@ -228,7 +230,7 @@ def _detectable_notes(results: SweepResults) -> list[str]:
         )
     if len(seen) < len(sizes):
         names = [name for name in sizes if name not in seen]
-        told = named(names) if len(names) <= MOST_NAMED else f"{len(names)} comparisons"
+        told = format_list(names) if len(names) <= MOST_NAMED else f"{len(names)} comparisons"
         found.append(f"With answers so few or so scattered, even the largest true difference would often be missed: {told}.")
     return found
 
@@ -258,12 +260,12 @@ def _precision_notes(results: SweepResults) -> list[str]:
     if unmeasured:
         found.append(
             "Scored below float32, and how often that alone changes an answer was not measured (engine.numerics_check_cells): "
-            f"{named(unmeasured)}."
+            f"{format_list(unmeasured)}."
         )
     margins = {its.label: [row.margin for row in its.rows if row.margin is not None] for its in results.scored}
     near = {label: sum(margin < NEAR_TIE_LOGITS for margin in its) for label, its in margins.items()}
     if sum(near.values()) > NEAR_TIE_SHARE * sum(map(len, margins.values())):
-        told = named([f"{label} {number} of {len(margins[label])}" for label, number in near.items() if margins[label]])
+        told = format_list([f"{label} {number} of {len(margins[label])}" for label, number in near.items() if margins[label]])
         found.append(
             f"Greedy near-ties: answers in which the two best next tokens were once within {NEAR_TIE_LOGITS} logits, so that other "
             f"hardware or software may give another answer: {told}."
@@ -299,19 +301,19 @@ def _cell_notes(results: SweepResults) -> list[str]:
     if unscored:
         reasons = Counter(row.unscored_reason for condition in results.scored for row in condition.rows if row.score is None)
         why = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
-        found.append(f"Cells that could not be scored are in no mean: {named(unscored)}. Reasons: {why}.")
+        found.append(f"Cells that could not be scored are in no mean: {format_list(unscored)}. Reasons: {why}.")
     unpaired = [
         f"{its.label} against {its.other} {its.comparison.num_unpaired}"
         for its in [*results.contrasts, *results.control_contrasts]
         if its.comparison.num_unpaired
     ]
     if unpaired:
-        found.append(f"Cells of the two arms without a scored counterpart are not compared: {named(unpaired)}.")
+        found.append(f"Cells of the two arms without a scored counterpart are not compared: {format_list(unpaired)}.")
     repeated = [f"{label} {its.num_repeated} of {its.num_scored}" for label, its in summaries if its.num_repeated]
     if repeated:
         found.append(
             "Depths so close that the needle lands at the same sentence make the same prompt, which counts once in means, intervals and "
-            f"tests; repeated cells: {named(repeated)}."
+            f"tests; repeated cells: {format_list(repeated)}."
         )
     mixed = {condition.label: Counter(row.scorer for row in condition.rows) for condition in results.scored}
     mixed = {label: its for label, its in mixed.items() if len(its) > 1}
@@ -327,7 +329,7 @@ def _cut_off_notes(conditions: Sequence[tuple[str, Sequence[TrialResult]]]) -> l
     counts = [(label, sum(its.num_cut_off for its in trials), sum(len(its.rows) for its in trials)) for label, trials in conditions]
     if len({cut_off / cells for _, cut_off, cells in counts if cells}) < 2:
         return []
-    told = named([f"{label} {cut_off} of {cells}" for label, cut_off, cells in counts])
+    told = format_list([f"{label} {cut_off} of {cells}" for label, cut_off, cells in counts])
     return [f"Arms differ in how many answers reached max_new_tokens without an end, which can lose or gain keywords: {told}."]
 
 
@@ -335,10 +337,10 @@ def _format_contrast(contrast: Contrast) -> str:
     """Return a text such as ``on the same 9 questions (95 % interval -0.10 to +0.30, p = 0.25, corrected 1.00)``."""
     comparison = contrast.comparison
     interval = comparison.interval
-    details = [f"95 % interval {span(interval.low, interval.high, signs=True)}"] if interval else []
-    details.append(f"p {p_value(comparison.p)}" if comparison.p < 0.001 else f"p = {p_value(comparison.p)}")
+    details = [f"95 % interval {format_interval(interval.low, interval.high, signs=True)}"] if interval else []
+    details.append(f"p {format_p_value(comparison.p)}" if comparison.p < 0.001 else f"p = {format_p_value(comparison.p)}")
     if contrast.corrected_p != comparison.p:
-        details.append(f"corrected {p_value(contrast.corrected_p)}")
+        details.append(f"corrected {format_p_value(contrast.corrected_p)}")
     where = ", on this haystack and wording" if comparison.num_replicates == 1 else ""
     return f"on the same {comparison.num_pairs} questions{where} ({', '.join(details)})"
 

@@ -11,11 +11,24 @@ import importlib.metadata
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pause_ray.core.format import count, duration, memory, money, number, p_value, percent, signed, signed_percent, span, title, value_range
+from pause_ray.core.format import (
+    format_count,
+    format_duration,
+    format_interval,
+    format_memory,
+    format_money,
+    format_number,
+    format_p_value,
+    format_percent,
+    format_signed,
+    format_signed_percent,
+    format_title,
+    format_values,
+)
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import Storage, space_errors, write_text
 from pause_ray.evaluation.compare import compare_arms, is_middle, recall_by_depth, summarize
@@ -62,7 +75,7 @@ def facts(results: SweepResults) -> list[tuple[str, str]]:
         return [("Trials", results.progress)]
     lengths = sorted({row.context_tokens for row in rows})
     asked = sorted({num_asked(row) for row in rows if row.facts})
-    several = [("Facts per question", value_range([str(number) for number in asked], "").strip())] if asked not in ([], [1]) else []
+    several = [("Facts per question", format_values([str(number) for number in asked], "").strip())] if asked not in ([], [1]) else []
     precisions = sorted({_precision(trial.spec) for trial in results.trials} - {""})
     return [
         ("Trials", results.progress),
@@ -71,7 +84,7 @@ def facts(results: SweepResults) -> list[tuple[str, str]]:
         ("Engine", ", ".join(sorted({row.engine for row in rows}))),
         ("Task", ", ".join(sorted({row.task for row in rows}))),
         *several,
-        ("Context", value_range([f"{length:,}" for length in lengths], "tokens")),
+        ("Context", format_values([f"{length:,}" for length in lengths], "tokens")),
         ("Needle positions", _positions(results, rows)),
         ("Cells answered", f"{len(rows):,}"),
         ("Replicates", str(len({row.replicate for row in rows}))),
@@ -214,7 +227,7 @@ def corpora(results: SweepResults) -> list[JsonObject]:
 
 def plain(stats: JsonObject) -> dict[str, str]:
     """Return the statistics of a corpus that are single values, as titles and texts."""
-    return {title(name): _value(value) for name, value in stats.items() if not isinstance(value, dict | list)}
+    return {format_title(name): _value(value) for name, value in stats.items() if not isinstance(value, dict | list)}
 
 
 def histograms(stats: JsonObject) -> list[tuple[str, list[tuple[str, float, float]]]]:
@@ -228,7 +241,7 @@ def histograms(stats: JsonObject) -> list[tuple[str, list[tuple[str, float, floa
         else:
             continue
         highest = max((height for _, height in bars), default=0) or 1
-        shown.append((title(name), [(label, height, height / highest) for label, height in bars]))
+        shown.append((format_title(name), [(label, height, height / highest) for label, height in bars]))
     return shown
 
 
@@ -246,7 +259,7 @@ def answers_per_field(results: SweepResults) -> int:
 
 def _positions(results: SweepResults, rows: Sequence[CellResult]) -> str:
     if results.axis.kind == "percent":
-        return value_range([f"{depth:g}" for depth in sorted({row.depth_percent for row in rows})], "%")
+        return format_values([f"{depth:g}" for depth in sorted({row.depth_percent for row in rows})], "%")
     if results.axis.kind == "lattice":
         return f"every {results.axis.lattice_tokens:,} tokens, and the end"
     if not all(trial.suite.get("samples") for trial in results.trials):
@@ -303,8 +316,9 @@ def page(results: SweepResults, drawn: Mapping[str, str]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    words = {"number": number, "signed": signed, "signed_percent": signed_percent, "count": count, "memory": memory}
-    environment.filters |= words | {"percent": percent, "money": money, "duration": duration, "title": title, "p_value": p_value}
+    formats: list[Callable[..., str]] = [format_number, format_signed, format_signed_percent, format_count, format_memory]
+    formats += [format_percent, format_money, format_duration, format_title, format_p_value]
+    environment.filters |= {function.__name__.removeprefix("format_"): function for function in formats}
     environment.globals |= {
         "format_interval": _format_interval,
         "format_percent_interval": _format_percent_interval,
@@ -369,7 +383,7 @@ def _format_best(results: SweepResults) -> str:
     if found is None or len(results.scored) < 2:
         return ""
     chosen = f"chosen as the best of {len(results.scored)}, so its value is an overestimate"
-    return f"\nBest by {format_objective(found.objective)}: {found.condition.label}, {number(found.value)} ({chosen})."
+    return f"\nBest by {format_objective(found.objective)}: {found.condition.label}, {format_number(found.value)} ({chosen})."
 
 
 def corpus_table(stats: JsonObject) -> Table:
@@ -386,12 +400,12 @@ def corpus_table(stats: JsonObject) -> Table:
 
 
 def _format_interval(interval: Interval | None, *, signs: bool = False) -> str:
-    return "–" if interval is None else span(interval.low, interval.high, signs=signs)
+    return "–" if interval is None else format_interval(interval.low, interval.high, signs=signs)
 
 
 def _format_percent_interval(interval: Interval | None) -> str:
     """Return an interval in percent as a text such as ``−1.2 to +4.0 %``."""
-    return "" if interval is None else span(interval.low, interval.high, digits=1, signs=True, unit=" %")
+    return "" if interval is None else format_interval(interval.low, interval.high, digits=1, signs=True, unit=" %")
 
 
 def _terminal_row(condition: ArmResult) -> list[str]:
@@ -401,22 +415,22 @@ def _terminal_row(condition: ArmResult) -> list[str]:
     missing = condition.num_missing
     return [
         condition.label + (f" ({missing} of {condition.num_planned} to come)" if missing else ""),
-        f"{number(summary.grand_mean)}{_bracketed(summary.interval)}",
+        f"{format_number(summary.grand_mean)}{_bracketed(summary.interval)}",
         "reference"
         if condition.is_reference
-        else f"{signed(comparison.difference)}{_bracketed(comparison.interval, signs=True)}"
+        else f"{format_signed(comparison.difference)}{_bracketed(comparison.interval, signs=True)}"
         if comparison
         else "",
-        p_value(condition.corrected_p) if comparison else "",
-        percent(summary.exact_recall),
+        format_p_value(condition.corrected_p) if comparison else "",
+        format_percent(summary.exact_recall),
         str(summary.num_unscored),
     ]
 
 
 def _control_row(contrast: Contrast) -> list[str]:
     comparison = contrast.comparison
-    difference = f"{signed(contrast.difference)}{_bracketed(comparison.interval, signs=True)}"
-    return [f"{contrast.label} vs {contrast.other}", "", difference, p_value(contrast.corrected_p), "", ""]
+    difference = f"{format_signed(contrast.difference)}{_bracketed(comparison.interval, signs=True)}"
+    return [f"{contrast.label} vs {contrast.other}", "", difference, format_p_value(contrast.corrected_p), "", ""]
 
 
 def _bracketed(interval: Interval | None, *, signs: bool = False) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pause_ray.core.errors import StorageError
-from pause_ray.core.format import number, p_value, signed, span
+from pause_ray.core.format import format_interval, format_number, format_p_value, format_signed
 from pause_ray.core.spec import JsonObject, digest
 from pause_ray.core.storage import MANIFEST, Storage, is_complete, read_json
 from pause_ray.evaluation.compare import summarize
@@ -381,7 +381,7 @@ def _shown_first(condition: ArmResult) -> tuple[bool, float]:
 def _row(condition: ArmResult) -> str:
     summary = condition.summary
     nothing = "not finished" if condition.num_missing else "stopped early"
-    score = nothing if summary is None else number(summary.grand_mean)
+    score = nothing if summary is None else format_number(summary.grand_mean)
     unscored = f"{summary.num_unscored} of {summary.num_cells}" if summary else ""
     measured = _format_contrast(condition.against_reference, otherwise="reference" if condition.is_reference else "")
     return f"| {_cell(condition.label)} | {score} | {measured} | {unscored} |"
@@ -397,8 +397,9 @@ def _format_contrast(contrast: Contrast | None, *, otherwise: str = "") -> str:
     if contrast is None:
         return f"{otherwise} | | "
     interval = contrast.comparison.interval
-    words = span(interval.low, interval.high, signs=True) if interval else ""
-    return f"{signed(contrast.difference)} | {words} | {p_value(contrast.comparison.p)} ({p_value(contrast.corrected_p)})"
+    words = format_interval(interval.low, interval.high, signs=True) if interval else ""
+    p, corrected = format_p_value(contrast.comparison.p), format_p_value(contrast.corrected_p)
+    return f"{format_signed(contrast.difference)} | {words} | {p} ({corrected})"
 
 
 def _contrast_metrics(results: SweepResults) -> dict[str, float]:

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from pause_ray.core.errors import StorageError
-from pause_ray.core.format import duration, money, signed
+from pause_ray.core.format import format_duration, format_money, format_signed
 from pause_ray.core.storage import Storage
 from pause_ray.evaluation.statistics import BOOTSTRAP_UNITS
 from pause_ray.report.findings import format_noise, headline, notes
@@ -338,9 +338,9 @@ def test_a_damaged_ledger_is_named(storage: Storage) -> None:
 
 
 def test_numbers_for_people() -> None:
-    assert [signed(value) for value in (0.125, -0.5, 0.001, None)] == ["+0.12", "−0.50", "0.00", "–"]
-    assert [duration(seconds) for seconds in (0.4, 41, 720, 9000)] == ["0.4 s", "41 s", "12 min", "2.5 h"]
-    assert [money(amount) for amount in (1234.567, 0.000123)] == ["1,234.57", "0.00012"]
+    assert [format_signed(value) for value in (0.125, -0.5, 0.001, None)] == ["+0.12", "−0.50", "0.00", "–"]
+    assert [format_duration(seconds) for seconds in (0.4, 41, 720, 9000)] == ["0.4 s", "41 s", "12 min", "2.5 h"]
+    assert [format_money(amount) for amount in (1234.567, 0.000123)] == ["1,234.57", "0.00012"]
 
 
 def test_reading_results_needs_no_plotting() -> None:
