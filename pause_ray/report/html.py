@@ -11,24 +11,12 @@ import importlib.metadata
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pause_ray.core.format import (
-    format_count,
-    format_duration,
-    format_interval,
-    format_memory,
-    format_money,
-    format_number,
-    format_p_value,
-    format_percent,
-    format_signed,
-    format_signed_percent,
-    format_title,
-    format_values,
-)
+from pause_ray.core import format as formats
+from pause_ray.core.format import format_interval, format_number, format_p_value, format_percent, format_signed
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import Storage, space_errors, write_text
 from pause_ray.evaluation.compare import compare_arms, is_middle, recall_by_depth, summarize
@@ -75,7 +63,9 @@ def facts(results: SweepResults) -> list[tuple[str, str]]:
         return [("Trials", results.progress)]
     lengths = sorted({row.context_tokens for row in rows})
     asked = sorted({num_asked(row) for row in rows if row.facts})
-    several = [("Facts per question", format_values([str(number) for number in asked], "").strip())] if asked not in ([], [1]) else []
+    several = (
+        [("Facts per question", formats.format_values([str(number) for number in asked], "").strip())] if asked not in ([], [1]) else []
+    )
     precisions = sorted({_precision(trial.spec) for trial in results.trials} - {""})
     return [
         ("Trials", results.progress),
@@ -84,7 +74,7 @@ def facts(results: SweepResults) -> list[tuple[str, str]]:
         ("Engine", ", ".join(sorted({row.engine for row in rows}))),
         ("Task", ", ".join(sorted({row.task for row in rows}))),
         *several,
-        ("Context", format_values([f"{length:,}" for length in lengths], "tokens")),
+        ("Context", formats.format_values([f"{length:,}" for length in lengths], "tokens")),
         ("Needle positions", _positions(results, rows)),
         ("Cells answered", f"{len(rows):,}"),
         ("Replicates", str(len({row.replicate for row in rows}))),
@@ -227,7 +217,7 @@ def corpora(results: SweepResults) -> list[JsonObject]:
 
 def plain(stats: JsonObject) -> dict[str, str]:
     """Return the statistics of a corpus that are single values, as titles and texts."""
-    return {format_title(name): _value(value) for name, value in stats.items() if not isinstance(value, dict | list)}
+    return {formats.format_title(name): _value(value) for name, value in stats.items() if not isinstance(value, dict | list)}
 
 
 def histograms(stats: JsonObject) -> list[tuple[str, list[tuple[str, float, float]]]]:
@@ -241,7 +231,7 @@ def histograms(stats: JsonObject) -> list[tuple[str, list[tuple[str, float, floa
         else:
             continue
         highest = max((height for _, height in bars), default=0) or 1
-        shown.append((format_title(name), [(label, height, height / highest) for label, height in bars]))
+        shown.append((formats.format_title(name), [(label, height, height / highest) for label, height in bars]))
     return shown
 
 
@@ -259,7 +249,7 @@ def answers_per_field(results: SweepResults) -> int:
 
 def _positions(results: SweepResults, rows: Sequence[CellResult]) -> str:
     if results.axis.kind == "percent":
-        return format_values([f"{depth:g}" for depth in sorted({row.depth_percent for row in rows})], "%")
+        return formats.format_values([f"{depth:g}" for depth in sorted({row.depth_percent for row in rows})], "%")
     if results.axis.kind == "lattice":
         return f"every {results.axis.lattice_tokens:,} tokens, and the end"
     if not all(trial.suite.get("samples") for trial in results.trials):
@@ -316,9 +306,7 @@ def page(results: SweepResults, drawn: Mapping[str, str]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    formats: list[Callable[..., str]] = [format_number, format_signed, format_signed_percent, format_count, format_memory]
-    formats += [format_percent, format_money, format_duration, format_title, format_p_value]
-    environment.filters |= {function.__name__.removeprefix("format_"): function for function in formats}
+    environment.filters |= {name.removeprefix("format_"): shown for name, shown in vars(formats).items() if name.startswith("format_")}
     environment.globals |= {
         "format_interval": _format_interval,
         "format_percent_interval": _format_percent_interval,
