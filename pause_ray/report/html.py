@@ -63,9 +63,8 @@ def facts(results: SweepResults) -> list[tuple[str, str]]:
         return [("Trials", results.progress)]
     lengths = sorted({row.context_tokens for row in rows})
     asked = sorted({num_asked(row) for row in rows if row.facts})
-    several = (
-        [("Facts per question", formats.format_values([str(number) for number in asked], "").strip())] if asked not in ([], [1]) else []
-    )
+    num_facts = formats.format_values([str(number) for number in asked], "").strip()
+    several = [("Facts per question", num_facts)] if asked not in ([], [1]) else []
     precisions = sorted({_precision(trial.spec) for trial in results.trials} - {""})
     return [
         ("Trials", results.progress),
@@ -306,7 +305,7 @@ def page(results: SweepResults, drawn: Mapping[str, str]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {name.removeprefix("format_"): shown for name, shown in vars(formats).items() if name.startswith("format_")}
+    environment.filters |= {name: function for name, function in vars(formats).items() if name.startswith("format_")}
     environment.globals |= {
         "format_interval": _format_interval,
         "format_percent_interval": _format_percent_interval,
