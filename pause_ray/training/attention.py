@@ -19,12 +19,11 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from pause_ray.core.errors import ModelError
+from pause_ray.training.memory import BLOCK
 
 NAME = "pause_ray_documents"
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 """Values of ``layer_types`` in transformers' configs that this attention implements."""
-BLOCK = 512
-"""Queries at a time where a mask is needed: one mask of block × (window + block) then serves the whole document."""
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,12 @@ from torch.distributed import ProcessGroup
 from pause_ray.data.shards import NO_LOSS
 from pause_ray.training.attention import Layout, use_document_attention
 from pause_ray.training.batching import Batch
+from pause_ray.training.memory import CHUNK_LOGITS
 from pause_ray.training.model import output_layer
 
 PLAIN_OUTPUT = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text"}
 """Architectures whose logits are those of the output layer, with Gemma's soft cap where the config has one. Others may scale
 them, so their own forward pass computes the logits."""
-CHUNK_LOGITS = 2**24
-"""Logits at a time: 64 MiB in float32."""
 
 
 class LossModel(nn.Module):

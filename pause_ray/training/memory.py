@@ -9,8 +9,9 @@ model are within 15 % of it (``tests/real/test_memory.py``).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 from pause_ray.core.errors import SpecError
 from pause_ray.models.shape import BYTES, ModelShape
@@ -23,9 +24,9 @@ ROOM = 0.9
 DOUBT = 0.15
 """Relative error that a plan may have. A training is refused only if it would not fit with so much less memory either."""
 CHUNK_LOGITS = 2**24
-"""Logits that exist at a time, as in ``training.loss``."""
+"""Logits that ``training.loss`` computes at a time: 64 MiB in float32."""
 BLOCK = 512
-"""Queries at a time in layers whose attention needs a mask , as in ``training.attention``."""
+"""Queries at a time in layers whose attention needs a mask: one mask of block × (window + block) then serves the whole document."""
 HEAP_HOLES = 0.85
 """Memory lost in holes of the heap on CPUs, as a share of the activations: glibc cannot reuse a freed aligned block for a request of
 the same size. Measured with glibc 2.36; ``MALLOC_MMAP_THRESHOLD_=262144`` avoids the holes and costs time."""
@@ -37,19 +38,9 @@ CPU_PROCESS_BYTES = 700_000_000
 """Measured resident memory of one worker without CUDA."""
 NVME_BUFFER_BYTES = 1_000_000_000
 """DeepSpeed's page-locked buffers of one worker that moves parameters to a local disk: five of 10⁸ 16-bit numbers."""
-
-
 PARTS = (
-    "weights",
-    "gathered weights",
-    "adapter",
-    "gradients",
-    "optimizer",
-    "activations",
-    "heap holes",
-    "logits",
-    "buffers",
-    "runtime",
+    *("weights", "gathered weights", "adapter", "gradients", "optimizer"),
+    *("activations", "heap holes", "logits", "buffers", "runtime"),
 )
 """Parts of a worker's memory; a plan contains those that are not empty."""
 HOST_PARTS = ("processes", "training", "loading", "offloaded")
@@ -93,13 +84,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    train: TrainSpec,
-    *,
-    shape: ModelShape,
-    workers: Workers,
-    stage: int,
-    longest_row_tokens: int,
-    loss_tokens: int | None = None,
+    train: TrainSpec, *, shape: ModelShape, workers: Workers, stage: int, longest_row_tokens: int, loss_tokens: int | None = None
 ) -> MemoryPlan:
     """Return what one worker and one machine hold at the peak.
 
@@ -107,7 +92,7 @@ def plan_memory(
         train: What is trained.
         shape: Sizes of the base model.
         workers: Number and kind of workers.
-        stage: ZeRO stage, whatever the spec says.
+        stage: ZeRO stage; the spec's is not looked at.
         longest_row_tokens: Tokens of the longest row, pauses included.
         loss_tokens: Tokens with a loss in one row; None where all may have one.
     """
@@ -137,11 +122,11 @@ class _Sizes:
     def worker(self) -> dict[str, int]:
         activations = self._activations
         sizes = (
-            0 if self._parameters_away else self._weights_share,
+            0 if self._parameters_offloaded else self._weights_share,
             self._gathered,
             self._adapter,
             self._gradients,
-            0 if self._optimizer_away else self._optimizer,
+            0 if self._optimizer_offloaded else self._optimizer,
             activations,
             0 if self.workers.on_gpu else round(HEAP_HOLES * activations),
             self._logits,
@@ -176,16 +161,16 @@ class _Sizes:
         return math.ceil(self._weights / self.workers.number) if self.stage == 3 else self._weights
 
     @property
-    def _parameters_away(self) -> bool:
+    def _parameters_offloaded(self) -> bool:
         return self.train.zero.offload_parameters != "none" and self.stage == 3
 
     @property
-    def _optimizer_away(self) -> bool:
+    def _optimizer_offloaded(self) -> bool:
         return self.train.zero.offload_optimizer != "none" and self.stage > 0
 
     @property
     def _gathered(self) -> int:
-        if self.stage < 3 or (self.workers.number == 1 and not self._parameters_away):
+        if self.stage < 3 or (self.workers.number == 1 and not self._parameters_offloaded):
             return 0
         return min(self._weights, LIVE_BUCKETS * self.train.zero.bucket_elements * self._value)
 
@@ -275,9 +260,9 @@ class _Sizes:
     @property
     def _offloaded(self) -> int:
         zero, size = self.train.zero, 0
-        if self._optimizer_away:
+        if self._optimizer_offloaded:
             size += self._optimizer if zero.offload_optimizer == "cpu" else 4 * self._trained // self.workers.number
-        if self._parameters_away:
+        if self._parameters_offloaded:
             size += self._weights_share if zero.offload_parameters == "cpu" else NVME_BUFFER_BYTES
         return size
 
@@ -296,27 +281,14 @@ def possible_stages(train: TrainSpec) -> tuple[int, ...]:
 
 
 def cheapest_plan(
-    train: TrainSpec,
-    *,
-    shape: ModelShape,
-    workers: Workers,
-    memory_bytes: int,
-    longest_row_tokens: int,
-    loss_tokens: int | None = None,
+    train: TrainSpec, *, shape: ModelShape, workers: Workers, memory_bytes: int, longest_row_tokens: int, loss_tokens: int | None = None
 ) -> MemoryPlan | None:
     """Return the plan of the first possible stage that fits workers with ``memory_bytes`` each; None if none fits."""
-    plans = (
-        plan_memory(
-            train,
-            shape=shape,
-            workers=workers,
-            stage=stage,
-            longest_row_tokens=longest_row_tokens,
-            loss_tokens=loss_tokens,
-        )
-        for stage in possible_stages(train)
-    )
-    return next((plan for plan in plans if plan.worker_bytes <= ROOM * memory_bytes), None)
+    for stage in possible_stages(train):
+        plan = plan_memory(train, shape=shape, workers=workers, stage=stage, longest_row_tokens=longest_row_tokens, loss_tokens=loss_tokens)
+        if plan.worker_bytes <= ROOM * memory_bytes:
+            return plan
+    return None
 
 
 def resolve_stage(train: TrainSpec, *, shape: ModelShape | None, workers: int, memory_bytes: int | None, longest_row_tokens: int) -> int:
@@ -335,16 +307,16 @@ def resolve_stage(train: TrainSpec, *, shape: ModelShape | None, workers: int, m
     stages = possible_stages(train)
     if shape is None or memory_bytes is None:
         return stages[0]
-    who = Workers(number=workers, per_node=workers)
-    found = cheapest_plan(train, shape=shape, workers=who, memory_bytes=memory_bytes, longest_row_tokens=longest_row_tokens)
+    on_gpus = Workers(number=workers, per_node=workers)
+    found = cheapest_plan(train, shape=shape, workers=on_gpus, memory_bytes=memory_bytes, longest_row_tokens=longest_row_tokens)
     if found is not None:
         return found.stage
-    least = plan_memory(train, shape=shape, workers=who, stage=stages[-1], longest_row_tokens=longest_row_tokens)
+    least = plan_memory(train, shape=shape, workers=on_gpus, stage=stages[-1], longest_row_tokens=longest_row_tokens)
     if least.worker_bytes * (1 - DOUBT) <= memory_bytes:
         return least.stage
     raise SpecError(
-        f"train.zero.stage {train.zero.stage}: {_named(least, workers=workers)} exceed the {gigabytes(memory_bytes)} of a GPU; "
-        + what_would_fit(train, shape=shape, workers=who, memory_bytes=memory_bytes, longest_row_tokens=longest_row_tokens)
+        f"train.zero.stage {train.zero.stage}: {_largest_parts(least, workers=workers)} exceed the {gigabytes(memory_bytes)} of a GPU; "
+        + what_would_fit(train, shape=shape, workers=on_gpus, memory_bytes=memory_bytes, longest_row_tokens=longest_row_tokens)
     )
 
 
@@ -353,29 +325,34 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB" if size < 1e11 else f"{size / 1e9:,.0f} GB"
 
 
-def _named(plan: MemoryPlan, *, workers: int) -> str:
+def _largest_parts(plan: MemoryPlan, *, workers: int) -> str:
     largest = sorted(plan.worker.items(), key=lambda part: -part[1])[:2]
     parts = ", ".join(f"{part} {gigabytes(size)}" for part, size in largest)
-    who = "one worker" if workers == 1 else f"each of {workers} workers"
-    return f"{gigabytes(plan.worker_bytes)} ({parts}) for {who} at stage {plan.stage}"
+    subject = "one worker" if workers == 1 else f"each of {workers} workers"
+    return f"{gigabytes(plan.worker_bytes)} ({parts}) for {subject} at stage {plan.stage}"
 
 
 def what_would_fit(train: TrainSpec, *, shape: ModelShape, workers: Workers, memory_bytes: int, longest_row_tokens: int) -> str:
     """Return the remedy for a plan that does not fit: the fewest changes, cheapest first; then more workers."""
     for number in (workers.number * 2**power for power in range(9)):
-        who = Workers(number=number, per_node=workers.per_node)
+        layout = Workers(number=number, per_node=workers.per_node)
 
-        def fits(changes: Iterable[_Change], who: Workers = who) -> bool:
+        def fits(changes: Iterable[_Change], layout: Workers = layout) -> bool:
             changed = _with(train, changes)
-            if who != workers and changed.rows_per_step % (who.number // changed.sequence_parallel):
+            if layout != workers and changed.rows_per_step % (layout.number // changed.sequence_parallel):
                 return False  # more workers could not share the rows of a step
-            return bool(cheapest_plan(changed, shape=shape, workers=who, memory_bytes=memory_bytes, longest_row_tokens=longest_row_tokens))
+            plan = cheapest_plan(changed, shape=shape, workers=layout, memory_bytes=memory_bytes, longest_row_tokens=longest_row_tokens)
+            return plan is not None
 
         found = _fewest(list(_changes(train, shape=shape, workers=number)), fits)
         if found is not None:
             more = [f"{number} workers"] if number > workers.number else []
-            return f"what would fit: {' and '.join([*more, *(change.words for change in found)])}"
+            return f"what would fit: {' and '.join([*more, *(text for text, _ in found)])}"
     return f"nothing makes rows of {longest_row_tokens:,} tokens fit; choose shorter ones (corpus.sequence_len), or larger GPUs"
+
+
+_Change = tuple[str, dict[str, Any]]
+"""A possible change of a train spec: its text in a message, and the changed fields, those of ``zero`` in a mapping of their own."""
 
 
 def _fewest(offered: list[_Change], fits: Callable[[Iterable[_Change]], bool]) -> list[_Change] | None:
@@ -390,35 +367,26 @@ def _fewest(offered: list[_Change], fits: Callable[[Iterable[_Change]], bool]) -
     return None
 
 
-@dataclass(frozen=True)
-class _Change:
-    """A possible change of a train spec."""
-
-    words: str
-    train: Mapping[str, object]
-    zero: Mapping[str, object]
-
-
 def _changes(train: TrainSpec, *, shape: ModelShape, workers: int) -> Iterator[_Change]:
     if train.zero.stage != "auto" and train.quantize != "int8":
-        yield _Change("train.zero.stage: auto", {}, {"stage": "auto"})
+        yield "train.zero.stage: auto", {"zero": {"stage": "auto"}}
     if not train.gradient_checkpointing:
-        yield _Change("train.gradient_checkpointing: true", {"gradient_checkpointing": True}, {})
+        yield "train.gradient_checkpointing: true", {"gradient_checkpointing": True}
     if train.micro_batch_size > 1:
         smaller = {"micro_batch_size": 1, "gradient_accumulation_steps": train.rows_per_step}
-        yield _Change(f"train.micro_batch_size: 1 with train.gradient_accumulation_steps: {train.rows_per_step}", smaller, {})
+        yield f"train.micro_batch_size: 1 with train.gradient_accumulation_steps: {train.rows_per_step}", smaller
     parts = [parts for parts in (2, 4, 8, 16, 32) if train.sequence_parallel < parts <= shape.num_heads and workers % parts == 0]
     for number in parts[-1:]:
-        yield _Change(f"train.sequence_parallel: {number}", {"sequence_parallel": number}, {})
+        yield f"train.sequence_parallel: {number}", {"sequence_parallel": number}
     if train.zero.offload_parameters == "none" and train.quantize != "int8":
-        yield _Change("train.zero.offload_parameters: cpu", {}, {"stage": "auto", "offload_parameters": "cpu"})
+        yield "train.zero.offload_parameters: cpu", {"zero": {"stage": "auto", "offload_parameters": "cpu"}}
     if train.quantize is None and train.precision != "float32":
-        yield _Change("train.quantize: nf4", {"quantize": "nf4"}, {})
+        yield "train.quantize: nf4", {"quantize": "nf4"}
 
 
 def _with(train: TrainSpec, changes: Iterable[_Change]) -> TrainSpec:
-    zero, fields = dict[str, object](), dict[str, object]()
-    for change in changes:
-        zero |= change.zero
-        fields |= change.train
-    return train.model_copy(update={**fields, "zero": train.zero.model_copy(update=zero)})
+    fields, zero = dict[str, Any](), dict[str, Any]()
+    for _, changed in changes:
+        fields |= changed
+        zero |= changed.get("zero", {})
+    return train.model_copy(update=fields | {"zero": train.zero.model_copy(update=zero)})
