@@ -197,7 +197,7 @@ def _mfu(workload: Workload, seconds: float) -> float | None:
     labelled = sum(num_loss_tokens(row) for row in workload.rows)
     flops = step_flops(ModelShape.load(workload.model_dir), document_tokens=lengths, loss_tokens=labelled)
     timed = (workload.train.max_steps - 1) / workload.train.max_steps
-    return model_flops_utilization(flops * timed, seconds=seconds, device_names=[torch.cuda.get_device_name()])
+    return model_flops_utilization(flops * timed, seconds=seconds, device_name=torch.cuda.get_device_name())
 
 
 def _device() -> str:

@@ -94,9 +94,10 @@ def pause_ray(case: Case, *, num_workers: int = 0) -> dict[str, Any]:
     from pause_ray.core import ray_cluster
     from pause_ray.core.storage import Storage
     from pause_ray.training import launch, metrics
+    from pause_ray.training.spec import TrainJob
 
     metrics.POLL_SECONDS = LOOK_SECONDS
-    job = launch.TrainJob(
+    job = TrainJob(
         train=case.train,
         model_dir=case.model_dir,
         base_digest="bench",

@@ -169,6 +169,17 @@ class GlobalBatch:
         """Tokens of all rows, without padding and idle ones."""
         return sum(len(self.rows[number].input_ids) for number in self.numbers)
 
+    def computed_tokens(self, *, parts: int) -> int:
+        """Return the tokens that go through the model: the rows of each pass end to end, padded to ``parts`` equal parts."""
+        passes = (sum(len(self.rows[number].input_ids) for number in numbers) for group in self.passes for numbers in group)
+        return sum(tokens + -tokens % parts for tokens in passes)
+
+    @property
+    def document_tokens(self) -> list[int]:
+        """Tokens of each document of all rows."""
+        rows = [self.rows[number] for number in self.numbers]
+        return [int(tokens) for row in rows for tokens in np.diff(row.document_starts, append=len(row.input_ids))]
+
 
 def learning_rate(step: int, train: TrainSpec) -> float:
     """Return the rate of optimizer step ``step`` (from 0): a linear warm-up to the peak, then the schedule down towards zero.

@@ -10,7 +10,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,10 @@ from pause_ray.models.checkpoint import (
 )
 from pause_ray.models.shape import ModelShape
 from pause_ray.models.sources import row_limit_tokens
-from pause_ray.text.tokenizer import MarkerToken, ModelTokenizer
+from pause_ray.text.tokenizer import ModelTokenizer
 from pause_ray.training.batching import batch_layout, check_corpus, check_heads
 from pause_ray.training.metrics import Progress, following
-from pause_ray.training.spec import FORMAT, TrainSpec, WorkerConfig
+from pause_ray.training.spec import FORMAT, TrainJob, TrainSpec, WorkerConfig
 
 FRUITLESS_ATTEMPTS = 3
 """Attempts in a row that were lost without a new checkpoint, after which training gives up."""
@@ -64,26 +64,17 @@ class Recovery(ray.train.UserCallback):  # type: ignore[misc]
                 raise failure
         lost = [getattr(failure, "health_check_failure", failure) for failure in worker_exceptions.values()]
         if any(getattr(failure, "preempted", False) for failure in lost):
-            return  # announced, and told again until the node is gone
+            return  # announced, and reported again until the node is gone
         step = self._running.last_step()
         self._fruitless = 1 if step != self._last_step else self._fruitless + 1
         self._last_step = step
         if self._fruitless >= FRUITLESS_ATTEMPTS:
-            told = "; ".join(f"worker {rank}: {_last_line(failure)}" for rank, failure in worker_exceptions.items())
+            reasons = {rank: (str(failure).strip() or repr(failure)).splitlines()[-1] for rank, failure in worker_exceptions.items()}
+            listed = "; ".join(f"worker {rank}: {reason}" for rank, reason in reasons.items())
             raise TrainingError(
-                f"workers were lost {self._fruitless} times in a row after step {step} ({told}); look at their nodes, "
+                f"workers were lost {self._fruitless} times in a row after step {step} ({listed}); look at their nodes, "
                 "give them more memory, or set train.checkpoint_every to fewer steps; the same command goes on"
             )
-
-
-def run_config(running: RunningTraining, *, name: str, storage: str) -> ray.train.RunConfig:
-    """Ray Train's settings for a training that survives its workers; ``storage`` is where it keeps its own notes."""
-    return ray.train.RunConfig(
-        name=name,
-        storage_path=storage,
-        failure_config=ray.train.FailureConfig(max_failures=-1),  # Recovery decides
-        callbacks=[Recovery(running)],
-    )
 
 
 def cause_of(error: Exception) -> Exception:
@@ -98,12 +89,8 @@ def cause_of(error: Exception) -> Exception:
     return TrainingError(f"Ray Train gave up: {error}")
 
 
-def _last_line(failure: Exception) -> str:
-    return (str(failure).strip() or repr(failure)).splitlines()[-1]
-
-
 def _may_be_the_machine(failure: Exception) -> bool:
-    """Lost workers, which Ray tells in exceptions of its own, and unreachable peers and broken GPUs, of which torch's are RuntimeErrors."""
+    """Return whether a failure is a lost worker (an exception of Ray), or an unreachable peer or broken GPU (torch's RuntimeError)."""
     return isinstance(failure, RuntimeError) or type(failure).__module__.startswith("ray.")
 
 
@@ -114,27 +101,6 @@ RAY_FOLDER = "ray"
 StageCallback = Callable[[Stage], None]
 """Called with ``WAITING`` before the call waits for another process that trains the same adapter, and with ``TRAINING`` when it trains."""
 log = logging.getLogger("pause_ray")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainJob:
-    """Everything that decides an adapter, and how many threads may compute it."""
-
-    train: TrainSpec
-    model_dir: Path
-    """Base model: config.json, tokenizer.json, *.safetensors."""
-    base_digest: str
-    """``model_digest`` of that folder."""
-    shards: Path
-    """Folder of a complete shard set."""
-    marker: MarkerToken | None
-    """Marker token whose embedding row is trained, or None."""
-    policy: JsonObject | None
-    """The resolved pause policy of the shards, for the record; None without pauses."""
-    seed: int
-    """Seed of the row order and of the adapter's first values."""
-    threads: int | None
-    """Threads of one worker on a CPU; None divides the machine's cores among the workers on it."""
 
 
 def train_digest(job: TrainJob) -> str:
@@ -209,27 +175,17 @@ def fit(
     shards = ShardSet.open(job.shards)
     whole = storage.checkpoints / _digest(_identity(job, shards))
     with exclusive(lock_of(whole), waiting=functools.partial(_wait_for, stage=stage)):
-        failures: list[Exception] = []
+        reports = None
         steps, folder = _goal(job, whole, until=until)
         if not is_complete(folder):
             if stage is not None:
                 stage(Stage.TRAINING)
-            failures = _train(
-                job,
-                shards,
-                whole=whole,
-                folder=folder,
-                until=steps,
-                progress=progress,
-                stop=stop,
-                num_workers=num_workers,
-                cpus_per_worker=cpus_per_worker,
-                gpus_per_worker=gpus_per_worker,
-            )
+            scaling = _scaling(num_workers, cpus=cpus_per_worker, gpus=gpus_per_worker)
+            reports = _train(job, shards, whole=whole, folder=folder, until=steps, progress=progress, stop=stop, scaling=scaling)
         if folder == whole:
             remove_training(whole)  # also the remains of a training that was killed before this line
-        if failures:
-            raise failures[0]
+        if reports is not None:
+            reports.result()
         return Checkpoint.open(folder)
 
 
@@ -242,31 +198,25 @@ def _train(
     until: int,
     progress: Progress,
     stop: threading.Event | None,
-    num_workers: int | tuple[int, int],
-    cpus_per_worker: float,
-    gpus_per_worker: float,
-) -> list[Exception]:
-    """Make the checkpoint ``folder`` and return the errors that ``progress`` raised meanwhile; arguments as for ``fit``."""
+    scaling: ray.train.ScalingConfig,
+) -> Future[None]:
+    """Make the checkpoint ``folder``; the result raises what ``progress`` raised meanwhile."""
     if stop is not None and stop.is_set():
         raise StoppedError("training was asked to end before it began; the same command begins it")
     _check_job(job, shards)
-    failures: list[Exception] = []
-    on_gpu = gpus_per_worker > 0 if num_workers else None
+    on_gpu = scaling.use_gpu if scaling.num_workers else None
     with (
         _making(job, shards, whole=whole, folder=folder, until=until, on_gpu=on_gpu) as config,
-        following(config.folder / TRAINING_LOG, steps=job.train.max_steps, progress=progress, failures=failures),
+        following(config.folder / TRAINING_LOG, steps=job.train.max_steps, progress=progress) as reports,
         _stoppable(config.folder / STOP, asked=stop),
     ):
-        run_workers(
-            _train_on_worker,
-            {"worker": config},
-            running=config.running,
-            notes=config.folder,
-            num_workers=num_workers,
-            cpus_per_worker=cpus_per_worker,
-            gpus_per_worker=gpus_per_worker,
-        )
-    return failures
+        run_workers(config, scaling=scaling)
+    return reports
+
+
+def _scaling(num_workers: int | tuple[int, int], *, cpus: float, gpus: float) -> ray.train.ScalingConfig:
+    resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    return ray.train.ScalingConfig(num_workers=num_workers, use_gpu=gpus > 0, resources_per_worker=resources if num_workers else None)
 
 
 def _goal(job: TrainJob, whole: Path, *, until: int | None) -> tuple[int, Path]:
@@ -314,12 +264,7 @@ def _making(job: TrainJob, shards: ShardSet, *, whole: Path, folder: Path, until
         copy_tokenizer(job.model_dir, scratch, marker=job.marker)
         spec = {"train": job.train.resolved(), "pauses": job.policy, "shards": job.shards.name, "seed": job.seed}
         yield WorkerConfig(
-            train=job.train,
-            model_dir=job.model_dir.absolute(),
-            shards=job.shards.absolute(),
-            marker=job.marker,
-            seed=job.seed,
-            threads=job.threads,
+            job=dataclasses.replace(job, model_dir=job.model_dir.absolute(), shards=job.shards.absolute()),
             on_gpu=on_gpu,
             folder=scratch.absolute(),
             running=running,
@@ -369,40 +314,22 @@ def _check_workers(train: TrainSpec, num_workers: int | tuple[int, int]) -> None
         raise SpecError(f"{most} workers, but only {train.rows_per_step} rows per step; allow fewer workers")
 
 
-def run_workers(
-    train: Callable[[dict[str, Any]], None],
-    config: dict[str, Any],
-    *,
-    running: RunningTraining,
-    notes: Path,
-    num_workers: int | tuple[int, int],
-    cpus_per_worker: float,
-    gpus_per_worker: float,
-) -> None:
-    """Let Ray Train run ``train(config)`` on every worker, again and again as long as ``Recovery`` has it so.
-
-    Args:
-        train: Imports what it needs itself: this process has no model library.
-        config: What it is called with.
-        running: Tells whether attempts get further.
-        notes: Folder for Ray Train's own notes.
-        num_workers: As in ``fit``.
-        cpus_per_worker: As in ``fit``.
-        gpus_per_worker: As in ``fit``.
-    """
+def run_workers(config: WorkerConfig, *, scaling: ray.train.ScalingConfig) -> None:
+    """Let Ray Train run ``train_on_worker`` on every worker, again and again as long as ``Recovery`` permits it."""
     for noisy in ("ray.train", "bitsandbytes"):  # a line per report; a note on a kernel that only 4-bit models use
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    import ray.train
     from ray.train.torch import TorchTrainer
 
-    resources: dict[str, float] = {"CPU": cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
     trainer = TorchTrainer(
-        train,
-        train_loop_config=config,
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources if num_workers else None
+        _train_on_worker,
+        train_loop_config={"worker": config},
+        scaling_config=scaling,
+        run_config=ray.train.RunConfig(
+            name=RAY_FOLDER,
+            storage_path=str(config.folder),
+            failure_config=ray.train.FailureConfig(max_failures=-1),  # Recovery decides
+            callbacks=[Recovery(config.running)],
         ),
-        run_config=run_config(running, name=RAY_FOLDER, storage=str(notes)),
     )
     # Ray Train 2.60 would answer Ctrl-C by sys.exit, now and for as long as the process lives; it is ours to answer (_stoppable).
     trainer._register_sigint_handler = lambda controller: None

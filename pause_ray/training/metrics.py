@@ -7,27 +7,18 @@ per token with a loss, where validation followed the step.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
-import math
 import os
 import resource
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from pause_ray.core.errors import ModelError
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import space_errors, write_text
-from pause_ray.data.shards import PackedRow
 from pause_ray.models.shape import ModelShape
-
-if TYPE_CHECKING:
-    import torch
-
 
 FORWARD_AND_BACKWARD = 2
 """Matrix products per frozen weight: forward, and the gradient of its input. Full fine-tuning has a third one, the weight's gradient."""
@@ -81,7 +72,7 @@ def step_record(
     Args:
         step: Counted from 1.
         loss: Mean cross-entropy per token with a loss, in nats.
-        learning_rate: Rate of this step.
+        learning_rate: As AdamW used it.
         gradient_norm: Global L2 norm before clipping.
         tokens: Tokens of the step's rows, without padding.
         loss_tokens: Tokens that have a loss.
@@ -103,18 +94,6 @@ def step_record(
         "peak_memory_bytes": peak_memory_bytes,
     }
     return record | ({} if mfu is None else {"mfu": round(mfu, 4)})
-
-
-def computed_tokens(lengths: Mapping[int, int], *, passes: Iterable[Iterable[Sequence[int]]], parts: int = 1) -> int:
-    """Return the tokens that go through the model in one step: the rows of a pass end to end, padded to equal parts.
-
-    Args:
-        lengths: Row number → tokens.
-        passes: ``passes[group][pass]`` holds row numbers, as ``assign_rows`` returns them.
-        parts: Workers that share the tokens of a pass.
-    """
-    together = (sum(lengths[row] for row in rows) for group in passes for rows in group)
-    return sum(tokens + -tokens % parts for tokens in together)
 
 
 def known_shape(model_dir: Path) -> ModelShape | None:
@@ -154,47 +133,23 @@ def _seen(tokens: int, window: int | None) -> int:
     return reach * (reach + 1) // 2 + (tokens - reach) * reach
 
 
-def peak_flops(device_name: str) -> float | None:
-    """Return a GPU's peak 16-bit operations per second by the name that its driver reports; None where it is not in ``PEAK_TFLOPS``."""
-    return next((1e12 * peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
-
-
-def model_flops_utilization(flops: float, *, seconds: float, device_names: Sequence[str]) -> float | None:
-    """Return the step's operations as a share of the workers' peak (MFU, arXiv 2204.02311, appendix B); None without known GPUs.
+def model_flops_utilization(flops: float, *, seconds: float, device_name: str, workers: int = 1) -> float | None:
+    """Return a step's operations as a share of the workers' peak (MFU, arXiv 2204.02311, appendix B); None for unknown GPUs.
 
     Args:
         flops: ``step_flops`` of the step.
         seconds: Duration of the step.
-        device_names: GPU name of each worker; empty on CPUs.
+        device_name: Name that the GPUs' driver reports.
+        workers: Number of workers with such a GPU each.
     """
-    peaks = [peak_flops(name) for name in device_names]
-    known = [peak for peak in peaks if peak is not None]
-    return flops / (seconds * math.fsum(known)) if known and len(known) == len(peaks) else None
-
-
-def measured_utilization(
-    model_dir: Path, rows: Iterable[PackedRow], *, loss_tokens: int, seconds: float, device: torch.device, workers: int
-) -> float | None:
-    """Return ``model_flops_utilization`` of a step with these ``rows``; None on a CPU, and where model or GPU is not known."""
-    shape = _kept_shape(model_dir)
-    if device.type != "cuda" or shape is None:
-        return None
-    import torch
-
-    ends = ((row, np.append(row.document_starts[1:], len(row.input_ids))) for row in rows)
-    documents = [int(tokens) for row, end in ends for tokens in end - row.document_starts]
-    flops = step_flops(shape, document_tokens=documents, loss_tokens=loss_tokens)
-    return model_flops_utilization(flops, seconds=seconds, device_names=[torch.cuda.get_device_name(device)] * workers)
-
-
-_kept_shape = functools.cache(known_shape)
+    peak = next((1e12 * peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+    return None if peak is None else flops / (seconds * workers * peak)
 
 
 def peak_memory_bytes(device: str) -> int:
     """Return the peak memory of this process: torch's tensors on a GPU, resident memory on a CPU.
 
-    Args:
-        device: As torch names it: ``cpu``, ``cuda``, ``cuda:1``.
+    ``device`` is named as in torch: ``cpu``, ``cuda``, ``cuda:1``.
     """
     if device.startswith("cuda"):
         import torch
@@ -293,10 +248,10 @@ class TrainingLogReader:
 
 
 @contextlib.contextmanager
-def following(path: Path, *, steps: int, progress: Progress, failures: list[Exception]) -> Iterator[None]:
+def following(path: Path, *, steps: int, progress: Progress) -> Iterator[Future[None]]:
     """Call ``progress`` with each row of a growing training log, whether this process or workers elsewhere write it.
 
-    An exception of ``progress`` is added to ``failures``; it ends the reports and not the training.
+    An exception of ``progress`` ends the reports and not the training; the future that is yielded raises it when the block has ended.
     """
     ended = threading.Event()
 
@@ -309,16 +264,8 @@ def following(path: Path, *, steps: int, progress: Progress, failures: list[Exce
             if last_look:
                 return
 
-    def guarded() -> None:
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="training-progress") as thread:
         try:
-            follow()
-        except Exception as error:  # noqa: BLE001 (a thread's border: the caller raises it when the adapter is safe)
-            failures.append(error)
-
-    thread = threading.Thread(target=guarded, name="training-progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+            yield thread.submit(follow)
+        finally:
+            ended.set()

@@ -158,15 +158,32 @@ class TrainSpec(Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerConfig:
-    """Everything that a training worker needs; picklable, with paths that every node sees."""
+class TrainJob:
+    """Everything that decides an adapter, and how many threads may compute it."""
 
     train: TrainSpec
     model_dir: Path
+    """Base model: config.json, tokenizer.json, *.safetensors."""
+    base_digest: str
+    """``model_digest`` of that folder."""
     shards: Path
+    """Folder of a complete shard set."""
     marker: MarkerToken | None
+    """Marker token whose embedding row is trained, or None."""
+    policy: JsonObject | None
+    """The resolved pause policy of the shards, for the record; None without pauses."""
     seed: int
+    """Seed of the row order and of the adapter's first values."""
     threads: int | None
+    """Threads of one worker on a CPU; None divides the machine's cores among the workers on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """Everything that a training worker needs; picklable, with paths that every node sees."""
+
+    job: TrainJob
+    """What is trained."""
     on_gpu: bool | None
     """Whether to train on a GPU; None: on the process's GPU if it has one."""
     folder: Path
@@ -174,4 +191,4 @@ class WorkerConfig:
     running: RunningTraining
     """Checkpoints of the training itself."""
     until: int
-    """The number of optimizer steps after which the adapter is written and the workers end; ``train.max_steps`` is the whole training."""
+    """Optimizer steps after which the adapter is written and the workers end; ``train.max_steps`` is the whole training."""

@@ -39,12 +39,13 @@ class Trainer:
         """
         self._engine = engine
         self._config = config
-        self._train = config.train
+        self._train = config.job.train
         self._workers = workers = WorkerGroup(engine.device)
         self._requests = Requests(workers, config.folder, loses_a_node=loses_a_node)
         self._layout = batch_layout(self._train, num_workers=workers.size, even=False)
         self._group, self._part = self._layout.place(workers.rank)
-        self._shards = ShardSet.open(config.shards)
+        self._shards = ShardSet.open(config.job.shards)
+        self._shape = metrics.known_shape(config.job.model_dir)
         self._log = TrainingLogWriter(config.folder / TRAINING_LOG, writes=workers.rank == 0)
 
     def run(self) -> None:
@@ -106,11 +107,11 @@ class Trainer:
         by the step's loss tokens makes the gradient that of the mean over all of these, however the rows are divided.
         """
         started = time.perf_counter()
-        batch = GlobalBatch.read(self._shards, step, layout=self._layout, seed=self._config.seed)
+        batch = GlobalBatch.read(self._shards, step, layout=self._layout, seed=self._config.job.seed)
         rate = learning_rate(step, self._train)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(dropout_seed(self._config.seed, step, self._workers.rank))
+        torch.manual_seed(dropout_seed(self._config.job.seed, step, self._workers.rank))
         passes, losses = batch.passes[self._group], list[torch.Tensor]()
         total = norm = math.nan
         for index, numbers in enumerate(passes):
@@ -128,9 +129,11 @@ class Trainer:
 
     def _record(self, step: int, batch: GlobalBatch, *, loss: float, rate: float, norm: float, seconds: float) -> JsonObject:
         """Return the step's row of the training log."""
-        device, workers = self._engine.device, self._workers
-        rows = [batch.rows[number] for number in batch.numbers]
-        lengths = {number: len(row.input_ids) for number, row in batch.rows.items()}
+        device, workers, shape, mfu = self._engine.device, self._workers, self._shape, None
+        if device.type == "cuda" and shape is not None:
+            flops = metrics.step_flops(shape, document_tokens=batch.document_tokens, loss_tokens=batch.loss_tokens)
+            name = torch.cuda.get_device_name(device)
+            mfu = metrics.model_flops_utilization(flops, seconds=seconds, device_name=name, workers=workers.size)
         record = metrics.step_record(
             step=step + 1,
             loss=loss,
@@ -138,12 +141,10 @@ class Trainer:
             gradient_norm=norm,
             tokens=batch.tokens,
             loss_tokens=batch.loss_tokens,
-            computed_tokens=metrics.computed_tokens(lengths, passes=batch.passes, parts=self._layout.sequence_parallel),
+            computed_tokens=batch.computed_tokens(parts=self._layout.sequence_parallel),
             seconds=seconds,
             peak_memory_bytes=int(workers.maximum(metrics.peak_memory_bytes(str(device)))),
-            mfu=metrics.measured_utilization(
-                self._config.model_dir, rows, loss_tokens=batch.loss_tokens, seconds=seconds, device=device, workers=workers.size
-            ),
+            mfu=mfu,
         )
         return record | ({"skipped_steps": self._engine.skipped_steps} if self._engine.skipped_steps else {})
 

@@ -48,7 +48,7 @@ def train_on_worker(config: dict[str, Any]) -> None:
     settings: WorkerConfig = config["worker"]
     device = "cuda" if (torch.cuda.is_available() if settings.on_gpu is None else settings.on_gpu) else "cpu"
     deepspeed.prepare_process(device)
-    with warnings.catch_warnings(), _threads(settings.threads), deepspeed.process_group(device):
+    with warnings.catch_warnings(), _threads(settings.job.threads), deepspeed.process_group(device):
         # Torch's collectives and transformers warn DeepSpeed of renamings, which concerns no reader of our output.
         warnings.simplefilter("ignore", FutureWarning)
         engine = _start_engine(settings, device=device)
@@ -96,27 +96,20 @@ def _free_memory_bytes(device: str) -> int | None:
 
 
 def _start_engine(settings: WorkerConfig, *, device: str) -> Any:
-    deepspeed.check_precision(settings.train, device=device)
-    deepspeed.check_nvme(settings.train)
-    train, num_workers = settings.train, torch.distributed.get_world_size()
+    job, train, num_workers = settings.job, settings.job.train, torch.distributed.get_world_size()
+    deepspeed.check_precision(train, device=device)
+    deepspeed.check_nvme(train)
     where = "cpu" if device == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}"
     stage = resolve_stage(
         train,
-        shape=known_shape(settings.model_dir),
+        shape=known_shape(job.model_dir),
         workers=num_workers,
         memory_bytes=_free_memory_bytes(where),
-        longest_row_tokens=ShardSet.open(settings.shards).longest_row_tokens() if device == "cuda" else 0,
+        longest_row_tokens=ShardSet.open(job.shards).longest_row_tokens() if device == "cuda" else 0,
     )
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats(where)  # of a training before this one in the same process
     layout = batch_layout(train, num_workers=num_workers, even=False)
-    adapted = load_trainable(
-        train,
-        model_dir=settings.model_dir,
-        marker=settings.marker,
-        seed=settings.seed,
-        device=where,
-        stage=stage,
-    )
+    adapted = load_trainable(train, model_dir=job.model_dir, marker=job.marker, seed=job.seed, device=where, stage=stage)
     model = LossModel(adapted, sequence_group=sequence_group(train.sequence_parallel))
     return deepspeed.start(model, deepspeed_config(train, layout=layout, stage=stage, world_size=num_workers))

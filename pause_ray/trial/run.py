@@ -30,7 +30,7 @@ from pause_ray.trial.prepare import PreparedTrial
 from pause_ray.trial.spec import Resources
 
 if TYPE_CHECKING:
-    from pause_ray.training.launch import TrainJob
+    from pause_ray.training.spec import TrainJob
 
 NUMERICS_CHECK_CELLS = 12
 """The default sample of a trial below float32; 12 equal answers say that less than 24 % change (Wilson, 95 %)."""
@@ -137,7 +137,7 @@ def training_job(trial: PreparedTrial, shards: ShardSet | None) -> TrainJob | No
     spec = trial.spec
     if spec.train is None or shards is None:
         return None
-    from pause_ray.training.launch import TrainJob
+    from pause_ray.training.spec import TrainJob
 
     return TrainJob(
         train=spec.train,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +15,25 @@ from rich.console import Console
 
 from pause_ray.core.storage import Storage
 from pause_ray.sweep.spec import read_sweep
+from pause_ray.training.spec import WorkerConfig
 from tests.sweep.stub_processes import FEW_CPUS, use_stubs
 from tests.sweep.stubs import write_adapter, write_stub_sweep
 
 PATIENCE_SECONDS = 90
 
 
-def train_holding(
-    train: Callable[[dict[str, Any]], None],
-    config: dict[str, Any],
-    *,
-    told: Path,
-    num_workers: int,
-    cpus_per_worker: float,
-    gpus_per_worker: float,
-    **more: Any,
-) -> None:
+def train_holding(config: WorkerConfig, *, told: Path, scaling: Any) -> None:
     """Wait for a worker group's place, as Ray Train does, or use what the trial's process has, and write down how many GPUs that is."""
     import ray
 
-    group = ray.util.placement_group([{"CPU": cpus_per_worker, "GPU": gpus_per_worker}] * num_workers) if num_workers else None
+    num_workers, needs = scaling.num_workers, scaling.resources_per_worker
+    group = ray.util.placement_group([needs] * num_workers) if num_workers else None
     try:
         assert group is None or group.wait(PATIENCE_SECONDS), "the worker group got no place"
-        gpus = ray.get_runtime_context().get_assigned_resources().get("GPU", 0) if group is None else gpus_per_worker * num_workers
+        gpus = ray.get_runtime_context().get_assigned_resources().get("GPU", 0) if group is None else needs["GPU"] * num_workers
         with told.open("a") as lines:
             lines.write(json.dumps({"gpus": gpus}) + "\n")
-        write_adapter(train, config, step_seconds=0.05)
+        write_adapter(config, step_seconds=0.05)
     finally:
         if group is not None:
             ray.util.remove_placement_group(group)

@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import yaml
 from pause_ray.core.errors import SpecError
 from pause_ray.inference.engine import Completion, EngineError, LoadedAs, PromptStep
 from pause_ray.inference.scripted import UNKNOWN, ScriptedEngine
+from pause_ray.training.spec import WorkerConfig
 from tests.evaluation.tiny import STOCK, WORDS, make_haystack_folder, make_text, make_tokenizer_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,25 +60,24 @@ class StubEngine(ScriptedEngine):
             yield place, outcome
 
 
-def write_adapter(train: Callable[[dict[str, Any]], None], config: dict[str, Any], *, step_seconds: float, **placement: Any) -> None:
+def write_adapter(config: WorkerConfig, *, step_seconds: float, scaling: object = None) -> None:
     """Stand in for Ray Train's workers: go on from the last checkpoint, write a row of the log per step, then an adapter."""
     from pause_ray.core.errors import StoppedError
     from pause_ray.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STOP, TRAINING_LOG
 
-    settings = config["worker"]
-    lora = settings.train.lora
+    lora = config.job.train.lora
     if lora.rank == FAILING_RANK:
-        raise SpecError(f"train.lora.rank {lora.rank}: this stub has no such rank (seed {settings.seed}); choose another")
+        raise SpecError(f"train.lora.rank {lora.rank}: this stub has no such rank (seed {config.job.seed}); choose another")
     while lora.rank == HANGING_RANK:
         time.sleep(1)
     if lora.rank == KILLING_RANK:
         os.kill(os.getpid(), signal.SIGKILL)
-    saved = settings.running.latest()
+    saved = config.running.latest()
     rows = saved.log_rows() if saved else []
-    with (settings.folder / TRAINING_LOG).open("w") as log:
+    with (config.folder / TRAINING_LOG).open("w") as log:
         log.writelines(json.dumps(row) + "\n" for row in rows)
-        for step in range(len(rows) + 1, settings.until + 1):
-            if (settings.folder / STOP).exists():
+        for step in range(len(rows) + 1, config.until + 1):
+            if (config.folder / STOP).exists():
                 raise StoppedError(f"stopped before step {step}; the same command goes on")
             time.sleep(step_seconds)
             row = {
@@ -91,10 +91,10 @@ def write_adapter(train: Callable[[dict[str, Any]], None], config: dict[str, Any
             log.write(json.dumps(row) + "\n")
             log.flush()
             rows.append(row)
-    if settings.until < settings.train.max_steps:
-        settings.running.save(settings.until, write_tensors=lambda path: path.write_bytes(b""), log_rows=rows, facts={}, keep_last=1)
-    (settings.folder / ADAPTER_CONFIG).write_text(json.dumps({"r": lora.rank, "seed": settings.seed}))
-    (settings.folder / ADAPTER_WEIGHTS).write_bytes(b"")
+    if config.until < config.job.train.max_steps:
+        config.running.save(config.until, write_tensors=lambda path: path.write_bytes(b""), log_rows=rows, facts={}, keep_last=1)
+    (config.folder / ADAPTER_CONFIG).write_text(json.dumps({"r": lora.rank, "seed": config.job.seed}))
+    (config.folder / ADAPTER_WEIGHTS).write_bytes(b"")
 
 
 def make_stub_engine(*, cell_seconds: float) -> StubEngine:

@@ -29,7 +29,7 @@ def shards(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(llama: Path, shards: Path, folder: Path, *, stage: int = 0, dropout: float = 0.0, **changes: Any) -> Any:
-    from pause_ray.training.spec import WorkerConfig
+    from pause_ray.training.spec import TrainJob, WorkerConfig
 
     (folder / "out").mkdir(parents=True, exist_ok=True)
     settings = {
@@ -42,12 +42,16 @@ def config(llama: Path, shards: Path, folder: Path, *, stage: int = 0, dropout: 
     }
     settings |= {"checkpoint_every": INTERRUPTED_AFTER, "keep_checkpoints": 9, "validate_every": 2}
     return WorkerConfig(
-        train=TrainSpec(lora=LoraSpec(rank=4, alpha=4, dropout=dropout), zero=ZeroSpec(stage=stage), **(settings | changes)),
-        model_dir=llama,
-        shards=shards,
-        marker=added_marker(llama),
-        seed=0,
-        threads=1,
+        job=TrainJob(
+            train=TrainSpec(lora=LoraSpec(rank=4, alpha=4, dropout=dropout), zero=ZeroSpec(stage=stage), **(settings | changes)),
+            model_dir=llama,
+            base_digest="tiny",
+            shards=shards,
+            marker=added_marker(llama),
+            policy=None,
+            seed=0,
+            threads=1,
+        ),
         until=STEPS,
         on_gpu=False,
         folder=folder / "out",

@@ -13,8 +13,8 @@ from pause_ray.core.storage import Storage
 from pause_ray.inference.engine import Completion, HfEngineSpec, LoadedAs
 from pause_ray.models.checkpoint import ADAPTER_WEIGHTS, Checkpoint
 from pause_ray.text.tokenizer import MarkerToken
-from pause_ray.training.launch import TrainJob, fit
-from pause_ray.training.spec import LoraSpec, TrainSpec, ZeroSpec
+from pause_ray.training.launch import fit
+from pause_ray.training.spec import LoraSpec, TrainJob, TrainSpec, ZeroSpec
 from tests.inference.prompt_steps import step_of
 from tests.inference.tiny_model import added_marker, make_model
 from tests.training.tiny_llama import make_rows, make_shards

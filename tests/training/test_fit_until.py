@@ -11,8 +11,8 @@ import pytest
 from pause_ray.core.errors import StoppedError
 from pause_ray.core.storage import Storage
 from pause_ray.models.checkpoint import ADAPTER_WEIGHTS, Checkpoint, training_folder
-from pause_ray.training.launch import TrainJob, fit, train_digest
-from pause_ray.training.spec import LoraSpec, TrainSpec
+from pause_ray.training.launch import fit, train_digest
+from pause_ray.training.spec import LoraSpec, TrainJob, TrainSpec
 from tests.training.tiny_llama import added_marker
 
 pytestmark = pytest.mark.torch

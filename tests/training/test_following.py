@@ -9,9 +9,9 @@ import pytest
 
 from pause_ray.core.errors import StoppedError
 from pause_ray.core.storage import Storage, exclusive, lock_of, write_text
-from pause_ray.training.launch import TrainJob, fit, train_digest
+from pause_ray.training.launch import fit, train_digest
 from pause_ray.training.metrics import TrainingLogReader, following
-from pause_ray.training.spec import TrainSpec
+from pause_ray.training.spec import TrainJob, TrainSpec
 from tests.training.tiny_llama import make_rows, make_shards
 
 
@@ -63,10 +63,9 @@ def test_steps_that_are_taken_again_are_not_told_again(tmp_path: Path, note: str
 
 def test_rows_that_come_last_are_told_before_the_end(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
-    failures: list[Exception] = []
-    with following(tmp_path / "log", steps=2, progress=lambda done, total, row: told.append((done, total)), failures=failures):
+    with following(tmp_path / "log", steps=2, progress=lambda done, total, row: told.append((done, total))) as reports:
         write_text(tmp_path / "log", lines(1, 2))
-    assert (told, failures) == ([(1, 2), (2, 2)], [])
+    assert (told, reports.exception()) == ([(1, 2), (2, 2)], None)
 
 
 def test_who_waits_for_the_same_training_says_so_and_can_leave(tmp_path: Path) -> None:

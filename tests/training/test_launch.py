@@ -16,8 +16,8 @@ from pause_ray.core.errors import CheckpointError, ModelError, SourceError, Spec
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import Storage
 from pause_ray.models.checkpoint import ADAPTER_WEIGHTS, STATE_TENSORS, TOKENIZER, TRAINING_LOG, Checkpoint, training_folder
-from pause_ray.training.launch import TrainJob, fit, train_digest
-from pause_ray.training.spec import LoraSpec, TrainSpec, ZeroSpec
+from pause_ray.training.launch import fit, train_digest
+from pause_ray.training.spec import LoraSpec, TrainJob, TrainSpec, ZeroSpec
 from tests.training.tiny_llama import added_marker, make_model, make_rows, make_shards, reserved_marker
 
 torch_only = pytest.mark.torch

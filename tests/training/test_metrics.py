@@ -17,13 +17,11 @@ from hypothesis import strategies as st
 from pause_ray.core.spec import read_yaml
 from pause_ray.data.shards import PackedRow
 from pause_ray.models.shape import ModelShape
-from pause_ray.training.batching import assign_rows, collate
+from pause_ray.training.batching import GlobalBatch, assign_rows, collate
 from pause_ray.training.metrics import (
     PEAK_TFLOPS,
-    computed_tokens,
     known_shape,
     model_flops_utilization,
-    peak_flops,
     step_flops,
     step_record,
     step_summary,
@@ -73,7 +71,8 @@ def test_computed_tokens_are_those_of_the_batches_that_workers_get(lengths: list
     ]
     batches = [collate([rows[number] for number in chosen]) for chosen in passes[0]]
     computed = sum(batch.part(index, of=parts).input_ids.size for batch in batches for index in range(parts))
-    assert computed_tokens(dict(enumerate(lengths)), passes=passes, parts=parts) == computed
+    batch = GlobalBatch(numbers=list(range(12)), rows=dict(enumerate(rows)), passes=passes, loss_tokens=1)
+    assert batch.computed_tokens(parts=parts) == computed
 
 
 @pytest.mark.parametrize("window", [None, 3, 100])
@@ -121,6 +120,11 @@ def test_operations_are_those_that_torch_counts_with_a_frozen_base() -> None:
     assert 0 <= rotary <= 0.001 * counter.get_total_flops()
 
 
+def peak_flops(device_name: str) -> float | None:
+    utilization = model_flops_utilization(1e12, seconds=1, device_name=device_name)
+    return None if utilization is None else round(1e12 / utilization)
+
+
 def test_a_gpu_is_known_by_the_name_its_driver_gives() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989.4e12
     assert peak_flops("NVIDIA H100 PCIe") == 756.4e12
@@ -134,12 +138,10 @@ def test_no_entry_hides_a_later_one() -> None:
     assert [peak_flops(f"NVIDIA {name}") for name in PEAK_TFLOPS] == [1e12 * peak for peak in PEAK_TFLOPS.values()]
 
 
-def test_utilization_is_of_all_workers_and_unknown_if_one_is() -> None:
+def test_utilization_is_of_all_workers() -> None:
     h100 = "NVIDIA H100 80GB HBM3"
-    assert model_flops_utilization(989.4e12, seconds=2.0, device_names=[h100]) == pytest.approx(0.5)
-    assert model_flops_utilization(989.4e12, seconds=2.0, device_names=[h100] * 4) == pytest.approx(0.125)
-    assert model_flops_utilization(989.4e12, seconds=2.0, device_names=[h100, "Some other card"]) is None
-    assert model_flops_utilization(989.4e12, seconds=2.0, device_names=[]) is None
+    assert model_flops_utilization(989.4e12, seconds=2.0, device_name=h100) == pytest.approx(0.5)
+    assert model_flops_utilization(989.4e12, seconds=2.0, device_name=h100, workers=4) == pytest.approx(0.125)
 
 
 def test_memory_of_a_process_grows_with_what_it_holds() -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from pause_ray.core.errors import SpecError
 from pause_ray.core.storage import Storage
-from pause_ray.training.launch import TrainJob, fit
-from pause_ray.training.spec import TrainSpec
+from pause_ray.training.launch import fit
+from pause_ray.training.spec import TrainJob, TrainSpec
 from tests.training.tiny_llama import make_model, make_rows, make_shards
 
 pytestmark = pytest.mark.torch

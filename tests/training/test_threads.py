@@ -11,8 +11,8 @@ import ray
 from joblib import cpu_count
 
 from pause_ray.core.storage import Storage
-from pause_ray.training.launch import TrainJob, fit
-from pause_ray.training.spec import LoraSpec, TrainSpec
+from pause_ray.training.launch import fit
+from pause_ray.training.spec import LoraSpec, TrainJob, TrainSpec
 from tests.training.tiny_llama import make_model, make_rows, make_shards
 
 pytestmark = pytest.mark.ray

@@ -14,8 +14,8 @@ import pytest
 from pause_ray.core.errors import SpecError, StoppedError, StorageError, TrainingError
 from pause_ray.core.storage import Storage
 from pause_ray.models.checkpoint import ADAPTER_WEIGHTS, RunningTraining
-from pause_ray.training.launch import TrainJob, fit
-from pause_ray.training.spec import LoraSpec, TrainSpec, ZeroSpec
+from pause_ray.training.launch import fit
+from pause_ray.training.spec import LoraSpec, TrainJob, TrainSpec, ZeroSpec
 from tests.training.tiny_llama import added_marker, make_model, make_rows, make_shards
 
 pytestmark = pytest.mark.ray
@@ -152,9 +152,13 @@ def test_what_would_happen_again_is_not_tried_again(tmp_path: Path, raised: Exce
 
 
 def test_an_announced_loss_of_a_node_is_no_failed_attempt(tmp_path: Path) -> None:
-    """The controller tells of it again and again until the node is gone."""
-    from pause_ray.training.launch import Recovery
+    """The controller reports it again and again until the node is gone; only other losses count towards the limit."""
+    from pause_ray.training.launch import FRUITLESS_ATTEMPTS, Recovery
 
     recovery = Recovery(running(tmp_path))
-    for _ in range(20):
-        recovery.after_exception(None, {0: RuntimeError("lost its peers"), 1: lost_worker(preempted=True)})
+    for _ in range(FRUITLESS_ATTEMPTS - 1):
+        recovery.after_exception(None, {1: lost_worker()})
+        for _ in range(20):
+            recovery.after_exception(None, {0: RuntimeError("lost its peers"), 1: lost_worker(preempted=True)})
+    with pytest.raises(TrainingError, match=rf"lost {FRUITLESS_ATTEMPTS} times in a row after step 0 \(worker 1: "):
+        recovery.after_exception(None, {1: lost_worker()})
