@@ -5,12 +5,12 @@ The module knows neither Ray nor files.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from pause_ray.core.process import about
 from pause_ray.evaluation.haystack import ask
 from pause_ray.evaluation.ledger import CellResult, FactResult
 from pause_ray.evaluation.prefix_plan import by_position, plan_prefixes
@@ -124,48 +124,38 @@ class NumericsCheckEngine(Engine, Protocol):
         """
 
 
-def answer_with_other_shapes(
-    cells: Sequence[Cell], *, engine: NumericsCheckEngine, reader: CellRunner, provenance: Provenance
-) -> list[CellResult]:
-    """The cells' results computed in other shapes, in their order; unscored where none could be computed.
+def check_numerics(cells: Sequence[Cell], *, engine: Engine, reader: CellRunner, provenance: Provenance) -> Iterator[CellResult]:
+    """Yield the cells' results computed in other shapes; unscored where none could be computed.
 
     Raises:
-        TextError: a prompt cannot be built.
-        ModelError: a prompt is longer than the model takes.
+        TypeError: the engine cannot compute in other shapes.
+        TextError, ModelError: as for ``plan_cells`` and ``answer_cells``.
     """
-    results = []
-    for cell, prompt in zip(cells, reader.prompts(cells), strict=True):
-        try:
-            outcome: Completion | EngineError = engine.answer_with_other_shapes(reader.step(cell, prompt, keep_tokens=0, drafts=False))
-        except EngineError as error:
-            outcome = error
-        results.append(_row(cell, prompt, outcome, reader=reader, provenance=provenance, engine=engine.name))
-    return results
+    if not isinstance(engine, NumericsCheckEngine):
+        raise TypeError(f"engine {engine.name} cannot compute an answer in other shapes")
+    for cell in cells:
+        with about(cell.words):
+            prompt = ask(cell, reader.builder)
+            try:
+                outcome: Completion | EngineError = engine.answer_with_other_shapes(reader.step(cell, prompt, keep_tokens=0, drafts=False))
+            except EngineError as error:
+                outcome = error
+        yield _row(cell, prompt, outcome, reader=reader, provenance=provenance, engine=engine.name)
 
 
 def _row(
     cell: Cell, prompt: BuiltPrompt, outcome: Completion | EngineError, *, reader: CellRunner, provenance: Provenance, engine: str
 ) -> CellResult:
-    if isinstance(outcome, EngineError):
-        return _result(cell, prompt, None, Unscored(reason=str(outcome)), provenance=provenance, engine=engine)
-    shown = dataclasses.replace(outcome, text=reader.shown(outcome))
-    return _result(cell, prompt, shown, reader.graded(cell, outcome), provenance=provenance, engine=engine)
-
-
-def _result(
-    cell: Cell, prompt: BuiltPrompt, completion: Completion | None, verdict: Score | Unscored, *, provenance: Provenance, engine: str
-) -> CellResult:
+    completion = None if isinstance(outcome, EngineError) else outcome
+    verdict = reader.graded(cell, completion) if completion else Unscored(reason=str(outcome))
     scores = verdict.fact_scores if isinstance(verdict, Score) else (None,) * len(cell.facts)
     return CellResult(
+        **vars(provenance),
         cell_id=cell.id,
         task=cell.task,
-        arm=provenance.arm,
         replicate=cell.replicate,
         sample=cell.sample,
         seed=cell.seed,
-        model=provenance.model,
-        adapter=provenance.adapter,
-        pauses=provenance.pauses,
         context_tokens=cell.context_tokens,
         prompt_tokens=prompt.prompt_tokens,
         content_tokens=prompt.content_tokens,
@@ -180,7 +170,7 @@ def _result(
         question=cell.question,
         references=cell.references,
         labels=cell.labels,
-        response=completion.text if completion else None,
+        response=reader.shown(completion) if completion else None,
         score=verdict.value if isinstance(verdict, Score) else None,
         rubric=verdict.rubric if isinstance(verdict, Score) else None,
         unscored_reason=verdict.reason if isinstance(verdict, Unscored) else None,

@@ -130,10 +130,6 @@ class CellScheduler:
         request.batches[batch.number] = batch
         return batch
 
-    def record_order(self, batch: Batch, cells: Sequence[Cell]) -> None:
-        """Record the order in which the actor will answer."""
-        batch.remaining = {cell.id: cell for cell in cells}
-
     def record_answer(self, batch: Batch, cell_id: str, *, now: float) -> None:
         """Record one answer of a batch."""
         del batch.remaining[cell_id]
@@ -158,9 +154,8 @@ class CellScheduler:
             return None
         if actor_is_idle:
             largest = max(batches, key=lambda batch: len(batch.remaining), default=None)
-            if largest is None or self.waiting_cells or busy_actors([*largest.remaining.values()]) < MIN_ACTORS_TO_SPLIT:
-                return None
-            return largest
+            is_split = largest is not None and busy_actors([*largest.remaining.values()]) >= MIN_ACTORS_TO_SPLIT
+            return largest if is_split and not any(request.waiting for request in requests) else None
         unserved = [request for request in requests if request.waiting and not request.batches]
         if not unserved:
             return None
@@ -185,11 +180,6 @@ class CellScheduler:
         if resources_wanted:
             return max(fewest, min(1, len(self._requests)), min(useful, num_up))
         return max(fewest, min(useful, most))
-
-    @property
-    def waiting_cells(self) -> int:
-        """The number of cells that no actor has."""
-        return sum(len(request.waiting) for request in self._requests.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +213,5 @@ class PoolState:
     """The number of actors that are starting, or for which there are no resources."""
     requests: int
     """The number of calls that wait for answers."""
-    waiting_cells: int
-    """The number of cells that no actor has yet."""
     stats: Mapping[Purpose, ScoringStats]
     """Totals by purpose since the pool's controller started."""

@@ -16,7 +16,7 @@ from joblib import cpu_count
 
 from pause_ray.core.errors import StoppedError
 from pause_ray.core.process import about, log_to_stderr
-from pause_ray.evaluation.answer import CellRunner, NumericsCheckEngine, Provenance, answer_cells, answer_with_other_shapes, plan_cells
+from pause_ray.evaluation.answer import CellRunner, Provenance, answer_cells, check_numerics, plan_cells
 from pause_ray.evaluation.cell_scheduler import Purpose, ScoringStats
 from pause_ray.evaluation.haystack import Haystack, load_haystack, prompt_builder
 from pause_ray.evaluation.ledger import CellResult
@@ -98,7 +98,7 @@ class ScoringActor:
 
         Args:
             engine: The engine to use instead of each job's own, or None.
-            threads: The number of CPU threads; None divides the cores that this process may use among the machine's actors.
+            threads: The number of CPU threads; None divides this process's cores among the ``num_neighbors`` actors of the machine.
             num_neighbors: The number of actors on this machine, including this one.
         """
         self._fixed_engine = engine
@@ -126,7 +126,7 @@ class ScoringActor:
             engine = self._fixed_engine or self._engine.get(job.engine, lambda: _make_engine(job.engine, threads=self._threads))
             engine.use(job.loaded)
             if job.purpose == "numerics_check":
-                ordered, results = cells, _check_numerics(cells, engine=engine, reader=reader, provenance=job.provenance)
+                ordered, results = cells, check_numerics(cells, engine=engine, reader=reader, provenance=job.provenance)
             else:
                 local = job.engine if isinstance(job.engine, HfEngineSpec) else HfEngineSpec()
                 steps = plan_cells(cells, reader=reader, prefix_block_size=engine.prefix_block_size, reuse=local.reuse, drafts=local.drafts)
@@ -142,35 +142,22 @@ class ScoringActor:
 
     def _reader_of(self, job: ScoringJob) -> CellRunner:
         """Return the job's reader; trials that differ in their adapters share it."""
+        text = (job.suite, job.seed, job.replicate, job.data_seed)
 
-        def make_haystack() -> Haystack:
-            return load_haystack(job.suite, cache=job.cache, seed=job.seed, replicate=job.replicate, data_seed=job.data_seed)
-
-        def make_reader() -> CellRunner:
+        def make() -> CellRunner:
+            suite, policy = job.suite, job.policy
+            haystack = self._haystack.get(
+                text,
+                lambda: load_haystack(suite, cache=job.cache, seed=job.seed, replicate=job.replicate, data_seed=job.data_seed),
+            )
             tokenizer = ModelTokenizer.load(job.loaded.model_dir)
-            marker = resolve_marker(tokenizer, job.policy)
+            marker = resolve_marker(tokenizer, policy)
             builder = prompt_builder(
-                self._haystack.get((job.suite, job.seed, job.replicate, job.data_seed), make_haystack),
-                suite=job.suite,
-                tokenizer=tokenizer,
-                policy=job.policy,
-                marker=marker,
-                seed=job.data_seed,
-                cache=job.cache,
+                haystack, suite=suite, tokenizer=tokenizer, policy=policy, marker=marker, seed=job.data_seed, cache=job.cache
             )
-            return CellRunner(
-                builder=builder, tokenizer=tokenizer, policy=job.policy, marker=marker, max_new_tokens=job.suite.max_new_tokens
-            )
+            return CellRunner(builder=builder, tokenizer=tokenizer, policy=policy, marker=marker, max_new_tokens=suite.max_new_tokens)
 
-        return self._reader.get((job.suite, job.policy, job.seed, job.replicate, job.data_seed, job.loaded.model_dir), make_reader)
-
-
-def _check_numerics(cells: Sequence[Cell], *, engine: Engine, reader: CellRunner, provenance: Provenance) -> Iterator[CellResult]:
-    if not isinstance(engine, NumericsCheckEngine):
-        raise TypeError(f"engine {engine.name} cannot compute an answer in other shapes")
-    for cell in cells:
-        with about(cell.words):
-            yield from answer_with_other_shapes([cell], engine=engine, reader=reader, provenance=provenance)
+        return self._reader.get((*text, job.policy, job.loaded.model_dir), make)
 
 
 def _make_engine(spec: EngineSpec, *, threads: int) -> Engine:

@@ -45,8 +45,6 @@ POLL_SECONDS = 1.0
 """Interval of looking at what causes no event: pending placement groups, elapsed turns, idle actors."""
 RELEASE_SECONDS = 30.0
 """Time that a placement group waits for resources of working actors before one of them is stopped; then the same for the next."""
-HANG_SECONDS = 300.0
-"""Time without an answer after which an actor that works on a withdrawn request is taken to hang, and is killed."""
 MAX_CALLS = 10_000
 """The number of calls that may wait for answers at the same time."""
 
@@ -128,14 +126,7 @@ class PoolController:
             self._run(self._manage())
 
     async def submit(self, key: str, job: ScoringJob, cells: list[Cell], *, caller: Any) -> None:
-        """Add a request unless its key is known.
-
-        Args:
-            key: The request's name.
-            job: The job of all cells.
-            cells: The cells to answer.
-            caller: The actor that calls; its end withdraws the request. None for a caller that lives as long as the controller.
-        """
+        """Add a request unless its key is known. The end of ``caller``, the actor that calls, withdraws it; None for the driver."""
         await self.begin()
         if key in self._calls:
             return
@@ -146,12 +137,12 @@ class PoolController:
         self._notify()
 
     async def next_results(self, key: str, received: int, *, waits: bool) -> tuple[list[CellResult], bool] | None:
-        """Wait for a change; return new results and whether no actor is answering, or None if the request is unknown.
+        """Wait for a change; return the results after the first ``received`` and whether no actor is answering.
 
         Args:
-            key: The request.
+            key: The request; None is returned if it is unknown.
             received: The number of results that the caller has.
-            waits: What was returned last, or True.
+            waits: Whether no actor was answering, as returned last; True at first.
 
         Raises:
             Exception: the request failed, and all earlier results were returned.
@@ -169,7 +160,8 @@ class PoolController:
     async def withdraw(self, key: str) -> None:
         """Forget a request; actors that work on it are free after their current cell."""
         self._calls.pop(key, None)
-        self._end_batches(key)
+        for batch in self._scheduler.withdraw(key):
+            self._preempt(batch)
         self._notify()
 
     async def finish(self) -> None:
@@ -188,15 +180,13 @@ class PoolController:
             busy=sum(actor.batch is not None for actor in self._actors),
             starting=len(self._actors) - len(pids),
             requests=len(self._calls),
-            waiting_cells=self._scheduler.waiting_cells,
             stats=dict(self._stats),
         )
 
     async def stop(self) -> None:
         """Kill all actors, whatever they are doing."""
         self._bounds = (0, 0)
-        for key in self._calls:
-            self._fail(key, ScoringPoolError("the scoring pool was stopped"))
+        self._fail_all(ScoringPoolError("the scoring pool was stopped"))
         for actor in list(self._actors):
             self._kill(actor)
 
@@ -208,8 +198,7 @@ class PoolController:
             failure = None if task.cancelled() else task.exception()
             if isinstance(failure, Exception):
                 self._failure = failure
-                for key in self._calls:
-                    self._fail(key, failure)
+                self._fail_all(failure)
 
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
@@ -225,15 +214,9 @@ class PoolController:
         """Keep the number of actors right and their assignment fair."""
         while True:
             self._resize(resources_wanted=await self._resources_wanted())
-            now = time.monotonic()
             is_idle = any(actor.pid is not None and actor.batch is None for actor in self._actors)
-            if batch := self._scheduler.choose_preemption(actor_is_idle=is_idle, now=now):
+            if batch := self._scheduler.choose_preemption(actor_is_idle=is_idle, now=time.monotonic()):
                 self._preempt(batch)
-            for actor in list(self._actors):
-                if actor.batch and actor.batch.request.key not in self._calls and now - actor.batch.last_answer > HANG_SECONDS:
-                    cell = next((cell.words for cell in actor.batch.remaining.values()), "cells")
-                    log.warning("a scoring actor has hung for %g s at %s of a withdrawn request; it is killed", HANG_SECONDS, cell)
-                    self._kill(actor)
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), timeout=POLL_SECONDS)
@@ -280,16 +263,17 @@ class PoolController:
             if actor.batch is batch:
                 actor.handle.stop.options(concurrency_group="control").remote(batch.number)
 
-    def _end_batches(self, key: str) -> None:
-        for batch in self._scheduler.withdraw(key):
-            self._preempt(batch)
-
     def _fail(self, key: str, failure: Exception) -> None:
         """End a request; its caller gets the failure after the results that are there."""
         if call := self._calls.get(key):
             call.failure = call.failure or failure
             call.changed.set()
-            self._end_batches(key)
+            for batch in self._scheduler.withdraw(key):
+                self._preempt(batch)
+
+    def _fail_all(self, failure: Exception) -> None:
+        for key in self._calls:
+            self._fail(key, failure)
 
     def _fail_unserved(self) -> None:
         """After ``finish``, end the requests that no actor works on any more."""
@@ -341,7 +325,7 @@ class PoolController:
             async for item in stream:
                 result = await item
                 if isinstance(result, list):
-                    self._scheduler.record_order(batch, result)
+                    batch.remaining = {cell.id: cell for cell in result}
                     continue
                 self._scheduler.record_answer(batch, result.cell_id, now=time.monotonic())
                 self._stats[call.job.purpose] = self._stats[call.job.purpose].including(result)
@@ -369,8 +353,7 @@ class PoolController:
             log.warning("a scoring actor did not start (%s)", reason)
             return
         missing = ray_cluster.explain_missing_package(reason)
-        for key in self._calls:
-            self._fail(key, ClusterError(missing) if missing else ScoringPoolError(f"no scoring actor starts: {reason}"))
+        self._fail_all(ClusterError(missing) if missing else ScoringPoolError(f"no scoring actor starts: {reason}"))
 
     def _note_loss(self, call: _Call, batch: Batch, error: RayError) -> None:
         """Count the loss against the first unanswered cell; the actor was at it, or a few cells further."""

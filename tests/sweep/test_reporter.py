@@ -113,7 +113,7 @@ class SilentPool:
 
 class Pool:
     def state(self, *, timeout_seconds: float) -> PoolState:
-        return PoolState(pids=(1,), busy=1, starting=0, requests=1, waiting_cells=0, stats={})
+        return PoolState(pids=(1,), busy=1, starting=0, requests=1, stats={})
 
 
 def test_a_cluster_that_does_not_answer_is_left_out_of_the_status() -> None:

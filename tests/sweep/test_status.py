@@ -146,7 +146,7 @@ def test_a_gpu_is_idle_that_is_free_or_whose_holder_waits() -> None:
 
 
 def scoring(*, pids: tuple[int, ...], busy: int) -> PoolState:
-    return PoolState(pids=pids, busy=busy, starting=1, requests=1, waiting_cells=0, stats={"grid": ScoringStats(cells=100_000)})
+    return PoolState(pids=pids, busy=busy, starting=1, requests=1, stats={"grid": ScoringStats(cells=100_000)})
 
 
 class Series(dict[tuple[str, str], float]):
