@@ -1,7 +1,6 @@
-"""The append-only record of answered cells: the truth that MLflow and the report are views of.
+"""The append-only record of answered cells, from which MLflow's runs and the report are made.
 
-One JSON object a line, on disk before ``append`` returns. Knows files, no model and no Ray. One process writes (the
-trial's lock sees to it); others may read at the same time.
+Each line is a JSON object. One process writes, which the trial's lock ensures; others may read at the same time.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from pause_ray.core.storage import space_errors
 log = logging.getLogger("pause_ray")
 
 UNKNOWN_TOKEN = -1
-"""Stands for a place in the prompt in rows that do not say where a fact landed, such as imported ones."""
+"""Place of a fact in the prompt that a row does not know, such as an imported one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,7 @@ class FactResult:
 
 @dataclass(frozen=True, kw_only=True)
 class CellResult:
-    """One answered cell. Scored: ``score`` and ``rubric`` are numbers; unscored: ``unscored_reason`` is text."""
+    """One answered cell. It has either ``score`` and ``rubric``, or ``unscored_reason``."""
 
     cell_id: str
     task: str
@@ -96,30 +95,24 @@ class CellResult:
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> CellResult:
-        """The inverse of ``row``.
+        """Return the result that a line of a ledger, or a row of its table, has as JSON data.
 
         Raises:
             TypeError: a column is missing or unknown.
             ValueError: neither or both of score and reason.
         """
-        if not isinstance(row, dict) or not all(isinstance(fact, dict) for fact in row.get("facts", ())):
+        if not isinstance(row, dict):
             raise TypeError("not a mapping of columns")
         facts = tuple(FactResult(**{**fact, "references": tuple(fact.get("references", ()))}) for fact in row.get("facts", ()))
         lists: dict[str, Any] = {name: tuple(row[name]) for name in ("references", "labels") if name in row}
         return cls(**{**row, **lists, "facts": facts})
 
-    def row(self) -> dict[str, Any]:
-        """Plain JSON data, one entry per column."""
-        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), ensure_ascii=False))
-        return plain
-
 
 class Ledger:
     """``cells.jsonl`` of one trial.
 
-    A process that dies while appending leaves at most a last line without its end. Readers pass over it; the next
-    append cuts it off, and its cell counts as not asked. A cell that could not be scored counts as not done either: when
-    its trial is resumed it is asked again, and the later row stands for it.
+    A process that dies while appending leaves at most an incomplete last line. Readers ignore it, the next append removes it, and
+    its cell is asked again. So is a cell that could not be scored when its trial is resumed; its later row replaces the earlier.
     """
 
     def __init__(self, path: Path) -> None:
@@ -127,7 +120,7 @@ class Ledger:
         self._scored: set[str] | None = None
 
     def rows(self) -> list[CellResult]:
-        """The last complete row of every cell, oldest first; none if there is no file yet.
+        """Return the last complete row of every cell, oldest first; none if there is no file yet.
 
         Raises:
             StorageError: a line that is no row, which no interrupted run leaves behind, or a second row of a cell that was scored.
@@ -150,11 +143,11 @@ class Ledger:
         return list(rows.values())
 
     def done_ids(self) -> frozenset[str]:
-        """Ids of the cells that need not be asked again: those with a score."""
+        """Return the ids of the cells that have a score, which are not asked again."""
         return frozenset(row.cell_id for row in self.rows() if row.score is not None)
 
     def append(self, result: CellResult) -> None:
-        """Add one row; on return it is on disk.
+        """Add one row, which is on disk on return.
 
         Raises:
             StorageError: disk full or not writable; the ledger is then as it was before.
@@ -162,11 +155,12 @@ class Ledger:
         """
         if self._scored is None:
             self._scored = set(self.done_ids())
-            self._cut_half_line()
+            if half := self._lines()[1]:
+                with space_errors(self.path):
+                    os.truncate(self.path, self.path.stat().st_size - len(half))
         if result.cell_id in self._scored:
             raise ValueError(f"cell {result.cell_id} is already in {self.path}")
-        line = json.dumps(result.row(), ensure_ascii=False, allow_nan=False) + "\n"
-        self._write(line.encode("utf-8"))
+        self._write((json.dumps(dataclasses.asdict(result), ensure_ascii=False, allow_nan=False) + "\n").encode())
         if result.score is not None:
             self._scored.add(result.cell_id)
 
@@ -188,24 +182,14 @@ class Ledger:
         finally:
             os.close(descriptor)
 
-    def _cut_half_line(self) -> None:
-        _, half = self._lines()
-        if half:
-            with space_errors(self.path):
-                os.truncate(self.path, self.path.stat().st_size - len(half))
-
     def _lines(self) -> tuple[list[bytes], bytes]:
-        """The complete lines, and the bytes after the last line's end."""
-        try:
-            data = self.path.read_bytes()
-        except FileNotFoundError:
-            return [], b""
-        *lines, half = data.split(b"\n")
+        """Return the complete lines, and the bytes after the last line's end."""
+        *lines, half = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
         return lines, half
 
 
 def to_parquet(rows: Sequence[CellResult], path: Path) -> None:
-    """The rows as one table, a column each, in the ledger's order.
+    """Write the rows as one table in the ledger's order.
 
     Raises:
         StorageError: disk full or not writable.
@@ -219,8 +203,7 @@ def to_parquet(rows: Sequence[CellResult], path: Path) -> None:
         return [(field.name, kinds[str(field.type).removesuffix(" | None")]) for field in dataclasses.fields(row)]
 
     kinds["tuple[FactResult, ...]"] = pa.list_(pa.struct(columns(FactResult)))
-    fields = columns(CellResult)
-    table = pa.Table.from_pylist([row.row() for row in rows], schema=pa.schema(fields))
+    table = pa.Table.from_pylist([dataclasses.asdict(row) for row in rows], schema=pa.schema(columns(CellResult)))
     with space_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, path)

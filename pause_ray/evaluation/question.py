@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from pause_ray.core.spec import Spec
+from pause_ray.text.prompts import HiddenText
 
 LabelScorer = Literal["label", "chain_progress"]
 """Scorers that read ``Question.labels``."""
@@ -22,13 +23,8 @@ class Fact:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlacedFact(Fact):
+class PlacedFact(Fact, HiddenText):
     """A fact of one cell and its place."""
-
-    depth_percent: float
-    """Place in percent of the context's haystack tokens; on a lattice, in percent of the asked length."""
-    position_tokens: int | None = None
-    """Haystack tokens before it, on a lattice; None where ``depth_percent`` decides."""
 
 
 @dataclass(frozen=True, kw_only=True)

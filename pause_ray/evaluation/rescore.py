@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,11 +30,8 @@ from pause_ray.text.tokenizer import ModelTokenizer
 if TYPE_CHECKING:
     from rich.table import Table
 
-log = logging.getLogger("pause_ray")
-
 SETTINGS = "rescore.json"
 """Name of the file in the output folder that records the scorer and the original ledgers."""
-_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +55,7 @@ class Judge:
 def judge_at(endpoint: EndpointSpec, *, spec: JudgeSpec, model_dir: Path | None = None) -> Judge:
     """Return a judge behind an endpoint, after checking with a request for one token that the endpoint works.
 
-    Args:
-        endpoint: The endpoint of the judge's model.
-        spec: The judge's instructions.
-        model_dir: Folder with the tokenizer, which only ``api: completions`` needs.
+    Only ``api: completions`` needs ``model_dir``, the folder with the tokenizer.
 
     Raises:
         SpecError: The endpoint has ``api: completions`` and there is no ``model_dir``.
@@ -78,17 +72,6 @@ def judge_at(endpoint: EndpointSpec, *, spec: JudgeSpec, model_dir: Path | None 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
-    """A cell whose score has changed."""
-
-    cell_id: str
-    before: float | None
-    """The old score; None if the cell was unscored."""
-    after: float | None
-    """The new score; None if the cell is unscored."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Agreement:
     """Comparison of two scorings of the same answers. Means and correlation cover the cells that have both scores."""
 
@@ -100,7 +83,8 @@ class Agreement:
     """The mean of the new scores. Both means are None if no cell has both scores."""
     correlation: float | None
     """Pearson's correlation; None with fewer than two cells, or if one scoring gave all cells the same score."""
-    changes: tuple[Change, ...]
+    changes: dict[str, tuple[float | None, float | None]]
+    """The old and the new score of each cell whose score has changed, by the cell's id; None stands for unscored."""
 
     @classmethod
     def between(cls, before: Sequence[CellResult], after: Sequence[CellResult]) -> Agreement:
@@ -117,9 +101,7 @@ class Agreement:
             mean_before=statistics.fmean(olds) if olds else None,
             mean_after=statistics.fmean(news) if news else None,
             correlation=statistics.correlation(olds, news) if varied else None,
-            changes=tuple(
-                Change(cell_id=old.cell_id, before=old.score, after=new.score) for old, new in pairs if _is_changed(old.score, new.score)
-            ),
+            changes={old.cell_id: (old.score, new.score) for old, new in pairs if _is_changed(old.score, new.score)},
         )
 
 
@@ -162,9 +144,12 @@ def rescore_ledgers(
         for source, old in rows.items():
             ledger, costs = Ledger(targets[source]), list[float]()
             pending = list(_pending(old, ledger, by_judge=isinstance(scorer, Judge)))
+            new_rows = (
+                judged(pending, judge=scorer) if isinstance(scorer, Judge) else ((rescore(row, scorer=scorer), None) for row in pending)
+            )
             done += len(old) - len(pending)
             progress(done, total)
-            for new, cost in _scored(pending, scorer):
+            for new, cost in new_rows:
                 ledger.append(new)
                 costs += [] if cost is None else [cost]
                 done += 1
@@ -205,28 +190,25 @@ def judged(rows: Sequence[CellResult], *, judge: Judge) -> Iterator[tuple[CellRe
         if row.response is None:
             yield row, None
             continue
-        message = judge.spec.user_message(question=row.question, references=row.references, facts=_relevant_texts(row), answer=_answer(row))
+        facts = [fact.text for fact in row.facts if fact.references] or [fact.text for fact in row.facts]
+        message = judge.spec.user_message(question=row.question, references=row.references, facts=facts, answer=_answer(row))
         try:
             asked.append((row, judge_step(message, spec=judge.spec, tokenizer=judge.tokenizer)))
         except TextError as error:
             yield _with_verdict(row, Unscored(reason=f"cannot be shown to the judge: {error}"), scorer=judge.scorer, transcript=None), None
     if judge.tokenizer is not None:
         plan = plan_prefixes([step.prompt.ids for _, step in asked], prefix_block_size=judge.engine.prefix_block_size)
-        asked = [
-            (row, dataclasses.replace(step, keep_tokens=each.keep_tokens)) for each in plan.prompts for row, step in [asked[each.prompt]]
-        ]
+        asked = [(asked[each.prompt][0], dataclasses.replace(asked[each.prompt][1], keep_tokens=each.keep_tokens)) for each in plan.prompts]
     for index, outcome in judge.engine.answer([step for _, step in asked]):
         row = asked[index][0]
         if isinstance(outcome, EngineError):
             yield _with_verdict(row, Unscored(reason=f"the judge did not answer: {outcome}"), scorer=judge.scorer, transcript=None), None
             continue
         # A truncated reply may end in the 1 of a 10, or before the judge corrects an earlier grade.
-        is_cut = outcome.decoded_tokens >= judge.spec.max_new_tokens
-        found = (
-            Unscored(reason=f"the judge's reply was cut after {outcome.decoded_tokens} tokens")
-            if is_cut
-            else read_grade(outcome.text, judge.spec)
-        )
+        if outcome.decoded_tokens >= judge.spec.max_new_tokens:
+            found: int | Unscored = Unscored(reason=f"the judge's reply was cut after {outcome.decoded_tokens} tokens")
+        else:
+            found = read_grade(outcome.text, judge.spec)
         verdict = found if isinstance(found, Unscored) else Score(value=judge.spec.share(found), fact_scores=())
         yield _with_verdict(row, verdict, scorer=judge.scorer, transcript=outcome.text), outcome.cost
 
@@ -296,35 +278,18 @@ def _pending(old: Sequence[CellResult], ledger: Ledger, *, by_judge: bool) -> It
             yield row
 
 
-def _scored(rows: Sequence[CellResult], scorer: Scorer | Judge) -> Iterator[tuple[CellResult, float | None]]:
-    if isinstance(scorer, Judge):
-        return judged(rows, judge=scorer)
-    return ((rescore(row, scorer=scorer), None) for row in rows)
-
-
 def _with_verdict(row: CellResult, verdict: Score | Unscored, *, scorer: str, transcript: str | None) -> CellResult:
-    changed = dataclasses.replace(row, scorer=scorer, transcript=transcript)
-    if isinstance(verdict, Unscored):
-        return dataclasses.replace(changed, score=None, rubric=None, unscored_reason=verdict.reason)
-    return dataclasses.replace(changed, score=verdict.value, rubric=verdict.rubric, unscored_reason=None)
-
-
-def _relevant_texts(row: CellResult) -> list[str]:
-    """Return the hidden texts that contain references, or all hidden texts if the row has no references."""
-    return [fact.text for fact in row.facts if fact.references] or [fact.text for fact in row.facts]
+    value, rubric, reason = (None, None, verdict.reason) if isinstance(verdict, Unscored) else (verdict.value, verdict.rubric, None)
+    return dataclasses.replace(row, scorer=scorer, transcript=transcript, score=value, rubric=rubric, unscored_reason=reason)
 
 
 def _answer(row: CellResult) -> str:
     """Return the answer without pause markers that the model copied, because the trial scored it without them too."""
     response = row.response or ""
-    try:
-        pauses = json.loads(row.pauses)
-    except ValueError:
+    if not row.pauses.startswith("{"):  # none, or unknown
         return response
-    if not isinstance(pauses, dict):
-        return response
-    marker = pauses.get("marker", PausePolicy.model_fields["marker"].default)
-    return response.replace(str(marker).strip(), "")
+    marker = json.loads(row.pauses).get("marker", PausePolicy.model_fields["marker"].default)
+    return response.replace(marker.strip(), "")
 
 
 def _name(scorer: Scorer | Judge) -> str:
@@ -334,4 +299,4 @@ def _name(scorer: Scorer | Judge) -> str:
 def _is_changed(before: float | None, after: float | None) -> bool:
     if before is None or after is None:
         return before is not after
-    return abs(before - after) > _TOLERANCE
+    return not math.isclose(before, after, abs_tol=1e-9)

@@ -12,9 +12,9 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pause_ray.core.errors import SpecError
 from pause_ray.core.spec import JsonObject, Spec, digest
@@ -71,58 +71,43 @@ class SuiteSpec(Spec):
 
     @field_validator("context_tokens", "depth_percent", mode="before")
     @classmethod
-    def _as_strict_tuple(cls, value: Any) -> Any:
-        """Turn a list into the tuple that the strict schema wants; pydantic runs the validators that stand last first."""
+    def _spelt_out(cls, value: Any, info: ValidationInfo) -> Any:
+        """Compute spaced values, and turn a list into the tuple that the strict schema wants."""
+        if isinstance(value, dict) and info.field_name == "context_tokens":
+            value = [round(length) for length in _spaced(value, low=None, spacings=("linear",))]
+        elif isinstance(value, dict):
+            value = [round(depth, 3) for depth in _spaced(value, low=0.0, spacings=("linear", "sigmoid"))]
         return tuple(value) if isinstance(value, list) else value
-
-    @field_validator("context_tokens", mode="before")
-    @classmethod
-    def _spelt_out_lengths(cls, value: Any) -> Any:
-        return [round(length) for length in _spaced(value, low=None, spacings=("linear",))] if isinstance(value, dict) else value
-
-    @field_validator("depth_percent", mode="before")
-    @classmethod
-    def _spelt_out_depths(cls, value: Any) -> Any:
-        return [round(depth, 3) for depth in _spaced(value, low=0.0, spacings=("linear", "sigmoid"))] if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _grid_is_sane(self) -> Self:
         for depth in self.depth_percent:
             if not 0 <= depth <= 100:
                 raise ValueError(f"depth_percent {depth:g} is outside 0 to 100")
-        for tokens in self.context_tokens:
-            if tokens < 1:
-                raise ValueError(f"context_tokens {tokens} must be at least 1")
+        if min(self.context_tokens) < 1:
+            raise ValueError(f"context_tokens {min(self.context_tokens)} must be at least 1")
         for name, values in (("context_tokens", self.context_tokens), ("depth_percent", self.depth_percent)):
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} names a value twice: {list(values)}")
         axes = {"depth_percent": bool(self.depth_percent), "lattice_tokens": bool(self.lattice_tokens), "samples": bool(self.samples)}
-        if sum(axes.values()) != 1:
-            given = [name for name, is_given in axes.items() if is_given] or "none"
-            raise ValueError(f"needs one of depth_percent, lattice_tokens and samples, given: {given}")
+        given = [name for name, is_given in axes.items() if is_given]
+        if len(given) != 1:
+            raise ValueError(f"needs one of depth_percent, lattice_tokens and samples, given: {given or 'none'}")
         return self
 
     @model_validator(mode="after")
-    def _has_text_to_hide_in(self) -> Self:
+    def _fits_its_task(self) -> Self:
         has_own = self.task.has_filler
         if sum((bool(self.haystack), self.noise is not None, has_own)) != 1:
             own = f"the lines of task {self.task.kind}" if has_own else f"task {self.task.kind} has no lines of its own"
             raise ValueError(f"facts need one text to be hidden in: haystack, or noise, or the task's lines ({own})")
         if self.noise is not None and not self.noise.strip():
             raise ValueError("noise is empty; write a few sentences")
-        return self
-
-    @model_validator(mode="after")
-    def _multi_key_has_depths(self) -> Self:
         if isinstance(self.task, MultiKeyTask) and not 2 <= len(self.depth_percent) <= MOST_FACTS:
             raise ValueError(
                 f"task multi_key hides a fact at every depth of one context; give depth_percent, 2 to {MOST_FACTS} depths "
                 f"(here: {len(self.depth_percent)})"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _task_has_what_the_scorer_reads(self) -> Self:
         if self.scorer in ("label", "chain_progress") and self.scorer != self.task.label_scorer:
             raise ValueError(f"scorer {self.scorer} reads labels that task {self.task.kind} does not have; use another, such as keywords")
         return self
@@ -224,25 +209,24 @@ def known_facts(suite: SuiteSpec, *, seed: int, replicate: int) -> tuple[Fact, .
     return tuple(fact for question in drawn for fact in question.facts)
 
 
-@dataclass(frozen=True)
-class _Position:
+class _Position(NamedTuple):
     """Place of a cell's first fact."""
 
-    depth_percent: float | None
+    depth_percent: float | None = None
     """Depth in percent; None where a random depth is drawn for each sample."""
-    position_tokens: int | None
-    sample: int
+    position_tokens: int | None = None
+    sample: int = 0
 
 
 def _positions(suite: SuiteSpec, tokens: int) -> Iterator[_Position]:
     if suite.samples is not None:
-        yield from (_Position(None, None, sample) for sample in range(suite.samples))
+        yield from (_Position(sample=sample) for sample in range(suite.samples))
     elif suite.lattice_tokens is not None:
         for place in range(0, tokens, suite.lattice_tokens):
-            yield _Position(round(100 * place / tokens, 3), place, 0)
-        yield _Position(100.0, None, 0)
+            yield _Position(round(100 * place / tokens, 3), place)
+        yield _Position(100.0)
     else:
-        yield from (_Position(depth, None, 0) for depth in suite.depth_percent)
+        yield from (_Position(depth) for depth in suite.depth_percent)
 
 
 def _placed(question: Question, position: _Position, *, seed: int, replicate: int) -> tuple[PlacedFact, ...]:
@@ -272,9 +256,8 @@ def _placed_by_key(suite: SuiteSpec, question: Question, *, place: int, tokens: 
     others = [other for other in range(len(question.facts)) if other != place]
     chars = [len(fact.text) + 1 for fact in question.facts]
     chat = [suite.prompt.system or "", suite.prompt.before, suite.prompt.user_after(question="", instruction=None)]
-    room = max(
-        0, tokens - (sum(chars) + 2 * max(chars) + sum(map(len, chat))) // _MULTI_KEY_CHARS_PER_TOKEN
-    )  # a question has up to two facts' words
+    around = sum(chars) + 2 * max(chars) + sum(map(len, chat))  # a question has up to two facts' words
+    room = max(0, tokens - around // _MULTI_KEY_CHARS_PER_TOKEN)
     return tuple(
         PlacedFact(
             text=fact.text,
@@ -308,10 +291,6 @@ def _spaced(wanted: dict[str, Any], *, low: float | None, spacings: tuple[str, .
     return [steps[0], *(100 / (1 + math.exp(-_SIGMOID_STEEPNESS * (step - 50))) for step in steps[1:-1]), steps[-1]]
 
 
-PROXY_ANSWER_TOKENS = 24
-"""The limit of a proxy's answer: a number of seven digits in a short sentence, where every digit may be a token."""
-
-
 def proxy_suite(suite: SuiteSpec, *, facts: int, context_tokens: Sequence[int]) -> SuiteSpec:
     """Return the proxy of a suite, a cheap substitute for its cells: ``facts`` keys in the suite's own text, one context per length.
 
@@ -335,6 +314,6 @@ def proxy_suite(suite: SuiteSpec, *, facts: int, context_tokens: Sequence[int]) 
         "depth_percent": {"from": 0, "to": 100, "count": facts},
         "lattice_tokens": None,
         "samples": None,
-        "max_new_tokens": PROXY_ANSWER_TOKENS,
+        "max_new_tokens": 24,  # a number of seven digits in a short sentence, where every digit may be a token
     }
     return SuiteSpec.parse(suite.resolved() | changes, origin="scheduler.proxy")

@@ -102,8 +102,7 @@ def test_a_cell_that_could_not_be_scored_is_not_done_and_its_later_row_stands_fo
 
 
 def test_a_row_of_another_version_is_an_error_that_names_the_column(tmp_path: Path) -> None:
-    row = result(0).row()
-    row["needle"] = "The word is café."
+    row = dataclasses.asdict(result(0)) | {"needle": "The word is café."}
     (tmp_path / "cells.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(StorageError, match=r"line 1 is no cell result .*'needle'"):
         Ledger(tmp_path / "cells.jsonl").rows()
