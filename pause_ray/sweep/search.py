@@ -27,7 +27,6 @@ from pause_ray.sweep.search_space import (
     check_enough,
     corners,
     drawn_points,
-    rounded,
 )
 from pause_ray.sweep.spec import PlannedTrial, SweepSpec, TpeAlgorithm, allows, arms_of, expand
 from pause_ray.trial.prepare import PrepareCache, PreparedTrial, prepare
@@ -305,7 +304,7 @@ class TpeSearch:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._sweep, self._algorithm, self._log = sweep, algorithm, log
-        check_enough(sweep.search, lambda point: allows(sweep, point), points=algorithm.points, origin=f"sweep {sweep.name}")
+        check_enough(sweep.search, lambda point: allows(sweep, point), points=algorithm.points, origin=sweep.origin)
         sampler = optuna.samplers.TPESampler(
             seed=algorithm.seed, n_startup_trials=algorithm.random_points, multivariate=True, constant_liar=algorithm.at_a_time > 1
         )
@@ -361,7 +360,7 @@ class TpeSearch:
                 return point
             self._end(trial, None)
         seed = self._algorithm.seed + self._suggestions
-        [point] = drawn_points(self._sweep.search, self._is_new, points=1, seed=seed, origin=f"sweep {self._sweep.name}")
+        [point] = drawn_points(self._sweep.search, self._is_new, points=1, seed=seed, origin=self._sweep.origin)
         self._trials[digest(point)] = None
         return point
 
@@ -402,10 +401,8 @@ def _value(domain: Domain, suggested: Any) -> Any:
     """Return the value of a domain that a suggestion stands for."""
     if isinstance(domain, IntDomain):
         return suggested
-    if isinstance(domain, UniformDomain):
-        return rounded(suggested, domain.uniform)
-    if isinstance(domain, LogUniformDomain):
-        return rounded(suggested, domain.loguniform)
+    if isinstance(domain, UniformDomain | LogUniformDomain):
+        return domain.rounded(suggested)
     return domain.listed()[suggested]
 
 

@@ -1,18 +1,16 @@
-"""The search space of a sweep: domains of values, and constraints between the values of one trial. Pure.
+"""The search space of a sweep: domains of values, their points, and constraints between the values of one trial.
 
-A domain is recognised by its key: ``{grid: [...]}``, ``{choice: [...]}``, ``{uniform: [low, high]}``, ``{loguniform: [low, high]}``,
-``{int: [low, high]}`` or ``{quantised: [low, high], step: x}``. Bounds belong to the domain.
+A domain is recognised by its key, for example ``{grid: [1, 2, 4]}`` or ``{quantised: [low, high], step: x}``; bounds belong to the domain.
 """
 
 from __future__ import annotations
 
-import abc
 import difflib
 import itertools
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -22,140 +20,119 @@ from pause_ray.core.errors import SpecError
 from pause_ray.core.spec import JsonObject, Spec, digest
 
 DRAWN_DIGITS = 6
-"""Significant digits of a drawn number: what a label and a ledger can show, and finer than any result depends on."""
+"""Significant digits of a drawn number: as many as a label and a ledger can show, and more than any result depends on."""
 Whole = int
 """``int`` where a field has that name."""
 Bounds = tuple[float, float]
 
 
 class _Keyed(Spec):
-    """A domain, told by its first field."""
+    """A domain whose first field holds its values or bounds."""
 
     @property
     def key(self) -> str:
-        """The name of that field."""
+        """The name of the first field."""
         return next(iter(type(self).model_fields))
 
+    @model_validator(mode="after")
+    def _is_valid(self) -> Self:
+        self._check(*getattr(self, self.key))
+        return self
 
-class _Listed(_Keyed, abc.ABC):
-    """A domain that lists its values."""
+    def _check(self, *values: Any) -> None:
+        """Refuse bounds that are not a range."""
+        low, high = values
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError(f"{self.key} [{low}, {high}]: bounds must be finite numbers")
+        if low >= high:
+            raise ValueError(
+                f"{self.key} [{low:g}, {high:g}]: the first bound must be below the second; swap them, or write {{grid: [{low:g}]}}"
+            )
 
-    @abc.abstractmethod
+
+class _Listed(_Keyed):
+    """A domain that can list its values."""
+
     def listed(self) -> Sequence[Any]:
-        """All values, in the order in which they are written."""
-
-    @property
-    def size(self) -> int:
-        """Number of values."""
-        return len(self.listed())
+        """Return all values, in the order in which they are written or ascending."""
+        values: Sequence[Any] = getattr(self, self.key)
+        return values
 
     def draw(self, source: random.Random) -> Any:
-        """One value; each is as likely as another."""
+        """Return a value; all are equally likely."""
         return source.choice(self.listed())
 
     def ends(self) -> list[Any]:
-        """The outermost values."""
+        """Return the outermost values."""
         values = self.listed()
         return [values[0]] if len(values) == 1 else [values[0], values[-1]]
 
-    def _check_values_differ(self) -> None:
-        values = self.listed()
+
+class _Values(_Listed):
+    def _check(self, *values: Any) -> None:
         if len({digest([value]) for value in values}) != len(values):
             raise ValueError(f"{self.key} names a value twice: {list(values)}")
 
 
-class GridDomain(_Listed):
+class GridDomain(_Values):
     """Every one of the listed values; where points are drawn, one of them."""
 
     grid: tuple[Any, ...] = Field(min_length=1)
     """Plain YAML values."""
 
-    def listed(self) -> Sequence[Any]:
-        """The values."""
-        return self.grid
 
-    @model_validator(mode="after")
-    def _values_differ(self) -> Self:
-        self._check_values_differ()
-        return self
-
-
-class ChoiceDomain(_Listed):
+class ChoiceDomain(_Values):
     """One of the listed values; algorithm grid refuses it, as it would be no choice."""
 
     choice: tuple[Any, ...] = Field(min_length=1)
     """Plain YAML values."""
 
-    def listed(self) -> Sequence[Any]:
-        """The values."""
-        return self.choice
 
-    @model_validator(mode="after")
-    def _values_differ(self) -> Self:
-        self._check_values_differ()
-        return self
+class _Interval(_Keyed):
+    """All numbers between two bounds."""
+
+    def listed(self) -> None:
+        """Return None: the values cannot be listed."""
+
+    def ends(self) -> list[Any]:
+        """Return the bounds."""
+        return list(getattr(self, self.key))
+
+    def rounded(self, value: float) -> float:
+        """Return a drawn number with ``DRAWN_DIGITS`` significant digits, still within the bounds."""
+        low, high = getattr(self, self.key)
+        return float(min(max(float(f"{value:.{DRAWN_DIGITS}g}"), low), high))
 
 
-class UniformDomain(_Keyed):
+class UniformDomain(_Interval):
     """A number between two bounds, anywhere as likely."""
 
     uniform: Bounds
     """Smallest and largest value."""
 
-    @model_validator(mode="after")
-    def _is_a_range(self) -> Self:
-        _check_range("uniform", self.uniform)
-        return self
-
-    def listed(self) -> None:
-        """No list: there is no end of values."""
-
-    @property
-    def size(self) -> None:
-        """No end of values."""
-
     def draw(self, source: random.Random) -> float:
-        """One value."""
-        return rounded(source.uniform(*self.uniform), self.uniform)
-
-    def ends(self) -> list[Any]:
-        """The bounds."""
-        return list(self.uniform)
+        """Return a value."""
+        return self.rounded(source.uniform(*self.uniform))
 
 
-class LogUniformDomain(_Keyed):
+class LogUniformDomain(_Interval):
     """A positive number between two bounds whose order of magnitude is anywhere as likely."""
 
     loguniform: Bounds
     """Smallest and largest value."""
 
-    @model_validator(mode="after")
-    def _is_a_range_above_zero(self) -> Self:
-        _check_range("loguniform", self.loguniform)
-        if self.loguniform[0] <= 0:
-            raise ValueError(
-                f"loguniform {list(self.loguniform)}: orders of magnitude begin above zero; raise the lower bound, or use uniform"
-            )
-        return self
-
-    def listed(self) -> None:
-        """No list: there is no end of values."""
-
-    @property
-    def size(self) -> None:
-        """No end of values."""
+    def _check(self, *values: Any) -> None:
+        super()._check(*values)
+        if values[0] <= 0:
+            raise ValueError(f"loguniform {list(values)}: orders of magnitude begin above zero; raise the lower bound, or use uniform")
 
     def draw(self, source: random.Random) -> float:
-        """One value."""
+        """Return a value."""
         low, high = self.loguniform
-        return rounded(math.exp(source.uniform(math.log(low), math.log(high))), self.loguniform)
-
-    def ends(self) -> list[Any]:
-        """The bounds."""
-        return list(self.loguniform)
+        return self.rounded(math.exp(source.uniform(math.log(low), math.log(high))))
 
 
-class IntDomain(_Keyed):
+class IntDomain(_Listed):
     """A whole number between two bounds, both included."""
 
     int: tuple[Whole, Whole]
@@ -165,40 +142,28 @@ class IntDomain(_Keyed):
     log: bool = False
     """Whether orders of magnitude are as likely as each other, instead of numbers."""
 
-    @model_validator(mode="after")
-    def _is_a_range(self) -> Self:
-        low, high = self.int
-        _check_range("int", (low, high))
+    def _check(self, *values: Any) -> None:
+        super()._check(*values)
+        low, high = values
         if (high - low) % self.step:
             raise ValueError(f"int [{low}, {high}]: not a whole number of steps of {self.step} from {low} to {high}; change one of them")
         if self.log and low < 1:
             raise ValueError(f"int [{low}, {high}] with log: orders of magnitude begin at 1; raise the lower bound, or leave log out")
         if self.log and self.step != 1:
             raise ValueError(f"int with log and step {self.step}: steps are equal and orders of magnitude are not; leave one of them out")
-        return self
-
-    @property
-    def size(self) -> Whole:
-        """Number of values."""
-        low, high = self.int
-        return (high - low) // self.step + 1
 
     def listed(self) -> Sequence[Any]:
-        """All values, ascending."""
+        """Return all values, ascending."""
         low, high = self.int
         return range(low, high + 1, self.step)
 
     def draw(self, source: random.Random) -> Any:
-        """One value."""
-        low, high = self.int
+        """Return a value."""
         if not self.log:
-            return source.randrange(low, high + 1, self.step)
+            return super().draw(source)
+        low, high = self.int
         drawn = math.exp(source.uniform(math.log(low - 0.5), math.log(high + 0.5)))
         return min(max(round(drawn), low), high)
-
-    def ends(self) -> list[Any]:
-        """The bounds."""
-        return list(self.int)
 
 
 class QuantisedDomain(_Listed):
@@ -209,20 +174,18 @@ class QuantisedDomain(_Listed):
     step: float = Field(gt=0)
     """From one value to the next. Where the lower bound and the step are whole numbers, so are all values."""
 
-    @model_validator(mode="after")
-    def _is_a_range_of_steps(self) -> Self:
-        low, high = self.quantised
-        _check_range("quantised", self.quantised)
+    def _check(self, *values: Any) -> None:
+        super()._check(*values)
+        low, high = values
         if (Decimal(str(high)) - Decimal(str(low))) % Decimal(str(self.step)):
             raise ValueError(
                 f"quantised [{low:g}, {high:g}]: not a whole number of steps of {self.step:g} from {low:g} to {high:g}; change one of them"
             )
-        return self
 
     def listed(self) -> Sequence[Any]:
-        """All values, ascending; decimal sums, so that 0.1 + 2 × 0.1 is 0.3."""
+        """Return all values, ascending; they are decimal sums, so that 0.1 + 2 × 0.1 is 0.3."""
         low, high, step = (Decimal(str(number)) for number in (*self.quantised, self.step))
-        values = [low + place * step for place in range(int((high - low) / step) + 1)]
+        values = [low + number * step for number in range(int((high - low) / step) + 1)]
         whole = all(value == value.to_integral_value() for value in (low, step))
         return [int(value) if whole else float(value) for value in values]
 
@@ -234,7 +197,7 @@ DOMAIN_FIELDS: Final = frozenset(field for domain in _DOMAINS for field in domai
 
 
 def _kind_of(value: Any) -> str | None:
-    """The tag of the domain that is meant: the one whose key is there, or nearly; None where no key is like any, or two are there."""
+    """Return the tag of the domain whose key the mapping has, exactly or nearly; None if it has none or two."""
     if isinstance(value, _DOMAINS):
         return f"<{value.key}>"
     if not isinstance(value, dict):
@@ -261,35 +224,18 @@ Domain = Annotated[
 """Values that a search may choose."""
 
 
-def rounded(value: float, bounds: Bounds) -> float:
-    """A drawn number with ``DRAWN_DIGITS`` significant digits, still within its bounds."""
-    low, high = bounds
-    return min(max(float(f"{value:.{DRAWN_DIGITS}g}"), low), high)
-
-
-def _check_range(kind: str, bounds: Bounds) -> None:
-    low, high = bounds
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"{kind} [{low}, {high}]: bounds must be finite numbers")
-    if low >= high:
-        raise ValueError(f"{kind} [{low:g}, {high:g}]: the first bound must be below the second; swap them, or write {{grid: [{low:g}]}}")
-
-
-class _Absent:
-    """Stands for a value that a trial does not have, as it has none of the branch that it would be in."""
-
-
-ABSENT: Final = _Absent()
+ABSENT: Final[Any] = object()
+"""Stands for a value that a trial lacks because it lacks the branch above it."""
 
 
 def value_at(data: JsonObject, path: str) -> Any:
-    """The value at a dotted path of resolved data, or ``ABSENT``."""
-    place: Any = data
+    """Return the value at a dotted path of resolved data, or ``ABSENT``."""
+    value: Any = data
     for name in path.split("."):
-        if not isinstance(place, dict) or name not in place:
+        if not isinstance(value, dict) or name not in value:
             return ABSENT
-        place = place[name]
-    return place
+        value = value[name]
+    return value
 
 
 class Constraint(Spec):
@@ -314,31 +260,31 @@ class Constraint(Spec):
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Dotted paths that it reads."""
+        """The dotted paths of the values that are compared."""
         return (self.path, self.than) if isinstance(self.than, str) else (self.path,)
 
     @property
-    def words(self) -> str:
-        """For people: ``train.lora.alpha at_least 2 × train.lora.rank``."""
+    def rule(self) -> str:
+        """The rule as text: ``train.lora.alpha at_least 2 × train.lora.rank``."""
         times = "" if self.times == 1 else f"{self.times:g} × "
         than = self.than if isinstance(self.than, str) else f"{self.than:g}"
         return f"{self.path} {self.relation} {times}{than}"
 
-    def holds(self, value_of: Callable[[str], Any]) -> bool | None:
-        """Whether it holds in the trial with these values; None where the trial lacks one of them (``ABSENT``).
+    def holds(self, trial: JsonObject) -> bool | None:
+        """Return whether the rule holds in a trial's resolved data; None if the trial lacks one of the values.
 
         Raises:
-            SpecError: a comparison of something that is no number.
+            SpecError: one of the values to be compared is not a number.
         """
-        value = value_of(self.path)
-        other = value_of(self.than) if isinstance(self.than, str) else self.than
+        value = value_at(trial, self.path)
+        other = value_at(trial, self.than) if isinstance(self.than, str) else self.than
         if value is ABSENT or other is ABSENT:
             return None
         if self.relation in ("at_least", "at_most") or self.times != 1:
-            for path, its in zip(self.paths, (value, other), strict=False):
-                if isinstance(its, bool) or not isinstance(its, int | float):
-                    shown = json.dumps(its)
-                    raise SpecError(f"constraints: {self.words}: {path} is {shown}, which is no number to compare; use equal or different")
+            for path, number in zip(self.paths, (value, other), strict=False):
+                if isinstance(number, bool) or not isinstance(number, int | float):
+                    shown = json.dumps(number)
+                    raise SpecError(f"constraints: {self.rule}: {path} is {shown}, which is no number to compare; use equal or different")
             other = self.times * other
         if self.relation == "at_least":
             return bool(value >= other)
@@ -348,7 +294,7 @@ class Constraint(Spec):
 
 
 MOST_DRAWS = 1000
-"""In a row without a new valid point; then there is taken to be none."""
+"""Draws in a row without a new valid point, after which there is taken to be none."""
 MOST_COUNTED = 1000
 """Points of a finite space that are tried one by one to know how many are valid."""
 MOST_CORNERS = 64
@@ -356,26 +302,21 @@ Search = Mapping[str, Domain]
 Allows = Callable[[JsonObject], bool]
 
 
-def every_point(search: Search) -> Iterator[JsonObject]:
-    """Every combination of the values of domains that all list them; the last path varies fastest."""
-    lists = [listed for domain in search.values() if (listed := domain.listed()) is not None]
-    return (dict(zip(search, values, strict=True)) for values in itertools.product(*lists))
-
-
 def grid_points(search: Search, allows: Allows, *, origin: str) -> list[JsonObject]:
-    """Every valid point.
+    """Return every valid combination of the values of domains that all list them; the last path varies fastest.
 
     Raises:
         SpecError: there is none.
     """
-    points = [point for point in every_point(search) if allows(point)]
-    if not points:
-        raise no_valid_point(origin)
-    return points
+    lists = [domain.listed() or () for domain in search.values()]
+    points = (dict(zip(search, values, strict=True)) for values in itertools.product(*lists))
+    valid = [point for point in points if allows(point)]
+    _check_number(len(valid), wanted=1, origin=origin)
+    return valid
 
 
 def drawn_points(search: Search, allows: Allows, *, points: int, seed: int, origin: str) -> list[JsonObject]:
-    """So many different valid points, drawn at random.
+    """Return as many different valid points as are wanted, drawn at random.
 
     Raises:
         SpecError: the space has fewer.
@@ -384,16 +325,14 @@ def drawn_points(search: Search, allows: Allows, *, points: int, seed: int, orig
     source = random.Random(digest(["points of a search", seed]))  # noqa: S311 (drawn points must be the same everywhere)
     found: dict[str, JsonObject] = {}
     draws_in_vain = 0
-    while len(found) < points:
+    while len(found) < points and draws_in_vain < MOST_DRAWS:
         point = {path: domain.draw(source) for path, domain in search.items()}
         key = digest(point)
+        draws_in_vain += 1
         if key not in found and allows(point):
             found[key] = point
             draws_in_vain = 0
-            continue
-        draws_in_vain += 1
-        if draws_in_vain == MOST_DRAWS:
-            raise too_few(len(found), wanted=points, origin=origin) if found else no_valid_point(origin)
+    _check_number(len(found), wanted=points, origin=origin)
     return list(found.values())
 
 
@@ -403,38 +342,24 @@ def check_enough(search: Search, allows: Allows, *, points: int, origin: str) ->
     Raises:
         SpecError: it has fewer, or none.
     """
-    size = size_of(search)
-    if size is None or size > MOST_COUNTED:
-        return
-    valid = sum(map(allows, every_point(search)))
+    lists = [domain.listed() for domain in search.values()]
+    if None not in lists and math.prod(len(listed) for listed in lists if listed is not None) <= MOST_COUNTED:
+        _check_number(len(grid_points(search, allows, origin=origin)), wanted=points, origin=origin)
+
+
+def _check_number(valid: int, *, wanted: int, origin: str) -> None:
     if not valid:
-        raise no_valid_point(origin)
-    if valid < points:
-        raise too_few(valid, wanted=points, origin=origin)
-
-
-def size_of(search: Search) -> int | None:
-    """Points of the space, valid or not; None where there is no end of them."""
-    sizes = [domain.size for domain in search.values()]
-    return math.prod(size for size in sizes if size is not None) if None not in sizes else None
+        raise SpecError(f"{origin}: search: no point keeps the constraints; widen a domain or change a constraint")
+    if valid < wanted:
+        raise SpecError(
+            f"{origin}: algorithm.points {wanted}: the search has {valid} valid points; lower points, or list values and use algorithm grid"
+        )
 
 
 def corners(search: Search) -> list[JsonObject]:
-    """Points at the outermost values: all of their combinations, or where these are many, those with one path at its other end."""
+    """Return all combinations of the outermost values, or if these are many, those with at most one path at its other end."""
     ends = {path: domain.ends() for path, domain in search.items()}
     if math.prod(map(len, ends.values())) <= MOST_CORNERS:
         return [dict(zip(ends, values, strict=True)) for values in itertools.product(*ends.values())]
-    low, high = ({path: its[place] for path, its in ends.items()} for place in (0, -1))
+    low, high = ({path: values[index] for path, values in ends.items()} for index in (0, -1))
     return [low, *(low | {path: high[path]} for path in ends), *(high | {path: low[path]} for path in ends), high]
-
-
-def no_valid_point(origin: str) -> SpecError:
-    """The error of a space that is empty."""
-    return SpecError(f"{origin}: search: no point keeps the constraints; widen a domain or change a constraint")
-
-
-def too_few(valid: int, *, wanted: int, origin: str) -> SpecError:
-    """The error of a space that is too small."""
-    return SpecError(
-        f"{origin}: algorithm.points {wanted}: the search has {valid} valid points; lower points, or list values and use algorithm grid"
-    )

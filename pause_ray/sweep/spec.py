@@ -1,8 +1,7 @@
-"""The specification of a sweep: one trial, a search over its dotted paths, named arms, replicates. Pure.
+"""The specification of a sweep, and the trials that follow from it: one trial, a search over its dotted paths, arms, replicates.
 
-A sweep only makes trial specs. Every arm is combined with every point of the search, except that an arm which sets a
-searched path (or a branch above it) itself is not varied along that path: an arm with ``train: null`` has no LoRA rank,
-and one with ``train.lora.rank: 16`` has just that one. Equal trials are run once.
+Every arm is combined with every point of the search, but is not varied along a path that it sets itself, or whose branch it sets: an arm
+with ``train: null`` has no LoRA rank. Equal trials are run once.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -95,18 +94,16 @@ class SchedulerSpec(Spec):
 
     def steps(self, max_steps: int) -> tuple[int, ...]:
         """Return the optimizer steps of the rungs, ascending; the end of the training is not a rung."""
-        steps = []
-        step = self.grace_period
-        while step < max_steps:
-            steps.append(step)
-            step *= self.reduction_factor
-        return tuple(steps)
+        steps = (self.grace_period * self.reduction_factor**rung for rung in itertools.count())
+        return tuple(itertools.takewhile(lambda step: step < max_steps, steps))
 
 
-PLACES_NOT_SEARCHED = ("replicate", "resources")
-"""Set by the sweep itself, or without effect on the result; the same for every arm."""
+SAME_FOR_ALL = ("replicate", "resources")
+"""Fields of a trial that the sweep sets, or that do not change the result; no search or arm may set them."""
 PROBES = 16
-"""Points at which a search is checked whose own are not known yet, and at most so many values of a path."""
+"""Most points, and most values of a path, with which a search is checked whose own points are not known yet."""
+MOST_VALUE_CHARS = 40
+"""Most characters of a searched value that a label shows."""
 
 
 class SweepSpec(Spec):
@@ -171,6 +168,11 @@ class SweepSpec(Spec):
         return self
 
     @property
+    def origin(self) -> str:
+        """The name of the sweep in error messages."""
+        return f"sweep {self.name}"
+
+    @property
     def reference_arm(self) -> str:
         """The arm that the others are compared with."""
         return self.compare_to or next(iter(self.arms), self.arm)
@@ -187,16 +189,16 @@ class PlannedTrial:
 
     @property
     def label(self) -> str:
-        """For people: ``pause_tuned every=2 rank=16 #0``."""
+        """The trial's name for people: ``pause_tuned every=2 rank=16 #0``."""
         point = "".join(f" {path.rsplit('.', 1)[-1]}={value}" for path, value in self.point.items())
         return f"{self.arm}{point} #{self.spec.replicate}"
 
 
 def read_sweep(path: Path, overrides: JsonObject) -> SweepSpec:
-    """A sweep from its YAML file; ``overrides`` are dotted paths of the sweep, such as ``trial.train.max_steps``.
+    """Read a sweep from its YAML file; ``overrides`` are dotted paths of the sweep, such as ``trial.train.max_steps``.
 
     Raises:
-        SpecError: as ``SweepSpec.parse`` and ``expand``.
+        SpecError: as for ``SweepSpec.parse``; or the sweep has no such path.
     """
     data = read_yaml(path)
     for dotted in overrides:
@@ -207,26 +209,24 @@ def read_sweep(path: Path, overrides: JsonObject) -> SweepSpec:
             check_path(TrialSpec, dotted.removeprefix("trial."), origin="--set")
         else:
             check_path(SweepSpec, dotted.split(".")[0] if dotted.startswith(("search.", "arms.")) else dotted, origin="--set")
-    data = _whole(with_overrides(_whole(data, path), overrides), path)
+    data = _with_files(with_overrides(_with_files(data, path), overrides), path)
     return SweepSpec.parse(data, origin=str(path))
 
 
-def _whole(data: JsonObject, path: Path) -> JsonObject:
-    """Sparse sweep data with the content of every file that its trial or an arm names."""
-    whole = dict(data)
-    if isinstance(data.get("trial"), dict):
-        whole["trial"] = inline_files(data["trial"], FILE_FIELDS, origin=path)
-    if isinstance(data.get("arms"), dict):
-        whole["arms"] = {
-            name: inline_files(changes, FILE_FIELDS, origin=path) if isinstance(changes, dict) else changes
-            for name, changes in data["arms"].items()
-        }
-    return whole
+def _with_files(data: JsonObject, path: Path) -> JsonObject:
+    """Return sparse sweep data with the content of every file that its trial or an arm names."""
+
+    def inlined(fields: Any) -> Any:
+        return inline_files(fields, FILE_FIELDS, origin=path) if isinstance(fields, dict) else fields
+
+    arms = data.get("arms")
+    whole = data | ({"arms": {name: inlined(changes) for name, changes in arms.items()}} if isinstance(arms, dict) else {})
+    return whole | ({"trial": inlined(data["trial"])} if "trial" in data else {})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One condition of a sweep, at whatever point of the search."""
+    """A condition of a sweep, at any point of the search."""
 
     sweep: SweepSpec
     name: str
@@ -235,78 +235,78 @@ class Arm:
 
     @property
     def varied(self) -> list[str]:
-        """Searched paths that it does not set itself."""
+        """The searched paths that the arm does not set itself."""
         return [path for path in self.sweep.search if not any(f"{path}.".startswith(f"{changed}.") for changed in self.changes)]
 
     def applied(self, point: JsonObject) -> JsonObject:
-        """The part of a point that it is varied along."""
+        """Return the values of a point that apply to the arm."""
         return {path: point[path] for path in self.varied}
 
     def trial(self, applied: JsonObject, *, replicate: int) -> TrialSpec | None:
-        """Its trial at a point, or None where a constraint of the sweep leaves it out.
+        """Return the arm's trial at a point, or None if a constraint of the sweep leaves it out.
 
         Raises:
             SpecError: the trial breaks a rule of its own.
         """
         data = with_overrides(self.sweep.trial, {**self.changes, **applied, "replicate": replicate})
         try:
-            spec = TrialSpec.parse(data, origin=f"sweep {self.sweep.name}: arm {self.name} {applied or ''}".rstrip())
+            spec = TrialSpec.parse(data, origin=f"{self.sweep.origin}: arm {self.name} {applied or ''}".rstrip())
         except SpecError:
-            if not all(held is not False for held in self._held(data)):
-                return None  # a constraint is there to keep such trials away
+            if self._is_left_out(data):
+                return None  # a constraint may be there to exclude trials that break a rule
             raise
-        return spec if all(held is not False for held in self._held(spec.resolved())) else None
+        return None if self._is_left_out(spec.resolved()) else spec
 
-    def _held(self, data: JsonObject) -> Iterator[bool | None]:
-        return (constraint.holds(lambda path: value_at(data, path)) for constraint in self.sweep.constraints)
+    def _is_left_out(self, trial: JsonObject) -> bool:
+        return any(constraint.holds(trial) is False for constraint in self.sweep.constraints)
 
 
 def arms_of(sweep: SweepSpec) -> list[Arm]:
-    """The unchanged trial's arm, then the others."""
+    """Return the unchanged trial's arm, then the others."""
     return [Arm(sweep=sweep, name=name, changes=changes) for name, changes in {sweep.arm: {}, **sweep.arms}.items()]
 
 
 def allows(sweep: SweepSpec, point: JsonObject) -> bool:
-    """Whether a point is left in by the constraints, in the unchanged trial.
+    """Return whether the constraints allow the unchanged trial at a point.
 
     Raises:
-        SpecError: a value at which the trial breaks a rule of its own, where there are constraints to look at.
+        SpecError: there are constraints, and the trial breaks a rule of its own.
     """
     return not sweep.constraints or arms_of(sweep)[0].trial(point, replicate=0) is not None
 
 
 def known_points(sweep: SweepSpec) -> list[JsonObject] | None:
-    """The points of the search that are known before anything runs; None where the algorithm learns them as it goes.
+    """Return the points of the search, or None if the algorithm chooses them while the sweep runs.
 
     Raises:
-        SpecError: no point is left in by the constraints, or fewer than were asked for.
+        SpecError: the constraints allow no point, or fewer than are wanted.
     """
     algorithm = sweep.algorithm
     if isinstance(algorithm, GridAlgorithm):
-        return grid_points(sweep.search, lambda point: allows(sweep, point), origin=f"sweep {sweep.name}")
-    if isinstance(algorithm, RandomAlgorithm):
-        return drawn_points(
-            sweep.search, lambda point: allows(sweep, point), points=algorithm.points, seed=algorithm.seed, origin=f"sweep {sweep.name}"
-        )
-    return None
+        return grid_points(sweep.search, functools.partial(allows, sweep), origin=sweep.origin)
+    return _drawn(sweep, algorithm.points, seed=algorithm.seed) if isinstance(algorithm, RandomAlgorithm) else None
 
 
 def example_point(sweep: SweepSpec) -> JsonObject:
-    """A valid point of the search, for those whose points are not known; always the same one.
+    """Return a valid point of a search whose points are not known yet; always the same one.
 
     Raises:
         SpecError: there is none.
     """
-    return drawn_points(sweep.search, lambda point: allows(sweep, point), points=1, seed=0, origin=f"sweep {sweep.name}")[0]
+    return _drawn(sweep, 1, seed=0)[0]
+
+
+def _drawn(sweep: SweepSpec, points: int, *, seed: int) -> list[JsonObject]:
+    return drawn_points(sweep.search, functools.partial(allows, sweep), points=points, seed=seed, origin=sweep.origin)
 
 
 def expand(sweep: SweepSpec, points: Sequence[JsonObject] | None = None) -> list[PlannedTrial]:
-    """Every distinct trial of the sweep: arm by arm, point by point, replicate by replicate.
+    """Return every distinct trial of the sweep: arm by arm, point by point, replicate by replicate.
 
     Args:
-        sweep: What to expand.
-        points: Of the search, those to be run; None: all that are known before anything runs, after checking the whole sweep. Trials
-            that the search does not vary are there in any case; with algorithm tpe and None, only they are.
+        sweep: The sweep.
+        points: The points to run. None: check the whole sweep and take those that are known before anything runs, which are none with
+            algorithm tpe. Trials that the search does not vary are included in any case.
 
     Raises:
         SpecError: a searched or arm path that the trial does not have, a trial that breaks a rule, two arms that are the same trial,
@@ -319,7 +319,11 @@ def expand(sweep: SweepSpec, points: Sequence[JsonObject] | None = None) -> list
     if not isinstance(sweep.algorithm, GridAlgorithm):
         _check_corners(sweep)
     known = known_points(sweep)
-    tried = _probes(sweep) if known is None else known
+    if known is None:
+        ends = [point for point in corners(sweep.search) if allows(sweep, point)]
+        tried = ends + _drawn(sweep, min(PROBES, getattr(sweep.algorithm, "points", PROBES)), seed=0)
+    else:
+        tried = known
     planned = _planned(sweep, tried)
     _check_search(sweep, tried, planned)
     return _planned(sweep, []) if known is None else planned
@@ -329,85 +333,71 @@ def listed_trials(sweep: SweepSpec) -> list[PlannedTrial]:
     """Return the trials that are known before anything runs: all, or with a TPE search those of ``example_point``.
 
     Raises:
-        SpecError: as ``expand``.
+        SpecError: as for ``expand``.
     """
     planned = expand(sweep)
     return expand(sweep, [example_point(sweep)]) if sweep.algorithm.kind == "tpe" else planned
 
 
-def _probes(sweep: SweepSpec) -> list[JsonObject]:
-    """Valid points to check a sweep at whose own are not known yet."""
-    search, origin, wanted = sweep.search, f"sweep {sweep.name}", min(PROBES, getattr(sweep.algorithm, "points", PROBES))
-    ends = [point for point in corners(search) if allows(sweep, point)]
-    return ends + drawn_points(search, lambda point: allows(sweep, point), points=wanted, seed=0, origin=origin)
-
-
 def _planned(sweep: SweepSpec, points: Sequence[JsonObject], *, each_arm: bool = True) -> list[PlannedTrial]:
-    """The trials at these points; ``each_arm`` refuses an arm that has none of them, if there are points."""
+    """Return the trials at these points; with ``each_arm``, an arm that has no trial at any of them is refused."""
     planned: dict[str, PlannedTrial] = {}
     for arm in arms_of(sweep):
-        found = list(_trials(arm, points))
-        if not found and ((points and each_arm) or not arm.varied):
-            broken = ", ".join(constraint.words for constraint in sweep.constraints)
-            raise SpecError(
-                f"sweep {sweep.name}: arm {arm.name}: none of its trials keeps the constraints: {broken}; drop it or change them"
-            )
-        for trial in found:
+        trials = _trials(arm, points)
+        if not trials and ((points and each_arm) or not arm.varied):
+            broken = ", ".join(constraint.rule for constraint in sweep.constraints)
+            raise SpecError(f"{sweep.origin}: arm {arm.name}: none of its trials keeps the constraints: {broken}; drop it or change them")
+        for trial in trials:
             key = digest(trial.spec.defining())
             if key in planned and planned[key].arm != arm.name:
                 same = f"{planned[key].arm} and {arm.name}"
-                raise SpecError(f"sweep {sweep.name}: arms {same} are the same trial; change what sets them apart, or drop one")
+                raise SpecError(f"{sweep.origin}: arms {same} are the same trial; change what sets them apart, or drop one")
             planned.setdefault(key, trial)
     return list(planned.values())
 
 
-def _trials(arm: Arm, points: Sequence[JsonObject]) -> Iterator[PlannedTrial]:
+def _trials(arm: Arm, points: Sequence[JsonObject]) -> list[PlannedTrial]:
     distinct = {digest(applied): applied for applied in map(arm.applied, points)} if arm.varied else {"": {}}
-    for applied in distinct.values():
-        for replicate in range(arm.sweep.replicates):
-            spec = arm.trial(applied, replicate=replicate)
-            if spec is None:
-                continue
-            if arm.name == arm.sweep.control and (spec.pauses is not None or (spec.train is None and spec.adapter is None)):
-                raise SpecError(
-                    f"sweep {arm.sweep.name}: control {arm.name}: must be tuned, and without pauses, to show what the pauses add"
-                )
-            yield PlannedTrial(arm=arm.name, point=applied, spec=spec)
+    found = []
+    for applied, replicate in itertools.product(distinct.values(), range(arm.sweep.replicates)):
+        spec = arm.trial(applied, replicate=replicate)
+        if spec is None:
+            continue
+        if arm.name == arm.sweep.control and (spec.pauses is not None or (spec.train is None and spec.adapter is None)):
+            raise SpecError(f"{arm.sweep.origin}: control {arm.name}: must be tuned, and without pauses, to show what the pauses add")
+        found.append(PlannedTrial(arm=arm.name, point=applied, spec=spec))
+    return found
 
 
 def _check_paths(sweep: SweepSpec) -> None:
-    """Refuse paths that a trial does not have, or that are not the sweep's to vary."""
-    origin = f"sweep {sweep.name}"
+    """Refuse paths that a trial does not have, or that the sweep sets itself."""
     if "replicate" in sweep.trial:
-        raise SpecError(f"{origin}: trial.replicate {sweep.trial['replicate']} is set by the sweep, from 0 to replicates - 1; leave it out")
-    _check_searched_paths(sweep, origin=f"{origin}: search")
-    for name, changes in sweep.arms.items():
-        for path in changes:
-            check_path(TrialSpec, path, origin=f"{origin}: arms.{name}")
-            if path.split(".")[0] in PLACES_NOT_SEARCHED:
-                raise SpecError(f"{origin}: arms.{name}: {path} is the same for all arms; set it in trial")
-    for constraint in sweep.constraints:
-        for path in constraint.paths:
-            check_path(TrialSpec, path, origin=f"{origin}: constraints")
-            if path == "replicate":
-                raise SpecError(f"{origin}: constraints: {constraint.words}: replicate is set by the sweep; constrain another path")
-
-
-def _check_searched_paths(sweep: SweepSpec, *, origin: str) -> None:
+        replicate = sweep.trial["replicate"]
+        raise SpecError(f"{sweep.origin}: trial.replicate {replicate} is set by the sweep, from 0 to replicates - 1; leave it out")
+    origin = f"{sweep.origin}: search"
     for path in sweep.search:
         check_path(TrialSpec, path, origin=origin)
-        if path.split(".")[0] in PLACES_NOT_SEARCHED:
+        if path.split(".")[0] in SAME_FOR_ALL:
             raise SpecError(f"{origin}: {path} cannot be searched: it is set by the sweep or has no effect on the result")
-        for other in sweep.search:
-            if path.startswith(f"{other}."):
-                raise SpecError(f"{origin}: {path} is a part of {other}, which is searched too; drop one of them")
-        branch = _null_branch(sweep.trial, path)
-        if branch is not None:
+        if above := [other for other in sweep.search if path.startswith(f"{other}.")]:
+            raise SpecError(f"{origin}: {path} is a part of {above[0]}, which is searched too; drop one of them")
+        if branch := _null_branch(sweep.trial, path):
             raise SpecError(f"{origin}: no trial reads {path}, as trial.{branch} is null; give trial.{branch}, or drop the path")
+    for name, changes in sweep.arms.items():
+        for path in changes:
+            check_path(TrialSpec, path, origin=f"{sweep.origin}: arms.{name}")
+            if path.split(".")[0] in SAME_FOR_ALL:
+                raise SpecError(f"{sweep.origin}: arms.{name}: {path} is the same for all arms; set it in trial")
+    origin = f"{sweep.origin}: constraints"
+    for constraint in sweep.constraints:
+        for path in constraint.paths:
+            check_path(TrialSpec, path, origin=origin)
+            if path == "replicate":
+                raise SpecError(f"{origin}: {constraint.rule}: replicate is set by the sweep; constrain another path")
 
 
 def _null_branch(trial: JsonObject, path: str) -> str | None:
-    """The branch above ``path`` that the sparse trial leaves out, as it says so or by default; None if there is none."""
+    """Return the branch above ``path`` that is null in the sparse trial, explicitly or by default; None if there is none."""
     nested = with_overrides({}, trial)
     for depth in range(path.count("."), 0, -1):
         branch = path.rsplit(".", depth)[0]
@@ -418,26 +408,25 @@ def _null_branch(trial: JsonObject, path: str) -> str | None:
 
 
 def _check_corners(sweep: SweepSpec) -> None:
-    """Refuse domains that reach to where a trial breaks a rule, before one of their points is drawn."""
-    for point in corners(sweep.search):
-        for arm in arms_of(sweep):
-            try:
-                arm.trial(arm.applied(point), replicate=0)
-            except SpecError as error:
-                raise SpecError(f"{error}; narrow a domain, or add a constraint that leaves such points out") from error
+    """Refuse domains with values at which a trial breaks a rule, before any of their points is drawn."""
+    for point, arm in itertools.product(corners(sweep.search), arms_of(sweep)):
+        try:
+            arm.trial(arm.applied(point), replicate=0)
+        except SpecError as error:
+            raise SpecError(f"{error}; narrow a domain, or add a constraint that leaves such points out") from error
 
 
 def _check_search(sweep: SweepSpec, points: Sequence[JsonObject], planned: Sequence[PlannedTrial]) -> None:
-    """Refuse what else would be found out only after hours, from points of the search and the trials that they are."""
-    origin = f"sweep {sweep.name}"
+    """Refuse mistakes that would otherwise be found after hours, by means of points of the search and their trials."""
+    origin = sweep.origin
     for path in sweep.search:
         if not any(_reads(arm, path, points) for arm in arms_of(sweep) if path in arm.varied):
             raise SpecError(
                 f"{origin}: search: {path} changes no result: no trial reads it, or it only decides how one is computed; drop it"
             )
     for constraint in sweep.constraints:
-        if all(constraint.holds(functools.partial(value_at, trial.spec.resolved())) is None for trial in planned):
-            raise SpecError(f"{origin}: constraints: {constraint.words}: no trial has both values; correct it, or drop it")
+        if all(constraint.holds(trial.spec.resolved()) is None for trial in planned):
+            raise SpecError(f"{origin}: constraints: {constraint.rule}: no trial has both values; correct it, or drop it")
     ours = [trial.spec for trial in planned if trial.arm == sweep.arm]
     metric = sweep.objective.metric
     if not any(sweep.objective.is_measured_by(spec.eval, replicate=spec.replicate, seed=spec.data_seed) for spec in ours):
@@ -450,16 +439,15 @@ def _check_search(sweep: SweepSpec, points: Sequence[JsonObject], planned: Seque
 
 
 def _reads(arm: Arm, path: str, points: Sequence[JsonObject]) -> bool:
-    """Whether some value of ``path`` makes another trial of the arm than another value, at one of the first points."""
+    """Return whether two values of ``path`` make different trials of the arm at one of the first points."""
     domain = arm.sweep.search[path]
     values = list(itertools.islice(domain.listed() or domain.ends(), PROBES))
     compared = False
     for point in itertools.islice(points, PROBES):
-        trials = [arm.trial(arm.applied(point | {path: value}), replicate=0) for value in values]
-        found = {digest(trial.defining()) for trial in trials if trial}
-        if len(found) > 1:
+        trials = [trial for value in values if (trial := arm.trial(arm.applied(point | {path: value}), replicate=0))]
+        if len({digest(trial.defining()) for trial in trials}) > 1:
             return True
-        compared = compared or len([trial for trial in trials if trial]) > 1
+        compared = compared or len(trials) > 1
     return not compared
 
 
@@ -477,25 +465,21 @@ def _check_scheduler(scheduler: SchedulerSpec, compared: Sequence[TrialSpec], *,
         proxy_suite(spec.eval, facts=scheduler.proxy.facts, context_tokens=scheduler.proxy.context_tokens or spec.eval.context_tokens)
 
 
-MOST_VALUE_CHARS = 40
-"""Most characters of a searched value that a label shows."""
-
-
 def condition_labels(entries: Sequence[JsonObject]) -> dict[str, str]:
-    """Trial digest → arm and point of each of a sweep's trials, as ``sweep.json`` lists them.
+    """Return arm and point of each of a sweep's trials, as ``sweep.json`` lists them, by trial digest.
 
-    A path is shortened to its last part where that is unique among the sweep's paths, a value to a few digits or characters
-    where that tells it from the others of its path.
+    A path is shortened to its last part if that is unique among the sweep's paths, and a value to a few digits or characters; values of
+    a path that would look the same get a part of their digest.
     """
     values: dict[str, dict[str, str]] = {}
     for entry in entries:
         for path, value in entry["point"].items():
-            values.setdefault(path, {})[digest([value])] = _value_words(value)
+            values.setdefault(path, {})[digest([value])] = _short(value)
     leaves = Counter(path.rsplit(".", 1)[-1] for path in values)
     names = {path: leaf if leaves[leaf := path.rsplit(".", 1)[-1]] == 1 else path for path in values}
-    for path, words in values.items():
-        often = Counter(words.values())
-        values[path] = {key: text if often[text] == 1 else f"{text}~{key[:6]}" for key, text in words.items()}
+    for path, texts in values.items():
+        counts = Counter(texts.values())
+        values[path] = {key: text if counts[text] == 1 else f"{text}~{key[:6]}" for key, text in texts.items()}
     return {
         entry["digest"]: " ".join(
             [entry["arm"], *(f"{names[path]}={values[path][digest([value])]}" for path, value in entry["point"].items())]
@@ -504,6 +488,6 @@ def condition_labels(entries: Sequence[JsonObject]) -> dict[str, str]:
     }
 
 
-def _value_words(value: Any) -> str:
+def _short(value: Any) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return text if len(text) <= MOST_VALUE_CHARS else f"{text[: MOST_VALUE_CHARS - 1]}…"

@@ -53,7 +53,6 @@ def test_what_is_drawn_lies_within_the_domain(data: JsonObject) -> None:
         else:
             assert low_and_high[0] <= value <= low_and_high[1]
             assert value == float(f"{value:.6g}")
-    assert its.size == (None if listed is None else len(listed))
 
 
 @pytest.mark.parametrize("data", DOMAINS, ids=lambda data: next(iter(data)))
@@ -116,7 +115,7 @@ TRIAL: JsonObject = {"train": {"lora": {"rank": 8, "alpha": 16}, "quantize": Non
 
 
 def holds(data: JsonObject) -> bool | None:
-    return Constraint.parse(data, origin="test").holds(lambda path: value_at(TRIAL, path))
+    return Constraint.parse(data, origin="test").holds(TRIAL)
 
 
 @pytest.mark.parametrize(
