@@ -1,7 +1,6 @@
 """The queue of trials that wait to begin, and the budget that limits how many may.
 
-A budget decides whether another trial may start; running trials are not stopped by it. The same command without the limit runs
-the trials that were left out. The module starts and stops nothing itself.
+A budget decides whether another trial may start and stops none. The same command without the limit runs the trials that were left out.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ import re
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from pause_ray.core.errors import SpecError
 from pause_ray.core.storage import Storage, is_complete
@@ -37,51 +35,29 @@ class Budget:
 
     def __post_init__(self) -> None:
         for option, value in (("--max-trials", self.max_trials), ("--max-hours", self.max_hours), ("--max-cost", self.max_cost)):
-            if value is not None and not value > 0:  # nor what is no number
+            if value is not None and not value > 0:  # NaN is refused too
                 raise SpecError(f"{option} {value:g}: must be above zero, or left out for no limit")
 
-    @property
-    def is_limited(self) -> bool:
-        """Whether any limit is set."""
-        return any(limit is not None for limit in (self.max_trials, self.max_hours, self.max_cost))
 
-    def reached(self, *, started: int, seconds: float, spent: float = 0.0) -> str | None:
-        """Return a sentence about the limit that keeps another trial from starting; None where it may start.
-
-        Args:
-            started: Trials that this command has started.
-            seconds: Seconds since the sweep began to run.
-            spent: Money spent on endpoints' answers, in the currency of the prices.
-        """
-        hours = seconds / SECONDS_PER_HOUR
-        cost = hours * self.price_per_hour + spent
-        if self.max_trials is not None and started >= self.max_trials:
-            return f"--max-trials {self.max_trials} is reached"
-        if self.max_hours is not None and hours >= self.max_hours:
-            return f"--max-hours {self.max_hours:g} is reached"
-        if self.max_cost is not None and cost >= self.max_cost:
-            return f"--max-cost {self.max_cost:g} is reached: {cost:.2f} is spent"
-        return None
+Bill = Callable[[str], tuple[float, bool]]
+"""Returns the cost so far of the answers of the trial with this digest, and whether it is final."""
 
 
-class Bill(Protocol):
-    """Looks up the cost of a trial's answers."""
+def bill_of(storage: Storage) -> Bill:
+    """Return the bill that reads the costs of endpoints' answers from ledgers."""
 
-    def __call__(self, trial: str) -> tuple[float, bool]:
-        """Return the cost so far of the trial with this digest, and whether it is final."""
+    def bill(trial: str) -> tuple[float, bool]:
+        folder = storage.trials / trial
+        return math.fsum(row.cost or 0.0 for row in Ledger(folder / "cells.jsonl").rows()), is_complete(folder)
+
+    return bill
 
 
 class BudgetMeter:
     """Counts what a command spends against its budget; thread-safe."""
 
-    def __init__(self, budget: Budget, *, bill: Bill | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        """Start to count now.
-
-        Args:
-            budget: The limits.
-            bill: Looks up the cost of started trials; None where answers cost nothing.
-            clock: Returns the time in seconds.
-        """
+    def __init__(self, budget: Budget, *, bill: Bill = lambda trial: (0.0, True), clock: Callable[[], float] = time.monotonic) -> None:
+        """Start to count now; ``clock`` returns the time in seconds."""
         self._budget, self._bill, self._clock = budget, bill, clock
         self._began = clock()
         self._started: set[str] = set()
@@ -96,41 +72,34 @@ class BudgetMeter:
         with self._lock:
             if trial in self._started:
                 return None
-            seconds = self._clock() - self._began
-            reached = self._budget.reached(started=len(self._started), seconds=seconds, spent=self._answers_cost())
+            reached = self._reached()
             if reached is None:
                 self._started.add(trial)
-                if self._counts_answers:
-                    self._growing[trial] = self._asked(trial)[0]
+                if self._budget.max_cost is not None:
+                    self._growing[trial], _ = self._bill(trial)
             return reached
 
-    @property
-    def _counts_answers(self) -> bool:
-        return self._budget.max_cost is not None and self._bill is not None
-
-    def _asked(self, trial: str) -> tuple[float, bool]:
-        return self._bill(trial) if self._bill else (0.0, True)
+    def _reached(self) -> str | None:
+        budget, hours = self._budget, (self._clock() - self._began) / SECONDS_PER_HOUR
+        if budget.max_trials is not None and len(self._started) >= budget.max_trials:
+            return f"--max-trials {budget.max_trials} is reached"
+        if budget.max_hours is not None and hours >= budget.max_hours:
+            return f"--max-hours {budget.max_hours:g} is reached"
+        cost = hours * budget.price_per_hour + self._answers_cost()
+        if budget.max_cost is not None and cost >= budget.max_cost:
+            return f"--max-cost {budget.max_cost:g} is reached: {cost:.2f} is spent"
+        return None
 
     def _answers_cost(self) -> float:
         growing = 0.0
         for trial, before in list(self._growing.items()):
-            money, is_all = self._asked(trial)
-            if is_all:
+            money, is_final = self._bill(trial)
+            if is_final:
                 self._spent += money - before
                 del self._growing[trial]
             else:
                 growing += money - before
         return self._spent + growing
-
-
-def bill_of(storage: Storage) -> Bill:
-    """Return the bill that reads the costs of endpoints' answers from ledgers."""
-
-    def bill(trial: str) -> tuple[float, bool]:
-        folder = storage.trials / trial
-        return math.fsum(row.cost or 0.0 for row in Ledger(folder / "cells.jsonl").rows()), is_complete(folder)
-
-    return bill
 
 
 def left_over(reached: str, *, trials: int) -> str:
@@ -142,6 +111,8 @@ GIVE_UP_SHARE = 0.1
 """Share of an arm's trials, or of all trials, that may fail while none has finished; then the others are not started."""
 FEWEST_FAILURES = 3
 """Fewest failures after which an arm or a sweep is given up; one or two may be chance."""
+VARIABLE_WORD = re.compile(r"\S*[\d/]\S*")
+"""Numbers, digests and paths, in which messages of the same failure may differ."""
 
 
 class TrialQueue:
@@ -196,13 +167,12 @@ class TrialQueue:
             return self._taken_back.popleft()
         while self._waiting and self.ended_by is None:
             key = self._waiting[0]
-            if self._arms[key] not in self.given_up:
-                self.ended_by = self._start(key)
-                if self.ended_by is not None:
-                    self.is_out_of_budget = True
-                    return None
-                return self._waiting.popleft()
+            if self._arms[key] not in self.given_up and (reason := self._start(key)):
+                self.ended_by, self.is_out_of_budget = reason, True
+                return None
             self._waiting.popleft()
+            if self._arms[key] not in self.given_up:
+                return key
         return None
 
     def end(self, reason: str) -> None:
@@ -219,23 +189,24 @@ class TrialQueue:
         arm = self._arms.get(key)
         if arm is None:
             return
-        self._failures.setdefault(arm, []).append(message)
-        planned, failed = Counter(self._arms.values()), self._failures[arm]
-        if not self._finished[arm] and _enough(len(failed), of=planned[arm]):
-            self.given_up.setdefault(arm, _in_words(f"of {planned[arm]} trials of the arm {arm}", failed))
+        failed = self._failures.setdefault(arm, [])
+        failed.append(message)
+        planned = Counter(self._arms.values())
+        if not self._finished[arm] and _are_too_many(failed, planned[arm]):
+            self.given_up.setdefault(arm, _summarize(f"of {planned[arm]} trials of the arm {arm}", failed))
         all_failed = [message for messages in self._failures.values() for message in messages]
-        systemic = not self._finished.total() and len(self._failures) >= min(2, len(planned))
-        if systemic and _enough(len(all_failed), of=planned.total()):
-            self.end(_in_words(f"of {planned.total()} trials", all_failed))
+        are_several_arms = len(self._failures) >= min(2, len(planned))
+        if not self._finished.total() and are_several_arms and _are_too_many(all_failed, planned.total()):
+            self.end(_summarize(f"of {planned.total()} trials", all_failed))
 
 
-def _enough(failed: int, *, of: int) -> bool:
-    return failed >= max(FEWEST_FAILURES, math.ceil(GIVE_UP_SHARE * of))
+def _are_too_many(failed: Sequence[str], planned: int) -> bool:
+    return len(failed) >= max(FEWEST_FAILURES, math.ceil(GIVE_UP_SHARE * planned))
 
 
-def _in_words(whose: str, messages: list[str]) -> str:
-    """Summarise failures by their most common message, in which numbers, digests and paths may differ."""
-    kinds = Counter(re.sub(r"\S*[\d/]\S*", "…", message) for message in messages)
-    kind, count = kinds.most_common(1)[0]
-    example = next(message for message in messages if re.sub(r"\S*[\d/]\S*", "…", message) == kind)
-    return f"{len(messages)} {whose} have failed and none has finished, so the others were not begun; {count} of them: {example}"
+def _summarize(of_trials: str, messages: Sequence[str]) -> str:
+    """Return a sentence about failures with the first of the most common kind of message."""
+    kinds = [VARIABLE_WORD.sub("…", message) for message in messages]
+    [(kind, count)] = Counter(kinds).most_common(1)
+    example = messages[kinds.index(kind)]
+    return f"{len(messages)} {of_trials} have failed and none has finished, so the others were not begun; {count} of them: {example}"

@@ -1,7 +1,4 @@
-"""Placement of trials on the cluster: the resources of training and scoring, and how many trials run at a time.
-
-The module reads the size of the cluster and starts nothing; ``sweep.trainable`` gives the placement to Ray Tune.
-"""
+"""Placement of trials on the cluster: the resources of training and scoring, and how many trials run at a time."""
 
 from __future__ import annotations
 
@@ -18,9 +15,6 @@ from pause_ray.trial.prepare import PreparedTrial
 from pause_ray.trial.spec import Resources, TrialSpec
 
 log = logging.getLogger("pause_ray")
-
-GPU_FIELDS = ("train_gpus_per_worker", "scoring_gpus_per_actor")
-"""Fields of ``Resources`` that are set from the size of the cluster where the spec leaves them open."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,45 +39,43 @@ class Placement:
         Raises:
             SpecError: the cluster can never provide them.
         """
-        resources, gpus = trials[0].resources, ray_cluster.total("GPU")  # the same for all trials of a sweep
+        resources, gpus = trials[0].resources, ray_cluster.total("GPU")
         here = any(isinstance(trial.engine, HfEngineSpec) for trial in trials)
         share = min(1.0, gpus / 2 if here else gpus)
         train = share if resources.train_gpus_per_worker is None else resources.train_gpus_per_worker
         scoring = share * here if resources.scoring_gpus_per_actor is None else resources.scoring_gpus_per_actor
-        open_fields = [name for name in GPU_FIELDS if getattr(resources, name) is None]
-        if here and not gpus and open_fields and not ray_cluster.is_fixed_size():
-            named = " and ".join(f"resources.{name}" for name in open_fields)
+        fields = ("train_gpus_per_worker", "scoring_gpus_per_actor")
+        named = " and ".join(f"resources.{name}" for name in fields if getattr(resources, name) is None)
+        if here and not gpus and named and not ray_cluster.is_fixed_size():
             log.warning("the cluster has no GPU now, so none is asked for; if it can start machines with GPUs, say how many with %s", named)
         if train and not resources.train_workers and resources.scoring_bounds[0] < resources.scoring_bounds[1]:
             # Tune holds what a trial's own process has until the trial is scored, which may need that very GPU.
             resources = resources.model_copy(update={"train_workers": 1})
         placement = cls(resources=resources, train_gpus=train, scoring_gpus=scoring, trains=any(trial.train for trial in trials))
-        placement.check()
-        placement = dataclasses.replace(placement, concurrent_trials=placement.trials_at_a_time(sweep.max_concurrent_trials, gpus=gpus))
-        return dataclasses.replace(placement, trial_labels=placement.labels_for_trials(min(placement.concurrent_trials, len(trials))))
+        placement._check()
+        number = placement._trials_at_a_time(sweep.max_concurrent_trials, gpus=gpus)
+        return dataclasses.replace(placement, concurrent_trials=number, trial_labels=placement._labels_for_trials(min(number, len(trials))))
 
     def placed(self, trial: PreparedTrial) -> PreparedTrial:
         """Return the trial with these resources filled in; its results and its digest stay the same."""
         return dataclasses.replace(trial, spec=trial.spec.model_copy(update={"resources": self.resources}))
 
-    def of_one_trial(self) -> dict[str, float]:
-        """Return Tune's bundle for a trial, which trains in its own process or drives a worker group with bundles of its own."""
-        if self.resources.train_workers:
-            return {"cpu": 1}
-        return {"cpu": self.resources.train_cpus_per_worker, "gpu": self.train_gpus}
+    def trial_bundle(self) -> dict[str, float]:
+        """Return what Tune holds for a trial, which trains in its own process or drives workers with bundles of their own."""
+        return {"CPU": 1, "GPU": 0} if self.resources.train_workers else self._worker()
 
     def held_at_a_time(self) -> dict[str, float]:
         """Return the least that the cluster must provide at once: a trial, the permanent actors, and its workers or one actor."""
-        trial, beside = self._trial(), self._beside_trials()
-        return {name: trial[name] + beside[name] for name in trial}
+        beside = self._beside_trials()
+        return {name: amount + beside[name] for name, amount in self.trial_bundle().items()}
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Refuse resources for which a sweep would wait for ever.
 
         Raises:
             SpecError: no node can hold one of the bundles, or the cluster cannot hold those that are needed at once.
         """
-        takers = {"a trial": self._trial(), "a scoring actor": self._actor()}
+        takers = {"a trial": self.trial_bundle(), "a scoring actor": self._actor()}
         if self.trains and self.resources.train_workers:
             takers["a training worker"] = self._worker()
         ray_cluster.check_nodes(takers)
@@ -93,7 +85,7 @@ class Placement:
             remedy += f", or let training and scoring take turns with scoring_actors: {{min: 0, max: {most}}}"
         ray_cluster.check_capacity(self.held_at_a_time(), remedy=remedy)
 
-    def trials_at_a_time(self, wanted: int | None, *, gpus: float) -> int:
+    def _trials_at_a_time(self, wanted: int | None, *, gpus: float) -> int:
         """Return how many trials Tune may run at a time; by default as many as can train while one actor scores.
 
         On a cluster that cannot grow, their own processes must leave room for the workers and actors that they wait for.
@@ -101,7 +93,7 @@ class Placement:
         if wanted is None:
             per_trial = self.train_gpus * max(1, self.resources.worker_bounds[1])
             wanted = max(1, int((gpus - self.scoring_gpus * max(1, self.resources.scoring_bounds[0])) // per_trial)) if per_trial else 1
-        trial, beside = self._trial(), self._beside_trials()
+        trial, beside = self.trial_bundle(), self._beside_trials()
         fitting = max(1, min(int((ray_cluster.total(name) - beside[name]) // trial[name]) for name in trial if trial[name]))
         if wanted <= fitting:
             return wanted
@@ -115,27 +107,22 @@ class Placement:
         )
         return wanted
 
-    def labels_for_trials(self, number: int) -> Mapping[str, str]:
+    def _labels_for_trials(self, number: int) -> Mapping[str, str]:
         """Return ``ray_cluster.STAYS`` where on-demand nodes have room for ``number`` trials, or will have; else no labels.
 
         Permanent actors may run there too. A trial that is lost with its node begins again, so no trial has to wait for such nodes.
         """
         if not ray_cluster.has_market_labels():
             return {}
-        trial, actor = self._trial(), self._actor()
-        nodes = ray_cluster.on_demand_nodes()
-        taken_by_actor = max((math.ceil(actor[name] / trial[name]) for name in trial if trial[name]), default=0)
+        actor = self._actor()
+        trial = {name: amount for name, amount in self.trial_bundle().items() if amount}
+        taken_by_actor = max((math.ceil(actor[name] / amount) for name, amount in trial.items()), default=0)
         wanted = number + self.resources.scoring_bounds[0] * taken_by_actor
-        there = sum(min(int(node.get(name, 0) // trial[name]) for name in trial if trial[name]) for node in nodes)
-        bundle = {name: amount for name, amount in trial.items() if amount}
-        if there >= wanted or (not ray_cluster.is_fixed_size() and ray_cluster.can_place(bundle, number=wanted, labels=ray_cluster.STAYS)):
+        there = sum(min(int(node.get(name, 0) // amount) for name, amount in trial.items()) for node in ray_cluster.on_demand_nodes())
+        if there >= wanted or (not ray_cluster.is_fixed_size() and ray_cluster.can_place(trial, number=wanted, labels=ray_cluster.STAYS)):
             return ray_cluster.STAYS
         log.warning("nodes that stay have no room for %d trials beside scoring; a trial that is lost with its node begins again", number)
         return {}
-
-    def _trial(self) -> dict[str, float]:
-        bundle = self.of_one_trial()
-        return {"CPU": bundle["cpu"], "GPU": bundle.get("gpu", 0)}
 
     def _worker(self) -> dict[str, float]:
         return {"CPU": self.resources.train_cpus_per_worker, "GPU": self.train_gpus}
@@ -145,9 +132,6 @@ class Placement:
 
     def _beside_trials(self) -> dict[str, float]:
         """Return the resources that must stay free beside trials so that one can always continue: permanent actors and workers."""
-        worker, actor = self._worker(), self._actor()
-        fewest_workers = self.resources.worker_bounds[0] * self.trains
-        fewest_actors = self.resources.scoring_bounds[0]
-        return {
-            name: max(fewest_workers * worker[name] + fewest_actors * actor[name], max(1, fewest_actors) * actor[name]) for name in worker
-        }
+        actor = self._actor()
+        workers, actors = self.resources.worker_bounds[0] * self.trains, self.resources.scoring_bounds[0]
+        return {name: max(workers * amount + actors * actor[name], max(1, actors) * actor[name]) for name, amount in self._worker().items()}

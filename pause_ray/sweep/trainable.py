@@ -271,9 +271,8 @@ def run_trials(
 
 def trial_bundles(placement: Placement) -> tune.PlacementGroupFactory:
     """Return the resources that Tune holds for a trial, on the nodes where trials run."""
-    bundle = placement.of_one_trial()
     labels = {"bundle_label_selector": [dict(placement.trial_labels)]} if placement.trial_labels else {}
-    return tune.PlacementGroupFactory([{"CPU": bundle["cpu"], "GPU": bundle.get("gpu", 0)}], **labels)
+    return tune.PlacementGroupFactory([placement.trial_bundle()], **labels)
 
 
 def run_tuner(trainable: Any, config: tune.TuneConfig, *, name: str, storage: Storage, callbacks: list[tune.Callback]) -> None:

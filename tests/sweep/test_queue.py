@@ -24,7 +24,6 @@ class Clock:
 
 def test_without_limits_everything_begins() -> None:
     meter = BudgetMeter(Budget())
-    assert not Budget().is_limited
     assert all(meter.start(str(number)) is None for number in range(100))
 
 

@@ -43,9 +43,9 @@ TAKING_TURNS: JsonObject = {"train_gpus_per_worker": 1.0, "scoring_gpus_per_acto
 
 def test_a_range_of_actors_leaves_no_gpu_with_a_trial_that_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     fixed = placement_of(monkeypatch, cpus=8, gpus=4, scoring_actors=1)
-    assert (fixed.of_one_trial(), fixed.resources.train_workers, fixed.concurrent_trials) == ({"cpu": 1, "gpu": 1}, 0, 3)
+    assert (fixed.trial_bundle(), fixed.resources.train_workers, fixed.concurrent_trials) == ({"CPU": 1, "GPU": 1}, 0, 3)
     turns = placement_of(monkeypatch, cpus=8, gpus=1, **TAKING_TURNS)
-    assert (turns.of_one_trial(), turns.resources.train_workers, turns.concurrent_trials) == ({"cpu": 1}, 1, 1)
+    assert (turns.trial_bundle(), turns.resources.train_workers, turns.concurrent_trials) == ({"CPU": 1, "GPU": 0}, 1, 1)
     on_cpus = placement_of(monkeypatch, cpus=8, gpus=0, scoring_actors={"min": 0, "max": 1})
     assert on_cpus.resources.train_workers == 0, "processes are started for GPUs only"
 
