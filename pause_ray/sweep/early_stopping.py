@@ -10,9 +10,8 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
@@ -32,20 +31,9 @@ PROXY_SCORE, STEP, RUNG = "proxy_score", "train_step", "rung"
 """Keys of a trial's result: what ASHA compares, its clock, and the ``RungScore`` for the log."""
 
 
-class _Planned(Protocol):
-    @property
-    def planned(self) -> PlannedTrial: ...
-
-
-def compared_trials(sweep: SweepSpec, trials: Mapping[str, _Planned]) -> list[str]:
-    """Return the digests of the trials that ASHA compares, in the sweep's order; none without a scheduler."""
-    if sweep.scheduler is None:
-        return []
-    return [
-        key
-        for key, trial in trials.items()
-        if trial.planned.arm == sweep.arm and trial.planned.spec.replicate == 0 and trial.planned.spec.train is not None
-    ]
+def is_compared(trial: PlannedTrial, sweep: SweepSpec) -> bool:
+    """Return whether ASHA compares a trial with others; without a scheduler it compares none."""
+    return sweep.scheduler is not None and trial.arm == sweep.arm and trial.spec.replicate == 0 and trial.spec.train is not None
 
 
 class EarlyStopping(ReapIdleActors, ASHAScheduler):  # type: ignore[misc]
@@ -56,7 +44,7 @@ class EarlyStopping(ReapIdleActors, ASHAScheduler):  # type: ignore[misc]
         spec: SchedulerSpec,
         *,
         mode: str,
-        trials: Mapping[str, _Planned],
+        trials: Mapping[str, PlannedTrial],
         finished: Collection[str],
         search_log: SearchLog,
         on_stop: Callable[[str], None],
@@ -67,13 +55,13 @@ class EarlyStopping(ReapIdleActors, ASHAScheduler):  # type: ignore[misc]
 
         Args:
             spec: The sweep's scheduler.
-            mode: ``max`` or ``min``, the better direction of a score.
+            mode: The better direction of a score, ``max`` or ``min``.
             trials: The trials that are compared, by digest.
             finished: The digests of those whose cells are all scored.
             search_log: The log of the sweep.
             on_stop: Called with the digest of every trial that is stopped.
         """
-        steps = [trial.planned.spec.train.max_steps for trial in trials.values() if trial.planned.spec.train is not None]
+        steps = [trial.spec.train.max_steps for trial in trials.values() if trial.spec.train is not None]
         super().__init__(
             IDLE_SECONDS,
             time_attr=STEP,
@@ -84,7 +72,7 @@ class EarlyStopping(ReapIdleActors, ASHAScheduler):  # type: ignore[misc]
             max_t=max(steps),
             stop_last_trials=False,  # a training that reaches its last step is scored on its whole grid
         )
-        self._points = {key: trial.planned.point for key, trial in trials.items()}
+        self._points = {key: trial.point for key, trial in trials.items()}
         self._search_log, self._on_stop, self._kind = search_log, on_stop, spec.kind
         record = SearchRecord.read(search_log.path.parent)
         self.stopped = set(record.stops) & set(trials)
@@ -123,22 +111,15 @@ def _compared_values(score: RungScore) -> dict[str, Any]:
     return {PROXY_SCORE: math.nan if score.proxy_score is None else score.proxy_score, STEP: score.step}
 
 
-@dataclass(frozen=True, kw_only=True)
-class RungTrial:
-    """The rungs and the proxy of early stopping, as a trial's process needs them."""
-
-    scheduler: SchedulerSpec
-    context_tokens: tuple[int, ...]
-    """The lengths of the proxy, the same for all trials."""
-
-
 class EarlyStoppedTrial(TuneTrial):
     """A trial in one step per rung and one for the rest. Tune stops it between two steps, when it neither trains nor scores."""
 
-    def setup(self, config: dict[str, Any], *, shared: Shared, rung_trial: RungTrial) -> None:  # type: ignore[override]
-        """Set the process up as ``TuneTrial`` does."""
+    def setup(  # type: ignore[override]
+        self, config: dict[str, Any], *, shared: Shared, scheduler: SchedulerSpec, context_tokens: tuple[int, ...]
+    ) -> None:
+        """Set the process up as ``TuneTrial`` does; ``context_tokens`` are the lengths of the proxy, the same for all trials."""
         super().setup(config, shared=shared)
-        self._rung_trial = rung_trial
+        self._scheduler, self._context_tokens = scheduler, context_tokens
         self._adapter: Checkpoint | None = None
         self.reset_config(config)
 
@@ -167,14 +148,13 @@ class EarlyStoppedTrial(TuneTrial):
 
     def _next_rung(self, reporter: TrialReporter) -> dict[str, Any] | None:
         """Train to the next rung that has no score and score the adapter there; return None if no rung is left."""
-        shared, trial = self._shared, self._shared.trials[self.config["trial"]]
-        prepared, spec = trial.prepared, self._rung_trial.scheduler
+        shared, prepared = self._shared, self._shared.trials[self.config["trial"]].prepared
         check_storage(shared.folder)
         if prepared.spec.train is None or is_complete(shared.storage.trials / prepared.digest):
             return None
         recorded = [score.step for score in SearchRecord.read(shared.folder).rungs if score.trial == prepared.digest]
         done = max(recorded, default=self._last[STEP])
-        open_rungs = [(rung, step) for rung, step in enumerate(spec.steps(prepared.spec.train.max_steps)) if step > done]
+        open_rungs = [(rung, step) for rung, step in enumerate(self._scheduler.steps(prepared.spec.train.max_steps)) if step > done]
         job = training_job(prepared, make_shards(prepared, storage=shared.storage, progress=reporter)) if open_rungs else None
         if job is None:
             return None
@@ -193,8 +173,8 @@ class EarlyStoppedTrial(TuneTrial):
         return None  # an earlier training of the same adapter went past all rungs, so stopping would save nothing
 
     def _score(self, rung: int, adapter: Checkpoint, reporter: TrialReporter) -> dict[str, Any]:
-        shared, trial, proxy = self._shared, self._shared.trials[self.config["trial"]], self._rung_trial.scheduler.proxy
-        suite = proxy_suite(trial.prepared.spec.eval, facts=proxy.facts, context_tokens=self._rung_trial.context_tokens)
+        shared, trial = self._shared, self._shared.trials[self.config["trial"]]
+        suite = proxy_suite(trial.prepared.spec.eval, facts=self._scheduler.proxy.facts, context_tokens=self._context_tokens)
         result = score_proxy(
             trial.prepared, adapter, suite, arm=trial.planned.arm, storage=shared.storage, scorer=shared.pool, progress=reporter
         )

@@ -33,7 +33,7 @@ from pause_ray.data.pipeline import build_shards
 from pause_ray.data.shards import ShardSet, format_corpus
 from pause_ray.data.spec import shards_digest
 from pause_ray.evaluation.scoring_pool import ScoringPool
-from pause_ray.sweep.early_stopping import EarlyStoppedTrial, EarlyStopping, RungTrial, compared_trials
+from pause_ray.sweep.early_stopping import EarlyStoppedTrial, EarlyStopping, is_compared
 from pause_ray.sweep.progress import ProgressDisplay, TrialState
 from pause_ray.sweep.queue import Budget, BudgetMeter, TrialQueue, bill_of, left_over
 from pause_ray.sweep.reporter import TrialMonitor, start_progress_actor
@@ -253,7 +253,7 @@ class SweepDriver:
         Raises:
             UserError: a further round could not be prepared.
         """
-        compared = compared_trials(self._trials.sweep, self._trials.by_digest)
+        compared = [key for key, trial in self._trials.by_digest.items() if is_compared(trial.planned, self._trials.sweep)]
         waiting = self._admit(trials)
         shared = Shared(
             folder=self._trials.folder,
@@ -290,14 +290,13 @@ class SweepDriver:
         scheduler = EarlyStopping(
             spec,
             mode=self._trials.sweep.objective.mode,
-            trials=trials,
+            trials={key: trial.planned for key, trial in trials.items()},
             finished=[key for key in compared if self._trials.is_finished(key)],
             search_log=self._trials.log,
             on_stop=lambda key: ray.get(self._progress_actor.report.remote(key, TrialState(Stage.STOPPED, 1, 1))),
         )
         self._queue.add(key for key in waiting if key in trials and key not in scheduler.stopped)
-        rung_trial = RungTrial(scheduler=spec, context_tokens=lengths)
-        trainable = tune.with_parameters(EarlyStoppedTrial, shared=shared, rung_trial=rung_trial)
+        trainable = tune.with_parameters(EarlyStoppedTrial, shared=shared, scheduler=spec, context_tokens=lengths)
         self._run_trials(shared, trainable=trainable, scheduler=scheduler)
 
     def _run_trials(self, shared: Shared, *, trainable: Any = None, scheduler: EarlyStopping | None = None) -> None:

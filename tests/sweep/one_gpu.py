@@ -1,6 +1,6 @@
 """A stubbed sweep on a cluster with one (logical) GPU, whose stub of training holds what Ray Train would hold; run by ``test_sharing``.
 
-python -m tests.sweep.one_gpu FOLDER RESOURCES
+python -m tests.sweep.one_gpu FOLDER CHANGES
 """
 
 from __future__ import annotations
@@ -46,13 +46,12 @@ def use_holding_stubs(told: Path) -> None:
     launch.run_workers = functools.partial(train_holding, told=told)
 
 
-def main(folder: Path, resources: dict[str, Any]) -> None:
+def main(folder: Path, changes: dict[str, Any]) -> None:
     import ray
 
     from pause_ray.sweep.runner import run_sweep
 
-    changes = {f"trial.resources.{name}": value for name, value in resources.items()}
-    sweep = read_sweep(write_stub_sweep(folder, max_concurrent_trials=3, **changes), {})
+    sweep = read_sweep(write_stub_sweep(folder, **{"max_concurrent_trials": 3, **changes}), {})
     hook = functools.partial(use_holding_stubs, folder / "held.jsonl")
     ray.init(
         address="local",

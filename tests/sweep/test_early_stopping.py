@@ -17,11 +17,12 @@ from ray.tune.schedulers import TrialScheduler
 from pause_ray.core.errors import SpecError
 from pause_ray.core.spec import JsonObject, with_overrides
 from pause_ray.core.storage import is_complete
-from pause_ray.sweep.early_stopping import EarlyStopping, _compared_values, compared_trials
+from pause_ray.sweep.early_stopping import EarlyStopping, _compared_values, is_compared
 from pause_ray.sweep.search import RungScore, SearchLog, SearchRecord, Stop
 from pause_ray.sweep.spec import PlannedTrial, SchedulerSpec, SweepSpec, expand
 from tests.sweep.stubs import write_stub_sweep
 from tests.sweep.test_robust_sweep import run_to_its_end, started, wait_until
+from tests.sweep.test_sharing import TAKING_TURNS, run_on_one_gpu
 
 ASHA: JsonObject = {"kind": "asha", "grace_period": 2, "reduction_factor": 2}
 NEEDLE = {"needle": "The map is under the drum.", "question": "Where is the map?", "keywords": ["drum"]}
@@ -52,27 +53,20 @@ SWEEP: JsonObject = {
 }
 
 
-@dataclass(frozen=True)
-class Placed:
-    planned: PlannedTrial
-
-
 def sweep_of(**changes: Any) -> SweepSpec:
     return SweepSpec.parse(with_overrides(SWEEP, changes), origin="test")
 
 
-def trials_of(sweep: SweepSpec) -> dict[str, Placed]:
-    return {f"{planned.arm} {planned.point} {planned.spec.replicate}": Placed(planned) for planned in expand(sweep)}
+def compared_trials(sweep: SweepSpec) -> list[PlannedTrial]:
+    return [planned for planned in expand(sweep) if is_compared(planned, sweep)]
 
 
 def test_the_unchanged_arm_is_compared_at_replicate_0() -> None:
-    sweep = sweep_of()
-    trials = trials_of(sweep)
-    found = [trials[key].planned for key in compared_trials(sweep, trials)]
+    found = compared_trials(sweep_of())
     assert [(each.arm, each.spec.replicate, each.point["train.lora.rank"]) for each in found] == [
         ("pause_tuned", 0, rank) for rank in (2, 4, 8, 16)
     ]
-    assert compared_trials(sweep_of(scheduler=None), trials) == []
+    assert compared_trials(sweep_of(scheduler=None)) == []
 
 
 def test_a_suite_whose_text_is_its_tasks_own_lines_has_no_early_stopping() -> None:
@@ -102,8 +96,7 @@ class Driver:
     def __post_init__(self) -> None:
         sweep = sweep_of()
         assert sweep.scheduler is not None
-        every = trials_of(sweep)
-        trials = dict(zip("abcd", (every[key] for key in compared_trials(sweep, every)), strict=True))
+        trials = dict(zip("abcd", compared_trials(sweep), strict=True))
         self.newly_stopped: list[str] = []
         self._tune_trials: dict[str, Any] = {}
         self.scheduler = EarlyStopping(
@@ -206,3 +199,23 @@ def test_a_stub_sweep_stops_the_weak_trials_and_a_killed_driver_stops_the_same(s
 
 def _has_scores(storage: Path, number: int) -> bool:
     return sum(path.read_text().count('"event": "rung"') for path in storage.glob("sweeps/*/search.jsonl")) >= number
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_trials_whose_workers_and_scoring_take_turns_on_one_gpu_are_stopped(tmp_path: Path) -> None:
+    resources = {**TAKING_TURNS, "train_workers": 1, "scoring_idle_seconds": 1.0}
+    changes = {
+        **{f"trial.resources.{name}": value for name, value in resources.items()},
+        "search": {"train.lora.rank": {"grid": [12, 2]}},
+        "trial.train.max_steps": 8,
+        "trial.train.warmup_steps": 0,
+        "scheduler": {**ASHA, "proxy": {"facts": 16, "context_tokens": [2048]}},
+        "arms": {},
+        "max_concurrent_trials": 1,
+    }
+    num_gpus = run_on_one_gpu(tmp_path, changes)
+    scores, stops, finished = found(tmp_path / "runs")
+    assert [(rank, rung) for rank, rung, _ in scores] == [(12, 0), (12, 1), (2, 0)]
+    assert (stops, finished) == ({2: 0}, {"pause_tuned": [12]})
+    assert num_gpus == [1] * 4, "workers begin anew for each rung and for the rest"

@@ -97,13 +97,17 @@ def test_trials_leave_room_for_what_they_wait_for(
 )
 def test_a_cluster_of_one_gpu_finishes_a_sweep(tmp_path: Path, resources: JsonObject) -> None:
     """Three trials at a time, of which two train, and all are scored."""
-    command = [sys.executable, "-m", "tests.sweep.one_gpu", str(tmp_path), json.dumps(resources)]
+    num_gpus = run_on_one_gpu(tmp_path, {f"trial.resources.{name}": value for name, value in resources.items()})
+    ledgers = list((tmp_path / "runs" / "trials").glob("*/cells.jsonl"))
+    assert [ledger.read_bytes().count(b"\n") for ledger in ledgers] == [12] * 4
+    assert num_gpus == [0.5 if len(resources) == 1 else 1] * 2, "each of two trainings once"
+
+
+def run_on_one_gpu(folder: Path, changes: JsonObject) -> list[float]:
+    """Run a stub sweep on a cluster of one GPU; return the GPUs of each training that was started."""
+    command = [sys.executable, "-m", "tests.sweep.one_gpu", str(folder), json.dumps(changes)]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    ledgers = list((tmp_path / "runs" / "trials").glob("*/cells.jsonl"))
-    assert [ledger.read_bytes().count(b"\n") for ledger in ledgers] == [12] * 4
-    held = [json.loads(line) for line in (tmp_path / "held.jsonl").read_text().splitlines()]
-    assert [sorted(entry) for entry in held] == [["gpus"]] * 2, "each of two trainings once"
-    assert all(entry["gpus"] == (0.5 if len(resources) == 1 else 1) for entry in held)
+    return [json.loads(line)["gpus"] for line in (folder / "held.jsonl").read_text().splitlines()]
