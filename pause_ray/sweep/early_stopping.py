@@ -166,7 +166,6 @@ class EarlyStoppedTrial(TuneTrial):
                 train_gpus=shared.train_gpus,
                 progress=reporter,
                 until=step,
-                stop=reporter.ending,
             )
             if self._adapter.num_steps == step:
                 return self._score(rung, self._adapter, reporter)

@@ -6,7 +6,6 @@ reported, and ends trials that hang. An interrupt takes the same way back: the a
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -68,10 +67,6 @@ class ProgressActor:
         self._states[key] = TrialState(Stage.STARTING, 0, 1)
         return not self._ending
 
-    def may_continue(self) -> bool:
-        """Return whether trials may continue."""
-        return not self._ending
-
     def process(self, key: str) -> Any:
         """Return the actor handle of a trial's process, or None if the trial has not begun."""
         return self._processes.get(key)
@@ -126,29 +121,28 @@ class TrialReporter:
         self._actor = progress_actor
         self._key = key
         self._has_begun = False
-        self.ending = threading.Event()
-        """Set when the trial must stop: the training writes a checkpoint and ends."""
 
-    def begin(self) -> bool:
-        """Announce that this process runs the trial. Return False if the trial must not begin or not continue."""
+    def begin(self) -> None:
+        """Announce, once, that this process runs the trial.
+
+        Raises:
+            StoppedError: the sweep ends, so the trial must not begin.
+        """
         if self._has_begun:
-            return bool(ray.get(self._actor.may_continue.remote()))
+            return
         self._has_begun = True
         process = ray.get_runtime_context().current_actor
-        may_begin: bool = ray.get(self._actor.begin.remote(self._key, process))
-        return may_begin
+        if not ray.get(self._actor.begin.remote(self._key, process)):
+            raise StoppedError("the sweep ended before the trial began; run the same command again to begin it")
 
     def __call__(self, stage: Stage, done: int, total: int, row: JsonObject | None = None) -> None:
         """Report the trial's state, and in ``STAGES_THAT_ASK`` wait for the answer.
 
         Raises:
-            StoppedError: the trial must stop and has nothing to finish. A training looks at ``ending`` instead.
+            StoppedError: the trial must stop. A training then writes a checkpoint after its running step.
         """
         answer = self._actor.report.remote(self._key, TrialState(stage, done, total, row))
-        if stage not in STAGES_THAT_ASK or ray.get(answer):
-            return
-        self.ending.set()
-        if stage != Stage.TRAINING:
+        if stage in STAGES_THAT_ASK and not ray.get(answer):
             raise StoppedError(f"stopped while {stage}; run the same command again to go on")
 
     def finish(self, stage: Stage) -> None:

@@ -33,8 +33,8 @@ from pause_ray.trial.run import run_trial
 
 log = logging.getLogger("pause_ray")
 
-SCORE, INTERRUPTED = "mean_score", "was_interrupted"
-"""Keys of a trial's last result: the mean score of its cells, and whether it was asked to stop before it was done."""
+SCORE = "mean_score"
+"""The key of a trial's last result for the mean score of its cells."""
 IDLE_SECONDS = 60.0
 """Time without a trial after which a process gives its resources back; starting another one costs up to 25 s of CPU."""
 NOT_YET = ""
@@ -88,7 +88,6 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
             scorer=shared.pool,
             train_gpus=shared.train_gpus,
             progress=reporter,
-            stop=reporter.ending,
         )
         log.info("done")
         reporter.finish(Stage.DONE)
@@ -109,23 +108,19 @@ def check_storage(sweep_folder: Path) -> None:
 
 def guarded(reporter: TrialReporter, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return the result of ``work``. Where it may not begin or fails, report that, and return the result of a trial that is done."""
-    done: dict[str, Any] = {SCORE: None, tune.result.DONE: True}
-    if not reporter.begin():
-        reporter.finish(Stage.STOPPED)
-        return done | {INTERRUPTED: True}
     try:
+        reporter.begin()
         return work()
     except StoppedError:
         log.info("stopped; it can go on")
         reporter.finish(Stage.STOPPED)
-        return done | {INTERRUPTED: True}
     except UserError as error:
         log.error("failed: %s", error)  # noqa: TRY400 (a mistake of the user has no traceback)
         reporter.fail(Failure(error=error))
     except Exception as error:  # the border of a trial's process
         log.exception("failed")
         reporter.fail(Failure(error=PauseRayError(f"{type(error).__name__}: {error}"), trace=traceback.format_exc()))
-    return done
+    return {SCORE: None, tune.result.DONE: True}
 
 
 class QueueSearcher(Searcher):  # type: ignore[misc]

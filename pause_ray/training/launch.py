@@ -8,7 +8,6 @@ import functools
 import json
 import logging
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -94,8 +93,6 @@ def _may_be_the_machine(failure: Exception) -> bool:
     return isinstance(failure, RuntimeError) or type(failure).__module__.startswith("ray.")
 
 
-POLL_SECONDS = 0.5
-"""Between two looks whether a training is asked to end; a step takes seconds."""
 RAY_FOLDER = "ray"
 """Ray Train's own notes inside the scratch folder, removed with it: the checkpoint is what must survive."""
 StageCallback = Callable[[Stage], None]
@@ -147,11 +144,11 @@ def fit(
     progress: Progress,
     stage: StageCallback | None = None,
     until: int | None = None,
-    stop: threading.Event | None = None,
 ) -> Checkpoint:
     """Train, continue a training that was stopped, or find the finished checkpoint of the same job.
 
-    SIGTERM, Ctrl-C or ``stop`` writes a checkpoint after the running step and ends. A finished training's own checkpoints are removed.
+    SIGTERM, Ctrl-C or a ``StoppedError`` of ``progress`` makes it write a checkpoint after the running step and end. A finished
+    training's own checkpoints are removed.
 
     Args:
         job: What to train.
@@ -162,13 +159,12 @@ def fit(
         progress: Called for every optimizer step, those that a checkpoint already has included.
         stage: Called when the training begins or waits for another process that makes the same adapter.
         until: Optimizer steps after which the adapter of that step is returned (see ``_goal``); None trains to the end.
-        stop: Asks the training to end, from another thread.
 
     Raises:
         SpecError: the workers cannot share the rows of a step, the model lacks layers, or the rows are too few or too long.
         SourceError, ModelError, StorageError: the shards, the model folder or the disk cannot be used.
         CheckpointError: a checkpoint's files were changed, or it is of another training.
-        StoppedError: the training was interrupted or ``stop`` was set; a checkpoint was written.
+        StoppedError: the training was interrupted, and a checkpoint was written; or ``stage`` raised it.
         TrainingError: loss, gradient or validation loss is not a number, or workers were lost again and again.
     """
     _check_workers(job.train, num_workers)
@@ -181,7 +177,7 @@ def fit(
             if stage is not None:
                 stage(Stage.TRAINING)
             scaling = _scaling(num_workers, cpus=cpus_per_worker, gpus=gpus_per_worker)
-            reports = _train(job, shards, whole=whole, folder=folder, until=steps, progress=progress, stop=stop, scaling=scaling)
+            reports = _train(job, shards, whole=whole, folder=folder, until=steps, progress=progress, scaling=scaling)
         if folder == whole:
             remove_training(whole)  # also the remains of a training that was killed before this line
         if reports is not None:
@@ -197,18 +193,15 @@ def _train(
     folder: Path,
     until: int,
     progress: Progress,
-    stop: threading.Event | None,
     scaling: ray.train.ScalingConfig,
 ) -> Future[None]:
-    """Make the checkpoint ``folder``; the result raises what ``progress`` raised meanwhile."""
-    if stop is not None and stop.is_set():
-        raise StoppedError("training was asked to end before it began; the same command begins it")
+    """Make the checkpoint ``folder``; the result raises what ``progress`` raised meanwhile, unless that was a ``StoppedError``."""
     _check_job(job, shards)
     on_gpu = scaling.use_gpu if scaling.num_workers else None
     with (
         _making(job, shards, whole=whole, folder=folder, until=until, on_gpu=on_gpu) as config,
-        following(config.folder / TRAINING_LOG, steps=job.train.max_steps, progress=progress) as reports,
-        _stoppable(config.folder / STOP, asked=stop),
+        _stoppable(config.folder / STOP, progress) as report,
+        following(config.folder / TRAINING_LOG, steps=job.train.max_steps, progress=report) as reports,
     ):
         run_workers(config, scaling=scaling)
     return reports
@@ -347,35 +340,19 @@ def _train_on_worker(config: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _stoppable(stop: Path, *, asked: threading.Event | None) -> Iterator[None]:
-    """Make a first SIGTERM or Ctrl-C, and ``asked``, write the file ``stop``; only a process's main thread can take signals."""
+def _stoppable(stop: Path, progress: Progress) -> Iterator[Progress]:
+    """Yield ``progress`` so that its ``StoppedError`` creates the file ``stop``, as a first SIGTERM or Ctrl-C within the block does."""
 
     def ask() -> None:
-        stop.touch()
-        log.info("writing a checkpoint after the running step, then stopping; once more stops at once")
+        if not stop.exists():
+            stop.touch()
+            log.info("writing a checkpoint after the running step, then stopping; once more stops at once")
 
-    with _passing_on(asked, stop), stop_on_signal(ask):
-        yield
+    def report(done: int, total: int, row: JsonObject) -> None:
+        try:
+            progress(done, total, row)
+        except StoppedError:
+            ask()
 
-
-@contextlib.contextmanager
-def _passing_on(asked: threading.Event | None, stop: Path) -> Iterator[None]:
-    """Write the file ``stop`` as soon as ``asked`` is set."""
-    if asked is None:
-        yield
-        return
-    ended = threading.Event()
-
-    def wait() -> None:
-        while not ended.wait(POLL_SECONDS):
-            if asked.is_set():
-                stop.touch()
-                return
-
-    thread = threading.Thread(target=wait, name="training-stop", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    with stop_on_signal(ask):
+        yield report

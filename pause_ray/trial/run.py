@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +50,8 @@ def run_trial(
     scorer: CellScorer,
     train_gpus: float,
     progress: TrialProgress,
-    stop: threading.Event | None = None,
 ) -> float | None:
-    """Run what is missing of a trial; a set ``stop`` ends its training at the next checkpoint.
+    """Run what is missing of a trial; a ``StoppedError`` of ``progress`` ends it where the same call goes on.
 
     Returns:
         The mean score of its cells, 0 to 1, or None if no cell could be scored.
@@ -69,7 +67,7 @@ def run_trial(
             started = time.monotonic()
             write_json(folder / "spec.json", trial.spec.resolved())
             shards = make_shards(trial, storage=storage, progress=progress)
-            checkpoint = make_checkpoint(trial, storage=storage, shards=shards, train_gpus=train_gpus, progress=progress, stop=stop)
+            checkpoint = make_checkpoint(trial, storage=storage, shards=shards, train_gpus=train_gpus, progress=progress)
             job = scoring_job(trial, arm=arm, checkpoint=checkpoint, storage=storage)
             score_cells(trial, job, ledger=ledger, scorer=scorer, progress=progress)
             noise = check_numerics(trial, job, ledger=ledger, scorer=scorer, progress=progress)
@@ -94,7 +92,6 @@ def make_checkpoint(
     shards: ShardSet | None,
     train_gpus: float,
     progress: TrialProgress,
-    stop: threading.Event | None = None,
 ) -> Checkpoint | None:
     """Return the trial's adapter: trained, named in the spec, or None for the base model."""
     if trial.spec.adapter is not None:
@@ -102,7 +99,7 @@ def make_checkpoint(
     job = training_job(trial, shards)
     if job is None:
         return None
-    return run_training(job, trial.spec.resources, storage=storage, train_gpus=train_gpus, progress=progress, stop=stop)
+    return run_training(job, trial.spec.resources, storage=storage, train_gpus=train_gpus, progress=progress)
 
 
 def run_training(
@@ -113,9 +110,8 @@ def run_training(
     train_gpus: float,
     progress: TrialProgress,
     until: int | None = None,
-    stop: threading.Event | None = None,
 ) -> Checkpoint:
-    """Train with a trial's resources; ``until`` and ``stop`` are those of ``training.launch.fit``."""
+    """Train with a trial's resources; ``until`` is that of ``training.launch.fit``."""
     from pause_ray.training.launch import fit  # imports Ray Train
 
     fewest, most = resources.worker_bounds
@@ -128,7 +124,6 @@ def run_training(
         progress=lambda done, total, row: progress(Stage.TRAINING, done, total, row),
         stage=lambda stage: progress(stage, 0, job.train.max_steps),
         until=until,
-        stop=stop,
     )
 
 

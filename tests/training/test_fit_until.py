@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import threading
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pause_ray.core.errors import StoppedError
+from pause_ray.core.process import Stage
 from pause_ray.core.storage import Storage
 from pause_ray.models.checkpoint import ADAPTER_WEIGHTS, Checkpoint, training_folder
-from pause_ray.training.launch import fit, train_digest
+from pause_ray.training.launch import fit, steps_on_storage, train_digest
 from pause_ray.training.spec import LoraSpec, TrainJob, TrainSpec
 from tests.training.tiny_llama import added_marker
 
@@ -65,8 +66,26 @@ def test_a_training_in_parts_gives_the_adapter_of_an_uninterrupted_one(llama: Pa
 
 
 def test_a_training_that_shall_not_begin_leaves_nothing(llama: Path, shards: Path, tmp_path: Path) -> None:
-    stop = threading.Event()
-    stop.set()
-    with pytest.raises(StoppedError, match="before it began"):
-        run(job_of(llama, shards), tmp_path, stop=stop)
+    def stage(name: Stage) -> None:
+        raise StoppedError(f"not {name}")
+
+    with pytest.raises(StoppedError, match="not training"):
+        run(job_of(llama, shards), tmp_path, stage=stage)
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()]
+
+
+def test_a_training_whose_report_is_answered_by_a_stop_writes_a_checkpoint_and_ends(llama: Path, shards: Path, tmp_path: Path) -> None:
+    job = job_of(llama, shards)
+    job = dataclasses.replace(job, train=job.train.model_copy(update={"max_steps": 5000}))
+    reported: list[int] = []
+
+    def progress(done: int, *_: Any) -> None:
+        reported.append(done)
+        raise StoppedError("stop")
+
+    with pytest.raises(StoppedError, match="asked to end after step"):
+        run(job, tmp_path, progress=progress)
+    last = steps_on_storage(job, storage=Storage.open(tmp_path))
+    assert reported == list(range(1, last + 1)), "every step is reported, the one before the checkpoint included"
+    assert 0 < last < job.train.max_steps
+    assert run(job, tmp_path, until=last + 1).num_steps == last + 1
