@@ -19,10 +19,9 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from pause_ray.core.storage import is_complete
 from pause_ray.evaluation.suite import proxy_suite
 from pause_ray.models.checkpoint import Checkpoint
-from pause_ray.sweep.reporter import TrialReporter
-from pause_ray.sweep.search import RungScore, SearchLog, SearchRecord, Stop
+from pause_ray.sweep.search import RungScore, SearchLog, SearchRecord, Stop, SweepTrial
 from pause_ray.sweep.spec import PlannedTrial, SchedulerSpec, SweepSpec
-from pause_ray.sweep.trainable import IDLE_SECONDS, SCORE, ReapIdleActors, Shared, TuneTrial, check_storage, guarded
+from pause_ray.sweep.trainable import IDLE_SECONDS, SCORE, ReapIdleActors, Shared, TuneTrial
 from pause_ray.trial.run import make_shards, run_training, score_proxy, training_job
 
 log = logging.getLogger("pause_ray")
@@ -114,21 +113,20 @@ def _compared_values(score: RungScore) -> dict[str, Any]:
 class EarlyStoppedTrial(TuneTrial):
     """A trial in one step per rung and one for the rest. Tune stops it between two steps, when it neither trains nor scores."""
 
+    _adapter: Checkpoint | None = None
+
     def setup(  # type: ignore[override]
         self, config: dict[str, Any], *, shared: Shared, scheduler: SchedulerSpec, context_tokens: tuple[int, ...]
     ) -> None:
         """Set the process up as ``TuneTrial`` does; ``context_tokens`` are the lengths of the proxy, the same for all trials."""
-        super().setup(config, shared=shared)
         self._scheduler, self._context_tokens = scheduler, context_tokens
-        self._adapter: Checkpoint | None = None
-        self.reset_config(config)
+        super().setup(config, shared=shared)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial in this process."""
         self._remove_adapter()
-        self._reporter: TrialReporter | None = None
         self._last: dict[str, Any] = {PROXY_SCORE: math.nan, STEP: 0}
-        return True
+        return super().reset_config(new_config)
 
     def cleanup(self) -> None:
         """Remove what the trial no longer needs before the process ends."""
@@ -137,25 +135,21 @@ class EarlyStoppedTrial(TuneTrial):
     def step(self) -> dict[str, Any]:
         """Come to the next rung and return its score, or come to the end of the trial."""
         self._remove_adapter()
-        with self._named():
-            if self._reporter is None:
-                self._reporter = TrialReporter(self._shared.progress_actor, self.config["trial"])
-                log.info("begins")
-            reporter = self._reporter
-            # Tune refuses a result without the scheduler's metric, also that of a trial which ends.
-            result = guarded(reporter, lambda: self._next_rung(reporter) or self._finish(reporter))
-            return self._last | result
+        result = super().step()
+        return self._last | result  # Tune refuses a result without the scheduler's metric, also that of a trial which ends
 
-    def _next_rung(self, reporter: TrialReporter) -> dict[str, Any] | None:
+    def _advance(self, trial: SweepTrial) -> dict[str, Any]:
+        return self._next_rung(trial) or super()._advance(trial)
+
+    def _next_rung(self, trial: SweepTrial) -> dict[str, Any] | None:
         """Train to the next rung that has no score and score the adapter there; return None if no rung is left."""
-        shared, prepared = self._shared, self._shared.trials[self.config["trial"]].prepared
-        check_storage(shared.folder)
+        shared, prepared = self._shared, trial.prepared
         if prepared.spec.train is None or is_complete(shared.storage.trials / prepared.digest):
             return None
         recorded = [score.step for score in SearchRecord.read(shared.folder).rungs if score.trial == prepared.digest]
         done = max(recorded, default=self._last[STEP])
         open_rungs = [(rung, step) for rung, step in enumerate(self._scheduler.steps(prepared.spec.train.max_steps)) if step > done]
-        job = training_job(prepared, make_shards(prepared, storage=shared.storage, progress=reporter)) if open_rungs else None
+        job = training_job(prepared, make_shards(prepared, storage=shared.storage, progress=self._reporter)) if open_rungs else None
         if job is None:
             return None
         for rung, step in open_rungs:
@@ -164,18 +158,18 @@ class EarlyStoppedTrial(TuneTrial):
                 prepared.spec.resources,
                 storage=shared.storage,
                 train_gpus=shared.train_gpus,
-                progress=reporter,
+                progress=self._reporter,
                 until=step,
             )
             if self._adapter.num_steps == step:
-                return self._score(rung, self._adapter, reporter)
+                return self._score(trial, rung, self._adapter)
         return None  # an earlier training of the same adapter went past all rungs, so stopping would save nothing
 
-    def _score(self, rung: int, adapter: Checkpoint, reporter: TrialReporter) -> dict[str, Any]:
-        shared, trial = self._shared, self._shared.trials[self.config["trial"]]
+    def _score(self, trial: SweepTrial, rung: int, adapter: Checkpoint) -> dict[str, Any]:
+        shared = self._shared
         suite = proxy_suite(trial.prepared.spec.eval, facts=self._scheduler.proxy.facts, context_tokens=self._context_tokens)
         result = score_proxy(
-            trial.prepared, adapter, suite, arm=trial.planned.arm, storage=shared.storage, scorer=shared.pool, progress=reporter
+            trial.prepared, adapter, suite, arm=trial.planned.arm, storage=shared.storage, scorer=shared.pool, progress=self._reporter
         )
         score = RungScore(
             trial=trial.prepared.digest,

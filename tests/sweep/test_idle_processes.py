@@ -14,7 +14,7 @@ from pause_ray.core.storage import Storage
 ray = pytest.importorskip("ray")
 from ray import tune  # noqa: E402
 
-from pause_ray.sweep.trainable import NOT_YET, QueueSearcher, ReapIdleActors, run_tuner  # noqa: E402
+from pause_ray.sweep.trainable import NOT_YET, ReapIdleActors, run_tuner  # noqa: E402
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 ALL_CPUS, EACH = 8, 3
@@ -63,16 +63,12 @@ def test_a_process_without_a_trial_ends_while_others_run_and_another_starts_for_
     coming = trials()
     run_tuner(
         tune.with_resources(tune.with_parameters(Waits, folder=tmp_path), tune.PlacementGroupFactory([{"CPU": EACH}])),
-        tune.TuneConfig(
-            search_alg=QueueSearcher(lambda: next(coming, None), ended=note_end),
-            scheduler=ReapIdleActors(2.0),
-            num_samples=-1,
-            reuse_actors=True,
-            max_concurrent_trials=2,
-        ),
+        next_trial=lambda: next(coming, None),
+        ended=note_end,
+        scheduler=ReapIdleActors(2.0),
+        concurrent_trials=2,
         name="idle",
         storage=Storage.open(tmp_path / "runs"),
-        callbacks=[],
     )
     assert ended == ["short", "late", "long"]
     assert free[0] == ALL_CPUS - 2 * EACH, "the place was kept for a moment"

@@ -80,10 +80,10 @@ def test_who_insists_on_an_end_is_not_kept_waiting_by_trials(board: Any) -> None
     at_work = process.never_ends.remote()
     ray.get(board.begin.remote("trained", process))
     ray.get(board.report.remote("trained", TrialState(Stage.TRAINING, 1, 4)))
-    watch.interrupted = True
+    watch.interrupted.set()
     watch.read()
     assert ray.get(process.answers.remote()), "a first signal lets it come to an end of its own"
-    watch.insisted = True
+    watch.insisted.set()
     watch.read()
     with pytest.raises(RayActorError):
         ray.get(at_work, timeout=120)

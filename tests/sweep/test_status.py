@@ -18,8 +18,8 @@ from pause_ray.evaluation.cell_scheduler import PoolState, ScoringStats
 from pause_ray.sweep import status
 from pause_ray.sweep.progress import TrialState
 from pause_ray.sweep.status import (
-    CellCounts,
     ClusterState,
+    ExpectedTrial,
     LiveStatus,
     Metric,
     Speed,
@@ -27,18 +27,16 @@ from pause_ray.sweep.status import (
     StatusWriter,
     StepCounter,
     TrainingProgress,
-    TrialCounts,
+    count_trials,
     idle_share,
 )
 
 NUMBER, ANSWERED = 10, 4
 
 
-def work(*trials: str) -> TrialCounts:
-    found = TrialCounts(settled={Stage.DONE: 2, Stage.STOPPED: 1})
-    found.expect(dict.fromkeys(trials[:1], CellCounts(NUMBER, ANSWERED)))
-    found.expect(dict.fromkeys(trials[1:], CellCounts(NUMBER, 0)))
-    return found
+def expected(*trials: str) -> dict[str, ExpectedTrial]:
+    """The first trial has some answers already."""
+    return {key: ExpectedTrial(key, "arm", NUMBER, 0 if number else ANSWERED) for number, key in enumerate(trials)}
 
 
 @pytest.mark.parametrize(
@@ -55,26 +53,22 @@ def work(*trials: str) -> TrialCounts:
 )
 def test_cells_that_are_left_of_a_trial(state: TrialState | None, left: int) -> None:
     states = {"a": state} if state else {}
-    assert work("a").cells_left(states, failed=()) == left
-    assert work("a").cells_left(states, failed=["a"]) == 0
+    assert count_trials(expected("a"), states, failed=(), left_out=())[1] == left
+    assert count_trials(expected("a"), states, failed=["a"], left_out=())[1] == 0
 
 
 def test_every_trial_is_in_one_state_and_what_is_left_out_has_none_left() -> None:
-    counted = work("a", "b", "c", "d", "e")
     states = {"a": TrialState(Stage.TRAINING, 1, 2), "b": TrialState(Stage.SCORING, 9, NUMBER), "c": TrialState(Stage.STOPPED, 1, 1)}
-    counted.leave_out(["c", "d"])
-    assert counted.by_state(states, failed=["b"]) == {"done": 2, "stopped": 1 + 2, "training": 1, "failed": 1, "to_come": 1}
-    assert counted.cells_left(states, failed=["b"]) == (NUMBER - ANSWERED) + NUMBER
+    by_state, left = count_trials(expected("a", "b", "c", "d", "e"), states, failed=["b"], left_out=["c", "d"])
+    assert by_state == {"stopped": 2, "training": 1, "failed": 1, "to_come": 1}
+    assert left == (NUMBER - ANSWERED) + NUMBER
 
 
-def test_what_is_to_begin_no_more_is_left_out_unless_it_has_begun() -> None:
-    counted = work("a", "b", "c")
+def test_what_is_left_out_is_counted_all_the_same_once_it_has_begun() -> None:
     states = {"b": TrialState(Stage.SCORING, 9, NUMBER)}
-    counted.begin_no_more(["a", "b"])
-    assert counted.by_state(states, failed=[]) == {"done": 2, "stopped": 1 + 1, "scoring": 1, "to_come": 1}
-    assert counted.cells_left(states, failed=[]) == 1 + NUMBER
-    counted.begin_no_more([])
-    assert counted.cells_left({}, failed=[]) == (NUMBER - ANSWERED) + 2 * NUMBER
+    by_state, left = count_trials(expected("a", "b", "c"), states, failed=[], left_out=["a", "b"])
+    assert by_state == {"stopped": 1, "scoring": 1, "to_come": 1}
+    assert left == 1 + NUMBER
 
 
 def rows(*steps: int) -> list[dict[str, Any]]:
@@ -92,15 +86,13 @@ def test_a_step_counts_once_also_when_it_is_told_again_or_taken_again() -> None:
     told = [("a", row) for row in rows(1, 2, 3, 2, 3, 4)] + [("b", row) for row in rows(1)]
     counts = counted({}, *told)
     assert counts.new == TrainingProgress(steps=5, tokens=500)
-    assert counts.by_trial() == {"a": TrainingProgress(steps=4, tokens=400), "b": TrainingProgress(steps=1, tokens=100)}
+    assert counts.by_trial == {"a": TrainingProgress(steps=4, tokens=400), "b": TrainingProgress(steps=1, tokens=100)}
 
 
 def test_what_the_driver_before_has_counted_is_not_new() -> None:
     counts = counted({"a": TrainingProgress(steps=3, tokens=299)}, *(("a", row) for row in rows(1, 2, 3, 4)))
     assert counts.new == TrainingProgress(steps=1, tokens=100)
-    assert counts.by_trial()["a"] == TrainingProgress(steps=4, tokens=399)
-    counts.forget(["a", "unknown"])
-    assert (counts.by_trial(), counts.new.steps) == ({}, 1)
+    assert counts.by_trial["a"] == TrainingProgress(steps=4, tokens=399)
 
 
 def answered(cells: int) -> list[ScoringStats]:
@@ -160,16 +152,15 @@ class Series(dict[tuple[str, str], float]):
 
 
 @pytest.fixture
-def writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StatusWriter:
+def writer(tmp_path: Path) -> StatusWriter:
     """A writer of a sweep with two trials of each of two arms."""
-    monkeypatch.setattr(status, "RayMetrics", lambda sweep: Series())
     suite = SimpleNamespace(num_positions={1024: NUMBER})
     trials = {
         f"{arm}{number}": SimpleNamespace(planned=SimpleNamespace(arm=arm, label=f"{arm} #{number}", spec=SimpleNamespace(eval=suite)))
         for arm in ("good", "bad")
         for number in (0, 1)
     }
-    found = StatusWriter(tmp_path, storage=Storage(tmp_path), per_actor_gpus=0.0, per_trial_gpus=0.0, settled={})
+    found = StatusWriter(tmp_path, storage=Storage(tmp_path), metrics=cast(Any, Series()), settled={Stage.STOPPED: 2})
     found.expect(cast(Any, trials))
     return found
 
@@ -199,7 +190,7 @@ def test_trials_of_an_arm_that_was_given_up_are_not_to_come(writer: StatusWriter
     found = written(writer, tmp_path, ClusterState(), states={"bad0": TrialState(Stage.SCORING, 2, NUMBER)}, given_up=reason)
     assert found.given_up == reason
     shown = cast(Any, writer._metrics)
-    assert [shown[status.TRIALS.name, state] for state in (Stage.TO_COME, Stage.SCORING, Stage.STOPPED)] == [2, 1, 1]
+    assert [shown[status.TRIALS.name, state] for state in (Stage.TO_COME, Stage.SCORING, Stage.STOPPED)] == [2, 1, 1 + 2]
     assert shown[status.CELLS_LEFT.name, ""] == 2 * NUMBER + NUMBER - 2, "the one that runs goes on"
 
 
