@@ -6,6 +6,7 @@ that the driver writes, and are shown with its age.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -112,7 +113,7 @@ class SweepStatus:
             "failures": dict(self.failures),
             "last": {"trial": last.label, "digest": last.digest, "age": self.age(last.last_sign)} if last else None,
             "driver": self.driver,
-            "live": live.as_json() | {"age": live.age_seconds(self.now), "is_current": self.is_live} if live else None,
+            "live": dataclasses.asdict(live) | {"age": live.age_seconds(self.now), "is_current": self.is_live} if live else None,
         }
 
     @property

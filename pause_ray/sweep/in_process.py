@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rich.console import Console
 
-from pause_ray.core.errors import PauseRayError, StoppedError, UserError
+from pause_ray.core.errors import StoppedError
 from pause_ray.core.process import Stage, stop_on_signal
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import Storage, exclusive
@@ -63,7 +62,6 @@ class _Run:
             if time.monotonic() - self._written >= STATUS_SECONDS:
                 self._write_status(ended=None)
 
-        failure: Failure | None = None
         progress(Stage.STARTING, 0, 1)
         try:
             run_trial(trial.prepared, arm=trial.planned.arm, storage=self._storage, scorer=self._scorer, train_gpus=0.0, progress=progress)
@@ -71,13 +69,9 @@ class _Run:
             progress(Stage.DONE, 1, 1)
         except StoppedError:
             progress(Stage.STOPPED, 0, 1)
-        except UserError as error:
-            failure = Failure(error=error)
         except Exception as error:  # noqa: BLE001 (a trial's border: the error is kept and the sweep goes on, as on Ray)
-            failure = Failure(error=PauseRayError(f"{type(error).__name__}: {error}"), trace=traceback.format_exc())
-        if failure is not None:
-            self.failures[key] = failure
-            self.queue.note_failed(key, failure.message)
+            self.failures[key] = Failure.of(error)
+            self.queue.note_failed(key, self.failures[key].message)
             progress(Stage.FAILED, 0, 1)
 
     def _interrupt(self) -> None:
@@ -94,15 +88,8 @@ class _Run:
         pool = PoolState(
             pids=(os.getpid(),) * busy, busy=busy, starting=0, requests=busy, waiting_cells=0, stats={"grid": self._scorer.stats}
         )
-        self._status.write(
-            self._display.states,
-            ClusterState(scoring=pool),
-            failures={key: failure.message for key, failure in self.failures.items()},
-            given_up=self.queue.given_up,
-            seconds_left=self._display.seconds_left,
-            ended=ended,
-            ended_by=self.queue.ended_by,
-        )
+        cluster, ended_by = ClusterState(scoring=pool), self.queue.ended_by
+        self._status.write(self._display, self.queue, cluster, failures=self.failures, ended=ended, ended_by=ended_by)
 
 
 def prepared_trials(sweep: SweepSpec, *, storage: Storage, console: Console, command: str) -> SweepTrials:
@@ -150,17 +137,10 @@ def run_in_process(
     after_trial: Callable[[Path], None],
     engine: Engine | None = None,
 ) -> SweepOutcome:
-    """Run what is missing of a sweep that trains nothing; what is on storage already is not run again.
+    """Run what is missing of a sweep that trains nothing, as ``runner.run_sweep`` does, but without Ray.
 
-    A first Ctrl-C (or SIGTERM) lets the current cell be answered; a second ends at once.
-
-    Args:
-        sweep: The trials.
-        storage: Where everything is kept.
-        console: Where progress is shown.
-        command: The command that the user started, for the report.
-        after_trial: Called with the sweep's folder whenever a trial has ended.
-        engine: The engine to use instead of each trial's own, or None.
+    A first Ctrl-C (or SIGTERM) lets the current cell be answered; a second ends at once. ``after_trial`` is called with the sweep's
+    folder whenever a trial has ended. An ``engine`` is used instead of each trial's own.
 
     Raises:
         StorageError: another process runs this sweep, or the storage root cannot be written.

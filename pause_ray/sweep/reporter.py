@@ -26,32 +26,27 @@ from pause_ray.sweep.status import Failure
 
 log = logging.getLogger("pause_ray")
 
-TrainedStep = tuple[str, JsonObject]
-"""A trial's digest and a row of its training log."""
 STAGES_THAT_ASK = (Stage.WAITING, Stage.DATA, Stage.TRAINING)
 """Stages in which a report waits for the answer whether the trial may continue. The scoring pool answers in the stages of scoring."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Update:
     """Reports of trials since the last call of ``ProgressActor.drain``."""
 
-    states: Mapping[str, TrialState]
+    states: dict[str, TrialState] = field(default_factory=dict)
     """The last state of each trial that reported, by trial digest."""
-    steps: tuple[TrainedStep, ...]
-    """Training log rows in the order of their arrival."""
-    failures: Mapping[str, Failure]
-    """New failures, by trial digest."""
+    steps: list[tuple[str, JsonObject]] = field(default_factory=list)
+    """Trial digests and rows of their training logs in the order of their arrival."""
+    failures: dict[str, Failure] = field(default_factory=dict)
+    """The first reason of each trial that failed, by trial digest."""
 
 
 @dataclass
 class ProgressActor:
     """A Ray actor's class: keeps what trials report until the driver drains it, so that a drain costs as much as there is to see."""
 
-    _states: dict[str, TrialState] = field(default_factory=dict)
-    _rows: list[TrainedStep] = field(default_factory=list)
-    _new_failures: dict[str, Failure] = field(default_factory=dict)
-    _failed: set[str] = field(default_factory=set)
+    _new: Update = field(default_factory=Update)
     _processes: dict[str, Any] = field(default_factory=dict)
     _published: dict[str, bytes] = field(default_factory=dict)
     _ending: bool = False
@@ -67,7 +62,7 @@ class ProgressActor:
     def begin(self, key: str, process: Any) -> bool:
         """Note the actor handle of a trial's process. Return False if the sweep ends and the trial must not begin."""
         self._processes[key] = process
-        self._states[key] = TrialState(Stage.STARTING, 0, 1)
+        self._new.states[key] = TrialState(Stage.STARTING, 0, 1)
         return not self._ending
 
     def process(self, key: str) -> Any:
@@ -80,19 +75,17 @@ class ProgressActor:
         Returns:
             Whether the trial may continue. If not, it must stop where a later run can resume it.
         """
-        self._states[key] = state
+        self._new.states[key] = state
         if state.row is not None:
-            self._rows.append((key, state.row))
+            self._new.steps.append((key, state.row))
         if state.stage.is_end:
             self._forget(key)
         return not self._ending
 
     def fail(self, key: str, failure: Failure) -> None:
-        """Keep why a trial failed; the first of several reasons counts."""
-        if key not in self._failed:
-            self._failed.add(key)
-            self._new_failures[key] = failure
-        self._states[key] = TrialState(Stage.FAILED, 0, 0)
+        """Keep why a trial failed."""
+        self._new.failures.setdefault(key, failure)
+        self._new.states[key] = TrialState(Stage.FAILED, 0, 0)
         self._forget(key)
 
     def end(self) -> None:
@@ -101,8 +94,7 @@ class ProgressActor:
 
     def drain(self) -> Update:
         """Return what was reported since the last call."""
-        update = Update(states=self._states, steps=tuple(self._rows), failures=self._new_failures)
-        self._states, self._rows, self._new_failures = {}, [], {}
+        update, self._new = self._new, Update()
         return update
 
     def _forget(self, key: str) -> None:
@@ -170,19 +162,8 @@ class TrialMonitor:
     def __init__(
         self, progress_actor: Any, *, queue: TrialQueue, pool: ScoringPool, display: ProgressDisplay, timeout_minutes: float | None
     ) -> None:
-        """Create a monitor.
-
-        Args:
-            progress_actor: Handle of the sweep's ``ProgressActor``.
-            queue: Notified of trials that finished or failed.
-            pool: Asked to finish the running cells when the sweep is interrupted.
-            display: Shows messages to the user, and knows the trials' labels.
-            timeout_minutes: Silence after which a trial is killed; None for no limit.
-        """
-        self._actor = progress_actor
-        self._queue = queue
-        self._pool = pool
-        self._display = display
+        """Watch the trials of ``progress_actor``; one that reports nothing for ``timeout_minutes`` is killed, None sets no limit."""
+        self._actor, self._queue, self._pool, self._display = progress_actor, queue, pool, display
         self._timeout_minutes = timeout_minutes
         self._running: dict[str, tuple[TrialState, float]] = {}
         """The last state of each running trial, and when it arrived by the monotonic clock."""
@@ -216,7 +197,7 @@ class TrialMonitor:
 
     def note_lost(self, key: str, failure: Failure) -> None:
         """Note why a trial's process was lost, unless the trial has reported a failure itself."""
-        if key not in self.failures and key not in self._killed:
+        if key not in self._killed:
             self._note_failure(key, failure)
 
     def work_done(self, key: str) -> int:
@@ -235,8 +216,9 @@ class TrialMonitor:
         self._queue.note_finished(key for key, state in states.items() if state.stage == Stage.DONE)
 
     def _note_failure(self, key: str, failure: Failure) -> None:
-        self.failures[key] = failure
-        self._queue.note_failed(key, failure.message)
+        if key not in self.failures:
+            self.failures[key] = failure
+            self._queue.note_failed(key, failure.message)
 
     def _end_silent_trials(self) -> None:
         """Kill trials that have been silent for too long; where no limit is set, warn once about each silence."""

@@ -7,13 +7,12 @@ the same command resumes.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import pickle
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -95,7 +94,7 @@ def run_sweep(
         storage: Where everything is kept.
         console: Where progress is shown.
         command: How the user started this, for the report.
-        tracker: Receives training steps and ends of trials while they happen.
+        tracker: Is told of training steps and ends of trials.
         budget: What the command may spend; None for no limit.
 
     Raises:
@@ -116,37 +115,15 @@ def run_sweep(
                 ray_cluster.create_shared_actor_here()
                 placement = Placement.of(sweep, [trial.planned.spec for trial in missing.values()])
                 with (
-                    _scoring_pool(placement) as pool,
                     ProgressDisplay(console) as display,
                     SweepDriver(
-                        trials,
-                        search=search,
-                        storage=storage,
-                        queue=queue,
-                        placement=placement,
-                        pool=pool,
-                        display=display,
-                        tracker=tracker,
+                        trials, search=search, storage=storage, queue=queue, placement=placement, display=display, tracker=tracker
                     ) as driver,
                 ):
                     driver.run(missing)
-                    failures, interrupted = driver.failures(), driver.monitor.interrupted.is_set()
+                    failures = {display.label(key): failure for key, failure in driver.monitor.failures.items()}
+                    interrupted = driver.monitor.interrupted.is_set()
         return outcome_of(trials, queue, failures=failures, interrupted=interrupted)
-
-
-@contextlib.contextmanager
-def _scoring_pool(placement: Placement) -> Iterator[ScoringPool]:
-    pool = ScoringPool.start(
-        num_actors=placement.resources.scoring_bounds,
-        cpus=placement.resources.scoring_cpus_per_actor,
-        gpus=placement.scoring_gpus,
-        threads=placement.resources.threads,
-        idle_seconds=placement.resources.idle_seconds,
-    )
-    try:
-        yield pool
-    finally:
-        pool.stop()
 
 
 class SweepDriver:
@@ -160,16 +137,22 @@ class SweepDriver:
         storage: Storage,
         queue: TrialQueue,
         placement: Placement,
-        pool: ScoringPool,
         display: ProgressDisplay,
         tracker: SweepTracker | None,
     ) -> None:
-        """Prepare to run; Ray must be initialised, and the display entered."""
+        """Start the scoring pool; Ray must be initialised, and the display entered."""
         self._trials, self._search, self._storage, self._queue = trials, search, storage, queue
-        self._placement, self._pool, self._display, self._tracker = placement, pool, display, tracker
+        self._placement, self._display, self._tracker = placement, display, tracker
+        self._pool = ScoringPool.start(
+            num_actors=placement.resources.scoring_bounds,
+            cpus=placement.resources.scoring_cpus_per_actor,
+            gpus=placement.scoring_gpus,
+            threads=placement.resources.threads,
+            idle_seconds=placement.resources.idle_seconds,
+        )
         self._progress_actor = start_progress_actor()
         self.monitor = TrialMonitor(
-            self._progress_actor, queue=queue, pool=pool, display=display, timeout_minutes=trials.sweep.trial_timeout_minutes
+            self._progress_actor, queue=queue, pool=self._pool, display=display, timeout_minutes=trials.sweep.trial_timeout_minutes
         )
         self._status = StatusWriter(
             trials.folder,
@@ -200,7 +183,10 @@ class SweepDriver:
         reason = self._queue.ended_by
         if error is not None:
             reason = str(error) if isinstance(error, UserError) else type(error).__name__
-        self._write_status(ended=time.time(), ended_by=reason)
+        try:
+            self._write_status(ended=time.time(), ended_by=reason)
+        finally:
+            self._pool.stop()
 
     def run(self, trials: Mapping[str, SweepTrial]) -> None:
         """Run trials, and those of further rounds, until there are none or the sweep is to end.
@@ -264,10 +250,6 @@ class SweepDriver:
             storage=self._storage,
         )
 
-    def failures(self) -> dict[str, Failure]:
-        """Return why trials did not finish, by their labels."""
-        return {self._display.label(key): failure for key, failure in self.monitor.failures.items()}
-
     def _run_loop(self) -> None:
         """Each second read reports, draw, and let the tracker send; every few seconds write the status."""
         status_due = time.monotonic()
@@ -295,15 +277,7 @@ class SweepDriver:
         cluster = cluster_state(self._pool)  # outside of the lock: the cluster may take seconds to answer
         with self._lock:
             self._display.note_pending(cluster.pending)
-            self._status.write(
-                self._display.states,
-                cluster,
-                failures={key: failure.message for key, failure in self.monitor.failures.items()},
-                given_up=self._queue.given_up,
-                seconds_left=self._display.seconds_left,
-                ended=ended,
-                ended_by=ended_by,
-            )
+            self._status.write(self._display, self._queue, cluster, failures=self.monitor.failures, ended=ended, ended_by=ended_by)
 
     def _next_trial(self) -> str | None:
         """Return the key of the next trial, advancing the search when the queue is empty, or ``NOT_YET``, or None at the end.

@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,13 +20,14 @@ from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
-from pause_ray.core.errors import PauseRayError, StorageError
+from pause_ray.core.errors import PauseRayError, StorageError, UserError
 from pause_ray.core.process import Stage
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import Storage, is_complete, read_json, write_json
 from pause_ray.evaluation.cell_scheduler import PoolState, ScoringStats
 from pause_ray.evaluation.ledger import Ledger
-from pause_ray.sweep.progress import TrialState
+from pause_ray.sweep.progress import ProgressDisplay, TrialState
+from pause_ray.sweep.queue import TrialQueue
 
 if TYPE_CHECKING:
     from pause_ray.sweep.search import SweepTrial
@@ -130,17 +132,13 @@ class LiveStatus:
             return None
         return TypeAdapter(cls).validate_python(data)
 
-    def as_json(self) -> JsonObject:
-        """Return plain data."""
-        return dataclasses.asdict(self)
-
     def write(self, sweep_folder: Path) -> None:
         """Replace the file atomically.
 
         Raises:
             StorageError: disk full or not writable.
         """
-        write_json(sweep_folder / STATUS_FILE, {"format": FORMAT, **self.as_json()})
+        write_json(sweep_folder / STATUS_FILE, {"format": FORMAT, **dataclasses.asdict(self)})
 
     def age_seconds(self, now: float) -> float:
         """Return the file's age; clocks of machines may differ a little."""
@@ -202,17 +200,16 @@ class RayMetrics:
         self._counted: dict[tuple[Metric, tuple[tuple[str, str], ...]], float] = {}
 
     def set(self, metric: Metric, value: float, **labels: str) -> None:
-        """Set a gauge. Ray forgets one that is not set again within twenty seconds."""
-        self._series[metric].set(value, tags=self._labels | labels)
-
-    def count(self, metric: Metric, total: float, **labels: str) -> None:
-        """Raise a counter to ``total``; a total below the last one has started again from zero."""
+        """Set a gauge, which Ray forgets after twenty seconds, or raise a counter; a counter that falls has started again from zero."""
+        series, tags = self._series[metric], self._labels | labels
+        if not metric.counts:
+            series.set(value, tags=tags)
+            return
         key = (metric, tuple(sorted(labels.items())))
         before = self._counted.get(key, 0)
-        self._counted[key] = total
-        more = total - before if total >= before else total
-        if more:
-            self._series[metric].inc(more, tags=self._labels | labels)
+        self._counted[key] = value
+        if more := value - before if value >= before else value:
+            series.inc(more, tags=tags)
 
 
 SPEED_SECONDS = 60.0
@@ -279,8 +276,8 @@ class Speedometer:
     """Computes speeds from rising totals."""
 
     def __init__(self) -> None:
-        self._past: deque[tuple[float, Speed]] = deque()
-        """Times and the totals at them."""
+        self._past: deque[tuple[float, tuple[int, int, int]]] = deque()
+        """Times, and the answered cells, scored tokens and trained tokens until then."""
 
     def speed(self, answers: Collection[ScoringStats] | None, *, trained_tokens: int, now: float) -> Speed:
         """Return the speeds of the last minute; totals that fall have started again from zero, and so does this.
@@ -291,28 +288,21 @@ class Speedometer:
             now: Seconds of any clock.
         """
         if answers is not None:
-            self._note(answers, trained_tokens=trained_tokens, now=now)
+            totals = (
+                sum(each.cells for each in answers),
+                sum(each.prefilled_tokens + each.decoded_tokens for each in answers),
+                trained_tokens,
+            )
+            if self._past and totals[0] < self._past[-1][1][0]:
+                self._past.clear()
+            self._past.append((now, totals))
         while self._past and now - self._past[0][0] > SPEED_SECONDS:
             self._past.popleft()
         if len(self._past) < 2:
             return Speed()
-        (since, before), (until, totals) = self._past[0], self._past[-1]
-        seconds = until - since
-        return Speed(
-            cells=round((totals.cells - before.cells) / seconds, 3),
-            scored_tokens=round((totals.scored_tokens - before.scored_tokens) / seconds, 1),
-            trained_tokens=round((totals.trained_tokens - before.trained_tokens) / seconds, 1),
-        )
-
-    def _note(self, answers: Collection[ScoringStats], *, trained_tokens: int, now: float) -> None:
-        totals = Speed(
-            cells=sum(each.cells for each in answers),
-            scored_tokens=sum(each.prefilled_tokens + each.decoded_tokens for each in answers),
-            trained_tokens=trained_tokens,
-        )
-        if self._past and totals.cells < self._past[-1][1].cells:
-            self._past.clear()
-        self._past.append((now, totals))
+        (began, first), (ended, last) = self._past[0], self._past[-1]
+        cells, scored, trained = ((after - before) / (ended - began) for before, after in zip(first, last, strict=True))
+        return Speed(cells=round(cells, 3), scored_tokens=round(scored, 1), trained_tokens=round(trained, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,6 +348,13 @@ class Failure:
     """Error that the trial raised; other packages' errors are wrapped, since they may not survive pickling."""
     trace: str | None = None
     """The traceback; None for a mistake of the user."""
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        """Return the failure of a trial that raised this error."""
+        if isinstance(error, UserError):
+            return cls(error=error)
+        return cls(error=PauseRayError(f"{type(error).__name__}: {error}"), trace="".join(traceback.format_exception(error)))
 
     @property
     def message(self) -> str:
@@ -409,8 +406,8 @@ class StatusWriter:
         """Prepare to write.
 
         Args:
-            folder: The sweep's.
-            storage: Where ledgers are.
+            folder: The sweep's folder.
+            storage: The storage root with the ledgers.
             metrics: The metrics to fill; None without Ray.
             per_actor_gpus: GPUs that a scoring actor holds.
             per_trial_gpus: GPUs that a trial's own process holds from its beginning to its end.
@@ -445,26 +442,16 @@ class StatusWriter:
 
     def write(
         self,
-        states: States,
+        display: ProgressDisplay,
+        queue: TrialQueue,
         cluster: ClusterState,
         *,
-        failures: Mapping[str, str],
-        given_up: Mapping[str, str],
-        seconds_left: float | None,
+        failures: Mapping[str, Failure],
         ended: float | None = None,
         ended_by: str | None = None,
     ) -> None:
-        """Write the file and fill the metrics.
-
-        Args:
-            states: The last state of each trial that has begun.
-            cluster: What the cluster has told just now.
-            failures: Reasons of this run's failures, by trial digest.
-            given_up: Reasons why arms were given up, by arm.
-            seconds_left: The time left, as the display estimates it.
-            ended: When the run ended, in seconds since 1970; None while it runs.
-            ended_by: Why the run ended early.
-        """
+        """Write the file and fill the metrics; ``ended`` (seconds since 1970) and ``ended_by`` are None while the run lasts."""
+        states = display.states
         try:
             running = {key: state for key, state in states.items() if not state.stage.is_end and key not in failures}
             unfinished = {key: done for key, done in self._steps.by_trial.items() if not is_complete(self._storage.trials / key)}
@@ -477,14 +464,14 @@ class StatusWriter:
                 ended=ended,
                 ended_by=ended_by,
                 driver=f"process {os.getpid()} on {socket.gethostname()}",
-                seconds_left=seconds_left,
+                seconds_left=display.seconds_left,
                 speed=self._speedometer.speed(answers, trained_tokens=self._steps.new.tokens, now=time.monotonic()),
                 actors=cluster.actors,
                 gpus=cluster.gpus,
                 gpu_idle_share=idle_share(running.values(), cluster, per_actor=self._per_actor_gpus, per_trial=self._per_trial_gpus),
                 running=tuple(self._running(key, state) for key, state in running.items()) if ended is None else (),
-                failures={key: message[:MAX_REASON_CHARS] for key, message in failures.items()},
-                given_up={arm: reason[:MAX_REASON_CHARS] for arm, reason in given_up.items()},
+                failures={key: failure.message[:MAX_REASON_CHARS] for key, failure in failures.items()},
+                given_up={arm: reason[:MAX_REASON_CHARS] for arm, reason in queue.given_up.items()},
                 trained=unfinished,
             )
             if self._metrics is not None:
@@ -524,12 +511,12 @@ class StatusWriter:
             for name in ("busy", "idle", "coming"):
                 metrics.set(SCORING_ACTORS, getattr(status.actors, name), state=name)
         for asked, stats in (cluster.scoring.stats if cluster.scoring else {}).items():
-            metrics.count(CELLS, stats.cells, asked=asked)
-            metrics.count(UNSCORED_CELLS, stats.unscored_cells, asked=asked)
-            metrics.count(PREFILLED_TOKENS, stats.prefilled_tokens, asked=asked)
-            metrics.count(DECODED_TOKENS, stats.decoded_tokens, asked=asked)
-        metrics.count(TRAINED_STEPS, self._steps.new.steps)
-        metrics.count(TRAINED_TOKENS, self._steps.new.tokens)
+            metrics.set(CELLS, stats.cells, asked=asked)
+            metrics.set(UNSCORED_CELLS, stats.unscored_cells, asked=asked)
+            metrics.set(PREFILLED_TOKENS, stats.prefilled_tokens, asked=asked)
+            metrics.set(DECODED_TOKENS, stats.decoded_tokens, asked=asked)
+        metrics.set(TRAINED_STEPS, self._steps.new.steps)
+        metrics.set(TRAINED_TOKENS, self._steps.new.tokens)
 
 
 def _trained_before(folder: Path) -> dict[str, TrainingProgress]:

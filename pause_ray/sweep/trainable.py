@@ -7,7 +7,6 @@ import os
 import pickle
 import socket
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,12 +83,10 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
             except StoppedError:
                 log.info("stopped; it can go on")
                 self._reporter.finish(Stage.STOPPED)
-            except UserError as error:
-                log.error("failed: %s", error)  # noqa: TRY400 (a mistake of the user has no traceback)
-                self._reporter.fail(Failure(error=error))
-            except Exception as error:  # the border of a trial's process
-                log.exception("failed")
-                self._reporter.fail(Failure(error=PauseRayError(f"{type(error).__name__}: {error}"), trace=traceback.format_exc()))
+            except Exception as error:  # noqa: BLE001 (the border of a trial's process)
+                failure = Failure.of(error)
+                log.error("failed: %s", failure.trace or failure.message)  # noqa: TRY400 (a mistake of the user has no traceback)
+                self._reporter.fail(failure)
         return {SCORE: None, tune.result.DONE: True}
 
     def _check_storage(self) -> None:

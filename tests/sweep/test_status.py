@@ -147,9 +147,6 @@ class Series(dict[tuple[str, str], float]):
     def set(self, metric: Metric, value: float, **labels: str) -> None:
         self[metric.name, labels.get("state", "")] = value
 
-    def count(self, metric: Metric, total: float, **labels: str) -> None:
-        self[metric.name, ""] = total
-
 
 @pytest.fixture
 def writer(tmp_path: Path) -> StatusWriter:
@@ -165,10 +162,13 @@ def writer(tmp_path: Path) -> StatusWriter:
     return found
 
 
-def written(
-    writer: StatusWriter, folder: Path, cluster: ClusterState, *, states: Any = None, given_up: Mapping[str, str] | None = None
-) -> LiveStatus:
-    writer.write(states or {}, cluster, failures={}, given_up=given_up or {}, seconds_left=None)
+def write(writer: StatusWriter, cluster: ClusterState, *, states: Any = None, given_up: Mapping[str, str] | None = None) -> None:
+    display, queue = SimpleNamespace(states=states or {}, seconds_left=None), SimpleNamespace(given_up=given_up or {})
+    writer.write(cast(Any, display), cast(Any, queue), cluster, failures={})
+
+
+def written(writer: StatusWriter, folder: Path, cluster: ClusterState, **more: Any) -> LiveStatus:
+    write(writer, cluster, **more)
     found = LiveStatus.read(folder)
     assert found is not None
     return found
@@ -208,6 +208,6 @@ def test_storage_that_refuses_is_logged_once_each_time_and_raises_nothing(
     writer.count_step("good0", {"step": 1, "tokens": 100})
     with caplog.at_level(logging.WARNING, logger="pause_ray"):
         for refuses in (True, True, False, True, True):
-            writer.write({}, ClusterState(), failures={}, given_up={}, seconds_left=None)
+            write(writer, ClusterState())
             assert refuses or (tmp_path / "status.json").is_file()
     assert len([message for message in caplog.messages if "Stale file handle" in message]) == 2
