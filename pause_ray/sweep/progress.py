@@ -5,7 +5,6 @@ Work is counted in prompt-token equivalents, so that the ETA does not jump betwe
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -43,9 +42,7 @@ class TrialState:
 def work_of(spec: TrialSpec, *, seen: dict[str, float] | None = None) -> tuple[float, float]:
     """Return the training and the scoring work of a trial, in prompt-token equivalents.
 
-    Args:
-        spec: The trial.
-        seen: Scoring work by digest of what is asked, read and extended here: most trials of a sweep ask the same.
+    ``seen`` has the scoring work by digest of what is asked and is extended here: most trials of a sweep ask the same.
     """
     seen = {} if seen is None else seen
     asked = digest([spec.eval.resolved(), spec.engine.resolved(), spec.replicate, spec.seed])
@@ -80,35 +77,6 @@ def work_done(work: tuple[float, float], state: TrialState) -> float:
     return training + scoring if state.stage == Stage.NUMERICS_CHECK or state.stage.is_end else 0.0
 
 
-class PendingNotice:
-    """Decides when the user is told which resource requests wait: once, when they stay the same for a minute without any progress."""
-
-    def __init__(self) -> None:
-        self._request: str | None = None
-        self._shown: str | None = None
-        self._active: dict[str, TrialState] = {}
-        self._since = 0.0
-
-    def due(self, request: str | None, states: Mapping[str, TrialState], *, now: float) -> str | None:
-        """Return ``request`` if it is time to show it.
-
-        Args:
-            request: The pending requests now, as ``ray_cluster.pending_requests`` formats them.
-            states: The last state of each trial.
-            now: Seconds of the monotonic clock.
-        """
-        active = {key: state for key, state in states.items() if not state.stage.waits_for_others}
-        if (request, active) != (self._request, self._active):
-            self._since = now
-        if request is None:
-            self._shown = None
-        self._request, self._active = request, active
-        if request == self._shown or now - self._since < PENDING_SECONDS:
-            return None
-        self._shown = request
-        return request
-
-
 class ProgressDisplay:
     """Draws what it is given until left: in a terminal bars, elsewhere a line per change of a trial's stage."""
 
@@ -124,7 +92,10 @@ class ProgressDisplay:
         self._bars: dict[str, TaskID] = {}
         self.states: dict[str, TrialState] = {}
         """The last state of every trial that has begun, by digest."""
-        self._pending = PendingNotice()
+        self._pending: tuple[str | None, Mapping[str, TrialState]] = (None, {})
+        """The pending requests, and the states of the trials that could make progress."""
+        self._pending_since = 0.0
+        self._shown_request: str | None = None
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
@@ -193,10 +164,18 @@ class ProgressDisplay:
         ended = sum(state.stage.is_end for state in self.states.values())
         self._progress.update(self._all, completed=sum(self._done.values()), detail=f"{ended}/{len(self._labels)}")
 
-    def note_pending(self, request: str | None) -> None:
-        """Tell the user about requests that Ray has not placed, when ``PendingNotice`` says so."""
-        if (line := self._pending.due(request, self.states, now=time.monotonic())) is not None:
-            self.print(f"no trial has made progress for a minute, and Ray has not placed {line}; `ray status` on the head shows the nodes")
+    def note_pending(self, request: str | None, *, now: float) -> None:
+        """Tell the user about requests that Ray has not placed: once, when they stay the same for a minute without any progress."""
+        active = {key: state for key, state in self.states.items() if not state.stage.waits_for_others}
+        if (request, active) != self._pending:
+            self._pending, self._pending_since = (request, active), now
+        if request is None:
+            self._shown_request = None
+        elif request != self._shown_request and now - self._pending_since >= PENDING_SECONDS:
+            self._shown_request = request
+            self.print(
+                f"no trial has made progress for a minute, and Ray has not placed {request}; `ray status` on the head shows the nodes"
+            )
 
     def _show_trial(self, key: str, state: TrialState) -> None:
         label = self._labels[key]

@@ -251,14 +251,13 @@ class TrialMonitor:
             ray.kill(process)
 
     def _carry_out_interrupt(self) -> None:
-        if self.interrupted.is_set():
-            self._queue.end("it was interrupted")
         if self.insisted.is_set():
             for key in list(self._running):
                 self._kill(key, None)  # Tune would give each of them ten seconds
         if not self.interrupted.is_set() or self._ended:
             return
         self._ended = True
+        self._queue.end("it was interrupted")
         ray.get(self._actor.end.remote())
         self._pool.finish()
         for key in [key for key, (state, _) in self._running.items() if state.stage == Stage.WAITING]:

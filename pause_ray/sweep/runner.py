@@ -87,15 +87,8 @@ def run_sweep(
 ) -> SweepOutcome:
     """Run what is missing of a sweep; what is on storage already is not run again.
 
-    A first Ctrl-C (or SIGTERM) lets running cells and training steps finish and keeps what they made; a second ends at once.
-
-    Args:
-        sweep: The trials.
-        storage: Where everything is kept.
-        console: Where progress is shown.
-        command: How the user started this, for the report.
-        tracker: Is told of training steps and ends of trials.
-        budget: What the command may spend; None for no limit.
+    A first Ctrl-C (or SIGTERM) lets running cells and training steps finish and keeps what they made; a second ends at once. The
+    report shows ``command``, with which the user started this. ``tracker`` receives training steps and ends of trials.
 
     Raises:
         StorageError: another process runs this sweep, or the storage root cannot be written.
@@ -208,7 +201,7 @@ class SweepDriver:
                 self._run_with_early_stopping(compared, waiting, shared)
             left_out = self._trials.left_out()
             with self._lock:
-                self._status.leave_out(left_out)
+                self._status.left_out |= left_out
             self._queue.add(key for key in waiting if key not in compared and key not in left_out)
             if self._queue.ended_by is None:
                 self._run_trials(tune.with_parameters(TuneTrial, shared=shared), ReapIdleActors(IDLE_SECONDS))
@@ -268,7 +261,7 @@ class SweepDriver:
         with self._lock:
             update = self.monitor.read()
             for key, row in update.steps:
-                self._status.count_step(key, row)
+                self._status.steps.note(key, row)
                 if self._tracker is not None:
                     self._tracker.step_of_trial(self._trials.folder, key, row)
             self._display.show(update.states)
@@ -276,7 +269,7 @@ class SweepDriver:
     def _write_status(self, *, ended: float | None = None, ended_by: str | None = None) -> None:
         cluster = cluster_state(self._pool)  # outside of the lock: the cluster may take seconds to answer
         with self._lock:
-            self._display.note_pending(cluster.pending)
+            self._display.note_pending(cluster.pending, now=time.monotonic())
             self._status.write(self._display, self._queue, cluster, failures=self.monitor.failures, ended=ended, ended_by=ended_by)
 
     def _next_trial(self) -> str | None:

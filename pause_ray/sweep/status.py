@@ -13,7 +13,7 @@ import socket
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -242,11 +242,7 @@ def count_trials(
 ) -> tuple[Counter[Stage], int]:
     """Return the number of trials in each state, and the cells of running and coming trials that have no answer yet.
 
-    Args:
-        expected: The trials by digest.
-        states: The last state of each trial that has begun.
-        failed: Trials that failed, which they may not have reported if their process was lost.
-        left_out: Trials that count as stopped unless they have begun.
+    Trials of ``failed`` may not have reported it, if their process was lost; those of ``left_out`` count as stopped unless they have begun.
     """
     begun = Counter(Stage.FAILED if key in failed else state.stage for key, state in states.items())
     others = Counter(Stage.STOPPED if key in left_out else Stage.TO_COME for key in expected.keys() - states.keys())
@@ -282,10 +278,7 @@ class Speedometer:
     def speed(self, answers: Collection[ScoringStats] | None, *, trained_tokens: int, now: float) -> Speed:
         """Return the speeds of the last minute; totals that fall have started again from zero, and so does this.
 
-        Args:
-            answers: What was answered so far; None if the scoring actors could not be asked, which says nothing about speeds.
-            trained_tokens: Tokens trained so far.
-            now: Seconds of any clock.
+        ``answers`` are all so far; None if the scoring actors could not be asked, which says nothing about speeds.
         """
         if answers is not None:
             totals = (
@@ -327,11 +320,7 @@ class ClusterState:
 def idle_share(running: Collection[TrialState], cluster: ClusterState, *, per_actor: float, per_trial: float) -> float | None:
     """Return the share of the GPUs, 0 to 1, that are free, held by an idle actor, or by a trial that does not train now.
 
-    Args:
-        running: Trials that have begun and not ended.
-        cluster: The cluster's state; without a GPU the share is None.
-        per_actor: GPUs of each scoring actor.
-        per_trial: GPUs that a trial holds in its own process from its beginning to its end.
+    A scoring actor has ``per_actor`` GPUs and a trial's own process ``per_trial``. Without a GPU the share is None.
     """
     if not cluster.gpus:
         return None
@@ -403,22 +392,18 @@ class StatusWriter:
         per_trial_gpus: float = 0.0,
         settled: Mapping[Stage, int] | None = None,
     ) -> None:
-        """Prepare to write.
+        """Prepare to write into the sweep's ``folder``; ``metrics`` are None without Ray.
 
-        Args:
-            folder: The sweep's folder.
-            storage: The storage root with the ledgers.
-            metrics: The metrics to fill; None without Ray.
-            per_actor_gpus: GPUs that a scoring actor holds.
-            per_trial_gpus: GPUs that a trial's own process holds from its beginning to its end.
-            settled: Trials that had ended before this run, by state, for the metrics.
+        A scoring actor holds ``per_actor_gpus``, a trial's own process ``per_trial_gpus`` from its beginning to its end. The metrics
+        include the trials of ``settled``, which had ended before this run.
         """
         self._folder, self._storage, self._metrics = folder, storage, metrics
         self._per_actor_gpus, self._per_trial_gpus = per_actor_gpus, per_trial_gpus
         self._settled = Counter(settled)
         self._expected: dict[str, ExpectedTrial] = {}
-        self._left_out: set[str] = set()
-        self._steps = StepCounter(_trained_before(folder))
+        self.left_out: set[str] = set()
+        """Trials that early stopping has left out."""
+        self.steps = StepCounter(_trained_before(folder))
         self._speedometer = Speedometer()
         self._stages: dict[str, tuple[Stage, float]] = {}
         """The stage of each trial and when it began, by the monotonic clock."""
@@ -431,14 +416,6 @@ class StatusWriter:
             num_cells = sum(trial.planned.spec.eval.num_positions.values())
             answered = len(Ledger(self._storage.trials / key / "cells.jsonl").done_ids())
             self._expected[key] = ExpectedTrial(trial.planned.label, trial.planned.arm, num_cells, answered)
-
-    def leave_out(self, trials: Iterable[str]) -> None:
-        """Count trials as stopped that early stopping has left out."""
-        self._left_out.update(trials)
-
-    def count_step(self, trial: str, row: JsonObject) -> None:
-        """Count a row of a trial's training log."""
-        self._steps.note(trial, row)
 
     def write(
         self,
@@ -454,8 +431,8 @@ class StatusWriter:
         states = display.states
         try:
             running = {key: state for key, state in states.items() if not state.stage.is_end and key not in failures}
-            unfinished = {key: done for key, done in self._steps.by_trial.items() if not is_complete(self._storage.trials / key)}
-            self._steps.by_trial = unfinished
+            unfinished = {key: done for key, done in self.steps.by_trial.items() if not is_complete(self._storage.trials / key)}
+            self.steps.by_trial = unfinished
             answers = cluster.scoring.stats.values() if cluster.scoring else None
             status = LiveStatus(
                 written=time.time(),
@@ -465,7 +442,7 @@ class StatusWriter:
                 ended_by=ended_by,
                 driver=f"process {os.getpid()} on {socket.gethostname()}",
                 seconds_left=display.seconds_left,
-                speed=self._speedometer.speed(answers, trained_tokens=self._steps.new.tokens, now=time.monotonic()),
+                speed=self._speedometer.speed(answers, trained_tokens=self.steps.new.tokens, now=time.monotonic()),
                 actors=cluster.actors,
                 gpus=cluster.gpus,
                 gpu_idle_share=idle_share(running.values(), cluster, per_actor=self._per_actor_gpus, per_trial=self._per_trial_gpus),
@@ -498,7 +475,7 @@ class StatusWriter:
         )
 
     def _fill_metrics(self, metrics: RayMetrics, states: States, status: LiveStatus, cluster: ClusterState) -> None:
-        left_out = self._left_out | {key for key, trial in self._expected.items() if trial.arm in status.given_up}
+        left_out = self.left_out | {key for key, trial in self._expected.items() if trial.arm in status.given_up}
         by_state, cells_left = count_trials(self._expected, states, failed=status.failures, left_out=left_out)
         for stage in Stage:
             metrics.set(TRIALS, (by_state + self._settled)[stage], state=stage)
@@ -515,8 +492,8 @@ class StatusWriter:
             metrics.set(UNSCORED_CELLS, stats.unscored_cells, asked=asked)
             metrics.set(PREFILLED_TOKENS, stats.prefilled_tokens, asked=asked)
             metrics.set(DECODED_TOKENS, stats.decoded_tokens, asked=asked)
-        metrics.set(TRAINED_STEPS, self._steps.new.steps)
-        metrics.set(TRAINED_TOKENS, self._steps.new.tokens)
+        metrics.set(TRAINED_STEPS, self.steps.new.steps)
+        metrics.set(TRAINED_TOKENS, self.steps.new.tokens)
 
 
 def _trained_before(folder: Path) -> dict[str, TrainingProgress]:

@@ -90,11 +90,7 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
         return {SCORE: None, tune.result.DONE: True}
 
     def _check_storage(self) -> None:
-        """Check that this machine sees the sweep's storage.
-
-        Raises:
-            StorageError: it does not, so results would be scattered over machines.
-        """
+        """Raise a ``StorageError`` if this machine does not see the sweep's storage: results would be scattered over machines."""
         folder = self._shared.folder
         if not (folder / "sweep.json").is_file():
             raise StorageError(
@@ -218,14 +214,8 @@ def run_tuner(
 ) -> None:
     """Let Tune run trials to their ends, silently, without its own loggers and signal handler.
 
-    Args:
-        trainable: Runs a trial, with its resources. It reports its own failure.
-        next_trial: As for ``QueueSearcher``.
-        ended: As for ``TrialCallbacks``.
-        scheduler: Tune's scheduler.
-        concurrent_trials: The most trials at a time.
-        name: Tune's name for the run.
-        storage: Tune's notes are kept here, too.
+    ``next_trial`` is that of ``QueueSearcher`` and ``ended`` that of ``TrialCallbacks``. The trainable has its resources and reports its
+    own failures.
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the ledger and MLflow hold the results
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own banner; progress is shown by ProgressDisplay

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from pause_ray.core.process import Stage
-from pause_ray.sweep.progress import PENDING_SECONDS, PendingNotice, ProgressDisplay, TrialState, work_done, work_of
+from pause_ray.sweep.progress import PENDING_SECONDS, ProgressDisplay, TrialState, work_done, work_of
 from pause_ray.trial.spec import TrialSpec
 
 NEEDLES = {"needles": [{"needle": "The key is under the mat.", "question": "Where is it?", "keywords": ["mat"]}]}
@@ -83,22 +83,35 @@ def test_what_storage_has_is_no_part_of_the_bar(found: dict[str, tuple[float, fl
     assert f" {shown} " in last.splitlines()[0]
 
 
-def shown(line: str | None, states: Mapping[str, TrialState], notice: PendingNotice, *, start: float) -> list[float]:
-    """The times, in steps of a second for two minutes, at which the line is shown."""
-    return [now for now in range(int(start), int(start) + 120) if notice.due(line, states, now=now) is not None]
+class Notices:
+    """The display's messages about pending requests."""
+
+    def __init__(self) -> None:
+        self.screen = io.StringIO()
+        self.display = ProgressDisplay(Console(file=self.screen, width=300))
+
+    def shown_at(self, request: str | None, states: Mapping[str, TrialState], *, now: float) -> bool:
+        before = self.screen.tell()
+        self.display.states = dict(states)
+        self.display.note_pending(request, now=now)
+        return request is not None and request in self.screen.getvalue()[before:]
+
+    def times(self, request: str | None, states: Mapping[str, TrialState], *, start: int) -> list[float]:
+        """The times, in steps of a second for two minutes, at which the request is shown."""
+        return [now for now in range(start, start + 120) if self.shown_at(request, states, now=now)]
 
 
 def test_pending_requests_are_shown_once_after_a_minute_without_progress() -> None:
-    notice, waits = PendingNotice(), {"a": TrialState(Stage.WAITING, 0, 1), "b": TrialState(Stage.QUEUED, 0, 1)}
+    notices, waits = Notices(), {"a": TrialState(Stage.WAITING, 0, 1), "b": TrialState(Stage.QUEUED, 0, 1)}
     line = "{'GPU': 1.0}: 1+ pending tasks/actors"
-    assert shown(line, waits, notice, start=0) == [PENDING_SECONDS]
-    assert shown(line, waits, notice, start=120) == []
-    assert shown(line.replace("1+", "2+"), waits, notice, start=240) == [240 + PENDING_SECONDS]
-    assert shown(None, waits, notice, start=360) == []
-    assert shown(line, waits, notice, start=480) == [480 + PENDING_SECONDS], "a new shortage"
+    assert notices.times(line, waits, start=0) == [PENDING_SECONDS]
+    assert notices.times(line, waits, start=120) == []
+    assert notices.times(line.replace("1+", "2+"), waits, start=240) == [240 + PENDING_SECONDS]
+    assert notices.times(None, waits, start=360) == []
+    assert notices.times(line, waits, start=480) == [480 + PENDING_SECONDS], "a new shortage"
 
 
 def test_while_a_trial_makes_progress_no_pending_request_is_shown() -> None:
-    notice = PendingNotice()
+    notices = Notices()
     steps = [{"a": TrialState(Stage.TRAINING, step, 999)} for step in range(300)]
-    assert not any(notice.due("{'GPU': 1.0}: 1+", states, now=now) for now, states in enumerate(steps))
+    assert not any(notices.shown_at("{'GPU': 1.0}: 1+", states, now=now) for now, states in enumerate(steps))

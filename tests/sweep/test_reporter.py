@@ -141,8 +141,8 @@ def test_a_sweep_that_waits_for_a_resource_says_so(monkeypatch: pytest.MonkeyPat
     try:
         while "quantum_chip" not in screen.getvalue():
             assert time.monotonic() < deadline, "never shown"
-            display.note_pending(cluster_state(cast(Any, Pool())).pending)
-        display.note_pending(cluster_state(cast(Any, Pool())).pending)
+            display.note_pending(cluster_state(cast(Any, Pool())).pending, now=time.monotonic())
+        display.note_pending(cluster_state(cast(Any, Pool())).pending, now=time.monotonic())
     finally:
         ray.cancel(waiting)
     [line] = [line for line in screen.getvalue().splitlines() if "quantum_chip" in line]

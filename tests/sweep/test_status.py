@@ -205,7 +205,7 @@ def test_storage_that_refuses_is_logged_once_each_time_and_raises_nothing(
         return False
 
     monkeypatch.setattr(status, "is_complete", look)
-    writer.count_step("good0", {"step": 1, "tokens": 100})
+    writer.steps.note("good0", {"step": 1, "tokens": 100})
     with caplog.at_level(logging.WARNING, logger="pause_ray"):
         for refuses in (True, True, False, True, True):
             write(writer, ClusterState())
