@@ -141,7 +141,7 @@ def _ways(model: JsonObject, pauses: JsonObject | None) -> list[str]:
     plain = rope is None and not source.startswith("pypi:") and not source.endswith(".gguf")
     revision = f", revision={json.dumps(model['revision'])}" if model.get("revision") else ""
     asked = f"""from pathlib import Path
-from pause_ray.trial.answering import Answerer
+from pause_ray.trial.ask import Answerer
 
 print(Answerer.open(Path(".")).answer(context, question))  # {MODEL_VARIABLE} may name the base model's folder"""
     loaded = f"""from peft import PeftModel

@@ -330,7 +330,7 @@ def _sweep_run(results: SweepResults) -> Run:
             "pause_ray.compare_to": results.reference_arm,
             "pause_ray.control": results.control_arm or "",
             "pause_ray.version": str(results.description.get("version", "")),
-            "pause_ray.report.best": found.condition.label if found else "",
+            "pause_ray.best": found.condition.label if found else "",
         },
         metrics={  # not parameters, which MLflow never changes: a search that learns as it goes asks for more
             "arms": float(len(results.conditions)),
@@ -540,7 +540,7 @@ def log_training(training: Training, checkpoint: Checkpoint, storage: Storage, *
         status="FINISHED",
         started_ms=ended_ms - int(1000 * sum(row["seconds"] for row in log)),
         ended_ms=ended_ms,
-        tags={"pause_ray.models.checkpoint": str(checkpoint.folder)},
+        tags={"pause_ray.checkpoint": str(checkpoint.folder)},
         params=its.params,
         series=training_series(log),
         files=[(checkpoint.folder / name, "") for name in (MANIFEST, TRAINING_LOG, ADAPTER_CONFIG)],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import shlex
 import shutil
 import threading
@@ -59,6 +61,9 @@ def test_the_best_trained_trial_is_exported_whole(storage: Storage) -> None:
     assert manifest["better_untrained"] is None
     readme = (folder / "README.md").read_text()
     assert all(words in readme for words in ("some/model", "pause-ray export adapter", "PeftModel", "<PAUSE>", "resize_token_embeddings"))
+    [(module, name)] = re.findall(r"from (pause_ray\S*) import (\w+)", readme)
+    assert importlib.util.find_spec(module) is not None
+    assert f"class {name}:" in (ROOT / f"{module.replace('.', '/')}.py").read_text()
 
 
 @pytest.mark.parametrize(

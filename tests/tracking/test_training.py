@@ -176,6 +176,6 @@ def test_a_training_of_its_own_has_a_run_from_its_first_step_to_its_end(storage:
     assert steps_of(storage, done) == [1, 2, 3]
     assert steps_of(storage, done, "training_validation_loss") == [3]
     assert done.data.metrics["training_validation_loss"] == 1.25
-    assert done.data.tags["pause_ray.models.checkpoint"] == str(checkpoint.folder)
+    assert done.data.tags["pause_ray.checkpoint"] == str(checkpoint.folder)
     artifacts = {item.path for item in client_of(storage).list_artifacts(done.info.run_id)}
     assert artifacts == {"manifest.json", "training.jsonl", "adapter_config.json"}
