@@ -82,6 +82,7 @@ def run_one(*, trials: int, cells: int, folder: Path, with_mlflow: bool) -> Row:
     from pause_ray.cli.terminal import warn
     from pause_ray.core.storage import Storage
     from pause_ray.report.html import write_report
+    from pause_ray.report.results import read_results
     from pause_ray.sweep.runner import run_sweep
     from pause_ray.sweep.spec import read_sweep
     from pause_ray.tracking.live import Tracker
@@ -135,9 +136,10 @@ def run_one(*, trials: int, cells: int, folder: Path, with_mlflow: bool) -> Row:
             tracker=Sampling(),
         )
         with timed(lambda seconds: setattr(row, "report_seconds", seconds)):
-            write_report(outcome.folder, storage)
+            results = read_results(outcome.folder, storage)
+            write_report(results)
         if with_mlflow:
-            tracker.log(outcome.folder)
+            tracker.log(results)
     first = min(path.stat().st_mtime for path in (storage.root / "trials").glob("*/spec.json"))
     row.prepare_seconds = first - (time.time() - (time.perf_counter() - started))
     row.run_seconds = ended[0] - started - row.prepare_seconds

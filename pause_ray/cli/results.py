@@ -35,9 +35,9 @@ def report(
 
     Next: open the report in a browser; `pause-ray compare SWEEP:ARM SWEEP:ARM` compares two arms in detail.
     """
-    from pause_ray.report.best import export_best
     from pause_ray.report.comparison import find_sweep
     from pause_ray.report.html import table, write_report
+    from pause_ray.report.ranking import export_best
     from pause_ray.report.results import read_results
     from pause_ray.tracking.runs import log_sweep
 
@@ -45,13 +45,13 @@ def report(
     folder = find_sweep(name, root)
     results = read_results(folder, root)
     best = export_best(results, root)
-    path = write_report(results, root)
+    path = write_report(results)
     logged = log_sweep(results, root) if log else None
     if as_json:
         model = {"model": logged.model} if logged else {}
         print_json({"folder": str(folder), "report": str(path), "best": str(best) if best else None, **model})
         return
-    out.print(table(results, root))
+    out.print(table(results))
     out.print(f"report: {path}", highlight=False, soft_wrap=True)
     if best:
         out.print(f"best trial: {best}", highlight=False, soft_wrap=True)

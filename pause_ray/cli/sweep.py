@@ -125,8 +125,8 @@ def _price_per_hour(spec: SweepSpec, site: Site | None) -> float:
 
 def run_and_report(spec: SweepSpec, *, storage: str, as_json: bool, budget: Budget | None = None, in_process: bool = False) -> None:
     """Run a sweep on Ray or in this process, write its report, send it to MLflow, and print failures and further commands."""
-    from pause_ray.report.best import export_best
     from pause_ray.report.html import table, write_report
+    from pause_ray.report.ranking import export_best
     from pause_ray.report.results import read_results
 
     root = Storage.open(storage)
@@ -150,13 +150,13 @@ def run_and_report(spec: SweepSpec, *, storage: str, as_json: bool, budget: Budg
         tracker.interrupted = outcome.interrupted
         results = read_results(outcome.folder, root)
         export_best(results, root)
-        path = write_report(results, root)
+        path = write_report(results)
         tracker.log(results)
     if as_json:
         counts = {"finished": outcome.finished, "planned": outcome.planned, "stopped": outcome.left_out, "ended_by": outcome.ended_by}
         print_json({"folder": str(outcome.folder), "report": str(path), **counts})
     else:
-        out.print(table(results, root))
+        out.print(table(results))
         _print_next_commands(outcome.folder, path, root, tracker.logged)
     _print_failures(outcome)
 

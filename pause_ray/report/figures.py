@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pause_ray.evaluation.compare import MIDDLE_PERCENT
 from pause_ray.evaluation.grid import BIN_PERCENT, Axis, Field, Place, Point, depth_profile, drawn_in_tenths, length_profile
+from pause_ray.evaluation.statistics import Interval
 from pause_ray.report.ranking import CostAxis, PricedArm
 from pause_ray.report.results import ArmResult
 
@@ -50,34 +50,17 @@ STYLE: Any = {
 }
 
 
-def shown_as_lines(conditions: Sequence[ArmResult], *, at_most: int | None = None) -> dict[int, ArmResult]:
-    """Return a few conditions by their look (place in the sequence): references and controls first, then the highest means.
-
-    Args:
-        conditions: All conditions.
-        at_most: Largest number of conditions; ``MOST_LINES`` if None.
-    """
+def few_of(conditions: Sequence[ArmResult], *, at_most: int = MOST_LINES, cost_axes: Sequence[CostAxis] = ()) -> dict[int, ArmResult]:
+    """Return a few conditions by their look (place in the sequence): references and controls, then the fronts, then the highest means."""
     controls = {its.against_control.other for its in conditions if its.against_control}
+    on_front = {arm.condition.label for cost_axis in cost_axes for arm in cost_axis.front}
 
-    def rank(place: int) -> tuple[bool, float]:
-        condition = conditions[place]
-        mean = condition.summary.grand_mean if condition.summary else None
-        return not (condition.is_reference or condition.label in controls), -1.0 if mean is None else -mean - 1
-
-    return {place: conditions[place] for place in sorted(sorted(range(len(conditions)), key=rank)[: at_most or MOST_LINES])}
-
-
-def named_looks(conditions: Sequence[ArmResult], cost_axes: Sequence[CostAxis]) -> dict[str, int]:
-    """Return the looks of the arms that the cost figure names: references and controls, then the front, then the highest means."""
-    fronts = {arm.condition.label for cost_axis in cost_axes for arm in cost_axis.front}
-    controls = {its.against_control.other for its in conditions if its.against_control}
-
-    def rank(place: int) -> tuple[bool, bool, float]:
-        its = conditions[place]
+    def rank(look: int) -> tuple[bool, bool, float]:
+        its = conditions[look]
         mean = its.summary.grand_mean if its.summary else None
-        return not (its.is_reference or its.label in controls), its.label not in fronts, -1.0 if mean is None else -mean - 1
+        return not (its.is_reference or its.label in controls), its.label not in on_front, -1.0 if mean is None else -mean - 1
 
-    return {conditions[place].label: place for place in sorted(sorted(range(len(conditions)), key=rank)[:MAX_NAMED_ARMS])}
+    return {look: conditions[look] for look in sorted(sorted(range(len(conditions)), key=rank)[:at_most])}
 
 
 def profiles(conditions: Mapping[int, ArmResult], *, axis: Axis) -> Figure:
@@ -95,12 +78,9 @@ def profiles(conditions: Mapping[int, ArmResult], *, axis: Axis) -> Figure:
             _line(by_length, places, look=look, label=condition.label, shift=0.05 * off, width=width)
             depths = depth_profile(condition.rows, axis=axis, in_tenths=in_tenths)
             _line(by_depth, depths, look=look, label=None, shift=0.6 * off, width=width)
-        ticks = range(0, len(lengths), math.ceil(len(lengths) / MOST_TICKS))
-        words = [format_lengths(lengths)[tick] for tick in ticks]
-        by_length.set_xticks(ticks, words, rotation=0 if len(words) <= MOST_UPRIGHT_TICKS else 60)
+        _name_lengths(by_length, lengths)
         by_length.set(xlabel="context length (tokens)", ylabel="mean score", ylim=(-0.04, 1.04))
-        by_depth.set(xlabel="depth of the needle (%, 0 = beginning)", xlim=(-4, 104), xticks=range(0, 101, 10))
-        by_depth.axvspan(*MIDDLE_PERCENT, color="#000000", alpha=0.04, linewidth=0)
+        _name_depths(by_depth, "needle", margin=4)
         _line_legend(figure, by_length)
     return figure
 
@@ -112,20 +92,18 @@ def recall_by_position(lines: Mapping[int, tuple[str, Mapping[float, Point]]]) -
         axes = figure.subplots()
         for nth, (look, (label, points)) in enumerate(lines.items()):
             _line(axes, points, look=look, label=label, shift=0.5 * (nth - (len(lines) - 1) / 2), width=1.1)
-        axes.set(xlabel="depth of the fact (%, 0 = beginning)", ylabel="recall of facts")
-        axes.set(xlim=(-2, 102), ylim=(-0.04, 1.04), xticks=range(0, 101, 10))
-        axes.axvspan(*MIDDLE_PERCENT, color="#000000", alpha=0.04, linewidth=0)
+        axes.set(ylabel="recall of facts", ylim=(-0.04, 1.04))
+        _name_depths(axes, "fact", margin=2)
         _line_legend(figure, axes)
     return figure
 
 
-def fronts(cost_axes: Sequence[CostAxis], looks: Mapping[str, int]) -> Figure:
+def fronts(cost_axes: Sequence[CostAxis], conditions: Sequence[ArmResult]) -> Figure:
     """Draw the mean score with its interval over each kind of cost, a point per arm, and a staircase through the Pareto front.
 
-    Args:
-        cost_axes: The axes, one panel each.
-        looks: The look of each named arm by label; the others are grey.
+    Of more than ``MAX_NAMED_ARMS`` conditions, those that ``few_of`` leaves out are grey.
     """
+    looks = {its.label: look for look, its in few_of(conditions, at_most=MAX_NAMED_ARMS, cost_axes=cost_axes).items()}
     figure = blank_figure(width=PAGE_WIDTH_INCHES, height=3.3)
     with style():
         panels = figure.subplots(1, len(cost_axes), sharey=True, squeeze=False)[0]
@@ -146,9 +124,7 @@ def fronts(cost_axes: Sequence[CostAxis], looks: Mapping[str, int]) -> Figure:
 def _draw_arm(axes: Axes, arm: PricedArm, *, look: int | None) -> None:
     """Draw a point with its whisker, hollow where another arm dominates it."""
     how = {"color": "#bbbbbb", "marker": ".", "linestyle": "none"} if look is None else _look(look)
-    if arm.interval is not None:
-        ends = (arm.interval.low, arm.interval.high)
-        axes.plot((arm.cost, arm.cost), ends, color=how["color"], linewidth=0.8, alpha=0.45, solid_capstyle="butt")
+    _whisker(axes, arm.cost, arm.interval, color=how["color"], alpha=0.45)
     fill: dict[str, Any] = {} if arm.is_on_front else {"markerfacecolor": "white"}
     label = None if look is None else arm.condition.label
     axes.plot([arm.cost], [arm.score], **how, **fill, markersize=5, linewidth=1.1, label=label)
@@ -230,22 +206,33 @@ def format_tokens(count: int) -> str:
     return f"{count:,}"
 
 
+def _name_lengths(axes: Axes, lengths: Sequence[int]) -> None:
+    """Draw the ticks of context lengths, which are equally far apart."""
+    ticks = range(0, len(lengths), math.ceil(len(lengths) / MOST_TICKS))
+    words = format_lengths(lengths)
+    axes.set_xticks(ticks, [words[tick] for tick in ticks], rotation=0 if len(ticks) <= MOST_UPRIGHT_TICKS else 60)
+
+
+def _name_depths(axes: Axes, what: str, *, margin: int) -> None:
+    """Draw the ticks of depths, and shade the middle of the context."""
+    axes.set(xlabel=f"depth of the {what} (%, 0 = beginning)", xlim=(-margin, 100 + margin), xticks=range(0, 101, 10))
+    axes.axvspan(*MIDDLE_PERCENT, color="#000000", alpha=0.04, linewidth=0)
+
+
 def _line(axes: Axes, points: Mapping[float, Point], *, look: int, label: str | None, shift: float, width: float) -> None:
     """Draw a line through the means, with whiskers for their intervals."""
     for place, point in points.items():
-        if point.interval is not None:
-            axes.plot(
-                (place + shift, place + shift),
-                (point.interval.low, point.interval.high),
-                color=_look(look)["color"],
-                linewidth=0.8,
-                alpha=0.55,
-                solid_capstyle="butt",
-            )
+        _whisker(axes, place + shift, point.interval, color=_look(look)["color"], alpha=0.55)
     if points:
         line = [(place + shift, point.mean) for place, point in points.items()]
         axes.plot(*zip(*line, strict=True), **_look(look), markersize=4, linewidth=width, label=label)
     axes.grid(axis="y", color="#dddddd", linewidth=0.5)
+
+
+def _whisker(axes: Axes, place: float, interval: Interval | None, *, color: str, alpha: float) -> None:
+    if interval is not None:
+        ends = (interval.low, interval.high)
+        axes.plot((place, place), ends, color=color, linewidth=0.8, alpha=alpha, solid_capstyle="butt")
 
 
 def _look(index: int) -> dict[str, Any]:
@@ -266,35 +253,28 @@ MOST_NUMBERED_CELLS = 20
 """Largest number of lengths and positions with cells that have room for a number."""
 BAR_INCHES = 0.8
 """Width of the colour bar with its numbers, in inches."""
+MOST_TITLE_CHARS = 22
+"""Length of a label from which its arm and its point have a line each."""
 UNSCORED, INK = "#f3f3f3", "#444444"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Scale:
-    colours: str
-    least: float
-    most: float
-    words: str
-    """Format of a number with two decimals."""
-    legend: str
 
 
 def score_heatmaps(panels: Mapping[str, Mapping[Place, Field]], *, axis: Axis) -> Figure:
     """Draw a heatmap of scores for each label, all on the scale 0 to 1."""
-    return _heatmaps(panels, axis, _Scale(colours="cividis", least=0.0, most=1.0, words="{:.2f}", legend="mean score"))
+    return _heatmaps(panels, axis, colours="cividis", least=0.0, most=1.0, signed=False)
 
 
 def difference_heatmaps(panels: Mapping[str, Mapping[Place, Field]], *, axis: Axis) -> Figure:
     """Draw a heatmap of differences for each label, all on one scale around zero; blue is better than the reference."""
     sizes = [abs(field.value) for fields in panels.values() for field in fields.values() if field.value is not None]
     bound = max(0.25, math.ceil(4 * max(sizes, default=0.0)) / 4)
-    return _heatmaps(panels, axis, _Scale(colours="RdBu", least=-bound, most=bound, words="{:+.2f}", legend="difference of scores"))
+    return _heatmaps(panels, axis, colours="RdBu", least=-bound, most=bound, signed=True)
 
 
-def _heatmaps(panels: Mapping[str, Mapping[Place, Field]], axis: Axis, scale: _Scale) -> Figure:
+def _heatmaps(panels: Mapping[str, Mapping[Place, Field]], axis: Axis, *, colours: str, least: float, most: float, signed: bool) -> Figure:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
+    scale = ScalarMappable(Normalize(least, most), colours)
     lengths = sorted({length for fields in panels.values() for length, _ in fields})
     positions = _positions(panels, axis)
     room, least_width = PAGE_WIDTH_INCHES - BAR_INCHES, max(2.2, _step(lengths, wide=0.5, numbered=0.3) * len(lengths) + 0.35)
@@ -305,28 +285,20 @@ def _heatmaps(panels: Mapping[str, Mapping[Place, Field]], axis: Axis, scale: _S
     figure = blank_figure(width=panel_width * columns + BAR_INCHES, height=panel_height * rows)
     with style():
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-        for axes, (label, fields) in zip(grid.flat, panels.items(), strict=False):
-            _heatmap(axes, fields, lengths=lengths, positions=positions, scale=scale)
-            _name_positions(axes, axis, lengths=lengths, positions=positions)
-            axes.set_title(_wrapped(label), loc="left")
-        for axes in list(grid.flat)[len(panels) :]:
-            axes.set_visible(False)
         for number, axes in enumerate(grid.flat):
             if number + columns >= len(panels):
                 axes.tick_params(labelbottom=True)
                 axes.set_xlabel("context length (tokens)")
+            axes.set_visible(number < len(panels))
+        for axes, (label, fields) in zip(grid.flat, panels.items(), strict=False):
+            _heatmap(axes, fields, lengths=lengths, positions=positions, scale=scale, signed=signed)
+            _name_positions(axes, axis, lengths=lengths, positions=positions)
+            axes.set_title(label.replace(" ", "\n", 1) if len(label) > MOST_TITLE_CHARS else label, loc="left")
         for axes in grid[:, 0]:
             axes.set_ylabel("needle position (tokens)" if axis.kind == "lattice" else "needle depth (%)")
-        bar = figure.colorbar(
-            ScalarMappable(Normalize(scale.least, scale.most), scale.colours),
-            ax=grid,
-            fraction=0.03,
-            pad=0.015,
-            aspect=20,
-            shrink=min(1.0, 2.2 / rows),
-            anchor=(0.0, 1.0),
-        )
-        bar.set_label(scale.legend)
+        shrink = min(1.0, 2.2 / rows)
+        bar = figure.colorbar(scale, ax=grid, fraction=0.03, pad=0.015, aspect=20, shrink=shrink, anchor=(0.0, 1.0))
+        bar.set_label("difference of scores" if signed else "mean score")
         bar.outline.set(linewidth=0.4)
     return figure
 
@@ -341,11 +313,11 @@ def _positions(panels: Mapping[str, Mapping[Place, Field]], axis: Axis) -> list[
     return [step * place for place in range(round(most / step) + 1)]
 
 
-def _heatmap(axes: Axes, fields: Mapping[Place, Field], *, lengths: list[int], positions: list[float], scale: _Scale) -> None:
+def _heatmap(axes: Axes, fields: Mapping[Place, Field], *, lengths: list[int], positions: list[float], scale: Any, signed: bool) -> None:
     from matplotlib.patches import Rectangle
 
     values = [[_number(fields.get((length, position))) for length in lengths] for position in positions]
-    image = axes.imshow(values, cmap=scale.colours, vmin=scale.least, vmax=scale.most, aspect="auto", interpolation="nearest")
+    image = axes.imshow(values, cmap=scale.cmap, norm=scale.norm, aspect="auto", interpolation="nearest")
     wide, tall = len(lengths) <= MOST_WIDE_CELLS, len(positions) <= MOST_WIDE_CELLS
     numbered = max(len(lengths), len(positions)) <= MOST_NUMBERED_CELLS
     size = min(8.0 if tall else 7.0, 34 / len(lengths)) if wide else 5.5
@@ -356,7 +328,7 @@ def _heatmap(axes: Axes, fields: Mapping[Place, Field], *, lengths: list[int], p
             axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=UNSCORED, edgecolor="#999999", hatch="////", linewidth=0))
             text, ink = "n/s", INK
         else:
-            text, ink = _words(field, scale.words, wide=wide, tall=tall), _ink(image, field.value)
+            text, ink = _words(field, signed=signed, wide=wide, tall=tall), _ink(image, field.value)
         if numbered:
             axes.text(column, row, text, ha="center", va="center", fontsize=size, color=ink, linespacing=1.0)
         if field.uncertain:
@@ -375,10 +347,9 @@ def _heatmap(axes: Axes, fields: Mapping[Place, Field], *, lengths: list[int], p
 
 def _name_positions(axes: Axes, axis: Axis, *, lengths: list[int], positions: list[float]) -> None:
     """Draw the ticks, and on a lattice the marks of a quarter and three quarters of each length."""
-    columns, rows = range(0, len(lengths), _every(lengths)), range(0, len(positions), _every(positions))
-    words = format_lengths(lengths)
-    axes.set_xticks(columns, [words[place] for place in columns], rotation=0 if len(lengths) <= MOST_UPRIGHT_TICKS else 60)
-    axes.set_yticks(rows, [_format_position(positions[place], axis) for place in rows])
+    _name_lengths(axes, lengths)
+    rows = range(0, len(positions), math.ceil(len(positions) / MOST_TICKS))
+    axes.set_yticks(rows, [_format_position(positions[row], axis) for row in rows])
     if axis.kind == "lattice":
         for column, length in enumerate(lengths):
             for percent in MIDDLE_PERCENT:
@@ -398,16 +369,12 @@ def _step(values: Sequence[float], *, wide: float, numbered: float) -> float:
     return wide if len(values) <= MOST_WIDE_CELLS else numbered if len(values) <= MOST_NUMBERED_CELLS else 0.12
 
 
-def _every(values: Sequence[float]) -> int:
-    return math.ceil(len(values) / MOST_TICKS)
-
-
-def _words(field: Field, words: str, *, wide: bool, tall: bool) -> str:
+def _words(field: Field, *, signed: bool, wide: bool, tall: bool) -> str:
     """Return the mean, a dagger if questions are unscored, and the range of scores if there is room."""
-    text = (words if wide else words.replace(".2f", ".1f")).format(field.value)
-    text = "0" if set(text) <= set("+-0.") and "+" in words else text
+    text = f"{field.value:{'+' if signed else ''}.{2 if wide else 1}f}"
+    text = "0" if signed and set(text) <= set("+-0.") else text
     text += "†" if field.num_unscored else ""
-    text += f"\n{field.low:.1f}…{field.high:.1f}" if wide and tall and field.low != field.high and "+" not in words else ""
+    text += f"\n{field.low:.1f}…{field.high:.1f}" if wide and tall and field.low != field.high and not signed else ""
     return text.replace("-", "−")
 
 
@@ -419,8 +386,3 @@ def _ink(image: Any, value: float) -> str:
     """Return black or white, by contrast with the cell's colour (relative luminance of WCAG 2, simplified)."""
     red, green, blue, _ = image.cmap(image.norm(value))
     return "#ffffff" if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.3 else "#111111"
-
-
-def _wrapped(label: str) -> str:
-    """Return a long label with the arm on one line and its point on the next."""
-    return label.replace(" ", "\n", 1) if len(label) > 22 else label

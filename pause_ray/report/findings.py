@@ -1,4 +1,4 @@
-"""Sentences about the results of a sweep: the headline, and the notes that limit what the numbers show.
+"""Texts about the results of a sweep: the headline, the notes that limit what the numbers show, and the lines of the short table of arms.
 
 A sentence calls a difference one only if its interval excludes zero and its corrected p is small, and never calls a difference to an
 untuned reference an effect of pauses.
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from pause_ray.core.format import format_interval, format_list, format_p_value, format_signed
-from pause_ray.evaluation.statistics import SIGNIFICANT, min_replicates, wilson
+from pause_ray.core.format import format_interval, format_list, format_number, format_p_value, format_percent, format_signed
+from pause_ray.evaluation.statistics import SIGNIFICANT, Interval, min_replicates, wilson
 from pause_ray.report.results import ArmResult, Contrast, SweepResults, TrialResult
 
 NEAR_TIE_LOGITS = 0.05
@@ -43,8 +43,7 @@ def notes(results: SweepResults) -> list[str]:
             f"{results.num_stopped} of {results.num_planned} trials were stopped early by proxy scores, or not started because their point "
             "was stopped: they have no score on the full grid, and the arms that continued were chosen by one replicate."
         )
-    contrasts = [*results.contrasts, *results.control_contrasts]
-    found += list(dict.fromkeys(f"{its.label} against {its.other}: {text}." for its in contrasts for text in its.comparison.warnings))
+    found += list(dict.fromkeys(f"{its.name}: {text}." for its in results.all_contrasts for text in its.comparison.warnings))
     found += _confounding_notes(results)
     found += _replicate_notes(results)
     if len(results.contrasts) > 1:
@@ -61,7 +60,7 @@ def notes(results: SweepResults) -> list[str]:
         alone = [condition.label for condition in results.scored if not condition.is_reference and condition.comparison is None]
         if alone:
             found.append(f"Not compared, because {results.reference_arm} has no single counterpart: {format_list(alone)}.")
-    overlapping = [condition.label for condition in results.scored if any(trial.overlaps for trial in condition.trials)]
+    overlapping = [its.label for its in results.scored if any(trial.manifest.get("evaluation_overlap") for trial in its.trials)]
     if overlapping:
         found.append(
             f"The training text overlaps with the evaluation, as the spec permits, so this is not a fair test: {format_list(overlapping)}."
@@ -71,13 +70,52 @@ def notes(results: SweepResults) -> list[str]:
 
 def format_noise(results: SweepResults) -> list[str]:
     """Return how often other batch shapes alone changed an answer, for each precision in which that was measured."""
+    measured: dict[str, Counter[str]] = {}
+    for trial in results.trials:
+        if noise := trial.noise:
+            measured.setdefault(noise["dtype"], Counter()).update({name: value for name, value in noise.items() if name != "dtype"})
     return [
-        f"In {its.dtype}, {its.num_cells} answered questions were asked again in other batch shapes, with everything else equal: "
-        f"{_format_share(its.num_answers_changed, its.num_cells)} of the answers changed, and "
-        f"{_format_share(its.num_scores_changed, its.num_cells)} of the scores. "
+        f"In {dtype}, {total['cells']} answered questions were asked again in other batch shapes, with everything else equal: "
+        f"{_format_share(total['answers_changed'], total['cells'])} of the answers changed, and "
+        f"{_format_share(total['scores_changed'], total['cells'])} of the scores. "
         "Between arms, single cells may differ that often by rounding alone."
-        for its in results.noise
+        for dtype, total in sorted(measured.items())
     ]
+
+
+ARM_COLUMNS = ("arm", "score [95 %]", "difference [95 %]", "p corr.", "exact", "n/s")
+
+
+def arm_cells(condition: ArmResult) -> list[str]:
+    """Return a condition's line of the short table of arms, under ``ARM_COLUMNS``; ``n/s`` counts unscored cells."""
+    summary, contrast, missing = condition.summary, condition.against_reference, condition.num_missing
+    if summary is None:
+        return [condition.label, "not finished" if missing else "stopped early", "", "", "", ""]
+    return [
+        condition.label + (f" ({missing} of {condition.num_planned} to come)" if missing else ""),
+        f"{format_number(summary.grand_mean)}{bracketed(summary.interval)}",
+        *(contrast_cells(contrast) if contrast else ["reference" if condition.is_reference else "", ""]),
+        format_percent(summary.exact_recall),
+        str(summary.num_unscored),
+    ]
+
+
+def control_cells(contrast: Contrast) -> list[str]:
+    """Return the line of the short table of arms that compares a condition with its control."""
+    return [f"{contrast.label} vs {contrast.other}", "", *contrast_cells(contrast), "", ""]
+
+
+def contrast_cells(contrast: Contrast) -> list[str]:
+    """Return a difference with its interval, and the corrected p."""
+    return [
+        f"{format_signed(contrast.difference)}{bracketed(contrast.comparison.interval, signs=True)}",
+        format_p_value(contrast.corrected_p),
+    ]
+
+
+def bracketed(interval: Interval | None, *, signs: bool = False) -> str:
+    """Return an interval as a text such as `` [0.44, 0.89]``."""
+    return "" if interval is None else f" [{format_interval(interval.low, interval.high, signs=signs).replace(' to ', ', ')}]"
 
 
 def _against_reference(results: SweepResults) -> str:
@@ -93,8 +131,9 @@ def _against_reference(results: SweepResults) -> str:
         said = f"{leader.label}{among} scored {leader.difference:.2f} higher than {leader.other} {measured}: more than chance would explain"
         return f"{said}; {worse_words}" if worse else f"{said}."
     if leader.difference <= 0:
-        difference = format_signed(leader.difference)
-        said = f"No arm scored higher than {reference}: the closest, {leader.label}, differs by {difference} {measured}"
+        said = (
+            f"No arm scored higher than {reference}: the closest, {leader.label}, differs by {format_signed(leader.difference)} {measured}"
+        )
     else:
         said = f"No arm is better than {reference} beyond chance: {leader.label}{among} scored {leader.difference:.2f} higher {measured}"
     return f"{said}; {worse_words}" if worse else f"{said}. This sweep shows no difference between the arms."
@@ -140,9 +179,9 @@ def _confounding_notes(results: SweepResults) -> list[str]:
         condition.label
         for condition in results.scored
         if condition.is_pause_tuned
-        and condition.compared_to is not None
+        and condition.against_reference is not None
         and condition.against_control is None
-        and not any(trial.is_trained for trial in references[condition.compared_to].trials)
+        and not any(trial.is_trained for trial in references[condition.against_reference.other].trials)
     ]
     if mixed:
         plain = [
@@ -193,10 +232,9 @@ def _power_notes(results: SweepResults) -> list[str]:
                 "correction: no effect, however large, could be shown. Use more lengths, depths and replicates, or fewer arms."
             )
             found += [text] if text not in found else []
-    every = [*results.contrasts, *results.control_contrasts]
     at_odds = [
-        f"{its.label} against {its.other}"
-        for its in every
+        its.name
+        for its in results.all_contrasts
         if its.comparison.interval and its.comparison.interval.excludes_zero() != (its.comparison.p < SIGNIFICANT)
     ]
     if at_odds:
@@ -217,8 +255,7 @@ def _detectable_notes(results: SweepResults) -> list[str]:
     """Return the smallest detectable difference of each comparison that shows none although its sign-flip test could."""
     every = [(contrasts, its) for contrasts in (results.contrasts, results.control_contrasts) for its in contrasts]
     missed = [its for contrasts, its in every if not its.differs and its.comparison.smallest_p * len(contrasts) < SIGNIFICANT]
-    sizes = {f"{its.label} against {its.other}": its.comparison.detectable or 0.0 for its in missed}
-    sizes = {name: size for (name, size), its in zip(sizes.items(), missed, strict=True) if size > abs(its.difference)}
+    sizes = {its.name: size for its in missed if (size := its.comparison.detectable or 0.0) > abs(its.difference)}
     seen = {name: size for name, size in sizes.items() if size <= 1}
     found = []
     if seen:
@@ -241,7 +278,7 @@ def _text_notes(results: SweepResults) -> list[str]:
         its.label: sum(row.content_tokens for row in its.rows) / sum(row.context_tokens for row in its.rows) for its in results.scored
     }
     found = []
-    for its in [*results.contrasts, *results.control_contrasts]:
+    for its in results.all_contrasts:
         more = 100 * (shares[its.label] / shares[its.other] - 1) if shares[its.other] else 0.0
         if abs(more) >= UNEQUAL_TEXT_PERCENT:
             found.append(
@@ -279,10 +316,10 @@ def _is_coarse(trial: TrialResult) -> bool:
     return engine.get("kind") == "hf" and (model.get("dtype") != "float32" or model.get("quantize") is not None)
 
 
-def _format_share(number: int, total: int) -> str:
+def _format_share(part: int, total: int) -> str:
     """Return a text such as ``1 of 12 (8 %, 95 % interval 1 to 35 %)``."""
-    interval = wilson(number, total)
-    return f"{number} of {total} ({100 * number / total:.0f} %, 95 % interval {100 * interval.low:.0f} to {100 * interval.high:.0f} %)"
+    interval = wilson(part, total)
+    return f"{part} of {total} ({100 * part / total:.0f} %, 95 % interval {100 * interval.low:.0f} to {100 * interval.high:.0f} %)"
 
 
 def _is_flat(condition: ArmResult) -> bool:
@@ -302,11 +339,7 @@ def _cell_notes(results: SweepResults) -> list[str]:
         reasons = Counter(row.unscored_reason for condition in results.scored for row in condition.rows if row.score is None)
         why = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
         found.append(f"Cells that could not be scored are in no mean: {format_list(unscored)}. Reasons: {why}.")
-    unpaired = [
-        f"{its.label} against {its.other} {its.comparison.num_unpaired}"
-        for its in [*results.contrasts, *results.control_contrasts]
-        if its.comparison.num_unpaired
-    ]
+    unpaired = [f"{its.name} {its.comparison.num_unpaired}" for its in results.all_contrasts if its.comparison.num_unpaired]
     if unpaired:
         found.append(f"Cells of the two arms without a scored counterpart are not compared: {format_list(unpaired)}.")
     repeated = [f"{label} {its.num_repeated} of {its.num_scored}" for label, its in summaries if its.num_repeated]

@@ -16,27 +16,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pause_ray.core import format as formats
-from pause_ray.core.format import format_interval, format_number, format_p_value, format_percent, format_signed
+from pause_ray.core.format import format_interval, format_number, format_values
 from pause_ray.core.spec import JsonObject
-from pause_ray.core.storage import Storage, space_errors, write_text
-from pause_ray.evaluation.compare import compare_arms, is_middle, recall_by_depth, summarize
+from pause_ray.core.storage import space_errors, write_text
+from pause_ray.evaluation.compare import compare_arms, middle_gap, recall_by_depth, split_by_place, summarize
 from pause_ray.evaluation.grid import Point, by_fact, difference_fields, drawn_in_tenths, score_fields
 from pause_ray.evaluation.ledger import CellResult
 from pause_ray.evaluation.statistics import BOOTSTRAP_UNITS, Estimate, Interval, min_replicates
 from pause_ray.report import figures
-from pause_ray.report.best import exported
-from pause_ray.report.findings import format_noise, headline, notes
+from pause_ray.report.findings import ARM_COLUMNS, arm_cells, bracketed, control_cells, format_noise, headline, notes
 from pause_ray.report.ranking import (
     RungHistory,
     best,
     cost_axes,
+    exported,
     format_objective,
     objective_of,
     rank_correlations,
     rung_histories,
     trained_tokens,
 )
-from pause_ray.report.results import ArmResult, Contrast, SweepResults, answer_cost, results_of
+from pause_ray.report.results import ArmResult, Contrast, SweepResults, answer_cost
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,8 +63,7 @@ def facts(results: SweepResults) -> list[tuple[str, str]]:
         return [("Trials", results.progress)]
     lengths = sorted({row.context_tokens for row in rows})
     asked = sorted({num_asked(row) for row in rows if row.facts})
-    num_facts = formats.format_values([str(number) for number in asked], "").strip()
-    several = [("Facts per question", num_facts)] if asked not in ([], [1]) else []
+    several = [("Facts per question", format_values([str(number) for number in asked], "").strip())] if asked not in ([], [1]) else []
     precisions = sorted({_precision(trial.spec) for trial in results.trials} - {""})
     return [
         ("Trials", results.progress),
@@ -73,7 +72,7 @@ def facts(results: SweepResults) -> list[tuple[str, str]]:
         ("Engine", ", ".join(sorted({row.engine for row in rows}))),
         ("Task", ", ".join(sorted({row.task for row in rows}))),
         *several,
-        ("Context", formats.format_values([f"{length:,}" for length in lengths], "tokens")),
+        ("Context", format_values([f"{length:,}" for length in lengths], "tokens")),
         ("Needle positions", _positions(results, rows)),
         ("Cells answered", f"{len(rows):,}"),
         ("Replicates", str(len({row.replicate for row in rows}))),
@@ -93,30 +92,25 @@ def describe_score(results: SweepResults) -> str:
 
 
 def middle_and_edges(conditions: Sequence[ArmResult]) -> list[JsonObject]:
-    """Return the summaries and differences in the middle and at the edges of the context, and the middle's gain, for each condition."""
+    """Return the summaries and differences in the middle and at the edges of the context, the gap and its gain, for each condition."""
     found = []
-    parts = {condition.label: _by_place(condition.rows) for condition in conditions}
+    parts = {condition.label: split_by_place(condition.rows) for condition in conditions}
     for condition in conditions:
         middle, edges = parts[condition.label]
-        against = parts.get(condition.compared_to or "")
+        against = parts.get(condition.against_reference.other) if condition.against_reference else None
         if middle and edges:
             found.append(
                 {
                     "condition": condition,
                     "middle": summarize(middle),
                     "edges": summarize(edges),
+                    "gap": middle_gap(condition.rows),
                     "middle_comparison": compare_arms(middle, against[0]) if against else None,
                     "edges_comparison": compare_arms(edges, against[1]) if against else None,
                     "gain": condition.comparison.effects.middle_gain if condition.comparison else None,
                 }
             )
     return found
-
-
-def _by_place(rows: Sequence[CellResult]) -> tuple[list[CellResult], list[CellResult]]:
-    """Return the rows whose first needle is in the middle of the context, and the others."""
-    middle = [row for row in rows if is_middle(row.depth_percent)]
-    return middle, [row for row in rows if not is_middle(row.depth_percent)]
 
 
 def proxy_cost(histories: Sequence[RungHistory]) -> JsonObject:
@@ -152,7 +146,7 @@ def costs(conditions: Sequence[ArmResult]) -> list[JsonObject]:
                 "training": sum(row.get("seconds", 0.0) for row in steps),
                 "last_loss": sum(losses) / len(losses) if losses else None,
                 "answers": answer_cost(condition.rows),
-                "currency": ", ".join(sorted({trial.currency for trial in condition.trials} - {""})),
+                "currency": ", ".join(sorted({_currency(trial.spec) for trial in condition.trials} - {""})),
             }
         )
     return found
@@ -248,12 +242,17 @@ def answers_per_field(results: SweepResults) -> int:
 
 def _positions(results: SweepResults, rows: Sequence[CellResult]) -> str:
     if results.axis.kind == "percent":
-        return formats.format_values([f"{depth:g}" for depth in sorted({row.depth_percent for row in rows})], "%")
+        return format_values([f"{depth:g}" for depth in sorted({row.depth_percent for row in rows})], "%")
     if results.axis.kind == "lattice":
         return f"every {results.axis.lattice_tokens:,} tokens, and the end"
     if not all(trial.suite.get("samples") for trial in results.trials):
         return "of several grids, shown in tenths of the prompt"
     return f"random, {1 + max(row.sample for row in rows)} per length"
+
+
+def _currency(spec: JsonObject) -> str:
+    prices = (spec.get("engine") or {}).get("prices") or {}
+    return str(prices.get("currency", ""))
 
 
 def _precision(spec: JsonObject) -> str:
@@ -281,13 +280,12 @@ MOST_HEATMAPS = 24
 VERSIONED = ("ray", "torch", "transformers", "peft", "deepspeed", "mlflow", "polars", "pyarrow", "numpy")
 
 
-def write_report(sweep: Path | SweepResults, storage: Storage) -> Path:
-    """Write ``report.html``, ``arms.csv`` and ``figures/*.{png,pdf,svg}`` into the folder of a sweep, named or read already.
+def write_report(results: SweepResults) -> Path:
+    """Write ``report.html``, ``arms.csv`` and ``figures/*.{png,pdf,svg}`` into the folder of a sweep.
 
     Raises:
-        StorageError: the sweep's or a trial's files are damaged, or the disk is full.
+        StorageError: the disk is full.
     """
-    results = results_of(sweep, storage)
     folder = results.folder / "figures"
     with space_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -330,37 +328,30 @@ def arms_csv(results: SweepResults) -> str:
     return buffer.getvalue()
 
 
-def table(sweep: Path | SweepResults, storage: Storage) -> Table:
+def table(results: SweepResults) -> Table:
     """Return the arms of a sweep as a table for a terminal of at least 80 columns, with the headline as its caption.
 
     Differences are to the sweep's reference; rows named ``A vs B`` have those to its control. p is corrected for the number of
     comparisons; ``n/s`` counts unscored cells; bold arms differ by more than chance would explain.
-
-    Raises:
-        StorageError: The sweep's or a trial's files are damaged.
     """
     from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    results = results_of(sweep, storage)
     shown = Table(
-        title=escape(f"{results.name}: {results.progress}"),
-        caption=escape(headline(results) + _format_best(results)),
+        title=Text(f"{results.name}: {results.progress}"),
+        caption=Text(headline(results) + _format_best(results)),
         caption_justify="left",
         title_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    shown.add_column("arm", overflow="fold")
-    for column in ("score [95 %]", "difference [95 %]", "p corr.", "exact", "n/s"):
+    shown.add_column(ARM_COLUMNS[0], overflow="fold")
+    for column in ARM_COLUMNS[1:]:
         shown.add_column(column, justify="right", no_wrap=True)
-    for condition in results.conditions:
-        name, *cells = _terminal_row(condition)
-        shown.add_row(escape(name), *cells, style="bold" if condition.differs else None)
-    for contrast in results.control_contrasts:
-        name, *cells = _control_row(contrast)
-        shown.add_row(escape(name), *cells, style="bold" if contrast.differs else None)
+    lines = [(arm_cells(condition), condition.differs) for condition in results.conditions]
+    for cells, differs in lines + [(control_cells(contrast), contrast.differs) for contrast in results.control_contrasts]:
+        shown.add_row(*map(Text, cells), style="bold" if differs else None)
     return shown
 
 
@@ -369,8 +360,9 @@ def _format_best(results: SweepResults) -> str:
     found = best(results)
     if found is None or len(results.scored) < 2:
         return ""
+    value = f"{format_number(found.value)}{bracketed(found.interval)}"
     chosen = f"chosen as the best of {len(results.scored)}, so its value is an overestimate"
-    return f"\nBest by {format_objective(found.objective)}: {found.condition.label}, {format_number(found.value)} ({chosen})."
+    return f"\nBest by {format_objective(found.objective)}: {found.condition.label}, {value} ({chosen})."
 
 
 def corpus_table(stats: JsonObject) -> Table:
@@ -395,36 +387,6 @@ def _format_percent_interval(interval: Interval | None) -> str:
     return "" if interval is None else format_interval(interval.low, interval.high, digits=1, signs=True, unit=" %")
 
 
-def _terminal_row(condition: ArmResult) -> list[str]:
-    summary, comparison = condition.summary, condition.comparison
-    if summary is None:
-        return [condition.label, "not finished" if condition.num_missing else "stopped early"]
-    missing = condition.num_missing
-    return [
-        condition.label + (f" ({missing} of {condition.num_planned} to come)" if missing else ""),
-        f"{format_number(summary.grand_mean)}{_bracketed(summary.interval)}",
-        "reference"
-        if condition.is_reference
-        else f"{format_signed(comparison.difference)}{_bracketed(comparison.interval, signs=True)}"
-        if comparison
-        else "",
-        format_p_value(condition.corrected_p) if comparison else "",
-        format_percent(summary.exact_recall),
-        str(summary.num_unscored),
-    ]
-
-
-def _control_row(contrast: Contrast) -> list[str]:
-    comparison = contrast.comparison
-    difference = f"{format_signed(contrast.difference)}{_bracketed(comparison.interval, signs=True)}"
-    return [f"{contrast.label} vs {contrast.other}", "", difference, format_p_value(contrast.corrected_p), "", ""]
-
-
-def _bracketed(interval: Interval | None, *, signs: bool = False) -> str:
-    """Return an interval as a text such as `` [0.44, 0.89]``, escaped for rich."""
-    return "" if interval is None else rf" \[{_format_interval(interval, signs=signs).replace(' to ', ', ')}]"
-
-
 def _draw(results: SweepResults) -> dict[str, Figure]:
     """Return the figures by name, without those that would be empty."""
     scored = _reference_first(results.scored)
@@ -432,7 +394,7 @@ def _draw(results: SweepResults) -> dict[str, Figure]:
     if not scored:
         return drawn
     axis = results.axis
-    shown = figures.shown_as_lines(scored, at_most=MOST_HEATMAPS).values()
+    shown = figures.few_of(scored, at_most=MOST_HEATMAPS).values()
     drawn["heatmaps"] = figures.score_heatmaps({its.label: score_fields(its.rows, axis=axis) for its in shown}, axis=axis)
     rows = {condition.label: condition.rows for condition in scored}
     differences = {
@@ -442,14 +404,14 @@ def _draw(results: SweepResults) -> dict[str, Figure]:
     }
     if differences:
         drawn["differences"] = figures.difference_heatmaps(differences, axis=axis)
-    lines = figures.shown_as_lines(scored)
+    lines = figures.few_of(scored)
     drawn["profiles"] = figures.profiles(lines, axis=axis)
     recall = {look: (condition.label, _recall(condition)) for look, condition in lines.items()}
     if any(points for _, points in recall.values()):
         drawn["recall"] = figures.recall_by_position(recall)
     axes = cost_axes(results)
     if axes:
-        drawn["fronts"] = figures.fronts(axes, figures.named_looks(scored, axes))
+        drawn["fronts"] = figures.fronts(axes, scored)
     training = figures.training_curves(dict(enumerate(scored)))
     if training is not None:
         drawn["training"] = training
@@ -467,7 +429,7 @@ def _view(results: SweepResults, drawn: Mapping[str, str]) -> JsonObject:
     conditions = _reference_first(results.conditions)
     scored = [condition for condition in conditions if condition.summary]
     histories = rung_histories(results)
-    bound = max((abs(edge) for contrast in [*results.contrasts, *results.control_contrasts] for edge in _reach(contrast)), default=1.0)
+    bound = max((abs(edge) for contrast in results.all_contrasts for edge in _reach(contrast)), default=1.0)
     return {
         "results": results,
         "headline": headline(results),
@@ -485,7 +447,7 @@ def _view(results: SweepResults, drawn: Mapping[str, str]) -> JsonObject:
         "in_tenths": drawn_in_tenths((row for condition in scored for row in condition.rows), axis=results.axis),
         "answers_per_field": answers_per_field(results),
         "figures": {name: _data_uri(svg) for name, svg in drawn.items()},
-        "lines": len(figures.shown_as_lines(scored)),
+        "lines": min(figures.MOST_LINES, len(scored)),
         "heatmaps": min(MOST_HEATMAPS, len(scored)),
         "best": best(results),
         "exported": exported(results.folder),
@@ -552,7 +514,7 @@ def _csv_row(condition: ArmResult) -> JsonObject:
             "trained_tokens": trained_tokens(condition),
         }
     if condition.against_reference is not None:
-        row |= {"compared_to": condition.compared_to, **_contrast_columns(condition.against_reference)}
+        row |= {"compared_to": condition.against_reference.other, **_contrast_columns(condition.against_reference)}
     if condition.against_control is not None:
         control = {f"control_{name}": value for name, value in _contrast_columns(condition.against_control).items()}
         row |= {"control": condition.against_control.other, **control}

@@ -1,19 +1,49 @@
-"""The best trial of a sweep, the Pareto fronts of score and cost, and the rank correlation of the proxy with the full grid.
+"""The best trial of a sweep and its export, the Pareto fronts of score and cost, and the rank correlation of proxy and full grid.
 
-The functions compute from results that were read from storage; they neither read nor write files.
+The export, ``<sweep folder>/best/``, holds ``trial.json``, ``adapter/`` (a whole checkpoint), ``README.md``, which says how to use them,
+and ``manifest.json``, which is written last. It is the best trained trial, or the spec alone of the best one where nothing is trained.
 """
 
 from __future__ import annotations
 
+import json
+import logging
+import shlex
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
+from pause_ray.core.errors import CheckpointError
+from pause_ray.core.format import format_interval
+from pause_ray.core.spec import JsonObject
+from pause_ray.core.storage import (
+    MANIFEST,
+    Storage,
+    building,
+    exclusive,
+    is_complete,
+    lock_of,
+    read_json,
+    space_errors,
+    write_json,
+    write_text,
+)
 from pause_ray.evaluation.compare import ObjectiveSpec, has_enough_scored_cells, paired_difference
-from pause_ray.evaluation.statistics import Choice, Estimate, Interval, dominated_by, kendall_tau, pareto_front
+from pause_ray.evaluation.statistics import Choice, Estimate, Interval, dominated_by, grouped, kendall_tau, pareto_front
+from pause_ray.models.checkpoint import Checkpoint
 from pause_ray.report.results import ArmResult, SweepResults, TrialResult
 from pause_ray.sweep.search import RungScore, Stop
+from pause_ray.trial.ask import ADAPTER, MODEL_VARIABLE, TRIAL
+
+EXPORT = "best"
+"""Name of the export's folder in the sweep's folder."""
+GROWN = """
+if len(tokenizer) > base.get_input_embeddings().num_embeddings:  # the marker is an entry of its own
+    base.resize_token_embeddings(len(tokenizer))"""
+log = logging.getLogger("pause_ray")
 
 CostKind = Literal["overhead", "training"]
 
@@ -42,6 +72,8 @@ class Best:
     """The best of the condition's replicates; each has a haystack and wordings of its own."""
     value: float
     """The objective of the condition over all replicates, 0 to 1."""
+    interval: Interval | None
+    """The interval of ``value``, not corrected for the choice of the best."""
     trial_value: float
     """The objective of ``trial``, 0 to 1."""
 
@@ -57,15 +89,17 @@ def best(results: SweepResults, *, tuned: bool = False) -> Best | None:
         tuned: Whether to consider only conditions whose trials have an adapter.
     """
     objective = objective_of(results)
+    sign = 1 if objective.mode == "max" else -1
     eligible = [condition for condition in results.scored if not tuned or all(trial.is_trained for trial in condition.trials)]
     candidates = [(condition, value) for condition in eligible if (value := objective.value(condition.rows)) is not None]
     complete = [(condition, value) for condition, value in candidates if _is_complete(condition)]
     if not candidates:
         return None
-    condition, value = max(complete or candidates, key=lambda candidate: _sort_key(objective, candidate[1]))
+    condition, value = max(complete or candidates, key=lambda candidate: sign * candidate[1])
     scores = [(trial, score) for trial in condition.trials if (score := objective.value(trial.rows)) is not None]
-    trial, trial_value = max(scores, key=lambda scored: _sort_key(objective, scored[1]))
-    return Best(objective=objective, condition=condition, trial=trial, value=value, trial_value=trial_value)
+    trial, trial_value = max(scores, key=lambda scored: sign * scored[1])
+    interval = objective.interval(condition.rows)
+    return Best(objective=objective, condition=condition, trial=trial, value=value, interval=interval, trial_value=trial_value)
 
 
 def _is_complete(condition: ArmResult) -> bool:
@@ -73,9 +107,123 @@ def _is_complete(condition: ArmResult) -> bool:
     return is_scored and condition.num_missing == 0 and condition.num_stopped == 0
 
 
-def _sort_key(objective: ObjectiveSpec, value: float) -> float:
-    """Return a number that is higher for better values."""
-    return value if objective.mode == "max" else -value
+def export_best(results: SweepResults, storage: Storage) -> Path | None:
+    """Bring ``best/`` up to date with the finished trials of a sweep.
+
+    Returns:
+        The folder; None while no trial has finished, or, with a warning, if the adapter of the best one is missing or damaged.
+
+    Raises:
+        StorageError: The sweep's or a trial's files are damaged, or the disk is full.
+    """
+    found, folder = best(results, tuned=True) or best(results), results.folder / EXPORT
+    if found is None:
+        return None
+    adapter = _adapter_folder(found.trial, storage)
+    try:
+        checkpoint = Checkpoint.open(adapter) if adapter is not None else None
+    except CheckpointError as error:  # the report does not need it
+        log.warning("the best trial is not exported: %s (and %s of its trial)", error, found.trial.folder / MANIFEST)
+        return None
+    manifest = _manifest(results, found, adapter)
+    with exclusive(lock_of(folder), waiting=lambda holder: log.warning("the best trial: waiting for %s", holder)):
+        if not (is_complete(folder) and read_json(folder / MANIFEST) == manifest):
+            with building(folder) as scratch, space_errors(folder):
+                if checkpoint is not None:
+                    shutil.copytree(checkpoint.folder, scratch / ADAPTER)
+                write_json(scratch / TRIAL, found.trial.spec)
+                write_text(scratch / "README.md", _readme(manifest, found))
+                write_json(scratch / MANIFEST, manifest)
+    return folder
+
+
+def exported(sweep_folder: Path) -> JsonObject | None:
+    """Return the manifest of the exported trial; None if there is none."""
+    folder = sweep_folder / EXPORT
+    return read_json(folder / MANIFEST) if is_complete(folder) else None
+
+
+def _adapter_folder(trial: TrialResult, storage: Storage) -> Path | None:
+    """Return the adapter's folder under this storage root, which may have been moved, else the folder that the manifest names."""
+    recorded = trial.manifest.get("checkpoint")
+    if recorded is None:
+        return None
+    here = storage.checkpoints / Path(recorded).name
+    return here if is_complete(here) else Path(recorded)
+
+
+def _manifest(results: SweepResults, found: Best, adapter: Path | None) -> JsonObject:
+    overall = best(results) or found
+    return {
+        "made_by": "pause-ray sweep",
+        "sweep": results.name,
+        "sweep_digest": results.digest,
+        "trial": found.trial.digest,
+        "condition": found.condition.label,
+        "arm": found.condition.arm,
+        "point": found.condition.point,
+        "replicate": found.trial.replicate,
+        "objective": found.objective.model_dump(mode="json"),
+        "value": found.value,
+        "trial_value": found.trial_value,
+        "finished": results.is_finished,
+        "better_untrained": overall.condition.label if overall.condition.label != found.condition.label else None,
+        "model": found.trial.spec.get("model"),
+        "model_digest": found.trial.manifest.get("model_digest"),
+        "checkpoint": adapter.name if adapter else None,
+    }
+
+
+def _readme(manifest: JsonObject, found: Best) -> str:
+    model, pauses = found.trial.spec["model"], found.trial.spec.get("pauses")
+    parts = [
+        f"# Best trial of {manifest['sweep']}",
+        f"{manifest['condition']}, replicate {manifest['replicate']}: {format_objective(found.objective)} of the sweep's trained trials, "
+        f"{manifest['value']:.3f} over its replicates{_format_interval(found.interval)}. As the best of many, this value is an "
+        "overestimate: test the trial on new texts.",
+    ]
+    if manifest["better_untrained"]:
+        parts.append(f"**An arm without training did better: {manifest['better_untrained']}.**")
+    parts.append(f"Base model: `{model['source']}` (digest {manifest['model_digest']}).")
+    if pauses:
+        parts.append(
+            "It was trained and scored on text with pauses, and needs them in its input. The first two ways below insert them; "
+            f"with the others, insert them yourself:\n\n    {json.dumps(pauses, ensure_ascii=False)}"
+        )
+    return "\n\n".join([*parts, *(_ways(model, pauses) if manifest["checkpoint"] else [])]) + "\n"
+
+
+def _format_interval(interval: Interval | None) -> str:
+    return f" (95 % interval {format_interval(interval.low, interval.high)})" if interval else ""
+
+
+def _ways(model: JsonObject, pauses: JsonObject | None) -> list[str]:
+    source, rope = model["source"], model.get("rope")
+    command = ["pause-ray", "eval", "eval/suites/single.yaml", "--model", source, "--adapter", ADAPTER]
+    said = {f"model.{name}": value for name, value in model.items() if name != "source" and value is not None}
+    said |= {"pauses": pauses} if pauses else {}
+    said |= {"engine.reuse": "depth"} if rope and rope["kind"] == "dynamic" else {}
+    for path, value in said.items():
+        command += ["--set", f"{path}={value if isinstance(value, str) else json.dumps(value)}"]
+    grows = pauses is not None and pauses.get("token") == "added"
+    plain = rope is None and not source.startswith("pypi:") and not source.endswith(".gguf")
+    revision = f", revision={json.dumps(model['revision'])}" if model.get("revision") else ""
+    asked = f"""from pathlib import Path
+from pause_ray.trial.ask import Answerer
+
+print(Answerer.open(Path(".")).answer(context, question))  # {MODEL_VARIABLE} may name the base model's folder"""
+    loaded = f"""from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{ADAPTER}")
+base = AutoModelForCausalLM.from_pretrained({json.dumps(source)}{revision}){GROWN if grows else ""}
+model = PeftModel.from_pretrained(base, "{ADAPTER}")"""
+    return [
+        f"## Ask it\n\n```python\n{asked}\n```",
+        f"## Score it\n\n    {shlex.join(command)}",
+        f"## Make a plain model of it, for transformers, vLLM and others\n\n    pause-ray export {ADAPTER} merged-model",
+        *([f"## Load it with PEFT alone\n\n```python\n{loaded}\n```"] if plain else []),  # of others transformers makes another model
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,23 +237,14 @@ class PricedArm:
     """The interval of the score."""
     cost: float
     """The cost in the unit of the axis (see ``CostAxis.kind``)."""
-    dominated_by: ArmResult | None
-    """The best condition that scores at least as high, costs at most as much and is better in one of them; None on the front."""
-    next_cheaper: ArmResult | None
-    """The next cheaper condition on the front; None for the cheapest one and for a dominated one."""
+    is_on_front: bool
+    """Whether no other condition dominates this one."""
+    compared_with: ArmResult | None
+    """The condition whose score decides the position. Off the front: the best one that scores at least as high, costs at most as much
+    and is better in one of them. On the front: the next cheaper one; None for the cheapest."""
     lead: Estimate | None
-    """The mean paired difference of scores: of the dominating condition over this one, or, on the front, of this one over the next
-    cheaper; None where no cells pair."""
-
-    @property
-    def is_on_front(self) -> bool:
-        """Whether no other condition dominates this one."""
-        return self.dominated_by is None
-
-    @property
-    def compared_with(self) -> ArmResult | None:
-        """The condition whose score decides the position: the dominating one, or the next cheaper on the front."""
-        return self.dominated_by or self.next_cheaper
+    """The mean paired difference of scores: of ``compared_with`` over this one, or, on the front, of this one over ``compared_with``;
+    None where no cells pair."""
 
     @property
     def is_significant(self) -> bool:
@@ -149,17 +288,18 @@ def _priced_arms(priced: Sequence[tuple[ArmResult, float]]) -> tuple[PricedArm, 
     arms = []
     for index, (condition, cost) in enumerate(priced):
         better = dominating[index]
-        cheaper = [other for other in front if choices[other].cost < cost] if better is None else []
-        winner, loser = (index, cheaper[-1]) if cheaper else (better, index)
+        cheaper = [place for place in front if choices[place].cost < cost]
+        other = better if better is not None else cheaper[-1] if cheaper else None
+        winner, loser = (index, other) if better is None else (other, index)
         arms.append(
             PricedArm(
                 condition=condition,
                 score=choices[index].value,
                 interval=condition.summary.interval if condition.summary else None,
                 cost=cost,
-                dominated_by=None if better is None else priced[better][0],
-                next_cheaper=priced[cheaper[-1]][0] if cheaper else None,
-                lead=None if winner is None else paired_difference(priced[winner][0].rows, priced[loser][0].rows),
+                is_on_front=better is None,
+                compared_with=None if other is None else priced[other][0],
+                lead=None if winner is None or loser is None else paired_difference(priced[winner][0].rows, priced[loser][0].rows),
             )
         )
     return tuple(sorted(arms, key=lambda arm: (arm.cost, -arm.score)))
@@ -222,9 +362,7 @@ def rung_histories(results: SweepResults) -> list[RungHistory]:
     """Return the history of every trial that a scheduler judged, in the sweep's order."""
     objective = objective_of(results)
     finished = {trial.digest: trial for trial in results.trials}
-    rungs_of: dict[str, list[RungScore]] = {}
-    for rung in results.search.rungs:
-        rungs_of.setdefault(rung.trial, []).append(rung)
+    rungs_of = {rungs[0].trial: rungs for rungs in grouped((rung.trial, rung) for rung in results.search.rungs)}
     return [
         RungHistory(
             trial=digest,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pause_ray.core.errors import StorageError
@@ -18,20 +18,9 @@ from pause_ray.core.storage import MANIFEST, Storage, is_complete, read_json
 from pause_ray.evaluation.compare import Comparison, Summary, compare_arms, summarize
 from pause_ray.evaluation.grid import Axis, axis_of
 from pause_ray.evaluation.ledger import CellResult, Ledger
-from pause_ray.evaluation.statistics import holm
+from pause_ray.evaluation.statistics import grouped, holm
 from pause_ray.sweep.search import SearchRecord
 from pause_ray.sweep.spec import condition_labels
-
-
-@dataclass(frozen=True, kw_only=True)
-class Noise:
-    """Number of answers and scores that changed when the same prompts were computed in other batch shapes."""
-
-    dtype: str
-    num_cells: int
-    """Number of cells that were asked a second time."""
-    num_answers_changed: int
-    num_scores_changed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,15 +92,15 @@ class TrialResult:
         return self.spec.get("pauses") is not None
 
     @property
+    def is_pause_tuned(self) -> bool:
+        """Whether an adapter answers, and its texts have pauses."""
+        return self.is_trained and self.has_pauses
+
+    @property
     def num_cut_off(self) -> int:
         """Number of answers that reached ``max_new_tokens`` without an end."""
         most = self.suite.get("max_new_tokens")
         return 0 if most is None else sum(row.decoded_tokens >= most for row in self.rows)
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether the trial was trained on documents or needles of its evaluation."""
-        return bool(self.manifest.get("evaluation_overlap"))
 
     @property
     def corpus_stats(self) -> JsonObject:
@@ -119,28 +108,9 @@ class TrialResult:
         return dict(self.manifest.get("corpus_stats") or {})
 
     @property
-    def noise(self) -> Noise | None:
-        """The noise measured on a sample of the trial's cells; None if no cell was asked twice."""
-        found = self.manifest.get("noise")
-        if not found or not found["cells"]:
-            return None
-        return Noise(
-            dtype=found["dtype"],
-            num_cells=found["cells"],
-            num_answers_changed=found["answers_changed"],
-            num_scores_changed=found["scores_changed"],
-        )
-
-    @property
-    def currency(self) -> str:
-        """Currency of the rows' cost; empty if no prices were given."""
-        prices = (self.spec.get("engine") or {}).get("prices") or {}
-        return str(prices.get("currency", ""))
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Wall-clock seconds by stage, of the run that finished the trial, without earlier interrupted runs."""
-        return dict(self.manifest.get("seconds") or {})
+    def noise(self) -> JsonObject | None:
+        """The numerics check: ``dtype`` and the numbers of ``cells``, ``answers_changed`` and ``scores_changed``; None without one."""
+        return self.manifest.get("noise") or None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +124,11 @@ class Contrast:
     comparison: Comparison
     corrected_p: float
     """``comparison.p`` after Holm's correction for the contrasts of its kind: with the reference, or with the control."""
+
+    @property
+    def name(self) -> str:
+        """A text such as ``pause_tuned against baseline``."""
+        return f"{self.label} against {self.other}"
 
     @property
     def difference(self) -> float:
@@ -184,9 +159,9 @@ class ArmResult:
     """None until a trial has finished."""
     is_reference: bool
     """Whether the condition belongs to the arm that the others are compared with."""
-    against_reference: Contrast | None
+    against_reference: Contrast | None = None
     """None for the reference itself, and until both have finished trials."""
-    against_control: Contrast | None
+    against_control: Contrast | None = None
     """The difference that pauses make beyond tuning; None for conditions that are not tuned with pauses."""
 
     @property
@@ -200,19 +175,9 @@ class ArmResult:
         return [row for trial in self.trials for row in trial.rows]
 
     @property
-    def compared_to(self) -> str | None:
-        """Label of the reference condition that this one is compared with."""
-        return self.against_reference.other if self.against_reference else None
-
-    @property
     def comparison(self) -> Comparison | None:
         """The comparison with the reference."""
         return self.against_reference.comparison if self.against_reference else None
-
-    @property
-    def corrected_p(self) -> float | None:
-        """The corrected p of the comparison with the reference."""
-        return self.against_reference.corrected_p if self.against_reference else None
 
     @property
     def differs(self) -> bool:
@@ -222,7 +187,7 @@ class ArmResult:
     @property
     def is_pause_tuned(self) -> bool:
         """Whether the condition was trained and its texts have pauses; False until a trial has finished."""
-        return any(trial.is_trained and trial.has_pauses for trial in self.trials)
+        return any(trial.is_pause_tuned for trial in self.trials)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,20 +219,6 @@ class SweepResults:
         return axis_of(trial.suite for trial in self.trials)
 
     @property
-    def noise(self) -> list[Noise]:
-        """The noise measured in the finished trials, summed by precision."""
-        measured = [noise for trial in self.trials if (noise := trial.noise)]
-        return [
-            Noise(
-                dtype=dtype,
-                num_cells=sum(its.num_cells for its in measured if its.dtype == dtype),
-                num_answers_changed=sum(its.num_answers_changed for its in measured if its.dtype == dtype),
-                num_scores_changed=sum(its.num_scores_changed for its in measured if its.dtype == dtype),
-            )
-            for dtype in sorted({its.dtype for its in measured})
-        ]
-
-    @property
     def num_planned(self) -> int:
         """Number of planned trials."""
         return sum(condition.num_planned for condition in self.conditions)
@@ -278,11 +229,6 @@ class SweepResults:
         return [condition for condition in self.conditions if condition.summary is not None]
 
     @property
-    def compared(self) -> list[ArmResult]:
-        """Conditions with a comparison."""
-        return [condition for condition in self.conditions if condition.comparison is not None]
-
-    @property
     def contrasts(self) -> list[Contrast]:
         """The differences of all conditions to the reference."""
         return [condition.against_reference for condition in self.conditions if condition.against_reference]
@@ -291,6 +237,11 @@ class SweepResults:
     def control_contrasts(self) -> list[Contrast]:
         """The differences of pause-tuned conditions to the control."""
         return [condition.against_control for condition in self.conditions if condition.against_control]
+
+    @property
+    def all_contrasts(self) -> list[Contrast]:
+        """The differences to the reference, then those to the control."""
+        return [*self.contrasts, *self.control_contrasts]
 
     @property
     def num_stopped(self) -> int:
@@ -309,11 +260,6 @@ class SweepResults:
         return f"{len(self.trials)} of {self.num_planned} trials finished{stopped}"
 
 
-def results_of(sweep: Path | SweepResults, storage: Storage) -> SweepResults:
-    """Return results as they are, or read those of a folder; reading takes 40 ms for each comparison of arms."""
-    return sweep if isinstance(sweep, SweepResults) else read_results(sweep, storage)
-
-
 def read_results(sweep_folder: Path, storage: Storage) -> SweepResults:
     """Read a sweep's folder and the folders of its finished trials.
 
@@ -321,45 +267,18 @@ def read_results(sweep_folder: Path, storage: Storage) -> SweepResults:
         StorageError: a file is missing or damaged, or a ledger does not have the cells that its manifest says.
     """
     sweep = read_json(sweep_folder / "sweep.json")
-    control = sweep.get("control")
     search = SearchRecord.read(sweep_folder)
     left_out = search.left_out(sweep["trials"], arm=sweep["spec"].get("arm", ""))
     labels = condition_labels(sweep["trials"])
-    planned: dict[str, list[JsonObject]] = {}
-    for entry in sweep["trials"]:
-        planned.setdefault(labels[entry["digest"]], []).append(entry)
-    finished = {
-        label: tuple(read_trial(entry, storage) for entry in entries if is_complete(storage.trials / entry["digest"]))
-        for label, entries in planned.items()
-    }
-    points = {label: entries[0]["point"] for label, entries in planned.items()}
-    arms = {label: entries[0]["arm"] for label, entries in planned.items()}
-    references = {label: point for label, point in points.items() if arms[label] == sweep["compare_to"]}
-    controls = {label: point for label, point in points.items() if arms[label] == control and control != sweep["compare_to"]}
-    others = {label: point for label, point in points.items() if label not in references}
-    paused = {
-        label: point
-        for label, point in points.items()
-        if label not in controls and any(trial.is_trained and trial.has_pauses for trial in finished[label])
-    }
-    rows = {label: [row for trial in trials for row in trial.rows] for label, trials in finished.items()}
-    with_reference = _contrasts(others, references, rows)
-    with_control = _contrasts(paused, controls, rows)
-    conditions = tuple(
-        ArmResult(
-            arm=arms[label],
-            point=points[label],
-            label=label,
-            num_planned=len(entries),
-            num_stopped=sum(entry["digest"] in left_out and not is_complete(storage.trials / entry["digest"]) for entry in entries),
-            trials=finished[label],
-            summary=summarize(rows[label]) if rows[label] else None,
-            is_reference=label in references,
-            against_reference=with_reference.get(label),
-            against_control=with_control.get(label),
-        )
-        for label, entries in planned.items()
-    )
+    planned = grouped((labels[entry["digest"]], entry) for entry in sweep["trials"])
+    read = [_read_condition(labels[entries[0]["digest"]], entries, storage, left_out, reference=sweep["compare_to"]) for entries in planned]
+    rows = {condition.label: condition.rows for condition in read}
+    references, control = [condition for condition in read if condition.is_reference], sweep.get("control")
+    controls = [condition for condition in read if condition.arm == control and not condition.is_reference]
+    compared = [condition for condition in read if not condition.is_reference]
+    paused = [condition for condition in read if condition.arm != control and condition.is_pause_tuned]
+    with_reference = contrasts(_counterparts(compared, references), rows)
+    with_control = contrasts(_counterparts(paused, controls), rows)
     return SweepResults(
         folder=sweep_folder,
         name=sweep["name"],
@@ -367,23 +286,52 @@ def read_results(sweep_folder: Path, storage: Storage) -> SweepResults:
         description=sweep,
         reference_arm=sweep["compare_to"],
         control_arm=control,
-        conditions=conditions,
+        conditions=tuple(
+            replace(condition, against_reference=with_reference.get(condition.label), against_control=with_control.get(condition.label))
+            for condition in read
+        ),
         labels=labels,
         search=search,
     )
 
 
-def _contrasts(
-    points: Mapping[str, JsonObject], others: Mapping[str, JsonObject], rows: Mapping[str, list[CellResult]]
-) -> dict[str, Contrast]:
-    """Return each condition's contrast with its counterpart among ``others``, by label, without those that have no pairs."""
-    counterparts = {label: _counterpart(point, others) for label, point in points.items()}
-    wanted = {label: other for label, other in counterparts.items() if other and rows[label] and rows[other]}
-    found = {label: compare_arms(rows[label], rows[other], num_comparisons=len(wanted)) for label, other in wanted.items()}
+def _read_condition(label: str, entries: Sequence[JsonObject], storage: Storage, left_out: set[str], *, reference: str) -> ArmResult:
+    """Read the finished trials of a condition, which is not compared yet."""
+    trials = tuple(read_trial(entry, storage) for entry in entries if is_complete(storage.trials / entry["digest"]))
+    rows = [row for trial in trials for row in trial.rows]
+    return ArmResult(
+        arm=entries[0]["arm"],
+        point=entries[0]["point"],
+        label=label,
+        num_planned=len(entries),
+        num_stopped=len(left_out.intersection(entry["digest"] for entry in entries) - {trial.digest for trial in trials}),
+        trials=trials,
+        summary=summarize(rows) if rows else None,
+        is_reference=entries[0]["arm"] == reference,
+    )
+
+
+def _counterparts(conditions: Sequence[ArmResult], others: Sequence[ArmResult]) -> dict[str, str]:
+    """Return the label of each condition's counterpart, by label, where both have rows.
+
+    The counterpart is the only one of ``others`` that has the condition's value at every path of the search that both have.
+    """
+    found = {}
+    for condition in conditions:
+        point = condition.point
+        agreeing = [its for its in others if all(its.point[path] == point[path] for path in its.point.keys() & point.keys())]
+        if len(agreeing) == 1 and condition.trials and agreeing[0].trials:
+            found[condition.label] = agreeing[0].label
+    return found
+
+
+def contrasts(others: Mapping[str, str], rows: Mapping[str, Sequence[CellResult]]) -> dict[str, Contrast]:
+    """Return the contrast of each label with its other one, by label and with corrected p, without those that have no pairs."""
+    found = {label: compare_arms(rows[label], rows[other], num_comparisons=len(others)) for label, other in others.items()}
     comparisons = {label: comparison for label, comparison in found.items() if comparison is not None}
     corrected = holm([comparison.p for comparison in comparisons.values()])
     return {
-        label: Contrast(label=label, other=wanted[label], comparison=comparison, corrected_p=p)
+        label: Contrast(label=label, other=others[label], comparison=comparison, corrected_p=p)
         for (label, comparison), p in zip(comparisons.items(), corrected, strict=True)
     }
 
@@ -415,9 +363,3 @@ def read_trial(entry: JsonObject, storage: Storage) -> TrialResult:
         )
         raise StorageError(f"{folder}: cells.jsonl has {found} cells and {MANIFEST} says {expected}; {remedy}")
     return trial
-
-
-def _counterpart(point: JsonObject, others: Mapping[str, JsonObject]) -> str | None:
-    """Return the label of the only one of ``others`` that agrees with ``point`` on every path that both have; None if there are several."""
-    agreeing = [label for label, other in others.items() if all(other[path] == point[path] for path in other.keys() & point.keys())]
-    return agreeing[0] if len(agreeing) == 1 else None

@@ -109,14 +109,14 @@ class Tracker:
         self._sender = threading.Thread(target=self._send_waiting, name="mlflow", daemon=True)
         self._sender.start()
 
-    def log(self, sweep: Path | SweepResults) -> None:
-        """Bring MLflow up to date with a sweep, named by its folder or read already."""
+    def log(self, results: SweepResults) -> None:
+        """Bring MLflow up to date with a sweep."""
         from pause_ray.tracking.runs import log_sweep
 
         def send() -> None:
-            self.logged = log_sweep(sweep, self._storage)
+            self.logged = log_sweep(results, self._storage)
             with self._waiting:
-                self._ended_in.discard(sweep if isinstance(sweep, Path) else sweep.folder)
+                self._ended_in.discard(results.folder)
 
         self.logged = None
         self._tried(send)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pause_ray.core.errors import StorageError
-from pause_ray.core.format import format_interval, format_number, format_p_value, format_signed
 from pause_ray.core.spec import JsonObject, digest
 from pause_ray.core.storage import MANIFEST, Storage, is_complete, read_json
 from pause_ray.evaluation.compare import summarize
@@ -26,11 +25,9 @@ from pause_ray.evaluation.grid import axis_of, score_fields
 from pause_ray.evaluation.ledger import to_parquet
 from pause_ray.models.checkpoint import ADAPTER_CONFIG, TRAINING_LOG, Checkpoint
 from pause_ray.report import figures
-from pause_ray.report.best import FOLDER as BEST
-from pause_ray.report.best import exported
-from pause_ray.report.findings import format_noise, headline, notes
-from pause_ray.report.ranking import best, rank_correlations
-from pause_ray.report.results import ArmResult, Contrast, SweepResults, TrialResult, answer_cost, read_trial, results_of
+from pause_ray.report.findings import ARM_COLUMNS, arm_cells, control_cells, format_noise, headline, notes
+from pause_ray.report.ranking import EXPORT, best, exported, rank_correlations
+from pause_ray.report.results import ArmResult, SweepResults, TrialResult, answer_cost, read_trial
 from pause_ray.sweep.search import SEARCH_LOG, RungScore, SearchRecord, Stop
 from pause_ray.sweep.spec import condition_labels
 from pause_ray.tracking.store import Run, Sender, connected
@@ -152,8 +149,8 @@ def _metrics(trial: TrialResult) -> dict[str, float | None]:
         "decoded_tokens": float(answers.decoded_tokens),
         "answering_seconds": answers.seconds,
         "cost": answers.money,
-        "noise_answers_changed_share": noise.num_answers_changed / noise.num_cells if noise else None,
-        "noise_scores_changed_share": noise.num_scores_changed / noise.num_cells if noise else None,
+        "noise_answers_changed_share": noise["answers_changed"] / noise["cells"] if noise else None,
+        "noise_scores_changed_share": noise["scores_changed"] / noise["cells"] if noise else None,
         **{f"corpus_{name}": trial.corpus_stats.get(name) for name in CORPUS_METRICS},
     }
 
@@ -170,7 +167,7 @@ def ended_ms(trial: TrialResult) -> int:
 
 def started_ms(trial: TrialResult) -> int:
     """Return the time at which the run that finished the trial began it."""
-    return ended_ms(trial) - int(1000 * trial.seconds.get("total", 0.0))
+    return ended_ms(trial) - int(1000 * (trial.manifest.get("seconds") or {}).get("total", 0.0))
 
 
 MOST_CONTRASTS = 8
@@ -194,11 +191,11 @@ class LoggedSweep(NamedTuple):
     """URI of its best trial as a registered model; None where none was exported, or nothing was trained."""
 
 
-def log_sweep(sweep: Path | SweepResults, storage: Storage, *, uri: str | None = None) -> LoggedSweep:
+def log_sweep(results: SweepResults, storage: Storage, *, uri: str | None = None) -> LoggedSweep:
     """Bring MLflow up to date with a sweep on storage, including its report and its exported best trial if they exist.
 
     Args:
-        sweep: The sweep's folder or its results.
+        results: The results of the sweep.
         storage: The storage root with the trials.
         uri: See ``tracking_uri``.
 
@@ -206,7 +203,6 @@ def log_sweep(sweep: Path | SweepResults, storage: Storage, *, uri: str | None =
         TrackingError: The server cannot be reached or refuses; what was sent stays, and the next call sends the rest.
         StorageError: The sweep's or a trial's files are damaged.
     """
-    results = results_of(sweep, storage)
     parent = _sweep_run(results)
     with _sending(results.name, storage, uri=uri) as sender:
         parent_id = sender.send(parent)
@@ -293,7 +289,7 @@ def _stopped_runs(results: SweepResults, storage: Storage) -> Iterator[Run]:
 
 def _register_best(sender: Sender, results: SweepResults, *, parent_id: str) -> str | None:
     """Register the exported trial as a model of its run, and return the model's URI."""
-    manifest, folder = exported(results.folder), results.folder / BEST
+    manifest, folder = exported(results.folder), results.folder / EXPORT
     if manifest is None or manifest["checkpoint"] is None:
         return None
     run_id = sender.child(parent_id, manifest["trial"])
@@ -347,18 +343,15 @@ def _sweep_run(results: SweepResults) -> Run:
 
 def _description(results: SweepResults) -> str:
     """Return the Markdown text of the sweep's page in MLflow; without room for all arms it has the reference and the best ones."""
-    above = [headline(results), "", "| arm | score | difference | 95 % interval | p (corrected) | unscored |", "|---|---|---|---|---|---|"]
-    below: list[str] = []
-    if results.control_contrasts:
-        below += ["", f"| against {results.control_arm} | difference | 95 % interval | p (corrected) |", "|---|---|---|---|"]
-        below += [f"| {_cell(contrast.label)} | {_format_contrast(contrast)} |" for contrast in results.control_contrasts[:MOST_CONTRASTS]]
+    above = [headline(results), "", _markdown(ARM_COLUMNS), "|---" * len(ARM_COLUMNS) + "|"]
+    below = [_markdown(control_cells(contrast)) for contrast in results.control_contrasts[:MOST_CONTRASTS]]
     said = [f"- {note}" for note in [*format_noise(results), *notes(results)]]
     below += ["", *_fitting(said, room=MOST_DESCRIPTION_CHARS // 3)]
     end = ["", "The whole report is the artifact `report.html`."]
-    rows = [_row(condition) for condition in sorted(results.conditions, key=_shown_first)]
+    rows = [_markdown(arm_cells(condition)) for condition in sorted(results.conditions, key=_shown_first)]
     room = MOST_DESCRIPTION_CHARS - sum(len(line) + 1 for line in [*above, *below, *end])
     shown = rows if sum(len(row) + 1 for row in rows) <= room else _fitting(rows, room=room - MORE_CHARS)
-    more = [f"| … {len(rows) - len(shown)} more, in `arms.csv` | | | | | |"] if len(shown) < len(rows) else []
+    more = [_markdown([f"… {len(rows) - len(shown)} more, in `arms.csv`", "", "", "", "", ""])] if len(shown) < len(rows) else []
     return "\n".join([*above, *shown, *more, *below, *end])
 
 
@@ -378,28 +371,9 @@ def _shown_first(condition: ArmResult) -> tuple[bool, float]:
     return not condition.is_reference, 1.0 if mean is None else -mean
 
 
-def _row(condition: ArmResult) -> str:
-    summary = condition.summary
-    nothing = "not finished" if condition.num_missing else "stopped early"
-    score = nothing if summary is None else format_number(summary.grand_mean)
-    unscored = f"{summary.num_unscored} of {summary.num_cells}" if summary else ""
-    measured = _format_contrast(condition.against_reference, otherwise="reference" if condition.is_reference else "")
-    return f"| {_cell(condition.label)} | {score} | {measured} | {unscored} |"
-
-
-def _cell(text: str) -> str:
-    """Escape a text for a cell of a Markdown table; markers such as ``<|pause|>`` contain its separator."""
-    return text.replace("|", r"\|")
-
-
-def _format_contrast(contrast: Contrast | None, *, otherwise: str = "") -> str:
-    """Return the difference, its interval and p as three cells of a Markdown table."""
-    if contrast is None:
-        return f"{otherwise} | | "
-    interval = contrast.comparison.interval
-    words = format_interval(interval.low, interval.high, signs=True) if interval else ""
-    p, corrected = format_p_value(contrast.comparison.p), format_p_value(contrast.corrected_p)
-    return f"{format_signed(contrast.difference)} | {words} | {p} ({corrected})"
+def _markdown(cells: Sequence[str]) -> str:
+    """Return a line of a Markdown table; markers such as ``<|pause|>`` contain its separator."""
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
 def _contrast_metrics(results: SweepResults) -> dict[str, float]:

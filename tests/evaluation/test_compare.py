@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from pause_ray.core.spec import with_overrides
-from pause_ray.evaluation.compare import Metric, ObjectiveSpec, compare_arms, explain_no_pairs, is_middle, recall_by_depth, summarize
+from pause_ray.evaluation.compare import (
+    Metric,
+    ObjectiveSpec,
+    compare_arms,
+    explain_no_pairs,
+    is_middle,
+    middle_gap,
+    recall_by_depth,
+    summarize,
+)
 from pause_ray.evaluation.ledger import UNKNOWN_TOKEN, CellResult, FactResult
 from pause_ray.evaluation.statistics import wilson
 from pause_ray.evaluation.suite import SuiteSpec
@@ -45,6 +54,28 @@ def test_overhead_is_relative_to_what_was_asked() -> None:
 def test_depths_of_25_and_75_percent_belong_to_the_middle() -> None:
     summary = summarize(rows({(1024, 24.9): 0.0, (1024, 25): 1.0, (1024, 75): 1.0, (1024, 75.1): 0.0}))
     assert (summary.middle_mean, summary.edge_mean) == (1.0, 0.0)
+
+
+def test_the_gap_of_the_middle_has_an_interval_also_where_all_cells_agree() -> None:
+    cells = rows(dict.fromkeys([(1024, depth) for depth in (30.0, 40.0, 60.0, 70.0)], 0.0) | {(1024, depth): 1.0 for depth in (10.0, 90.0)})
+    gap = middle_gap(cells)
+    assert gap is not None
+    assert gap.interval is not None
+    middle, edges = wilson(0, 4), wilson(2, 2)
+    assert gap.value == -1.0
+    assert gap.interval.low == -1.0, "each share is at its bound"
+    assert gap.interval.high == pytest.approx(-1.0 + (middle.high**2 + (1 - edges.low) ** 2) ** 0.5)
+    assert middle_gap([row for row in cells if is_middle(row.depth_percent)]) is None
+
+
+@pytest.mark.parametrize("metric", ["score", "score_middle", "score_edges", "exact_recall"])
+def test_the_interval_of_an_objective_is_that_of_its_metric(metric: Metric) -> None:
+    cells = rows({(1024, 10.0): 1.0, (1024, 30.0): 0.5, (1024, 50.0): 0.25, (1024, 90.0): 0.5})
+    objective = ObjectiveSpec(metric=metric)
+    value, interval = objective.value(cells), objective.interval(cells)
+    sums = {"score": (2.25, 4), "score_middle": (0.75, 2), "score_edges": (1.5, 2), "exact_recall": (1, 4)}
+    assert interval == wilson(*sums[metric])
+    assert value == sums[metric][0] / sums[metric][1]
 
 
 def test_a_prompt_asked_under_a_depth_of_the_middle_and_one_of_the_edges_counts_once_in_each() -> None:

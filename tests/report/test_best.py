@@ -18,7 +18,8 @@ from pause_ray.core.spec import parse_assignments, read_yaml
 from pause_ray.core.storage import Storage, exclusive, lock_of, write_json
 from pause_ray.models.checkpoint import Checkpoint
 from pause_ray.models.spec import ModelSpec
-from pause_ray.report.best import export_best, exported
+from pause_ray.report.ranking import export_best, exported
+from pause_ray.report.results import read_results
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.trial.spec import TrialSpec, sparse_trial
 from tests.stored_sweep import rows, store_sweep, store_trial
@@ -50,7 +51,7 @@ def sweep(storage: Storage, **options: Any) -> Path:
 def test_the_best_trained_trial_is_exported_whole(storage: Storage) -> None:
     tuned(storage, "p0", 0.75)
     tuned(storage, "q0", 0.25)
-    folder = export_best(sweep(storage), storage)
+    folder = export_best(read_results(sweep(storage), storage), storage)
     assert folder is not None
     assert {path.name for path in folder.iterdir()} == {"trial.json", "adapter", "README.md", "manifest.json"}
     assert Checkpoint.open(folder / "adapter").num_steps == 3
@@ -75,7 +76,7 @@ def test_the_best_trained_trial_is_exported_whole(storage: Storage) -> None:
 )
 def test_the_ways_to_use_it_are_those_of_its_model(storage: Storage, model: dict[str, Any]) -> None:
     tuned(storage, "p0", 0.75, model=model)
-    folder = export_best(sweep(storage), storage)
+    folder = export_best(read_results(sweep(storage), storage), storage)
     assert folder is not None
     readme = (folder / "README.md").read_text()
     assert "PeftModel" not in readme  # transformers cannot load the one, and would load the other with other positions
@@ -93,7 +94,7 @@ def test_the_ways_to_use_it_are_those_of_its_model(storage: Storage, model: dict
 
 def test_an_untrained_arm_that_did_better_is_named(storage: Storage) -> None:
     tuned(storage, "p0", 0.25)
-    folder = export_best(sweep(storage), storage)
+    folder = export_best(read_results(sweep(storage), storage), storage)
     assert folder is not None
     manifest = exported(folder.parent)
     assert manifest is not None
@@ -102,7 +103,7 @@ def test_an_untrained_arm_that_did_better_is_named(storage: Storage) -> None:
 
 
 def test_a_sweep_that_trains_nothing_exports_a_spec_alone(storage: Storage) -> None:
-    folder = export_best(sweep(storage), storage)
+    folder = export_best(read_results(sweep(storage), storage), storage)
     assert folder is not None
     assert {path.name for path in folder.iterdir()} == {"trial.json", "README.md", "manifest.json"}
     assert "PeftModel" not in (folder / "README.md").read_text()
@@ -110,13 +111,13 @@ def test_a_sweep_that_trains_nothing_exports_a_spec_alone(storage: Storage) -> N
 
 def test_an_export_that_is_right_is_left_alone_and_a_better_trial_replaces_it(storage: Storage) -> None:
     tuned(storage, "p0", 0.5)
-    folder = export_best(sweep(storage), storage)
+    folder = export_best(read_results(sweep(storage), storage), storage)
     assert folder is not None
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    export_best(folder.parent, storage)
+    export_best(read_results(folder.parent, storage), storage)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     tuned(storage, "q0", 1.0)
-    export_best(folder.parent, storage)
+    export_best(read_results(folder.parent, storage), storage)
     manifest = exported(folder.parent)
     assert manifest is not None
     assert manifest["trial"] == "q0"
@@ -125,7 +126,7 @@ def test_an_export_that_is_right_is_left_alone_and_a_better_trial_replaces_it(st
 def test_two_commands_do_not_export_at_the_same_time(storage: Storage, caplog: pytest.LogCaptureFixture) -> None:
     tuned(storage, "p0", 0.5)
     folder = sweep(storage)
-    other = threading.Thread(target=export_best, args=(folder, storage))
+    other = threading.Thread(target=export_best, args=(read_results(folder, storage), storage))
     with exclusive(lock_of(folder / "best")):
         other.start()
         while "waiting for process" not in caplog.text:
@@ -140,10 +141,10 @@ def test_an_adapter_that_is_gone_or_was_changed_is_said_and_not_exported(storage
     tuned(storage, "p0", 0.5)
     folder = sweep(storage)
     (storage.checkpoints / "p0p0" / "adapter_model.safetensors").write_bytes(b"something else")
-    assert export_best(folder, storage) is None
+    assert export_best(read_results(folder, storage), storage) is None
     assert "adapter_model.safetensors: missing or changed" in caplog.text
     shutil.rmtree(storage.checkpoints / "p0p0")
-    assert export_best(folder, storage) is None
+    assert export_best(read_results(folder, storage), storage) is None
     assert "p0p0: no finished checkpoint" in caplog.text
     assert exported(folder) is None
 
@@ -153,8 +154,8 @@ def test_an_adapter_is_found_where_the_storage_root_was_moved_to(storage: Storag
     folder = sweep(storage)
     moved = Storage(tmp_path.with_name("moved"))
     shutil.move(storage.root, moved.root)
-    assert export_best(moved.sweeps / folder.name, moved) is not None
+    assert export_best(read_results(moved.sweeps / folder.name, moved), moved) is not None
 
 
 def test_nothing_is_exported_while_nothing_has_finished(storage: Storage) -> None:
-    assert export_best(store_sweep(storage, [("none", "baseline", {}, 0)]), storage) is None
+    assert export_best(read_results(store_sweep(storage, [("none", "baseline", {}, 0)]), storage), storage) is None

@@ -51,14 +51,14 @@ def test_profiles_go_through_the_summarys_means(results: SweepResults) -> None:
 
 
 def test_the_reference_and_the_control_are_always_shown(results: SweepResults) -> None:
-    shown = figures.shown_as_lines(results.scored)
+    shown = figures.few_of(results.scored)
     assert [condition.label for condition in shown.values()] == ["baseline", "control", "arm4", "arm5", "arm6", "arm7"]
     assert [results.scored[look] for look in shown] == list(shown.values())
 
 
 def test_costs_and_scores_are_drawn_where_the_summary_says(results: SweepResults) -> None:
     found = cost_axes(results)
-    [axes] = figures.fronts(found, figures.named_looks(results.scored, found)).axes
+    [axes] = figures.fronts(found, results.scored).axes
     drawn = {label: (line.get_xdata()[0], line.get_ydata()[0]) for label, line in lines_of(axes).items()}
     expected = {its.label: (round(its.summary.prompt_overhead_percent, 1), its.summary.grand_mean) for its in results.scored if its.summary}
     assert drawn == expected
@@ -70,7 +70,7 @@ def test_the_stair_goes_through_the_front_and_what_is_beaten_is_hollow(tmp_path:
         store_trial(storage, arm, rows({(1000, 50.0): score}, trial=arm, prompt_tokens=tokens))
     results = read_results(store_sweep(storage, [(arm, arm, {}, 0) for arm in ("base", "good", "bad")], compare_to="base"), storage)
     found = cost_axes(results)
-    [axes] = figures.fronts(found, figures.named_looks(results.scored, found)).axes
+    [axes] = figures.fronts(found, results.scored).axes
     [stair] = [line for line in axes.lines if line.get_drawstyle() == "steps-post"]
     assert list(zip(stair.get_xdata(), stair.get_ydata(), strict=True)) == [(0.0, 0.5), (10.0, 0.75), (20.0, 0.75)]
     assert {label for label, line in lines_of(axes).items() if line.get_markerfacecolor() == "white"} == {"bad"}
@@ -84,16 +84,15 @@ def test_of_many_arms_the_front_the_reference_and_the_best_have_names(tmp_path: 
     planned = [(f"t{number}", "base" if number == 7 else "paused", {"pauses.every": number}, 0) for number in range(30)]
     results = read_results(store_sweep(storage, planned, compare_to="base"), storage)
     found = cost_axes(results)
-    named = figures.named_looks(results.scored, found)
+    [axes] = figures.fronts(found, results.scored).axes
+    named = set(lines_of(axes))
     assert len(named) == figures.MAX_NAMED_ARMS
-    assert {"base every=7", "paused every=29"} <= named.keys()
-    [axes] = figures.fronts(found, named).axes
-    assert set(lines_of(axes)) == set(named)
+    assert {"base every=7", "paused every=29"} <= named
 
 
 def test_arms_differ_without_colour(results: SweepResults) -> None:
     found = cost_axes(results)
-    lines = lines_of(figures.fronts(found, figures.named_looks(results.scored, found)).axes[0]).values()
+    lines = lines_of(figures.fronts(found, results.scored).axes[0]).values()
     assert len({(line.get_marker(), line.get_linestyle()) for line in lines}) == len(results.scored)
 
 

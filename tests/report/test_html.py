@@ -74,7 +74,11 @@ def test_conditions_are_arms_at_points_with_their_replicates(storage: Storage) -
         "pause_tuned rank=16 every=2",
     ]
     assert [len(condition.trials) for condition in results.conditions] == [2, 2, 2]
-    assert [condition.compared_to for condition in results.conditions] == [None, "baseline", "baseline"]
+    assert [condition.against_reference and condition.against_reference.other for condition in results.conditions] == [
+        None,
+        "baseline",
+        "baseline",
+    ]
 
 
 def test_leaf_names_that_two_paths_share_are_written_in_full(storage: Storage) -> None:
@@ -91,7 +95,7 @@ def test_a_searched_reference_is_compared_point_by_point(storage: Storage) -> No
     for trial, _, _, _ in planned:
         store_trial(storage, trial, rows({(1024, 50): 1.0}, trial=trial))
     results = read_results(store_sweep(storage, planned, compare_to="plain"), storage)
-    compared = {condition.label: condition.compared_to for condition in results.conditions}
+    compared = {condition.label: condition.against_reference and condition.against_reference.other for condition in results.conditions}
     assert compared == {
         "plain rank=4": None,
         "plain rank=16": None,
@@ -105,7 +109,7 @@ def test_a_searched_reference_is_compared_point_by_point(storage: Storage) -> No
 def test_corrected_p_counts_the_arms_of_the_sweep(storage: Storage) -> None:
     results = results_of(storage, {"baseline": 0.0, "one": 1.0, "two": 1.0, "three": 0.0})
     # All nine differ one way: 2/512 each; Holm's factors for the sorted p are 3, 2, 1, and equal p share the largest.
-    corrected = {condition.label: condition.corrected_p for condition in results.compared}
+    corrected = {contrast.label: contrast.corrected_p for contrast in results.contrasts}
     assert corrected == {"one": pytest.approx(6 / 512), "two": pytest.approx(6 / 512), "three": 1.0}
     assert [condition.label for condition in results.conditions if condition.differs] == ["one", "two"]
 
@@ -169,7 +173,7 @@ def test_unfinished_sweeps_say_so(storage: Storage) -> None:
 
 
 def test_a_sweep_without_a_finished_trial_has_a_report(storage: Storage) -> None:
-    path = write_report(sweep_of(storage, {"baseline": None, "pause_tuned": None}), storage)
+    path = write_report(read_results(sweep_of(storage, {"baseline": None, "pause_tuned": None}), storage))
     html = path.read_text(encoding="utf-8")
     assert "No trial has finished yet" in text_of(html)
     assert "<img" not in html
@@ -179,7 +183,7 @@ def test_a_ledger_that_still_grows_is_not_counted(storage: Storage) -> None:
     store_trial(storage, "b", rows({(1024, 10): 1.0}, trial="b"))
     store_trial(storage, "p", rows({(1024, 10): 0.0}, trial="p"), finished=False)
     results = read_results(store_sweep(storage, [("b", "baseline", {}, 0), ("p", "pause_tuned", {}, 0)]), storage)
-    assert (results.progress, len(results.compared)) == ("1 of 2 trials finished", 0)
+    assert (results.progress, len(results.contrasts)) == ("1 of 2 trials finished", 0)
 
 
 def test_unscored_cells_are_reported_with_their_reasons(storage: Storage) -> None:
@@ -209,7 +213,7 @@ def test_suites_of_random_samples_and_several_facts_are_reported(storage: Storag
         ]
         store_trial(storage, trial, results, suite={"samples": 4})
     folder = store_sweep(storage, [("b", "baseline", {}, 0), ("p", "paused", {}, 0)])
-    shown = text_of(write_report(folder, storage).read_text(encoding="utf-8"))
+    shown = text_of(write_report(read_results(folder, storage)).read_text(encoding="utf-8"))
     assert "random, 4 per length" in shown
     assert "Facts per question 2" in shown
     assert "tenth of the prompt in which a fact landed, each fact with its own recall" in shown
@@ -234,15 +238,15 @@ def test_the_middle_and_its_edges_are_compared_apart(storage: Storage) -> None:
         store_trial(storage, trial, rows(scores, trial=trial))
     shown = shown_of(store_sweep(storage, [("b", "baseline", {}, 0), ("p", "paused", {}, 0)]), storage)
     row = shown[shown.index("Gain in the middle") :]
-    assert re.search(r"baseline 0\.00 \S+ to \S+ 0\.50 \S+ to \S+ −0\.50 reference", row)
-    assert re.search(r"paused 1\.00 \S+ to \S+ 0\.50 \S+ to \S+ \+0\.50 \+1\.00 \S+ to \S+ 0\.00 \S+ to \S+ \+1\.00", row)
+    assert re.search(r"baseline 0\.00 \S+ to \S+ 0\.50 \S+ to \S+ −0\.50 −0\.\S+ to \S+ reference", row)
+    assert re.search(r"paused 1\.00 \S+ to \S+ 0\.50 \S+ to \S+ \+0\.50 \S+ to \S+ \+1\.00 \S+ to \S+ 0\.00 \S+ to \S+ \+1\.00", row)
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a baseline that scores 0.25 and a trained arm that scores 0.75, on nine questions."""
     storage = Storage.open(tmp_path_factory.mktemp("report"))
-    return write_report(sweep_of(storage, {"baseline": 0.25, "pause_tuned": 0.75}), storage)
+    return write_report(read_results(sweep_of(storage, {"baseline": 0.25, "pause_tuned": 0.75}), storage))
 
 
 def test_the_report_needs_nothing_from_outside(report: Path) -> None:
@@ -294,12 +298,12 @@ def test_the_report_says_when_it_resamples(report: Path) -> None:
 
 def test_the_same_storage_gives_the_same_report(report: Path) -> None:
     first = report.read_bytes()
-    assert write_report(report.parent, Storage.open(report.parents[2])).read_bytes() == first
+    assert write_report(read_results(report.parent, Storage.open(report.parents[2]))).read_bytes() == first
 
 
 def test_the_terminal_table_fits_a_terminal(storage: Storage) -> None:
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(table(sweep_of(storage, {"baseline": 0.0, "pause_tuned": 0.5, "pauses_untuned": None}), storage))
+    console.print(table(read_results(sweep_of(storage, {"baseline": 0.0, "pause_tuned": 0.5, "pauses_untuned": None}), storage)))
     shown = console.export_text()
     assert "…" not in shown
     assert max(map(len, shown.splitlines())) <= 80
@@ -314,9 +318,9 @@ def test_markers_that_are_markup_elsewhere_are_shown_as_they_are(storage: Storag
         store_trial(storage, trial, rows({(1024, 10): 1.0, (1024, 50): 0.0}, trial=trial, arm=arm))
     folder = store_sweep(storage, planned)
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(table(folder, storage))
+    console.print(table(read_results(folder, storage)))
     assert "paused marker=[pause]<|&|>$" in console.export_text()
-    shown = write_report(folder, storage).read_text(encoding="utf-8")
+    shown = write_report(read_results(folder, storage)).read_text(encoding="utf-8")
     assert "marker=[pause]&lt;|&amp;|&gt;$" in shown
     assert "<|&|>" not in shown
 
@@ -324,7 +328,7 @@ def test_markers_that_are_markup_elsewhere_are_shown_as_they_are(storage: Storag
 def test_the_p_of_the_terminal_is_the_corrected_one(storage: Storage) -> None:
     # Nine questions, all one way: 2/512, which Holm doubles for two arms.
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(table(sweep_of(storage, {"baseline": 0.0, "one": 1.0, "two": 1.0}), storage))
+    console.print(table(read_results(sweep_of(storage, {"baseline": 0.0, "one": 1.0, "two": 1.0}), storage)))
     [line] = [line for line in console.export_text().splitlines() if line.strip().startswith("one ")]
     assert "0.008" in line
 
@@ -334,7 +338,7 @@ def test_a_damaged_ledger_is_named(storage: Storage) -> None:
     ledger = storage.trials / "baseline-trial" / "cells.jsonl"
     ledger.write_text("no row\n" + ledger.read_text())
     with pytest.raises(StorageError, match=re.escape(str(ledger))):
-        write_report(folder, storage)
+        write_report(read_results(folder, storage))
 
 
 def test_numbers_for_people() -> None:

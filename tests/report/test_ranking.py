@@ -90,9 +90,9 @@ def test_an_arm_is_beaten_by_one_that_costs_no_more(storage: Storage) -> None:
     for axis in (overhead, training):
         assert [its.condition.label for its in axis.front] == ["base", "cheap"]
         [dominated] = [its for its in axis.arms if not its.is_on_front]
-        assert dominated.dominated_by is not None
+        assert dominated.compared_with is not None
         assert dominated.lead is not None
-        assert (dominated.dominated_by.label, dominated.lead.value) == ("cheap", 0.125)  # 0.25 in the middle, none at the edge
+        assert (dominated.compared_with.label, dominated.lead.value) == ("cheap", 0.125)  # 0.25 in the middle, none at the edge
         assert not dominated.is_significant
 
 

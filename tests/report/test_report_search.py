@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 from pause_ray.core.storage import Storage
-from pause_ray.report.best import export_best
 from pause_ray.report.findings import notes
 from pause_ray.report.html import arms_csv, page, table, write_report
+from pause_ray.report.ranking import export_best
 from pause_ray.report.results import read_results
 from tests.report.test_html import shown_of
 from tests.stored_sweep import rows, rung_event, stop_event, store_search, store_sweep, store_trial, sweep_of
@@ -42,16 +42,17 @@ def searched(storage: Storage, **spec: Any) -> Path:
 
 def test_the_best_trial_is_named_and_where_it_is(storage: Storage) -> None:
     folder = searched(storage)
-    assert "Best trial by the sweep’s objective, highest score: paused every=2, 1.00" in shown_of(folder, storage)
+    best = "Best trial by the sweep’s objective, highest score: paused every=2, 1.00 (95 % interval 0.34 to 1.00)"
+    assert best in shown_of(folder, storage)
     console = Console(width=200, record=True, quiet=False, file=io.StringIO())
-    console.print(table(folder, storage))
-    assert "Best by highest score: paused every=2, 1.00 (chosen as the best of 4" in console.export_text()
+    console.print(table(read_results(folder, storage)))
+    assert "Best by highest score: paused every=2, 1.00 [0.34, 1.00] (chosen as the best of" in console.export_text()
     assert "is in best/" not in shown_of(folder, storage)
 
 
 def test_an_export_is_pointed_to_when_it_is_there(storage: Storage) -> None:
     folder = sweep_of(storage, {"baseline": 0.5, "other": 0.75})
-    export_best(folder, storage)
+    export_best(read_results(folder, storage), storage)
     assert "Nothing was trained, so best/ holds the best trial’s spec alone." in shown_of(folder, storage)
 
 
@@ -83,7 +84,7 @@ def test_what_was_stopped_is_shown_as_stopped_and_not_as_missing(storage: Storag
     assert not any(note.startswith("Unfinished") for note in notes(results))
     assert any("they have no score on the full grid" in note for note in notes(results))
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(table(folder, storage))
+    console.print(table(read_results(folder, storage)))
     assert "stopped early" in console.export_text()
 
 
@@ -109,7 +110,7 @@ def test_a_sweep_without_a_scheduler_says_nothing_of_rungs(storage: Storage) -> 
 
 def test_the_report_stands_alone_with_its_figure_of_costs(storage: Storage) -> None:
     folder = searched(storage)
-    path = write_report(folder, storage)
+    path = write_report(read_results(folder, storage))
     assert (folder / "figures" / "fronts.svg").is_file()
     assert path.read_text().count("data:image/svg+xml;base64,") >= 4
     assert "stopped early" in page(read_results(folder, storage), {})

@@ -13,7 +13,8 @@ import pytest
 
 from pause_ray.core.errors import TrackingError
 from pause_ray.core.storage import Storage, read_json, write_json
-from pause_ray.report.best import export_best
+from pause_ray.report.ranking import export_best
+from pause_ray.report.results import read_results
 from pause_ray.tracking.runs import log_sweep
 from pause_ray.tracking.store import tracking_uri
 from pause_ray.trial.ask import Answerer
@@ -56,7 +57,7 @@ def sweep(storage: Storage, trained: Path) -> Path:
     store_trial(storage, "b0", rows({(1024, 50.0): 0.25}, trial="b0"))
     finish(storage, trained, "p0", 0.5)
     folder = store_sweep(storage, [("b0", "baseline", {}, 0), ("p0", "paused", {}, 0), ("q0", "other", {}, 0)])
-    export_best(folder, storage)
+    export_best(read_results(folder, storage), storage)
     return folder
 
 
@@ -76,7 +77,7 @@ def logged_models(storage: Storage) -> list[Any]:
 
 
 def test_the_registered_model_answers_where_this_package_is_not_installed(storage: Storage, trained: Path, tmp_path: Path) -> None:
-    logged = log_sweep(sweep(storage, trained), storage)
+    logged = log_sweep(read_results(sweep(storage, trained), storage), storage)
     assert logged.model == "models:/pause_ray-demo/1"
     run = client_of(storage).get_run(versions(storage)[0].run_id)
     assert run.data.tags["pause_ray.digest"] == "p0"
@@ -91,18 +92,22 @@ def test_the_registered_model_answers_where_this_package_is_not_installed(storag
 
 def test_the_same_best_is_registered_once_and_a_better_one_again(storage: Storage, trained: Path) -> None:
     folder = sweep(storage, trained)
-    assert log_sweep(folder, storage).model == log_sweep(folder, storage).model == "models:/pause_ray-demo/1"
+    assert (
+        log_sweep(read_results(folder, storage), storage).model
+        == log_sweep(read_results(folder, storage), storage).model
+        == "models:/pause_ray-demo/1"
+    )
     assert (len(versions(storage)), len(logged_models(storage))) == (1, 1)
     finish(storage, trained, "q0", 0.75)
-    export_best(folder, storage)
-    assert log_sweep(folder, storage).model == "models:/pause_ray-demo/2"
+    export_best(read_results(folder, storage), storage)
+    assert log_sweep(read_results(folder, storage), storage).model == "models:/pause_ray-demo/2"
     assert [its.tags["pause_ray.trial"] for its in versions(storage)] == ["p0", "q0"]
     client = client_of(storage)
     assert int(client.get_model_version_by_alias("pause_ray-demo", "best").version) == 2
     [parent] = client.search_runs([logged_models(storage)[0].experiment_id], "tags.`pause_ray.kind` = 'sweep'")
     assert parent.data.tags["pause_ray.model"] == "models:/pause_ray-demo/2"
     client.set_registered_model_alias("pause_ray-demo", "best", "1")  # as where the server went away before it was set
-    assert log_sweep(folder, storage).model == "models:/pause_ray-demo/2"
+    assert log_sweep(read_results(folder, storage), storage).model == "models:/pause_ray-demo/2"
     assert int(client.get_model_version_by_alias("pause_ray-demo", "best").version) == 2
 
 
@@ -118,14 +123,14 @@ def test_a_server_that_goes_away_between_the_model_and_its_registration_leaves_n
     with monkeypatch.context() as patched:
         patched.setattr(MlflowClient, "create_model_version", gone)
         with pytest.raises(TrackingError, match="ConnectionResetError"):
-            log_sweep(folder, storage)
-    assert log_sweep(folder, storage).model == "models:/pause_ray-demo/1"
+            log_sweep(read_results(folder, storage), storage)
+    assert log_sweep(read_results(folder, storage), storage).model == "models:/pause_ray-demo/1"
     assert len(logged_models(storage)) == 1
 
 
 def test_a_sweep_that_trains_nothing_registers_nothing(storage: Storage) -> None:
     store_trial(storage, "b0", rows({(1024, 50.0): 0.25}, trial="b0"))
     folder = store_sweep(storage, [("b0", "baseline", {}, 0)])
-    export_best(folder, storage)
-    assert log_sweep(folder, storage).model is None
+    export_best(read_results(folder, storage), storage)
+    assert log_sweep(read_results(folder, storage), storage).model is None
     assert versions(storage) == []

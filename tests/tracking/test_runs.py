@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -17,6 +18,7 @@ import pytest
 from pause_ray.core.errors import StorageError, TrackingError
 from pause_ray.core.storage import Storage
 from pause_ray.report.html import write_report
+from pause_ray.report.results import read_results
 from pause_ray.tracking.runs import MOST_CONTRASTS, MOST_DESCRIPTION_CHARS, flattened, log_finished, log_sweep, metric_label
 from pause_ray.tracking.store import tracking_uri
 from tests.stored_sweep import rows, rung_event, stop_event, store_search, store_sweep, store_trial
@@ -53,14 +55,14 @@ def artifacts(client: Any, run: Any, folder: str | None = None) -> set[str]:
 @pytest.mark.mlflow
 def test_a_sweep_arrives_as_parent_and_children(storage: Storage) -> None:
     folder = two_trials(storage)
-    write_report(folder, storage)
-    parent_id = log_sweep(folder, storage).run_id
+    write_report(read_results(folder, storage))
+    parent_id = log_sweep(read_results(folder, storage), storage).run_id
     parent, children, client = runs_of(storage)
     assert parent.info.run_id == parent_id
     assert (parent.info.status, parent.info.run_name) == ("FINISHED", "demo")
     assert {"report.html", "arms.csv", "sweep.json"} <= artifacts(client, parent)
     assert "figures/heatmaps.png" in artifacts(client, parent, "figures")
-    assert "| pause_tuned every=2 | 0.50 |" in parent.data.tags["mlflow.note.content"]
+    assert "| pause_tuned every=2 | 0.50 [" in parent.data.tags["mlflow.note.content"]
     trained = children["p0"]
     assert (trained.info.status, trained.info.run_name) == ("FINISHED", "pause_tuned every=2 #0")
     assert trained.info.end_time - trained.info.start_time == 60_000  # the manifest's 60 s
@@ -88,17 +90,17 @@ def test_a_sweep_arrives_as_parent_and_children(storage: Storage) -> None:
 @pytest.mark.mlflow
 def test_logging_again_sends_nothing(storage: Storage) -> None:
     folder = two_trials(storage)
-    log_sweep(folder, storage)
+    log_sweep(read_results(folder, storage), storage)
     before = everything(storage)
-    log_sweep(folder, storage)
+    log_sweep(read_results(folder, storage), storage)
     assert everything(storage) == before
 
 
 @pytest.mark.mlflow
 def test_a_renamed_arm_is_brought_up_to_date(storage: Storage) -> None:
-    log_sweep(two_trials(storage), storage)
+    log_sweep(read_results(two_trials(storage), storage), storage)
     folder = store_sweep(storage, [("b0", "plain", {}, 0), ("p0", "paused", {"pauses.every": 2}, 0)], compare_to="plain")
-    log_sweep(folder, storage)
+    log_sweep(read_results(folder, storage), storage)
     parent, children, _ = runs_of(storage)
     assert {run.info.run_name for run in children.values()} == {"plain #0", "paused every=2 #0"}
     assert children["p0"].data.tags["pause_ray.arm"] == "paused"
@@ -111,26 +113,26 @@ def test_the_difference_to_the_control_arrives(storage: Storage) -> None:
     for trial, trained, pauses in (("b0", False, False), ("t0", True, False), ("p0", True, True)):
         store_trial(storage, trial, rows(GRID, trial=trial), trained=trained, pauses=pauses)
     planned = [("b0", "baseline", {}, 0), ("t0", "tuned", {}, 0), ("p0", "paused", {}, 0)]
-    log_sweep(store_sweep(storage, planned, control="tuned"), storage)
+    log_sweep(read_results(store_sweep(storage, planned, control="tuned"), storage), storage)
     parent, _, _ = runs_of(storage)
     assert parent.data.metrics["against_control/paused"] == 0.0
     assert "against_control/tuned" not in parent.data.metrics
     description = parent.data.tags["mlflow.note.content"]
-    assert "| against tuned | difference |" in description
+    assert "| paused vs tuned |  | 0.00" in description
     assert "Against tuned, which was tuned the same way" in description
 
 
 @pytest.mark.mlflow
 def test_a_running_sweep_is_brought_up_to_date(storage: Storage) -> None:
     folder = two_trials(storage, second_finished=False)
-    log_sweep(folder, storage)
+    log_sweep(read_results(folder, storage), storage)
     parent, children, _ = runs_of(storage)
     assert (parent.info.status, parent.data.metrics["trials_finished"], set(children)) == ("RUNNING", 1, {"b0"})
     assert parent.data.metrics["trials_planned"] == 2
     (storage.trials / "p0" / "cells.jsonl").unlink()
     store_trial(storage, "p0", rows(GRID, trial="p0"), trained=True)
-    write_report(folder, storage)
-    log_sweep(folder, storage)
+    write_report(read_results(folder, storage))
+    log_sweep(read_results(folder, storage), storage)
     parent, children, client = runs_of(storage)
     assert (parent.info.status, parent.data.metrics["trials_finished"], set(children)) == ("FINISHED", 2, {"b0", "p0"})
     assert "report.html" in artifacts(client, parent)
@@ -153,8 +155,8 @@ def test_a_half_logged_trial_is_completed_without_doubles(storage: Storage, monk
     with monkeypatch.context() as patched:
         patched.setattr(MlflowClient, "log_artifact", dies_at_the_fourth)
         with pytest.raises(TrackingError, match="ConnectionResetError"):
-            log_sweep(folder, storage)
-    log_sweep(folder, storage)
+            log_sweep(read_results(folder, storage), storage)
+    log_sweep(read_results(folder, storage), storage)
     _, children, client = runs_of(storage)
     assert set(children) == {"b0", "p0"}
     for run in children.values():
@@ -170,7 +172,7 @@ def test_a_trial_shared_by_two_sweeps_is_in_both(storage: Storage) -> None:
     store_trial(storage, "b0", rows(GRID, trial="b0"))
     first = store_sweep(storage, [("b0", "baseline", {}, 0)], name="first")
     second = store_sweep(storage, [("b0", "baseline", {}, 0)], name="second")
-    assert log_sweep(first, storage) != log_sweep(second, storage)
+    assert log_sweep(read_results(first, storage), storage) != log_sweep(read_results(second, storage), storage)
 
 
 @pytest.mark.mlflow
@@ -178,7 +180,7 @@ def test_mlflow_tracking_uri_is_honoured(storage: Storage, tmp_path: Path, monke
     from mlflow.tracking import MlflowClient
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
-    log_sweep(two_trials(storage), storage)
+    log_sweep(read_results(two_trials(storage), storage), storage)
     assert (tmp_path / "other.db").is_file()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert MlflowClient(tracking_uri=tracking_uri(storage)).get_experiment_by_name("demo") is None
@@ -192,7 +194,9 @@ def test_an_unreachable_server_is_said_quickly_in_one_line(storage: Storage) -> 
         for scheme in ("http", "postgresql"):
             started = time.monotonic()
             with pytest.raises(TrackingError) as caught:
-                log_sweep(two_trials_once(storage), storage, uri=f"{scheme}://anna:secret@127.0.0.1:{port}/db?token=hidden")
+                log_sweep(
+                    read_results(two_trials_once(storage), storage), storage, uri=f"{scheme}://anna:secret@127.0.0.1:{port}/db?token=hidden"
+                )
             assert time.monotonic() - started < 60
             message = str(caught.value)
             assert f"{scheme}://127.0.0.1:{port}/db" in message
@@ -209,7 +213,7 @@ def test_a_server_that_never_answers_is_given_up_in_time(storage: Storage) -> No
         silent.listen()
         started = time.monotonic()
         with pytest.raises(TrackingError):
-            log_sweep(two_trials(storage), storage, uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
+            log_sweep(read_results(two_trials(storage), storage), storage, uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
         assert time.monotonic() - started < 60
 
 
@@ -238,7 +242,7 @@ def refusing_server() -> Iterator[str]:
 @pytest.mark.mlflow
 def test_a_refusing_server_is_told_from_an_absent_one(storage: Storage, refusing_server: str) -> None:
     with pytest.raises(TrackingError, match="error code 401"):
-        log_sweep(two_trials(storage), storage, uri=refusing_server)
+        log_sweep(read_results(two_trials(storage), storage), storage, uri=refusing_server)
 
 
 @pytest.mark.mlflow
@@ -248,7 +252,7 @@ def test_the_environment_is_as_before_and_nothing_secret_is_logged(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
     before = dict(os.environ)
     with caplog.at_level(logging.DEBUG, logger="pause_ray"), pytest.raises(TrackingError):
-        log_sweep(two_trials(storage), storage, uri="postgresql://anna:secret@127.0.0.1:1/db")
+        log_sweep(read_results(two_trials(storage), storage), storage, uri="postgresql://anna:secret@127.0.0.1:1/db")
     assert dict(os.environ) == before
     assert "secret" not in caplog.text
 
@@ -268,7 +272,7 @@ def test_trials_are_sent_as_they_finish_and_the_sweep_completes_the_same_runs(st
     (storage.trials / "p0" / "cells.jsonl").unlink()
     store_trial(storage, "p0", rows(GRID, trial="p0"), trained=True)
     log_finished(folder, storage, sent=sent)
-    log_sweep(folder, storage)
+    log_sweep(read_results(folder, storage), storage)
     parent, children, client = runs_of(storage)
     assert (set(children), parent.info.status) == ({"b0", "p0"}, "FINISHED")
     for run in children.values():
@@ -294,8 +298,8 @@ def test_what_a_scheduler_stopped_is_a_killed_run_with_the_proxys_scores(storage
     folder = store_sweep(storage, planned, compare_to="paused", spec={"arm": "paused"})
     events = [rung_event("p0", 0, 0.25), rung_event("p1", 0, 0.5), stop_event("p0", 0), rung_event("p1", 1, 0.75)]
     store_search(folder, events)
-    log_sweep(folder, storage)
-    log_sweep(folder, storage)
+    log_sweep(read_results(folder, storage), storage)
+    log_sweep(read_results(folder, storage), storage)
     parent, children, client = runs_of(storage)
     stopped, kept = children["p0"], children["p1"]
     assert (parent.info.status, parent.data.metrics["trials_stopped"]) == ("FINISHED", 1)
@@ -316,14 +320,13 @@ def test_the_parent_of_many_arms_has_few_metrics_and_a_whole_description(storage
         store_trial(storage, f"p{number}", rows(GRID, trial=f"p{number}"))
         planned.append((f"p{number}", "paused", {"pauses.every": number, "train.lora.rank": 16}, 0))
     folder = store_sweep(storage, planned)
-    from pause_ray.report.results import read_results
     from pause_ray.tracking.runs import _sweep_run
 
     run = _sweep_run(read_results(folder, storage))
     assert len(run.metrics) <= 2 * MOST_CONTRASTS + 10
     description = run.tags["mlflow.note.content"]
     assert len(description) <= MOST_DESCRIPTION_CHARS
-    assert "| baseline | 0.50 | reference" in description
+    assert re.search(r"\| baseline \| 0\.50 \[\S+ \S+\] \| reference", description)
     assert "more, in `arms.csv`" in description
     assert description.endswith("The whole report is the artifact `report.html`.")
 
@@ -348,7 +351,7 @@ def test_mlflow_takes_every_label_as_a_metric(storage: Storage) -> None:
         arm, _, point = label.partition(" ")
         path, _, value = point.partition("=")
         planned.append((f"p{number}", arm, {f"pauses.{path}": value}, 0))
-    log_sweep(store_sweep(storage, planned), storage)
+    log_sweep(read_results(store_sweep(storage, planned), storage), storage)
     parent, _, _ = runs_of(storage)
     assert sum(name.startswith("difference/") for name in parent.data.metrics) == len(labels)
 

@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 from pause_ray.cli.main import app
 from pause_ray.core.errors import TrackingError
 from pause_ray.core.storage import Storage, is_complete, read_json, write_json
-from pause_ray.report.best import export_best
 from pause_ray.report.html import write_report
+from pause_ray.report.ranking import export_best
+from pause_ray.report.results import read_results
 from pause_ray.tracking.runs import log_sweep
 from tests.stored_sweep import rows, rung_event, stop_event, store_search, store_sweep, store_trial
 from tests.sweep.stubs import ROOT, write_stub_sweep
@@ -181,18 +182,20 @@ def test_a_server_on_postgresql_with_basic_auth_takes_a_sweep(tmp_path: Path, mo
     folder = planned(storage, num_trials=2)
     for number in range(2):
         finish(storage, f"p{number}")
-    export_best(folder, storage)
-    write_report(folder, storage)
+    export_best(read_results(folder, storage), storage)
+    write_report(read_results(folder, storage))
     with postgres(tmp_path / "postgres") as backend:
         (tmp_path / "server").mkdir()
         server = MlflowServer(tmp_path / "server", backend=backend, auth=True)
         server.start()
         try:
             with pytest.raises(TrackingError, match=r"MLflow at http://127.0.0.1:\d+: .*401"):
-                log_sweep(folder, storage, uri=server.uri)
+                log_sweep(read_results(folder, storage), storage, uri=server.uri)
             monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", USER)
             monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
-            assert log_sweep(folder, storage, uri=server.uri) == log_sweep(folder, storage, uri=server.uri)
+            assert log_sweep(read_results(folder, storage), storage, uri=server.uri) == log_sweep(
+                read_results(folder, storage), storage, uri=server.uri
+            )
             check_whole(server.uri, num_trials=2)
         finally:
             server.kill()

@@ -12,6 +12,7 @@ import pytest
 from pause_ray.cli.terminal import warn
 from pause_ray.core.errors import StoppedError
 from pause_ray.core.storage import Storage, read_json, write_json
+from pause_ray.report.results import read_results
 from pause_ray.tracking import live as tracker_module
 from pause_ray.tracking.live import Tracker
 from pause_ray.tracking.runs import Training
@@ -137,7 +138,7 @@ def test_trials_arrive_while_the_sweep_runs_and_their_ends_hold_nothing_up(stora
         write_json(storage.trials / "b" / "manifest.json", {**read_json(storage.trials / "a" / "manifest.json"), "digest": "b"})
         tracker.trial_ended(folder)
         until(lambda: finished() == {"a", "b"}, tracker)
-        tracker.log(folder)
+        tracker.log(read_results(folder, storage))
     assert finished() == {"a", "b", "0011223344556677"}
     assert len(runs(storage, "demo")) == 3
 

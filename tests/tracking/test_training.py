@@ -12,6 +12,7 @@ import pytest
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import Storage, write_json
 from pause_ray.models.checkpoint import Checkpoint, seal
+from pause_ray.report.results import read_results
 from pause_ray.tracking.runs import LiveTrainings, Training, log_sweep, log_training
 from pause_ray.tracking.store import tracking_uri
 from pause_ray.training.metrics import step_record
@@ -96,7 +97,7 @@ def test_the_finished_sweep_completes_the_same_run_without_doubles(storage: Stor
     send(live, folder, storage, "p0", range(1, 3))
     began = runs_of(storage)["p0"].info.run_id
     store_trial(storage, "p0", rows(GRID, trial="p0"), trained=True)
-    log_sweep(folder, storage)
+    log_sweep(read_results(folder, storage), storage)
     send(live, folder, storage, "p0", range(2, 4))  # comes in late
     live.end(status="FAILED")
     found = runs_of(storage)
@@ -117,7 +118,7 @@ def test_a_trial_that_is_trained_before_its_turn_is_seen_and_its_parameters_come
     began = runs_of(storage)["p0"]
     assert steps_of(storage, began) == [1, 2]
     store_trial(storage, "p0", rows(GRID, trial="p0"), trained=True)
-    log_sweep(folder, storage)
+    log_sweep(read_results(folder, storage), storage)
     found = runs_of(storage)["p0"]
     assert (found.info.run_id, steps_of(storage, found)) == (began.info.run_id, [1, 2, 3])
     assert (began.data.params, found.data.params["train.lora.rank"]) == ({}, "4")
