@@ -85,9 +85,7 @@ class _Run:
     def _write_status(self, *, ended: float | None) -> None:
         self._written = time.monotonic()
         busy = int(ended is None)
-        pool = PoolState(
-            pids=(os.getpid(),) * busy, busy=busy, starting=0, requests=busy, waiting_cells=0, stats={"grid": self._scorer.stats}
-        )
+        pool = PoolState(pids=(os.getpid(),) * busy, busy=busy, starting=0, requests=busy, stats={"grid": self._scorer.stats})
         cluster, ended_by = ClusterState(scoring=pool), self.queue.ended_by
         self._status.write(self._display, self.queue, cluster, failures=self.failures, ended=ended, ended_by=ended_by)
 
