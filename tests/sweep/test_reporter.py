@@ -1,4 +1,4 @@
-"""What the driver makes of what trials say: who is silent because it hangs, and who because it waits for others."""
+"""The driver's view of trials by their reports: silence of a trial that hangs, silence of one that waits for others, and interrupts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LIMIT_SECONDS = 0.5
 
 
 @pytest.fixture
-def board() -> Iterator[Any]:
+def progress_actor() -> Iterator[Any]:
     import ray
 
     from pause_ray.sweep.reporter import start_progress_actor
@@ -34,40 +34,40 @@ def board() -> Iterator[Any]:
     ray.kill(started)
 
 
-def monitor(board: Any, queue: TrialQueue, *, timeout_minutes: float | None) -> Any:
+def monitor(progress_actor: Any, queue: TrialQueue, *, timeout_minutes: float | None) -> Any:
     from pause_ray.sweep.reporter import TrialMonitor
 
     display = ProgressDisplay(Console(file=io.StringIO()))
     pool: Any = SimpleNamespace(finish=lambda: None)
-    return TrialMonitor(board, queue=queue, pool=pool, display=display, timeout_minutes=timeout_minutes)
+    return TrialMonitor(progress_actor, queue=queue, pool=pool, display=display, timeout_minutes=timeout_minutes)
 
 
-def failures_after(board: Any, states: dict[str, TrialState], until: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """What a watch with a limit takes to have failed, when trials say ``states`` and then nothing more."""
+def failures_after(progress_actor: Any, states: dict[str, TrialState], until: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """Return the failures that a monitor with a limit notes when trials report ``states`` and then nothing more."""
     import ray
 
-    line = TrialQueue(start=lambda key: None)
-    line.expect(dict.fromkeys(states, "arm"))
-    watch = monitor(board, line, timeout_minutes=LIMIT_SECONDS / 60)
+    queue = TrialQueue(start=lambda key: None)
+    queue.expect(dict.fromkeys(states, "arm"))
+    watched = monitor(progress_actor, queue, timeout_minutes=LIMIT_SECONDS / 60)
     for key, state in states.items():
-        ray.get(board.begin.remote(key, None))
-        ray.get(board.report.remote(key, state))
-    watch.read()
+        ray.get(progress_actor.begin.remote(key, None))
+        ray.get(progress_actor.report.remote(key, state))
+    watched.read()
     deadline = time.monotonic() + 120
-    while not until(watch.failures):
+    while not until(watched.failures):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-        watch.read()
-    return watch.failures
+        watched.read()
+    return watched.failures
 
 
-def test_who_insists_on_an_end_is_not_kept_waiting_by_trials(board: Any) -> None:
+def test_a_second_signal_kills_trials_that_do_not_end(progress_actor: Any) -> None:
     import ray
     from ray.exceptions import RayActorError
 
-    line = TrialQueue(start=lambda key: None)
-    line.expect({"trained": "arm"})
-    watch = monitor(board, line, timeout_minutes=None)
+    queue = TrialQueue(start=lambda key: None)
+    queue.expect({"trained": "arm"})
+    watched = monitor(progress_actor, queue, timeout_minutes=None)
 
     class Trial:
         def answers(self) -> bool:
@@ -78,24 +78,24 @@ def test_who_insists_on_an_end_is_not_kept_waiting_by_trials(board: Any) -> None
 
     process = ray.remote(num_cpus=0, max_concurrency=2)(Trial).remote()
     at_work = process.never_ends.remote()
-    ray.get(board.begin.remote("trained", process))
-    ray.get(board.report.remote("trained", TrialState(Stage.TRAINING, 1, 4)))
-    watch.interrupted.set()
-    watch.read()
+    ray.get(progress_actor.begin.remote("trained", process))
+    ray.get(progress_actor.report.remote("trained", TrialState(Stage.TRAINING, 1, 4)))
+    watched.interrupted.set()
+    watched.read()
     assert ray.get(process.answers.remote()), "a first signal lets it come to an end of its own"
-    watch.insisted.set()
-    watch.read()
+    watched.insisted.set()
+    watched.read()
     with pytest.raises(RayActorError):
         ray.get(at_work, timeout=120)
-    assert not watch.failures, "it did nothing wrong"
+    assert not watched.failures, "it did nothing wrong"
 
 
-def test_only_who_is_at_work_and_says_nothing_is_taken_to_hang(board: Any) -> None:
+def test_only_a_silent_trial_that_waits_for_no_other_counts_as_hanging(progress_actor: Any) -> None:
     at_work = {
         stage: TrialState(stage, 1, 4) for stage in (Stage.STARTING, Stage.DATA, Stage.TRAINING, Stage.SCORING, Stage.NUMERICS_CHECK)
     }
     for_others = {stage: TrialState(stage, 1, 4) for stage in Stage if stage.waits_for_others}
-    failed = failures_after(board, for_others | at_work, lambda failures: len(failures) >= len(at_work))
+    failed = failures_after(progress_actor, for_others | at_work, lambda failures: len(failures) >= len(at_work))
     assert failed.keys() == at_work.keys()
     assert all(
         "reported nothing for" in failure.message and f"({stage}, 1 of 4 done)" in failure.message for stage, failure in failed.items()

@@ -1,4 +1,4 @@
-"""What the status says of a sweep: its counts, and that it goes on where the cluster or storage does not answer for a moment."""
+"""The status of a sweep: its counts, and that it is written on where the cluster or storage does not answer for a moment."""
 
 from __future__ import annotations
 
@@ -75,21 +75,21 @@ def rows(*steps: int) -> list[dict[str, Any]]:
     return [{"step": step, "tokens": 100} for step in steps]
 
 
-def counted(before: Mapping[str, TrainingProgress], *told: tuple[str, dict[str, Any]]) -> StepCounter:
+def counted(before: Mapping[str, TrainingProgress], *reported: tuple[str, dict[str, Any]]) -> StepCounter:
     counts = StepCounter(before)
-    for trial, row in told:
+    for trial, row in reported:
         counts.note(trial, row)
     return counts
 
 
-def test_a_step_counts_once_also_when_it_is_told_again_or_taken_again() -> None:
-    told = [("a", row) for row in rows(1, 2, 3, 2, 3, 4)] + [("b", row) for row in rows(1)]
-    counts = counted({}, *told)
+def test_a_step_that_is_reported_or_trained_again_counts_once() -> None:
+    reported = [("a", row) for row in rows(1, 2, 3, 2, 3, 4)] + [("b", row) for row in rows(1)]
+    counts = counted({}, *reported)
     assert counts.new == TrainingProgress(steps=5, tokens=500)
     assert counts.by_trial == {"a": TrainingProgress(steps=4, tokens=400), "b": TrainingProgress(steps=1, tokens=100)}
 
 
-def test_what_the_driver_before_has_counted_is_not_new() -> None:
+def test_steps_that_an_earlier_driver_counted_are_not_new() -> None:
     counts = counted({"a": TrainingProgress(steps=3, tokens=299)}, *(("a", row) for row in rows(1, 2, 3, 4)))
     assert counts.new == TrainingProgress(steps=1, tokens=100)
     assert counts.by_trial["a"] == TrainingProgress(steps=4, tokens=399)
@@ -108,14 +108,14 @@ def test_speeds_are_those_of_the_last_minute() -> None:
     assert fast == Speed(cells=4.0, scored_tokens=40.0, trained_tokens=0.0)
 
 
-def test_a_fleet_that_counts_from_zero_again_is_not_taken_to_go_backwards() -> None:
+def test_totals_that_start_from_zero_again_give_no_negative_speed() -> None:
     meter = Speedometer()
     meter.speed(answered(100), trained_tokens=0, now=0.0)
     assert meter.speed(answered(1), trained_tokens=0, now=5.0) == Speed()
     assert meter.speed(answered(6), trained_tokens=0, now=10.0).cells == 2.0
 
 
-def test_who_cannot_be_asked_is_not_taken_to_begin_anew() -> None:
+def test_a_pool_that_does_not_answer_keeps_the_last_speed_for_a_minute() -> None:
     meter = Speedometer()
     assert meter.speed(None, trained_tokens=0, now=0.0) == Speed()
     meter.speed(answered(50_000), trained_tokens=0, now=0.0)
@@ -126,7 +126,7 @@ def test_who_cannot_be_asked_is_not_taken_to_begin_anew() -> None:
     assert meter.speed(None, trained_tokens=0, now=200.0) == Speed(), "of the last minute nothing is known"
 
 
-def test_a_gpu_is_idle_that_is_free_or_whose_holder_waits() -> None:
+def test_a_gpu_that_is_free_or_whose_holder_waits_is_idle() -> None:
     running = [TrialState(Stage.TRAINING, 1, 2), TrialState(Stage.SCORING, 1, 2)]
     cluster = ClusterState(scoring=scoring(pids=(1, 2, 3), busy=1), gpus=8.0, free_gpus=1.0)
     assert idle_share(running, cluster, per_actor=0.5, per_trial=1.0) == pytest.approx((1.0 + 2 * 0.5 + 1.0) / 8)
