@@ -63,7 +63,6 @@ class Checkpoint:
     """A finished adapter. Only ``open`` makes one, so its files are complete."""
 
     folder: Path
-    """Folder with the files named in this module's docstring."""
     base_digest: str
     """``model_digest`` of the base model that the adapter was trained on."""
     tokenizer_digest: str
@@ -94,9 +93,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{folder}: checkpoint format {manifest.get('format')!r}, this version reads {FORMAT}; remove the folder and train again"
             )
-        for name, expected in manifest["files"].items():
-            if not (folder / name).is_file() or _fingerprint(folder / name) != expected:
-                raise CheckpointError(f"{folder / name}: missing or changed since training; remove the folder and run again")
+        _check_files(folder, manifest["files"], remedy="remove the folder and run again")
         marker = manifest["marker"]
         return cls(
             folder=folder,
@@ -141,16 +138,7 @@ class Checkpoint:
 
     def losses(self) -> list[JsonObject]:
         """Return the rows of training.jsonl by step: ``step`` (from 1), ``loss`` in nats, ``learning_rate``, ``tokens`` and so on."""
-        return read_training_log(self.folder / TRAINING_LOG)
-
-
-def read_training_log(path: Path) -> list[JsonObject]:
-    """Read the complete rows of a training log, which may still be growing or not exist yet.
-
-    Raises:
-        StorageError: a line is no row.
-    """
-    return read_json_lines(path)
+        return read_json_lines(self.folder / TRAINING_LOG)
 
 
 def copy_tokenizer(model_dir: Path, folder: Path, *, marker: MarkerToken | None) -> None:
@@ -195,7 +183,7 @@ def seal(
         StorageError: disk full or not writable.
     """
     missing = [name for name in REQUIRED if not (folder / name).is_file()]
-    log = read_training_log(folder / TRAINING_LOG)
+    log = read_json_lines(folder / TRAINING_LOG)
     if missing or not log:
         raise CheckpointError(f"{folder}: training left no {', '.join(missing) or 'step'}; run it again")
     write_json(folder / DOCUMENTS, {"digests": sorted(document_digests)})
@@ -226,6 +214,12 @@ def _fingerprint(path: Path) -> JsonObject:
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
+def _check_files(folder: Path, fingerprints: Mapping[str, JsonObject], *, remedy: str) -> None:
+    for name, expected in fingerprints.items():
+        if not (folder / name).is_file() or _fingerprint(folder / name) != expected:
+            raise CheckpointError(f"{folder / name}: missing or changed since it was written; {remedy}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SavedStep:
     """The state of a running training after one step. Only ``RunningTraining`` makes one, so its files are complete."""
@@ -235,8 +229,6 @@ class SavedStep:
     """Number of finished steps."""
     facts: JsonObject
     """State of the training beside its tensors, as plain JSON data."""
-    validation_loss: float | None
-    """Validation loss after this step, in nats per token; None where it was not measured."""
 
     @property
     def tensors(self) -> Path:
@@ -245,7 +237,7 @@ class SavedStep:
 
     def log_rows(self) -> list[JsonObject]:
         """Read the rows of the training log up to this step."""
-        return read_training_log(self.folder / TRAINING_LOG)
+        return read_json_lines(self.folder / TRAINING_LOG)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,9 +274,9 @@ class RunningTraining:
 
         Args:
             step: Steps done.
-            write_tensors: Writes the file of that name.
+            write_tensors: Writes the safetensors file.
             log_rows: Rows of the training log; the last one may have a ``validation_loss``.
-            facts: Plain JSON data, given back with the tensors.
+            facts: Plain JSON data, returned with the tensors.
             keep_last: How many of the last ones stay.
 
         Raises:
@@ -330,10 +322,8 @@ class RunningTraining:
         difference = _first_difference(manifest["belongs_to"], self.belongs_to)
         if difference:
             raise CheckpointError(f"{folder}: checkpoint of another training ({difference}); {remedy}")
-        for name, expected in manifest["files"].items():
-            if not (folder / name).is_file() or _fingerprint(folder / name) != expected:
-                raise CheckpointError(f"{folder / name}: missing, truncated or changed since it was written; {remedy}")
-        return SavedStep(folder=folder, step=step, facts=manifest["facts"], validation_loss=manifest["validation_loss"])
+        _check_files(folder, manifest["files"], remedy=remedy)
+        return SavedStep(folder=folder, step=step, facts=manifest["facts"])
 
     def _remove_all_but(self, keep_last: int) -> None:
         steps = self._steps()
@@ -366,8 +356,7 @@ def _first_difference(saved: JsonObject, wanted: JsonObject, *, path: str = "") 
     for key in sorted({*saved, *wanted}):
         ours, theirs = wanted.get(key), saved.get(key)
         if isinstance(ours, dict) and isinstance(theirs, dict):
-            found = _first_difference(theirs, ours, path=f"{path}{key}.")
-            if found:
+            if found := _first_difference(theirs, ours, path=f"{path}{key}."):
                 return found
         elif ours != theirs:
             return f"its {path}{key} is {theirs}, here it is {ours}"

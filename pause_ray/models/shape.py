@@ -117,7 +117,7 @@ class ModelShape:
 
     def forward_flops(self, *, new_tokens: int, past_tokens: int, logit_rows: int) -> int:
         """Return the operations of one forward pass over ``new_tokens`` after ``past_tokens``, with logits for ``logit_rows`` of them."""
-        attention = sum(new_tokens + self._past_seen(past_tokens, window) for window in self.windows)
+        attention = sum(new_tokens + (past_tokens if window is None else min(past_tokens, window - 1)) for window in self.windows)
         attention *= 4 * self.num_heads * self.head_dim * new_tokens
         linear = 2 * new_tokens * self.num_layers * self._layer_weights
         return linear + attention + 2 * logit_rows * self.hidden_size * self.vocab_size
@@ -194,10 +194,6 @@ class ModelShape:
         """Number of weights of one layer's matrices."""
         return sum(inputs * outputs for inputs, outputs in self.linear_layers.values())
 
-    @staticmethod
-    def _past_seen(past_tokens: int, window: int | None) -> int:
-        return past_tokens if window is None else min(past_tokens, window - 1)
-
 
 @dataclass(frozen=True)
 class _Fields:
@@ -234,7 +230,13 @@ class _Fields:
 
     def windows(self, num_layers: int) -> tuple[int | None, ...]:
         """Return the window of each layer, from ``layer_types`` or from the older fields of its model type."""
-        types = self.values.get("layer_types") or self._types(num_layers)
+        types = self.values.get("layer_types")
+        if not types:
+            slides = self.values.get("sliding_window") is not None and self.values.get("use_sliding_window", True) is not False
+            pattern = self.count("sliding_window_pattern") if slides and "sliding_window_pattern" in self.values else None
+            whole = self.values.get("max_window_layers", 0)
+            sliding = [slides and ((layer + 1) % pattern != 0 if pattern else layer >= whole) for layer in range(num_layers)]
+            types = ["sliding_attention" if slides else "full_attention" for slides in sliding]
         if not isinstance(types, list) or len(types) != num_layers or any(kind not in _ATTENTIONS for kind in types):
             raise ModelError(
                 f"{self.origin}: layer_types {types!r} cannot be predicted: {num_layers} of {' or '.join(_ATTENTIONS)} are needed; "
@@ -242,26 +244,11 @@ class _Fields:
             )
         return tuple(self.count("sliding_window") if kind == "sliding_attention" else None for kind in types)
 
-    def _types(self, num_layers: int) -> list[str]:
-        if self.values.get("sliding_window") is None or self.values.get("use_sliding_window", True) is False:
-            return ["full_attention"] * num_layers
-        pattern = self.count("sliding_window_pattern") if "sliding_window_pattern" in self.values else None
-        whole = self.values.get("max_window_layers", 0)
-        sliding = [(layer + 1) % pattern != 0 if pattern else layer >= whole for layer in range(num_layers)]
-        return ["sliding_attention" if slides else "full_attention" for slides in sliding]
-
 
 _LLAMA_3 = {"model_type": "llama", "vocab_size": 128_256, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131_072}
-
 PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "meta-llama/Llama-3.2-3B": _LLAMA_3
-    | {
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "tie_word_embeddings": True,
-    },
+    | {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24, "tie_word_embeddings": True},
     "meta-llama/Llama-3.1-8B": _LLAMA_3
     | {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32},
     "meta-llama/Llama-3.1-70B": _LLAMA_3
@@ -273,7 +260,4 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
 def published_config(name: str) -> Mapping[str, Any] | None:
     """Return the config of a hub id (instruct version included) or of a size such as ``8B``; None for others."""
     wanted = name.lower().removesuffix("-instruct")
-    for source, config in PUBLISHED.items():
-        if wanted in (source.lower(), source.rpartition("-")[2].lower()):
-            return config
-    return None
+    return next((config for source, config in PUBLISHED.items() if wanted in (source.lower(), source.rpartition("-")[2].lower())), None)

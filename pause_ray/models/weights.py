@@ -66,8 +66,8 @@ def load_base(
 
 def _reason(error: Exception) -> str:
     """Return an error as one line; if transformers proposes to run the model's own code, the line says that this is never done."""
-    told = " ".join(str(error).split())
-    return "it has no code for this kind of model, and a model's own is never run here" if "trust_remote_code" in told else told
+    text = " ".join(str(error).split())
+    return "it has no code for this kind of model, and a model's own is never run here" if "trust_remote_code" in text else text
 
 
 def _placement(device: str, *, dtype: str, quantize: str | None) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class StoredWeights:
         """Find the tensors of ``model``, which may be empty.
 
         Raises:
-            ModelError: a file is missing or cut off, or tensors there do not stand one by one for tensors of the model.
+            ModelError: a file is missing or cut off, or several stored tensors make up one of the model.
         """
         self._folder = model_dir
         self._files: dict[str, Any] = {path.name: self._open(path) for path in _weight_files(model_dir)}
@@ -235,18 +235,26 @@ def start_marker_row(table: torch.Tensor, marker: MarkerToken) -> None:
         table[marker.token_id] = table[list(marker.initial_ids)].float().mean(0).to(table.dtype)
 
 
+def read_adapter(adapter_dir: Path, *, device: str) -> tuple[peft.PeftConfig, dict[str, torch.Tensor]]:
+    """Return the configuration and the tensors of the adapter in a checkpoint folder.
+
+    Raises:
+        CheckpointError: no adapter there, or a damaged one.
+    """
+    try:
+        return peft.PeftConfig.from_pretrained(str(adapter_dir)), peft.load_peft_weights(str(adapter_dir), device=device)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"adapter {adapter_dir}: cannot be read ({reason}); train it again") from error
+
+
 def load_adapter(base: transformers.PreTrainedModel, adapter_dir: Path) -> peft.PeftModel:
     """Load the adapter of a checkpoint folder onto ``base``; ``unload()`` of the result gives ``base`` back.
 
     Raises:
         CheckpointError: no adapter there, one of another base model, or one that overwrites base weights.
     """
-    try:
-        config = peft.PeftConfig.from_pretrained(str(adapter_dir))
-        weights = peft.load_peft_weights(str(adapter_dir), device=str(base.device))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"adapter {adapter_dir}: cannot be read ({reason}); train it again") from error
+    config, weights = read_adapter(adapter_dir, device=str(base.device))
     whole_layers = [name for name in weights if name.endswith(".weight") and ".lora_" not in name]
     if whole_layers:
         raise CheckpointError(
@@ -263,10 +271,10 @@ def load_adapter(base: transformers.PreTrainedModel, adapter_dir: Path) -> peft.
     except (RuntimeError, KeyError) as error:
         model.unload()
         raise CheckpointError(f"{misfit} ({str(error).splitlines()[-1].strip()})") from error
-    strangers = [*outcome.unexpected_keys, *_unfilled(model, outcome.missing_keys)]
-    if strangers:
+    unmatched = [*outcome.unexpected_keys, *_unfilled(model, outcome.missing_keys)]
+    if unmatched:
         model.unload()
-        raise CheckpointError(f"{misfit}: {strangers[0]} has no counterpart")
+        raise CheckpointError(f"{misfit}: {unmatched[0]} has no counterpart")
     return model.eval()
 
 

@@ -16,7 +16,7 @@ from typing import Literal, Self
 from rich.table import Table
 
 from pause_ray.core.spec import JsonObject, digest
-from pause_ray.core.storage import MANIFEST, Storage, is_complete, read_json
+from pause_ray.core.storage import MANIFEST, Storage, is_complete, read_json, read_json_lines
 from pause_ray.data.shards import ShardSet
 from pause_ray.data.spec import shards_digest
 from pause_ray.evaluation.answer import CellRunner
@@ -25,7 +25,7 @@ from pause_ray.evaluation.ledger import Ledger
 from pause_ray.evaluation.prefix_plan import Forecast, PrefixPlan, by_position, forecast, new_tokens, plan_prefixes, split_for_actors
 from pause_ray.evaluation.suite import Cell, cells
 from pause_ray.inference.engine import EndpointSpec, HfEngineSpec, Reuse, default_chunk_tokens, default_prefix_block_size
-from pause_ray.models.checkpoint import TRAINING_LOG, Checkpoint, read_training_log
+from pause_ray.models.checkpoint import TRAINING_LOG, Checkpoint
 from pause_ray.models.shape import ModelShape
 from pause_ray.models.sources import model_limit_tokens, resolve_model, row_limit_tokens
 from pause_ray.models.spec import ModelSpec
@@ -293,7 +293,7 @@ class Throughput:
             for row in rows
         )
         checkpoints = {str(read_json(folder / MANIFEST).get("checkpoint") or "") for folder in trials if is_complete(folder)} - {""}
-        steps = [row for checkpoint in sorted(checkpoints) for row in read_training_log(Path(checkpoint) / TRAINING_LOG)]
+        steps = [row for checkpoint in sorted(checkpoints) for row in read_json_lines(Path(checkpoint) / TRAINING_LOG)]
         return cls(
             num_steps=len(steps),
             trained_tokens=sum(row["tokens"] for row in steps),

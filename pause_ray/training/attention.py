@@ -28,7 +28,7 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 @dataclass(frozen=True)
 class Layout:
-    """Which tokens of one forward pass belong together; every layer gets it as the model's keyword argument ``layout``."""
+    """The documents in the tokens of one forward pass; every layer gets it as the model's keyword argument ``layout``."""
 
     documents: tuple[tuple[int, int], ...]
     """(first token, token after the last) of each document, contiguous from 0; tokens after the last document attend to nothing."""
@@ -54,8 +54,8 @@ def sequence_group(size: int) -> ProcessGroup | None:
         return None
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     groups = [torch.distributed.new_group(list(range(first, first + size))) for first in range(0, world, size)]
-    own: ProcessGroup = groups[rank // size]
-    return own
+    group: ProcessGroup = groups[rank // size]
+    return group
 
 
 def use_document_attention(model: transformers.PreTrainedModel) -> None:
@@ -94,9 +94,17 @@ def _attend(
         raise ModelError(f"{type(module).__name__} attends with {what}, which training does not support; choose another model")
     rule = _Rule(scaling, dropout, sliding_window, softcap)
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return _by_document(query, key, value, layout.documents, rule)
+
     if layout.group is None:
-        return _by_document(query, key, value, layout.documents, rule), None
-    return _across_workers(query, key, value, layout.documents, rule, layout.group), None
+        return attend(query, key, value), None
+    from deepspeed.sequence.layer import DistributedAttention
+
+    exchange = DistributedAttention(attend, layout.group, scatter_idx=2, gather_idx=1)
+    attended: torch.Tensor = exchange(*even_heads(query, key, value, workers=layout.group.size()), 0)
+    return attended[:, :, : query.shape[2]].contiguous(), None
 
 
 def _by_document(
@@ -107,35 +115,32 @@ def _by_document(
     lengths.append(query.shape[1] - sum(lengths))
     # Split, not sliced: the gradient of each slice would be a tensor of the whole row.
     parts = zip(*(torch.split(states.transpose(1, 2), lengths, dim=2) for states in (query, key, value)), strict=True)
-    seen = []
-    for length, (own_query, own_key, own_value) in zip(lengths[:-1], parts, strict=False):
-        whole = rule.softcap is None and (rule.window is None or length <= rule.window)
-        seen.append((_causal if whole else _in_blocks)(own_query, own_key, own_value, rule))
-    together = torch.cat(seen, dim=2).transpose(1, 2)
+    attended = [_in_document(queries, keys, values, rule) for _, (queries, keys, values) in zip(documents, parts, strict=False)]
+    together = torch.cat(attended, dim=2).transpose(1, 2)
     return pad(together, (0, 0, 0, 0, 0, lengths[-1])) if lengths[-1] else together
 
 
-def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: _Rule) -> torch.Tensor:
-    """Attend in one document [1, heads, tokens, width] with the kernels that need no mask."""
-    grouped = query.shape[1] > key.shape[1]
-    return scaled_dot_product_attention(query, key, value, dropout_p=rule.dropout, is_causal=True, scale=rule.scale, enable_gqa=grouped)
+def _in_document(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: _Rule) -> torch.Tensor:
+    """Attend in one document [1, heads, tokens, width]: with kernels that need no mask, or under a window or soft cap block by block.
 
-
-def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: _Rule) -> torch.Tensor:
-    """Attend in one document with a window or a soft cap, block by block, so that memory grows linearly with its length."""
+    Blocks make memory grow linearly with the document's length.
+    """
+    if rule.softcap is None and (rule.window is None or query.shape[2] <= rule.window):
+        grouped = query.shape[1] > key.shape[1]
+        return scaled_dot_product_attention(query, key, value, dropout_p=rule.dropout, is_causal=True, scale=rule.scale, enable_gqa=grouped)
     tokens, groups = query.shape[2], query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-    seen = []
+    attended = []
     for begin in range(0, tokens, BLOCK):
         end = min(begin + BLOCK, tokens)
         first = 0 if rule.window is None else max(0, begin - rule.window + 1)
         block = query[:, :, begin:end], key[:, :, first:end], value[:, :, first:end]
         if rule.softcap is None:
             mask = _kept_mask(end - begin, end - first, rule.window, query.device, query.dtype)
-            seen.append(scaled_dot_product_attention(*block, attn_mask=mask, dropout_p=rule.dropout, scale=rule.scale))
+            attended.append(scaled_dot_product_attention(*block, attn_mask=mask, dropout_p=rule.dropout, scale=rule.scale))
         else:
-            seen.append(checkpoint(_capped, *block, rule, use_reentrant=False))
-    return torch.cat(seen, dim=2)
+            attended.append(checkpoint(_capped, *block, rule, use_reentrant=False))
+    return torch.cat(attended, dim=2)
 
 
 def _mask(queries: int, keys: int, window: int | None, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -156,25 +161,6 @@ def _capped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: _
     scores = torch.tanh(query @ key.transpose(2, 3) * (scale / cap)) * cap + mask
     weights = torch.dropout(scores.softmax(dim=3, dtype=torch.float32).to(query.dtype), rule.dropout, train=True)
     return weights @ value
-
-
-def _across_workers(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    documents: tuple[tuple[int, int], ...],
-    rule: _Rule,
-    group: ProcessGroup,
-) -> torch.Tensor:
-    """Attend from this worker's tokens [1, tokens, heads, width] to the tokens of the whole group."""
-    from deepspeed.sequence.layer import DistributedAttention
-
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return _by_document(query, key, value, documents, rule)
-
-    exchange = DistributedAttention(attend, group, scatter_idx=2, gather_idx=1)
-    seen: torch.Tensor = exchange(*even_heads(query, key, value, workers=group.size()), 0)
-    return seen[:, :, : query.shape[2]].contiguous()
 
 
 def even_heads(

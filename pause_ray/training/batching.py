@@ -44,10 +44,7 @@ class BatchLayout:
 def batch_layout(train: TrainSpec, *, num_workers: int, even: bool = True) -> BatchLayout:
     """Divide the rows of a step equally; a forward pass never exceeds ``micro_batch_size`` rows.
 
-    Args:
-        train: What is trained.
-        num_workers: Workers in all.
-        even: Refuse a number of rows that does not divide evenly; otherwise it is rounded up, and some places stay idle.
+    A number of rows that does not divide evenly is refused, or without ``even`` rounded up, so that some places stay idle.
 
     Raises:
         SpecError: the workers cannot form equal groups, or the rows cannot be shared evenly.
@@ -73,16 +70,10 @@ def batch_layout(train: TrainSpec, *, num_workers: int, even: bool = True) -> Ba
 
 
 def check_corpus(train: TrainSpec, *, num_rows: int, longest_row_tokens: int, limit_tokens: int) -> None:
-    """Refuse a corpus that this training cannot use.
-
-    Args:
-        train: What is trained.
-        num_rows: Training rows.
-        longest_row_tokens: Tokens of the longest training or validation row.
-        limit_tokens: Tokens of the longest sequence that the model was made for.
+    """Refuse fewer training rows than one optimizer step takes, and a training or validation row longer than the model's limit.
 
     Raises:
-        SpecError: fewer rows than one optimizer step takes, or a row longer than the model.
+        SpecError: naming both numbers.
     """
     if num_rows < train.rows_per_step:
         raise SpecError(
@@ -112,12 +103,9 @@ def check_heads(train: TrainSpec, *, num_heads: int) -> None:
 def rows_of_step(step: int, *, num_rows: int, rows_per_step: int, seed: int) -> list[int]:
     """Return the row numbers of optimizer step ``step`` (from 0); epochs are permutations of all rows and follow without a gap."""
     wanted = range(step * rows_per_step, (step + 1) * rows_per_step)
-    epochs = {epoch: _permutation(num_rows, seed, epoch) for epoch in range(wanted[0] // num_rows, wanted[-1] // num_rows + 1)}
+    numbers = range(wanted[0] // num_rows, wanted[-1] // num_rows + 1)
+    epochs = {epoch: np.random.default_rng([seed, epoch]).permutation(num_rows) for epoch in numbers}
     return [int(epochs[place // num_rows][place % num_rows]) for place in wanted]
-
-
-def _permutation(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
 def assign_rows(rows: Sequence[int], *, lengths: Sequence[int], micro_rows: int, groups: int) -> list[list[list[int]]]:
@@ -247,8 +235,3 @@ def collate(rows: Sequence[PackedRow]) -> Batch:
         targets=np.append(labels[1:], NO_LOSS)[None],
         documents=tuple(zip(starts.tolist(), ends.tolist(), strict=True)),
     )
-
-
-def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """Return the seed of one worker's dropout in one step. It follows from the step, so no random state is saved in checkpoints."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])

@@ -70,29 +70,19 @@ def process_group(device: str) -> Iterator[None]:
         del os.environ["LOCAL_RANK"]
 
 
-def check_precision(train: TrainSpec, *, device: str) -> None:
-    """Refuse float16 on a device that does not compute in it.
+def check_machine(train: TrainSpec, *, device: str) -> None:
+    """Refuse float16 and an offload to NVMe where this machine cannot do them, before a model is loaded.
 
     Raises:
-        SpecError: naming the device.
+        SpecError: the device does not compute in float16, or DeepSpeed's asynchronous I/O cannot be built or used.
     """
     import deepspeed
+    from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if train.precision == "float16" and not deepspeed.get_accelerator().is_fp16_supported():
         raise SpecError(f"train.precision float16: this {device} does not compute in it; use bfloat16 or float32")
-
-
-def check_nvme(train: TrainSpec) -> None:
-    """Refuse an offload to NVMe on a machine that cannot do it, before a model is loaded.
-
-    Raises:
-        SpecError: DeepSpeed's asynchronous I/O cannot be built or used on this machine.
-    """
-    if "nvme" not in (train.zero.offload_optimizer, train.zero.offload_parameters):
-        return
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible(verbose=False):
+    offloads = (train.zero.offload_optimizer, train.zero.offload_parameters)
+    if "nvme" in offloads and not AsyncIOBuilder().is_compatible(verbose=False):
         raise SpecError(
             "train.zero: offload to nvme needs DeepSpeed's async_io, which does not work on this machine; "
             "install libaio with its headers and a C++ compiler on every node, or offload to cpu"
@@ -150,19 +140,30 @@ def gather(engine: Any) -> dict[str, torch.Tensor] | None:
     All ranks must call it. At most one whole tensor exists at a time on the accelerator.
     """
     first = torch.distributed.get_rank() == 0
-    whole = {
-        f"{kind}/{name}": part.detach().to("cpu", copy=True) if first else None
-        for kind in (MASTER, *MOMENTS)
-        for name, part in _parts(engine, kind)
-    }
-    return {name: part for name, part in whole.items() if part is not None} if first else None
+    whole: dict[str, torch.Tensor] = {}
+    for kind in (MASTER, *MOMENTS):
+        for name, part in _parts(engine, kind):
+            if first:
+                whole[f"{kind}/{name}"] = part.detach().to("cpu", copy=True)
+    return whole if first else None
 
 
-def restore(engine: Any, tensors: Mapping[str, torch.Tensor], *, applied: int) -> None:
-    """Load the result of ``gather`` into an engine of any stage and world size. All ranks must call it with the same tensors."""
+def step_state(engine: Any) -> JsonObject:
+    """Return what a checkpoint contains beside the result of ``gather``; the loss scale is empty without float16."""
+    scale = _scale_of(engine)
+    fields = {name: getattr(scale, name) for name in _SCALE_FIELDS if hasattr(scale, name)}
+    return {"applied_steps": applied_steps(engine), "skipped_steps": engine.skipped_steps, "loss_scale": fields}
+
+
+def restore(engine: Any, tensors: Mapping[str, torch.Tensor], *, state: JsonObject) -> None:
+    """Load the results of ``gather`` and ``step_state`` into an engine of any stage and world size. All ranks must call it alike."""
     import deepspeed
 
-    _begin(engine, applied)
+    engine.skipped_steps = state["skipped_steps"]
+    for name, value in state["loss_scale"].items():
+        if hasattr(_scale_of(engine), name):
+            setattr(_scale_of(engine), name, value)
+    _begin(engine, state["applied_steps"])
     trained = trained_parameters(engine)
     masters = _masters(engine)
     for index, (name, parameter) in enumerate(trained.items()):
@@ -179,23 +180,9 @@ def restore(engine: Any, tensors: Mapping[str, torch.Tensor], *, applied: int) -
             parameter.copy_(tensors[f"{MASTER}/{name}"])
 
 
-def loss_scale(engine: Any) -> JsonObject:
-    """Return the state of float16's dynamic loss scale; empty without one."""
-    scale = _scale_of(engine)
-    return {name: getattr(scale, name) for name in _SCALE_FIELDS if hasattr(scale, name)}
-
-
 def unapplied_scale(engine: Any) -> float:
     """Return the factor by which the caller has to multiply the loss, because DeepSpeed's plain float16 optimizer divides by it."""
     return float(getattr(getattr(engine.optimizer, "loss_scale_config", None), "cur_scale", 1.0))
-
-
-def restore_loss_scale(engine: Any, remembered: JsonObject) -> None:
-    """Load the result of ``loss_scale``."""
-    scale = _scale_of(engine)
-    for name, value in remembered.items():
-        if hasattr(scale, name):
-            setattr(scale, name, value)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -207,28 +194,20 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     path.write_bytes(safetensors.torch.save({name: part.contiguous() for name, part in sorted(tensors.items())}))
 
 
-def read_tensors(path: Path, *, trained: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path, engine: Any) -> dict[str, torch.Tensor]:
     """Read a file that ``write_tensors`` wrote.
 
-    Args:
-        path: Safetensors file.
-        trained: Shape of each whole trained parameter by name.
-
     Raises:
-        CheckpointError: the file is not of these parameters.
+        CheckpointError: the file is not of the parameters that ``engine`` trains.
     """
     tensors: dict[str, torch.Tensor] = safetensors.torch.load_file(path)
-    expected = {f"{kind}/{name}": shape for kind in (MASTER, *MOMENTS) for name, shape in trained.items()}
+    shapes = {name: torch.Size(getattr(part, "ds_shape", part.shape)) for name, part in trained_parameters(engine).items()}
+    expected = {f"{kind}/{name}": shape for kind in (MASTER, *MOMENTS) for name, shape in shapes.items()}
     found = {name: part.shape for name, part in tensors.items()}
     if found != expected:
         names = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
         raise CheckpointError(f"{path}: {names[0]} does not fit the model that is trained; remove {path.parent} and run again")
     return tensors
-
-
-def whole_shapes(engine: Any) -> dict[str, torch.Size]:
-    """Return the shape of each trained parameter, whole."""
-    return {name: torch.Size(getattr(part, "ds_shape", part.shape)) for name, part in trained_parameters(engine).items()}
 
 
 def _parts(engine: Any, kind: str) -> Any:

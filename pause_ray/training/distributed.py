@@ -13,7 +13,7 @@ import torch.distributed
 from pause_ray.models.checkpoint import STOP
 
 Chosen = TypeVar("Chosen")
-LOOK_SECONDS = 5.0
+NODE_CHECK_SECONDS = 5.0
 """Time between two checks for a node that goes away, which all workers must make together; Ray itself checks as often."""
 
 
@@ -47,24 +47,21 @@ class Requests:
     """Requests to a running training: to stop, or to save because a node goes away."""
 
     def __init__(self, workers: WorkerGroup, folder: Path, *, loses_a_node: Callable[[], bool]) -> None:
-        """Begin without a request.
+        """Begin without a request; the first worker looks for ``STOP`` in ``folder``.
 
-        Args:
-            workers: All workers of the training.
-            folder: Folder in which the first worker looks for ``STOP``.
-            loses_a_node: Returns whether a node with workers on it is about to go away; all workers call it together.
+        ``loses_a_node`` returns whether a node with workers on it is about to go away; all workers call it together.
         """
         self._workers, self._folder, self._loses_a_node = workers, folder, loses_a_node
-        self._looked = time.monotonic()
+        self._checked = time.monotonic()
 
-    def look(self) -> tuple[bool, bool]:
+    def check(self) -> tuple[bool, bool]:
         """Return whether to end after a checkpoint, and whether one is due because a node goes away; the same on all workers."""
-        stop, look = False, False
+        stop, check_nodes = False, False
         if self._workers.rank == 0:
             stop = (self._folder / STOP).exists()
-            look = time.monotonic() - self._looked >= LOOK_SECONDS
-        asked = int(self._workers.maximum(2 * stop + look))
-        if not asked % 2:
-            return asked >= 2, False
-        self._looked = time.monotonic()
-        return asked >= 2, self._loses_a_node()
+            check_nodes = time.monotonic() - self._checked >= NODE_CHECK_SECONDS
+        code = int(self._workers.maximum(2 * stop + check_nodes))
+        if not code % 2:
+            return code >= 2, False
+        self._checked = time.monotonic()
+        return code >= 2, self._loses_a_node()

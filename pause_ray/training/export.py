@@ -9,20 +9,16 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import peft
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from pause_ray.core.errors import CheckpointError, ModelError, StorageError
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import MANIFEST, building, file_sha256, read_json, space_errors, write_json
 from pause_ray.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER, TOKENIZER_COMPANIONS, Checkpoint
 from pause_ray.models.sources import read_config
-from pause_ray.models.weights import INDEX, StoredWeights, empty_base, start_marker_row
-from pause_ray.text.tokenizer import MarkerToken
+from pause_ray.models.weights import INDEX, StoredWeights, empty_base, read_adapter, start_marker_row
 
 CONFIG = "config.json"
 PREFIX = "base_model.model."
@@ -82,12 +78,17 @@ def export_model(checkpoint: Checkpoint, *, model_dir: Path, folder: Path, dtype
         StorageError: ``folder`` is not empty or cannot be written, or the disk is full.
     """
     check_target(folder)
-    config = _base_config(model_dir)
+    config = read_config(model_dir / CONFIG)
+    if "quantization_config" in config:
+        raise ModelError(
+            f"{model_dir}: its weights are quantised, so an adapter cannot be merged into them; export onto the plain base model"
+        )
     base = empty_base(model_dir, dtype="float32", marker=checkpoint.marker)
     stored = StoredWeights(model_dir, base)
     merge = _Merge(checkpoint, rows=base.get_input_embeddings().weight.shape[0])
     merge.check_fits(stored)
-    tables = _table_names(base)
+    layers = (base.get_input_embeddings(), base.get_output_embeddings())
+    tables = {name for name, _ in base.named_parameters(remove_duplicate=False) if base.get_submodule(name.rpartition(".")[0]) in layers}
     with building(folder) as scratch, space_errors(folder):
         places: dict[str, str] = {}
         for number, (file, names) in enumerate(sorted(stored.files.items())):
@@ -107,7 +108,14 @@ def export_model(checkpoint: Checkpoint, *, model_dir: Path, folder: Path, dtype
         for name in (TOKENIZER, *TOKENIZER_COMPANIONS):
             if (checkpoint.folder / name).is_file():
                 shutil.copyfile(checkpoint.folder / name, scratch / name)
-        write_json(scratch / MANIFEST, _origin(checkpoint, dtype=dtype))
+        origin = {
+            "made_by": "pause-ray export",
+            "base_digest": checkpoint.base_digest,
+            "adapter_sha256": file_sha256(checkpoint.folder / ADAPTER_WEIGHTS),
+            "marker": checkpoint.marker.text if checkpoint.marker else None,
+            "dtype": dtype,
+        }
+        write_json(scratch / MANIFEST, origin)
 
 
 class _Merge:
@@ -115,48 +123,36 @@ class _Merge:
 
     def __init__(self, checkpoint: Checkpoint, *, rows: int) -> None:
         """Read the adapter; the vocabulary tables get ``rows`` rows."""
-        folder = checkpoint.folder
-        try:
-            self._config = peft.PeftConfig.from_pretrained(str(folder))
-            weights = peft.load_peft_weights(str(folder), device="cpu")
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise CheckpointError(f"adapter {folder}: cannot be read ({' '.join(str(error).split())}); train it again") from error
-        self.rows, self._marker, self._folder = rows, checkpoint.marker, folder
+        config, weights = read_adapter(checkpoint.folder, device="cpu")
+        self.rows, self._marker, self._folder = rows, checkpoint.marker, checkpoint.folder
         self._parts: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in weights.items():
             layer, part = _split(key)
             self._parts.setdefault(f"{layer}.weight", {})[part] = tensor.float()
-        factor = self._config.lora_alpha
-        self._scale = factor / math.sqrt(self._config.r) if self._config.use_rslora else factor / self._config.r
+        self._scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
     def check_fits(self, stored: StoredWeights) -> None:
         """Refuse an adapter with a part that belongs to no weight of the base model."""
-        strangers = sorted(name for name in self._parts if name not in stored)
-        if strangers:
-            raise CheckpointError(f"adapter {self._folder}: was made for another base model: {strangers[0]} has no counterpart")
+        unmatched = sorted(name for name in self._parts if name not in stored)
+        if unmatched:
+            raise CheckpointError(f"adapter {self._folder}: was made for another base model: {unmatched[0]} has no counterpart")
 
     @torch.no_grad()
     def apply(self, name: str, tensor: torch.Tensor, *, is_table: bool) -> torch.Tensor:
         """Return the weight ``name`` merged with the adapter; it is float32 where something changed."""
         parts = self._parts.get(name, {})
         if "lora_A" in parts:
-            return self._with_factors(tensor.float(), parts)
-        if is_table and self._marker is not None:
-            return self._with_marker(tensor.float(), self._marker, parts.get(ROW))
-        return tensor
-
-    def _with_factors(self, weight: torch.Tensor, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-        merged = weight.addmm(parts["lora_B"], parts["lora_A"], alpha=self._scale)
-        if "lora_magnitude_vector" in parts:
-            merged *= (parts["lora_magnitude_vector"] / merged.norm(dim=1)).unsqueeze(1)
-        return merged
-
-    def _with_marker(self, table: torch.Tensor, marker: MarkerToken, row: torch.Tensor | None) -> torch.Tensor:
-        grown = torch.zeros(self.rows, *table.shape[1:])
-        grown[: len(table)] = table
-        start_marker_row(grown, marker)
-        if row is not None:
-            grown[marker.token_id] = row[0]
+            merged = tensor.float().addmm(parts["lora_B"], parts["lora_A"], alpha=self._scale)
+            if "lora_magnitude_vector" in parts:
+                merged *= (parts["lora_magnitude_vector"] / merged.norm(dim=1)).unsqueeze(1)
+            return merged
+        if not is_table or self._marker is None:
+            return tensor
+        grown = torch.zeros(self.rows, *tensor.shape[1:])
+        grown[: len(tensor)] = tensor
+        start_marker_row(grown, self._marker)
+        if ROW in parts:
+            grown[self._marker.token_id] = parts[ROW][0]
         return grown
 
 
@@ -169,22 +165,6 @@ def _split(key: str) -> tuple[str, str]:
     return layer, part
 
 
-def _table_names(base: Any) -> set[str]:
-    layers = (base.get_input_embeddings(), base.get_output_embeddings())
-    return {
-        f"{path}.{leaf}" for path, module in base.named_modules() if module in layers for leaf, _ in module.named_parameters(recurse=False)
-    }
-
-
-def _base_config(model_dir: Path) -> JsonObject:
-    config = read_config(model_dir / CONFIG)
-    if "quantization_config" in config:
-        raise ModelError(
-            f"{model_dir}: its weights are quantised, so an adapter cannot be merged into them; export onto the plain base model"
-        )
-    return config
-
-
 def _exported_config(config: JsonObject, *, rows: int, dtype: str | None) -> JsonObject:
     """Return the base's configuration with the new vocabulary size and precision; a multimodal model has them in its text part."""
     precision = {"dtype": dtype} if dtype else {}
@@ -193,13 +173,3 @@ def _exported_config(config: JsonObject, *, rows: int, dtype: str | None) -> Jso
     if dtype:
         changed.pop("torch_dtype", None)  # the name it had before
     return changed
-
-
-def _origin(checkpoint: Checkpoint, *, dtype: str | None) -> JsonObject:
-    return {
-        "made_by": "pause-ray export",
-        "base_digest": checkpoint.base_digest,
-        "adapter_sha256": file_sha256(checkpoint.folder / ADAPTER_WEIGHTS),
-        "marker": checkpoint.marker.text if checkpoint.marker else None,
-        "dtype": dtype,
-    }

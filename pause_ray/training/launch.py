@@ -195,15 +195,41 @@ def _train(
     progress: Progress,
     scaling: ray.train.ScalingConfig,
 ) -> Future[None]:
-    """Make the checkpoint ``folder``; the result raises what ``progress`` raised meanwhile, unless that was a ``StoppedError``."""
+    """Make and seal the checkpoint ``folder``: ``whole``, or that of the adapter after ``until`` steps.
+
+    The result raises what ``progress`` raised meanwhile, unless that was a ``StoppedError``.
+    """
     _check_job(job, shards)
-    on_gpu = scaling.use_gpu if scaling.num_workers else None
-    with (
-        _making(job, shards, whole=whole, folder=folder, until=until, on_gpu=on_gpu) as config,
-        _stoppable(config.folder / STOP, progress) as report,
-        following(config.folder / TRAINING_LOG, steps=job.train.max_steps, progress=report) as reports,
-    ):
-        run_workers(config, scaling=scaling)
+    tokenizer_digest = ModelTokenizer.load(job.model_dir).digest
+    belongs_to = _identity(job, shards) | {"tokenizer": tokenizer_digest}
+    running = RunningTraining(folder=training_folder(whole).absolute(), belongs_to=belongs_to)
+    saved = running.latest()
+    if saved:
+        log.info("resuming after step %d of %d, from %s", saved.step, job.train.max_steps, saved.folder)
+    with building(folder) as scratch:
+        copy_tokenizer(job.model_dir, scratch, marker=job.marker)
+        config = WorkerConfig(
+            job=dataclasses.replace(job, model_dir=job.model_dir.absolute(), shards=job.shards.absolute()),
+            on_gpu=scaling.use_gpu if scaling.num_workers else None,
+            folder=scratch.absolute(),
+            running=running,
+            until=until,
+        )
+        with (
+            _stoppable(config.folder / STOP, progress) as report,
+            following(config.folder / TRAINING_LOG, steps=job.train.max_steps, progress=report) as reports,
+        ):
+            run_workers(config, scaling=scaling)
+        shutil.rmtree(scratch / RAY_FOLDER, ignore_errors=True)
+        (scratch / STOP).unlink(missing_ok=True)
+        seal(
+            scratch,
+            base_digest=job.base_digest,
+            tokenizer_digest=tokenizer_digest,
+            marker=job.marker,
+            spec={"train": job.train.resolved(), "pauses": job.policy, "shards": job.shards.name, "seed": job.seed},
+            document_digests=shards.document_digests(),
+        )
     return reports
 
 
@@ -229,50 +255,6 @@ def _wait_for(holder: str, *, stage: StageCallback | None) -> None:
     log.info("waiting for %s, which trains the same adapter", holder)
     if stage is not None:
         stage(Stage.WAITING)
-
-
-@contextlib.contextmanager
-def _making(job: TrainJob, shards: ShardSet, *, whole: Path, folder: Path, until: int, on_gpu: bool | None) -> Iterator[WorkerConfig]:
-    """Yield the config with which workers fill the checkpoint ``folder``, and seal it when the block ends well; hold its lock.
-
-    Args:
-        job: What to train.
-        shards: Its rows.
-        whole: The folder of the finished training's checkpoint.
-        folder: The folder of the checkpoint that is made now: ``whole``, or that of the adapter after ``until`` steps.
-        until: As in ``WorkerConfig``.
-        on_gpu: As in ``WorkerConfig``.
-
-    Raises:
-        CheckpointError: a checkpoint of the training itself is damaged or of another one; or the block left no adapter.
-        StorageError: disk full or not writable.
-    """
-    tokenizer_digest = ModelTokenizer.load(job.model_dir).digest
-    belongs_to = _identity(job, shards) | {"tokenizer": tokenizer_digest}
-    running = RunningTraining(folder=training_folder(whole).absolute(), belongs_to=belongs_to)
-    saved = running.latest()
-    if saved:
-        log.info("going on after step %d of %d, from %s", saved.step, job.train.max_steps, saved.folder)
-    with building(folder) as scratch:
-        copy_tokenizer(job.model_dir, scratch, marker=job.marker)
-        spec = {"train": job.train.resolved(), "pauses": job.policy, "shards": job.shards.name, "seed": job.seed}
-        yield WorkerConfig(
-            job=dataclasses.replace(job, model_dir=job.model_dir.absolute(), shards=job.shards.absolute()),
-            on_gpu=on_gpu,
-            folder=scratch.absolute(),
-            running=running,
-            until=until,
-        )
-        shutil.rmtree(scratch / RAY_FOLDER, ignore_errors=True)
-        (scratch / STOP).unlink(missing_ok=True)
-        seal(
-            scratch,
-            base_digest=job.base_digest,
-            tokenizer_digest=tokenizer_digest,
-            marker=job.marker,
-            spec=spec,
-            document_digests=shards.document_digests(),
-        )
 
 
 def _check_job(job: TrainJob, shards: ShardSet) -> None:

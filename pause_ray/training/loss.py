@@ -35,16 +35,13 @@ class LossModel(nn.Module):
     def __init__(self, model: peft.PeftModel, *, sequence_group: ProcessGroup | None = None) -> None:
         """Wrap ``model`` and make it attend document by document; on a GPU, use Liger's kernels if they are installed.
 
-        Args:
-            model: The model that ``load_trainable`` returns.
-            sequence_group: Workers that share each row's tokens with this one, or None.
+        ``sequence_group`` are the workers that share each row's tokens with this one.
 
         Raises:
             ModelError: an architecture whose attention cannot be replaced.
         """
         super().__init__()
         self.model = model
-        self.sequence_parallel = sequence_group.size() if sequence_group else 1
         self._sequence_group = sequence_group
         base = model.get_base_model()
         use_document_attention(base)
@@ -53,21 +50,9 @@ class LossModel(nn.Module):
         self.output = _Output(base) if _has_plain_output(base) else None
 
     def forward(
-        self,
-        *,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        targets: torch.Tensor,
-        documents: tuple[tuple[int, int], ...],
+        self, *, input_ids: torch.Tensor, position_ids: torch.Tensor, targets: torch.Tensor, documents: tuple[tuple[int, int], ...]
     ) -> torch.Tensor:
-        """Return the cross-entropy in nats of this worker's part of a batch, summed over tokens, as a float32 scalar.
-
-        Args:
-            input_ids: (1, tokens).
-            position_ids: (1, tokens).
-            targets: (1, tokens), ``NO_LOSS`` where a token has no loss.
-            documents: ``Batch.documents``.
-        """
+        """Return the cross-entropy in nats of this worker's part of a ``Batch``, summed over tokens, as a float32 scalar."""
         with_loss = (targets[0] != NO_LOSS).nonzero()[:, 0]
         wanted = targets[0, with_loss]
         base = self.model.get_base_model()
@@ -86,12 +71,8 @@ class LossModel(nn.Module):
 
 def tensors(batch: Batch, *, device: torch.device | str) -> dict[str, Any]:
     """Return the arguments of ``LossModel`` for ``batch``."""
-    return {
-        "input_ids": torch.from_numpy(batch.input_ids).to(device),
-        "position_ids": torch.from_numpy(batch.position_ids).to(device),
-        "targets": torch.from_numpy(batch.targets).to(device),
-        "documents": batch.documents,
-    }
+    arrays = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "targets": batch.targets}
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()} | {"documents": batch.documents}
 
 
 def _use_liger_kernels(base: transformers.PreTrainedModel) -> None:

@@ -86,15 +86,9 @@ class MemoryPlan:
 def plan_memory(
     train: TrainSpec, *, shape: ModelShape, workers: Workers, stage: int, longest_row_tokens: int, loss_tokens: int | None = None
 ) -> MemoryPlan:
-    """Return what one worker and one machine hold at the peak.
+    """Return what one worker and one machine hold at the peak under ZeRO ``stage``, whatever the spec says.
 
-    Args:
-        train: What is trained.
-        shape: Sizes of the base model.
-        workers: Number and kind of workers.
-        stage: ZeRO stage; the spec's is not looked at.
-        longest_row_tokens: Tokens of the longest row, pauses included.
-        loss_tokens: Tokens with a loss in one row; None where all may have one.
+    ``longest_row_tokens`` includes pauses; ``loss_tokens`` are those with a loss in one row, None where all may have one.
     """
     rows = batch_layout(train, num_workers=max(workers.number, train.sequence_parallel), even=False).micro_rows
     tokens = math.ceil(rows * longest_row_tokens / train.sequence_parallel)
@@ -294,12 +288,7 @@ def cheapest_plan(
 def resolve_stage(train: TrainSpec, *, shape: ModelShape | None, workers: int, memory_bytes: int | None, longest_row_tokens: int) -> int:
     """Return the stage that a training runs with: the spec's, or for ``auto`` the cheapest that fits.
 
-    Args:
-        train: What is trained.
-        shape: Sizes of the base model; None where they are unknown, in which case nothing is checked.
-        workers: Number of workers.
-        memory_bytes: Memory of one GPU; None on CPUs, where nothing is checked.
-        longest_row_tokens: Tokens of the longest row, pauses included.
+    Nothing is checked without ``shape`` (a model whose sizes are unknown) or ``memory_bytes`` (of one GPU; None on CPUs).
 
     Raises:
         SpecError: no permitted stage fits; the message says which changes would fit.

@@ -42,14 +42,8 @@ PEAK_TFLOPS: Mapping[str, float] = {
 """Part of the device's name → dense 16-bit matrix operations per second with float32 sums, in 10¹², from the makers' data sheets
 (figures without sparsity). The first name that matches counts."""
 SERIES = (
-    "loss",
-    "validation_loss",
-    "learning_rate",
-    "gradient_norm",
-    "tokens_per_second",
-    "padding_share",
-    "mfu",
-    "peak_memory_bytes",
+    *("loss", "validation_loss", "learning_rate", "gradient_norm"),
+    *("tokens_per_second", "padding_share", "mfu", "peak_memory_bytes"),
 )
 """Fields of a row that are shown as curves; MLflow has them as ``training_loss`` and so on."""
 
@@ -122,15 +116,11 @@ def step_flops(shape: ModelShape, *, document_tokens: Iterable[int], loss_tokens
     linear = attention = 0
     for tokens in document_tokens:
         linear += linear_flops * tokens
-        attention += score_flops * sum(_seen(tokens, window) for window in shape.windows)
+        for window in shape.windows:
+            reach = tokens if window is None else min(window, tokens)
+            attention += score_flops * (reach * (reach + 1) // 2 + (tokens - reach) * reach)
     again = linear + attention if recomputed else 0
     return FORWARD_AND_BACKWARD * (linear + head_flops) + ATTENTION_PASSES * attention + again
-
-
-def _seen(tokens: int, window: int | None) -> int:
-    """Count the pairs of a query and a key that it attends to, in one document and one layer."""
-    reach = tokens if window is None else min(window, tokens)
-    return reach * (reach + 1) // 2 + (tokens - reach) * reach
 
 
 def model_flops_utilization(flops: float, *, seconds: float, device_name: str, workers: int = 1) -> float | None:
@@ -222,29 +212,17 @@ class TrainingLogReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file_number = 0
-        self._read_bytes = 0
-        """Bytes of whole lines that were read of this file."""
-        self._read_rows = 0
-        self._returned_rows = 0
+        self._num_rows = 0
 
     def new_rows(self) -> list[JsonObject]:
         """Return the complete rows after the last call; repeated steps are not returned again."""
         try:
-            with self._path.open("rb") as file:
-                found = os.fstat(file.fileno())
-                if found.st_ino != self._file_number or found.st_size < self._read_bytes:
-                    self._file_number, self._read_bytes, self._read_rows = found.st_ino, 0, 0
-                file.seek(self._read_bytes)
-                lines, end, _ = file.read().rpartition(b"\n")
+            lines = self._path.read_bytes().split(b"\n")[:-1]
         except FileNotFoundError:
             return []
-        rows: list[JsonObject] = [json.loads(line) for line in lines.splitlines()]
-        known = max(0, self._returned_rows - self._read_rows)
-        self._read_bytes += len(lines) + len(end)
-        self._read_rows += len(rows)
-        self._returned_rows = max(self._returned_rows, self._read_rows)
-        return rows[known:]
+        new = lines[self._num_rows :]
+        self._num_rows += len(new)
+        return [json.loads(line) for line in new]
 
 
 @contextlib.contextmanager

@@ -53,7 +53,11 @@ def load_trainable(train: TrainSpec, *, model_dir: Path, marker: MarkerToken | N
         SpecError: ``train.lora`` does not fit the model, or ``train.quantize`` does not fit the stage.
         ModelError: the base model cannot be loaded.
     """
-    _check_quantized(train, stage=stage, device=device)
+    if train.quantize and train.lora.dora and stage == 3 and device == "cpu":
+        raise SpecError(
+            f"train.lora.dora with quantize {train.quantize} under ZeRO stage 3 needs GPUs: on a CPU, PEFT replaces "
+            "the weights that ZeRO has sharded; use a stage up to 2"
+        )
     empty = empty_base(model_dir, dtype=train.precision, marker=marker, quantize=train.quantize if stage == 3 else None)
     config = adapter_config(train.lora, empty, marker)
     start = functools.partial(start_adapter, seed=seed, dtype=getattr(torch, train.precision))
@@ -74,16 +78,6 @@ def load_trainable(train: TrainSpec, *, model_dir: Path, marker: MarkerToken | N
     if train.gradient_checkpointing:
         model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
-
-
-def _check_quantized(train: TrainSpec, *, stage: int, device: str) -> None:
-    if train.quantize == "int8" and stage == 3:
-        raise SpecError("train.quantize int8 gives wrong losses under ZeRO stage 3 (bitsandbytes issue 1451); use nf4, or a stage up to 2")
-    if train.quantize and train.lora.dora and stage == 3 and device == "cpu":
-        raise SpecError(
-            f"train.lora.dora with quantize {train.quantize} under ZeRO stage 3 needs GPUs: on a CPU, PEFT replaces "
-            "the weights that ZeRO has sharded; use a stage up to 2"
-        )
 
 
 def adapter_config(lora: LoraSpec, base: transformers.PreTrainedModel, marker: MarkerToken | None) -> peft.LoraConfig:
@@ -149,20 +143,16 @@ class TrainedRow(TrainableTokensLayer):  # type: ignore[misc]
             return untrained
         result: torch.Tensor = self.base_layer(x)
         for adapter in active_adapters:
-            result = self._put_rows(result, x, adapter)
+            rows, tokens = self.trainable_tokens_delta[adapter], self.token_indices[adapter]
+            if isinstance(self.base_layer, nn.Embedding):
+                scale = self._get_embed_scale()
+                for token, row in zip(tokens, rows, strict=True):
+                    here = (x == token).unsqueeze(-1)
+                    result = torch.where(here, (row if scale is None else row * scale.to(row)).to(result), result)
+            else:
+                indices = torch.tensor(tokens, device=result.device)
+                result = result.index_copy(-1, indices, nn.functional.linear(x, rows.to(x)).to(result))
         return result
-
-    def _put_rows(self, result: torch.Tensor, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        """Return the table's ``result`` for ``x``, with the trained rows of ``adapter`` in place of the table's rows."""
-        rows = self.trainable_tokens_delta[adapter]
-        if isinstance(self.base_layer, nn.Embedding):
-            scale = self._get_embed_scale()
-            for token, row in zip(self.token_indices[adapter], rows, strict=True):
-                here = (x == token).unsqueeze(-1)
-                result = torch.where(here, (row if scale is None else row * scale.to(row)).to(result), result)
-            return result
-        tokens = torch.tensor(self.token_indices[adapter], device=result.device)
-        return result.index_copy(-1, tokens, nn.functional.linear(x, rows.to(x)).to(result))
 
 
 def output_layer(base: transformers.PreTrainedModel) -> tuple[Any, torch.Tensor | None, list[int] | None]:
@@ -180,10 +170,7 @@ def output_layer(base: transformers.PreTrainedModel) -> tuple[Any, torch.Tensor 
 def write_adapter(model: peft.PeftModel, *, trained: dict[str, torch.Tensor], folder: Path) -> None:
     """Write the files that ``PeftModel.from_pretrained`` reads; equal tensors give equal bytes.
 
-    Args:
-        model: Model with the adapter's shape and configuration; its weights may be sharded.
-        trained: Every trained parameter of the adapter by name, whole.
-        folder: Folder of the two files.
+    ``model`` may be sharded: the weights are those in ``trained``, every trained parameter of the adapter by name, whole.
 
     Raises:
         OSError: the disk is full. (PEFT writes through Rust, whose error for a full disk is less clear.)
@@ -221,18 +208,19 @@ class ShardingLoader:
         self._first_parameter: Any = None
 
     def fill(self, model: peft.PeftModel, *, start: Callable[[str, LoraLayer], None]) -> None:
-        """Load and shard every parameter.
+        """Load and shard every parameter of ``model``, the base model with an empty adapter without DoRA.
 
-        Args:
-            model: The base model with an empty adapter without DoRA; an adapter layer is made anew once its base weights are loaded.
-            start: Called with the name of each adapter layer and the layer while it is whole; sets its initial values.
+        An adapter layer is made anew once its base weights are loaded; ``start`` sets its initial values while it is whole.
 
         Raises:
             ModelError: a tensor is missing in the files, or of another shape.
         """
         ((adapter, config),) = model.peft_config.items()
         config.use_dora = self._train.lora.dora
-        self._fill_buffers()
+        for name, (module, leaf) in self._buffers.items():
+            buffer = module.get_buffer(leaf)
+            value = self._stored.read(name) if name in self._stored else buffer
+            module._buffers[leaf] = value.to(self._device, buffer.dtype)
         for name, layer in list(model.named_modules()):
             if isinstance(layer, LoraLayer):
                 self._fill_weights(layer.get_base_layer())
@@ -247,12 +235,6 @@ class ShardingLoader:
             if isinstance(layer, TrainableTokensLayer):
                 _start_rows(layer)
         self._shard(model.parameters())
-
-    def _fill_buffers(self) -> None:
-        for name, (module, leaf) in self._buffers.items():
-            buffer = module.get_buffer(leaf)
-            value = self._stored.read(name) if name in self._stored else buffer
-            module._buffers[leaf] = value.to(self._device, buffer.dtype)
 
     def _fill_weights(self, module: nn.Module) -> None:
         for parameter in list(module.parameters(recurse=False)):
@@ -273,14 +255,12 @@ class ShardingLoader:
             raise ModelError(
                 f"{name}: stored as {tuple(stored.shape)}, but config.json wants {tuple(parameter.shape)}; fetch the model again"
             )
-        value = torch.zeros(parameter.shape, dtype=self._dtype(parameter))
+        dtype = parameter.dtype if type(parameter) is nn.Parameter else getattr(torch, self._train.precision)
+        value = torch.zeros(parameter.shape, dtype=dtype)
         value[: stored.shape[0]] = stored
         if in_table and self._marker is not None:
             start_marker_row(value, self._marker)
         return value
-
-    def _dtype(self, parameter: nn.Parameter) -> torch.dtype:
-        return parameter.dtype if type(parameter) is nn.Parameter else getattr(torch, self._train.precision)
 
     def _shard(self, parameters: Iterable[nn.Parameter]) -> None:
         """Divide parameters among all workers, unless they are divided already."""

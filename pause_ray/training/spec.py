@@ -16,8 +16,6 @@ from pause_ray.text.tokenizer import MarkerToken
 
 FORMAT = 3
 """Version of training in the digest of an adapter; raised when the same job begins to give another one."""
-ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 Offload = Literal["none", "cpu", "nvme"]
 
 
@@ -149,12 +147,10 @@ class TrainSpec(Spec):
 
     def identity(self) -> JsonObject:
         """Return the fields that decide the adapter; batch layout and sharding are left out, as they change rounding only."""
-        data = self.resolved()
-        for field in ("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "sequence_parallel", "zero"):
-            del data[field]
-        for field in ("validate_every", "checkpoint_every", "keep_checkpoints"):
-            del data[field]
-        return data | {"rows_per_step": self.rows_per_step}
+        layout = {"micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "sequence_parallel", "zero"}
+        left_out = layout | {"validate_every", "checkpoint_every", "keep_checkpoints"}
+        kept = {name: value for name, value in self.resolved().items() if name not in left_out}
+        return kept | {"rows_per_step": self.rows_per_step}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,10 +176,10 @@ class TrainJob:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerConfig:
-    """Everything that a training worker needs; picklable, with paths that every node sees."""
+    """Everything that a training worker needs; picklable."""
 
     job: TrainJob
-    """What is trained."""
+    """The training, with paths that every node sees."""
     on_gpu: bool | None
     """Whether to train on a GPU; None: on the process's GPU if it has one."""
     folder: Path

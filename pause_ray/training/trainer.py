@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 
@@ -19,7 +20,7 @@ from pause_ray.core.spec import JsonObject
 from pause_ray.data.shards import PackedRow, ShardSet
 from pause_ray.models.checkpoint import TRAINING_LOG
 from pause_ray.training import deepspeed, metrics
-from pause_ray.training.batching import IDLE, GlobalBatch, batch_layout, collate, dropout_seed, learning_rate, num_loss_tokens
+from pause_ray.training.batching import IDLE, GlobalBatch, batch_layout, collate, learning_rate, num_loss_tokens
 from pause_ray.training.distributed import Requests, WorkerGroup
 from pause_ray.training.loss import tensors
 from pause_ray.training.metrics import TrainingLogWriter
@@ -30,13 +31,7 @@ class Trainer:
     """The training loop. Every worker has one, and all workers call the same methods in the same order."""
 
     def __init__(self, engine: Any, config: WorkerConfig, *, loses_a_node: Callable[[], bool]) -> None:
-        """Prepare the loop around an engine that was just started.
-
-        Args:
-            engine: DeepSpeed's engine around a ``LossModel``.
-            config: What is trained, and where its files go.
-            loses_a_node: Returns whether a node with workers on it is about to go away; all workers call it together.
-        """
+        """Prepare the loop around DeepSpeed's engine of a ``LossModel``, just started; ``loses_a_node`` is as for ``Requests``."""
         self._engine = engine
         self._config = config
         self._train = config.job.train
@@ -63,7 +58,7 @@ class Trainer:
             if done == self._train.max_steps or (self._train.validate_every and done % self._train.validate_every == 0):
                 record |= self._validate(step)
             self._log.append(record)
-            stop, node_goes = self._requests.look()
+            stop, node_goes = self._requests.check()
             due = self._train.checkpoint_every is not None and done % self._train.checkpoint_every == 0
             if done < self._train.max_steps and (due or stop or node_goes or done == self._config.until):
                 self._save(done)
@@ -76,10 +71,8 @@ class Trainer:
         """Load the last checkpoint, if there is one, and return the number of steps done."""
         saved = self._workers.from_first_worker(self._config.running.latest)
         if saved is not None:
-            whole = deepspeed.read_tensors(saved.tensors, trained=deepspeed.whole_shapes(self._engine))
-            deepspeed.restore(self._engine, whole, applied=saved.facts["applied_steps"])
-            deepspeed.restore_loss_scale(self._engine, saved.facts["loss_scale"])
-            self._engine.skipped_steps = saved.facts["skipped_steps"]
+            whole = deepspeed.read_tensors(saved.tensors, self._engine)
+            deepspeed.restore(self._engine, whole, state=saved.facts)
         self._log.begin(saved.log_rows() if saved else [])
         return saved.step if saved else 0
 
@@ -91,11 +84,7 @@ class Trainer:
                 done,
                 write_tensors=lambda path: deepspeed.write_tensors(path, whole),
                 log_rows=self._log.rows,
-                facts={
-                    "applied_steps": deepspeed.applied_steps(self._engine),
-                    "skipped_steps": self._engine.skipped_steps,
-                    "loss_scale": deepspeed.loss_scale(self._engine),
-                },
+                facts=deepspeed.step_state(self._engine),
                 keep_last=self._train.keep_checkpoints,
             )
         torch.distributed.barrier()
@@ -111,7 +100,9 @@ class Trainer:
         rate = learning_rate(step, self._train)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(dropout_seed(self._config.job.seed, step, self._workers.rank))
+        # Dropout follows from the step, so no random state is saved in checkpoints.
+        dropout = np.random.SeedSequence([self._config.job.seed, step, self._workers.rank])
+        torch.manual_seed(int(dropout.generate_state(1, np.uint64)[0]))
         passes, losses = batch.passes[self._group], list[torch.Tensor]()
         total = norm = math.nan
         for index, numbers in enumerate(passes):
@@ -192,7 +183,7 @@ class Trainer:
         if wrapped:
             norm = float(engine.get_global_grad_norm()) / scale
         skipped = engine.skipped_steps > before
-        if skipped and deepspeed.loss_scale(engine).get("cur_scale", 1.0) > 1.0:
+        if skipped and deepspeed.step_state(engine)["loss_scale"].get("cur_scale", 1.0) > 1.0:
             return 0.0
         self._check_gradient(math.inf if skipped else norm, step, numbers)
         return norm

@@ -53,7 +53,7 @@ def train_on_worker(config: dict[str, Any]) -> None:
         warnings.simplefilter("ignore", FutureWarning)
         engine = _start_engine(settings, device=device)
         try:
-            Trainer(engine, settings, loses_a_node=_loses_a_node).run()
+            Trainer(engine, settings, loses_a_node=lambda: ray.train.get_preemption_info() is not None).run()
             trained = deepspeed.gather_weights(engine)
             if torch.distributed.get_rank() == 0:
                 with space_errors(settings.folder):
@@ -66,24 +66,15 @@ def train_on_worker(config: dict[str, Any]) -> None:
                 torch.cuda.empty_cache()
 
 
-def _loses_a_node() -> bool:
-    return ray.train.get_preemption_info() is not None
-
-
 @contextlib.contextmanager
 def _threads(threads: int | None) -> Iterator[None]:
+    """Compute with ``threads``, or with this machine's usable cores divided by its workers; Ray's default would be their reserved CPUs."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or _share_of_cores())
+    torch.set_num_threads(threads or max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _share_of_cores() -> int:
-    """Return this machine's usable cores divided by its workers; Ray's default would be the logical CPUs that a worker reserves."""
-    cores: int = cpu_count()
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _free_memory_bytes(device: str) -> int | None:
@@ -97,8 +88,7 @@ def _free_memory_bytes(device: str) -> int | None:
 
 def _start_engine(settings: WorkerConfig, *, device: str) -> Any:
     job, train, num_workers = settings.job, settings.job.train, torch.distributed.get_world_size()
-    deepspeed.check_precision(train, device=device)
-    deepspeed.check_nvme(train)
+    deepspeed.check_machine(train, device=device)
     where = "cpu" if device == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}"
     stage = resolve_stage(
         train,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pause_ray.core.spec import JsonObject
 from pause_ray.training.batching import BatchLayout
-from pause_ray.training.spec import Offload, TrainSpec, ZeroSpec
+from pause_ray.training.spec import TrainSpec, ZeroSpec
 
 NEVER = 2**31 - 1
 """Steps between DeepSpeed's progress lines, which the training log makes superfluous."""
@@ -21,13 +21,8 @@ def deepspeed_config(train: TrainSpec, *, layout: BatchLayout, stage: int, world
 
     In 16 bits every stage keeps a float32 master copy of the trained weights and float32 AdamW moments. The trainer
     sets the learning rate before every step. ``torch_adam`` is torch's AdamW; DeepSpeed's need a compiler. Workers that share
-    the tokens of a row count as data parallel, as their gradients are summed in the same way.
-
-    Args:
-        train: What is trained.
-        layout: How the rows of a step are divided.
-        stage: ZeRO stage, resolved.
-        world_size: Number of workers; DeepSpeed refuses to start with another.
+    the tokens of a row count as data parallel, as their gradients are summed in the same way. DeepSpeed refuses to start with
+    another number of workers than ``world_size``.
     """
     return {
         "train_batch_size": layout.micro_rows * layout.passes * world_size,
@@ -57,12 +52,9 @@ def _zero(zero: ZeroSpec, stage: int) -> JsonObject:
             "stage3_max_reuse_distance": LIVE_BUCKETS * bucket,
             "stage3_param_persistence_threshold": WHOLE_ELEMENTS,
         }
+    nvme = {"nvme_path": zero.nvme_path}
     if zero.offload_optimizer != "none":
-        config["offload_optimizer"] = _offload(zero.offload_optimizer, zero.nvme_path)
+        config["offload_optimizer"] = {"device": zero.offload_optimizer} | (nvme if zero.offload_optimizer == "nvme" else {})
     if zero.offload_parameters != "none" and stage == 3:
-        config["offload_param"] = _offload(zero.offload_parameters, zero.nvme_path)
+        config["offload_param"] = {"device": zero.offload_parameters} | (nvme if zero.offload_parameters == "nvme" else {})
     return config
-
-
-def _offload(device: Offload, nvme_path: str | None) -> JsonObject:
-    return {"device": device} | ({"nvme_path": nvme_path} if device == "nvme" else {})

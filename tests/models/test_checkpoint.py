@@ -14,7 +14,7 @@ import pytest
 
 from pause_ray.core.errors import CheckpointError, StorageError
 from pause_ray.core.spec import JsonObject
-from pause_ray.core.storage import MANIFEST, building, is_complete, read_json, write_json
+from pause_ray.core.storage import MANIFEST, building, is_complete, read_json, read_json_lines, write_json
 from pause_ray.models.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -25,7 +25,6 @@ from pause_ray.models.checkpoint import (
     Checkpoint,
     RunningTraining,
     copy_tokenizer,
-    read_training_log,
     seal,
 )
 from pause_ray.text.tokenizer import MarkerToken
@@ -154,9 +153,9 @@ with building(Path({str(folder)!r})) as scratch:
 
 def test_a_growing_log_shows_its_complete_rows_only(tmp_path: Path) -> None:
     log = tmp_path / TRAINING_LOG
-    assert read_training_log(log) == []
+    assert read_json_lines(log) == []
     log.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    assert read_training_log(log) == [{"step": 1, "loss": 2.0}]
+    assert read_json_lines(log) == [{"step": 1, "loss": 2.0}]
 
 
 def save_tokenizer(folder: Path) -> int:

@@ -16,9 +16,8 @@ import requests
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from pause_ray.core.storage import Storage
+from pause_ray.core.storage import Storage, read_json_lines
 from pause_ray.evaluation.ledger import Ledger
-from pause_ray.models.checkpoint import read_training_log
 from pause_ray.report.overview import SweepStatus, sweep_status
 from pause_ray.sweep.status import METRICS
 from tests.cluster_files.autoscaler import CLUSTER
@@ -97,7 +96,7 @@ def scraped(cluster: RealCluster, sweep: str) -> Samples:
 def expected_counts(storage: Path) -> Samples:
     """As ledgers and training logs have it."""
     rows = [row for path in storage.glob("trials/*/cells.jsonl") for row in Ledger(path).rows()]
-    steps = [step for path in storage.glob("checkpoints/*/training.jsonl") for step in read_training_log(path)]
+    steps = [step for path in storage.glob("checkpoints/*/training.jsonl") for step in read_json_lines(path)]
     grid = (("asked", "grid"),)
     return {
         ("ray_pause_ray_cells_total", grid): len(rows),

@@ -89,8 +89,8 @@ def main(scenario: str, model: Path, shards: Path, storage: Path, events: Path) 
     from ray.cluster_utils import Cluster
 
     from pause_ray.core.errors import PauseRayError, StoppedError
-    from pause_ray.core.storage import Storage
-    from pause_ray.models.checkpoint import TRAINING_LOG, read_training_log
+    from pause_ray.core.storage import Storage, read_json_lines
+    from pause_ray.models.checkpoint import TRAINING_LOG
     from pause_ray.training.launch import fit
     from tests.training.test_launch import job_of
 
@@ -116,7 +116,7 @@ def main(scenario: str, model: Path, shards: Path, storage: Path, events: Path) 
         if happening and step >= since + happening.after_steps and happening.ready():
             happening.act()
             (log,) = (storage / "checkpoints").glob(f".*.partial/{TRAINING_LOG}")
-            done.append({"name": happening.name, "rows": read_training_log(log)})
+            done.append({"name": happening.name, "rows": read_json_lines(log)})
 
     def train(num_workers: int | tuple[int, int]) -> str:
         job = job_of(model, shards, **SETTINGS[scenario])

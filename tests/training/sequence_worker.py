@@ -30,7 +30,7 @@ def loss_and_gradients(task: dict[str, Any], *, group: Any = None, part: int = 0
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     model = LossModel(peft_model, sequence_group=group)
-    batch = collate(task["rows"]).part(part, of=model.sequence_parallel)
+    batch = collate(task["rows"]).part(part, of=group.size() if group else 1)
     loss = model(**tensors(batch, device="cpu"))
     loss.backward()
     return loss.item(), {name: value.grad for name, value in model.named_parameters() if value.grad is not None}

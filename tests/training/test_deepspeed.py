@@ -10,7 +10,8 @@ import pytest
 
 from pause_ray.core.errors import StoppedError, TrainingError
 from pause_ray.core.spec import JsonObject
-from pause_ray.models.checkpoint import ADAPTER_WEIGHTS, STATE_TENSORS, STOP, TRAINING_LOG, RunningTraining, read_training_log
+from pause_ray.core.storage import read_json_lines
+from pause_ray.models.checkpoint import ADAPTER_WEIGHTS, STATE_TENSORS, STOP, TRAINING_LOG, RunningTraining
 from pause_ray.training.spec import LoraSpec, TrainSpec, ZeroSpec
 from tests.training.ranks import train_on_ranks
 from tests.training.tiny_llama import added_marker, make_rows, make_shards
@@ -72,7 +73,7 @@ def weights(folder: Path) -> dict[str, Any]:
 
 
 def curve(folder: Path) -> list[tuple[float, ...]]:
-    rows = read_training_log(folder / "out" / TRAINING_LOG)
+    rows = read_json_lines(folder / "out" / TRAINING_LOG)
     assert [row["step"] for row in rows if "validation_loss" in row] == [2, 4, 5]
     return [(row["step"], row["loss"], row["gradient_norm"], row.get("validation_loss", 0.0)) for row in rows]
 
@@ -88,7 +89,7 @@ def test_the_same_ranks_give_the_same_bytes(llama: Path, shards: Path, tmp_path:
     assert train_on_ranks(config(llama, shards, second, **settings), num_ranks=2) == [None, None]
     assert (second / "out" / ADAPTER_WEIGHTS).read_bytes() == (whole / "out" / ADAPTER_WEIGHTS).read_bytes()
     assert curve(second) == curve(whole)
-    rows = [read_training_log(folder / "out" / TRAINING_LOG) for folder in (whole, second)]
+    rows = [read_json_lines(folder / "out" / TRAINING_LOG) for folder in (whole, second)]
     assert rows[0][:INTERRUPTED_AFTER] == rows[1][:INTERRUPTED_AFTER]
     assert rows[0][INTERRUPTED_AFTER:] != rows[1][INTERRUPTED_AFTER:], "seconds differ where steps were taken again"
     states = [folder / "training" / "step-4" / STATE_TENSORS for folder in (whole, second)]
@@ -150,5 +151,5 @@ def test_a_loss_that_is_no_number_stops_every_rank_before_its_optimizer_step(lla
     assert done is not None
     assert f"at step {done.step + 1}, rows [" in str(ended[0])
     assert all(bool(torch.isfinite(tensor).all()) for tensor in safetensors.torch.load_file(done.tensors).values())
-    rows: list[JsonObject] = read_training_log(job.folder / TRAINING_LOG)
+    rows: list[JsonObject] = read_json_lines(job.folder / TRAINING_LOG)
     assert [row["step"] for row in rows] == list(range(1, done.step + 1))

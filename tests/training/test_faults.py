@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from pause_ray.core.storage import is_complete
-from pause_ray.models.checkpoint import TRAINING_LOG, Checkpoint, read_training_log, training_folder
+from pause_ray.core.storage import is_complete, read_json_lines
+from pause_ray.models.checkpoint import TRAINING_LOG, Checkpoint, training_folder
 from pause_ray.training.launch import train_digest
 from tests.training import faulty_cluster
 from tests.training.test_launch import job_of, largest_difference, run
@@ -88,7 +88,7 @@ def test_the_same_command_goes_on_after_its_driver_was_killed(llama: Path, shard
     checkpoints = tmp_path / "checkpoints"
 
     def rows() -> list[dict[str, Any]]:
-        return next((read_training_log(path) for path in checkpoints.glob(f".*.partial/{TRAINING_LOG}")), [])
+        return next((read_json_lines(path) for path in checkpoints.glob(f".*.partial/{TRAINING_LOG}")), [])
 
     try:
         wait_for(lambda: len(rows()) > 45, process)
@@ -98,7 +98,7 @@ def test_the_same_command_goes_on_after_its_driver_was_killed(llama: Path, shard
     assert not is_complete(checkpoints / train_digest(job))
     assert number == signal.SIGKILL or b"StoppedError: training was asked to end after step" in said
     saved = max(int(path.name.removeprefix("step-")) for path in checkpoints.glob(".*.training/step-*"))
-    kept = read_training_log(next(checkpoints.glob(f".*.training/step-{saved}")) / TRAINING_LOG)
+    kept = read_json_lines(next(checkpoints.glob(f".*.training/step-{saved}")) / TRAINING_LOG)
     seen: list[int] = []
     again = run(job, tmp_path, lambda step, steps, row: seen.append(step))
     assert again.losses()[:saved] == kept, "rows of the first attempt, seconds and all"

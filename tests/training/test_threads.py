@@ -49,13 +49,16 @@ def one_core() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_core")
 def test_a_process_computes_on_no_more_cores_than_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
     from pause_ray.data import pipeline
     from pause_ray.evaluation.scoring_actor import ScoringActor
     from pause_ray.training import worker
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert ScoringActor(None, threads=None, num_neighbors=1)._threads == 1
-    assert worker._share_of_cores() == 1
+    with worker._threads(None):
+        assert torch.get_num_threads() == 1
     assert pipeline._tasks_at_once() == 1
 
 

@@ -92,3 +92,10 @@ def test_deepspeed_knows_every_setting(stage: int) -> None:
     train = TrainSpec(zero=ZeroSpec.parse({"stage": "auto", "offload_optimizer": "cpu", "offload_parameters": "cpu"}, origin="test"))
     zero = configured(train, stage=stage)["zero_optimization"]
     assert config.DeepSpeedZeroConfig(**zero).stage == stage
+
+
+@pytest.mark.parametrize("stage", [3, "auto"])
+def test_weights_in_8_bits_go_with_stages_up_to_2(stage: int | str) -> None:
+    assert TrainSpec.model_validate({"quantize": "int8", "zero": {"stage": 2}}).quantize == "int8"
+    with pytest.raises(ValueError, match=r"int8 gives wrong losses under ZeRO stage 3 .* or a stage up to 2"):
+        TrainSpec.model_validate({"quantize": "int8", "zero": {"stage": stage}})
