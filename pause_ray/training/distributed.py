@@ -1,20 +1,14 @@
-"""Agreement among the workers of one training, and requests to it from outside. Knows torch's process group; starts none."""
+"""The workers of one training: what they agree on. Knows torch's process group; starts none."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 
-from pause_ray.models.checkpoint import STOP
-
 Chosen = TypeVar("Chosen")
-NODE_CHECK_SECONDS = 5.0
-"""Time between two checks for a node that goes away, which all workers must make together; Ray itself checks as often."""
 
 
 class WorkerGroup:
@@ -41,27 +35,3 @@ class WorkerGroup:
             torch.distributed.broadcast_object_list(box, src=0)
         chosen: Chosen = box[0]
         return chosen
-
-
-class Requests:
-    """Requests to a running training: to stop, or to save because a node goes away."""
-
-    def __init__(self, workers: WorkerGroup, folder: Path, *, loses_a_node: Callable[[], bool]) -> None:
-        """Begin without a request; the first worker looks for ``STOP`` in ``folder``.
-
-        ``loses_a_node`` returns whether a node with workers on it is about to go away; all workers call it together.
-        """
-        self._workers, self._folder, self._loses_a_node = workers, folder, loses_a_node
-        self._checked = time.monotonic()
-
-    def check(self) -> tuple[bool, bool]:
-        """Return whether to end after a checkpoint, and whether one is due because a node goes away; the same on all workers."""
-        stop, check_nodes = False, False
-        if self._workers.rank == 0:
-            stop = (self._folder / STOP).exists()
-            check_nodes = time.monotonic() - self._checked >= NODE_CHECK_SECONDS
-        code = int(self._workers.maximum(2 * stop + check_nodes))
-        if not code % 2:
-            return code >= 2, False
-        self._checked = time.monotonic()
-        return code >= 2, self._loses_a_node()

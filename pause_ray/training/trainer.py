@@ -18,25 +18,31 @@ import torch.distributed
 from pause_ray.core.errors import StoppedError, TrainingError
 from pause_ray.core.spec import JsonObject
 from pause_ray.data.shards import PackedRow, ShardSet
-from pause_ray.models.checkpoint import TRAINING_LOG
+from pause_ray.models.checkpoint import STOP, TRAINING_LOG
 from pause_ray.training import deepspeed, metrics
 from pause_ray.training.batching import IDLE, GlobalBatch, batch_layout, collate, learning_rate, num_loss_tokens
-from pause_ray.training.distributed import Requests, WorkerGroup
+from pause_ray.training.distributed import WorkerGroup
 from pause_ray.training.loss import tensors
 from pause_ray.training.metrics import TrainingLogWriter
 from pause_ray.training.spec import WorkerConfig
+
+NODE_CHECK_SECONDS = 5.0
+"""Time between two checks for a node that goes away, which all workers must make together; Ray itself checks as often."""
 
 
 class Trainer:
     """The training loop. Every worker has one, and all workers call the same methods in the same order."""
 
     def __init__(self, engine: Any, config: WorkerConfig, *, loses_a_node: Callable[[], bool]) -> None:
-        """Prepare the loop around DeepSpeed's engine of a ``LossModel``, just started; ``loses_a_node`` is as for ``Requests``."""
+        """Prepare the loop around DeepSpeed's engine of a ``LossModel``, just started.
+
+        ``loses_a_node`` returns whether a node with workers on it is about to go away; all workers call it together.
+        """
         self._engine = engine
         self._config = config
         self._train = config.job.train
         self._workers = workers = WorkerGroup(engine.device)
-        self._requests = Requests(workers, config.folder, loses_a_node=loses_a_node)
+        self._loses_a_node, self._nodes_checked = loses_a_node, time.monotonic()
         self._layout = batch_layout(self._train, num_workers=workers.size, even=False)
         self._group, self._part = self._layout.place(workers.rank)
         self._shards = ShardSet.open(config.job.shards)
@@ -58,7 +64,7 @@ class Trainer:
             if done == self._train.max_steps or (self._train.validate_every and done % self._train.validate_every == 0):
                 record |= self._validate(step)
             self._log.append(record)
-            stop, node_goes = self._requests.check()
+            stop, node_goes = self._requests()
             due = self._train.checkpoint_every is not None and done % self._train.checkpoint_every == 0
             if done < self._train.max_steps and (due or stop or node_goes or done == self._config.until):
                 self._save(done)
@@ -66,6 +72,18 @@ class Trainer:
                     raise StoppedError(
                         f"training was asked to end after step {done} of {self._train.max_steps}; the same command goes on there"
                     )
+
+    def _requests(self) -> tuple[bool, bool]:
+        """Return whether to end after a checkpoint, and whether one is due because a node goes away; the same on all workers."""
+        stop, check_nodes = False, False
+        if self._workers.rank == 0:
+            stop = (self._config.folder / STOP).exists()
+            check_nodes = time.monotonic() - self._nodes_checked >= NODE_CHECK_SECONDS
+        code = int(self._workers.maximum(2 * stop + check_nodes))
+        if not code % 2:
+            return code >= 2, False
+        self._nodes_checked = time.monotonic()
+        return code >= 2, self._loses_a_node()
 
     def _resume(self) -> int:
         """Load the last checkpoint, if there is one, and return the number of steps done."""
