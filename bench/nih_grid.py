@@ -32,9 +32,10 @@ from pause_ray.core.storage import Storage
 from pause_ray.evaluation.answer import CellRunner, PlannedCell, plan_cells
 from pause_ray.evaluation.haystack import load_haystack, prompt_builder
 from pause_ray.evaluation.suite import SuiteSpec, cells
+from pause_ray.inference.attention import flop_counter
 from pause_ray.inference.engine import EngineError, HfEngineSpec, LoadedAs, default_chunk_tokens, default_prefix_block_size
 from pause_ray.inference.hf import HfEngine
-from pause_ray.inference.kv_cache import RowsCache, flop_counter
+from pause_ray.inference.kv_cache import BatchCache
 from pause_ray.models.shape import ModelShape
 from pause_ray.models.sources import resolve_model
 from pause_ray.models.spec import ModelSpec
@@ -217,8 +218,8 @@ def _recorded(model: Any) -> Iterator[Shapes]:
 
     def note(_: Any, __: Any, inputs: dict[str, Any]) -> None:
         cache, kept = inputs.get("past_key_values"), inputs.get("logits_to_keep", 0)
-        if isinstance(cache, RowsCache):
-            shapes.extend((part.row.num_tokens, part.end - part.begin, part.end - part.begin) for part in cache.parts)
+        if isinstance(cache, BatchCache):
+            shapes.extend((new.branch.num_tokens, new.end - new.begin, new.end - new.begin) for new in cache.slices)
             return
         new = int(inputs["input_ids"].shape[1])
         rows = len(kept) if isinstance(kept, torch.Tensor) else kept or new

@@ -1,7 +1,7 @@
 """Sizes and operations of a forward pass, predicted from a model's ``config.json``. Loads no model and needs no torch.
 
 For decoder models in the manner of Llama whose layers attend to everything or to a window. Operations are those that
-``torch.utils.flop_counter`` counts where ``engines.hf`` computes: two per multiply-add of every matrix product, and attention
+``torch.utils.flop_counter`` counts where ``inference.hf`` computes: two per multiply-add of every matrix product, and attention
 of every query to every key that its forward pass brings, masked or not.
 """
 

@@ -46,15 +46,16 @@ def test_in_bfloat16_answers_and_margins_are_equal_whatever_is_kept(tmp_path: Pa
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_of_flash_attention_are_those_of_the_plainest(tmp_path: Path, kind: str) -> None:
-    from pause_ray.inference.kv_cache import path_cache, use_path_attention
+    from pause_ray.inference.attention import use_prefix_attention
+    from pause_ray.inference.kv_cache import prefix_cache
 
     model = weights.load_base(make_model(tmp_path / "model", kind=kind), dtype="bfloat16", marker=None, device="cuda:0")
     ids = torch.as_tensor(prompts(1)[0], device="cuda:0")[None]
     with torch.inference_mode():
         model.set_attn_implementation("eager")
         whole = model(input_ids=ids, use_cache=False).logits[0].float()
-        use_path_attention(model)
-        cache = path_cache(model.config, host=False)
+        use_prefix_attention(model)
+        cache = prefix_cache(model.config, host=False)
         parts = [model(input_ids=part, past_key_values=cache, use_cache=True).logits[0] for part in ids.split([50, 9, 1, 40, 100], dim=1)]
     path = torch.cat(parts).float()
     assert (path - whole).abs().mean() < 0.03 * whole.std(), "rounding alone moves them by half of that, one key too many by twice"

@@ -1,4 +1,4 @@
-"""Logits along a path are those of a whole computation: five architectures, markers, adapters, drafts, kept and host keys."""
+"""Logits with a prefix cache are those of a whole computation: five architectures, markers, adapters, drafts, kept and host keys."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 hf = pytest.importorskip("pause_ray.inference.hf")
 weights = pytest.importorskip("pause_ray.models.weights")
 greedy = pytest.importorskip("pause_ray.inference.decoding")
-attention = pytest.importorskip("pause_ray.inference.kv_cache")
+attention = pytest.importorskip("pause_ray.inference.attention")
 pytestmark = pytest.mark.torch
 CHUNK = 16
 MIXED = ("llama", "gemma3_text")
@@ -43,7 +43,7 @@ def model_of(folder_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     def load(kind: str, dtype: str = "float32", adapted: bool = False) -> tuple[Any, int | None]:
         marker = added_marker(folder_of(kind)) if adapted else None
         model = weights.load_base(folder_of(kind), dtype=dtype, marker=marker, device="cpu")
-        attention.use_path_attention(model)
+        attention.use_prefix_attention(model)
         if marker:
             model = weights.load_adapter(model, make_adapter(root / f"{kind} {dtype}", folder_of(kind), seed=1, marker=marker))
         return model, marker.token_id if marker else None
@@ -57,21 +57,21 @@ class Recorded(greedy.Answer):  # type: ignore[misc, name-defined]
 
     rows: list[Any] = field(default_factory=list)
 
-    def take(self, logits: Any, guessed: Any) -> None:
+    def accept(self, logits: Any, draft: Any) -> None:
         before = len(self.ids)
-        super().take(logits, guessed)
-        self.rows.extend(logits[: len(self.ids) - before + (self.settled and len(self.ids) < self.most)])
+        super().accept(logits, draft)
+        self.rows.extend(logits[: len(self.ids) - before + (self.finished and len(self.ids) < self.max_tokens)])
 
 
 def prompts(*, seed: int = 0, marker: int | None = None) -> list[list[int]]:
-    """Two trunks with branches of all lengths, exact multiples of the chunk and single tokens among them; none is long."""
+    """Two prefixes with suffixes of all lengths, exact multiples of the chunk and single tokens among them; none is long."""
     draw = random.Random(seed)
 
     def some(count: int) -> list[int]:
         return [draw.randrange(2, 390) for _ in range(count)]
 
-    trunk = some(80)
-    made = [trunk[:cut] + some(more) for cut, more in ((80, 16), (70, 30), (64, 16), (64, 1), (16, 15), (3, 50))]
+    prefix = some(80)
+    made = [prefix[:cut] + some(more) for cut, more in ((80, 16), (70, 30), (64, 16), (64, 1), (16, 15), (3, 50))]
     made += [made[-1], made[-1][:32], made[-1][:1]]
     return [[*ids[:MARKED], marker, *ids[MARKED:]] if marker is not None else ids for ids in made]
 
@@ -79,24 +79,24 @@ def prompts(*, seed: int = 0, marker: int | None = None) -> list[list[int]]:
 def read(
     model: Any, steps: list[PromptStep], *, grain: int = 1, chunk: int = CHUNK, drafts: bool = True, host: bool = False, together: int = 1
 ) -> list[Recorded]:
-    reader = greedy.GreedyDecoder(model, model.config, chunk_tokens=chunk, prefix_block_size=grain, host=host, decode_batch=together)
-    reader.reserve(max(len(step.prompt.ids) for step in steps) + 60)
+    decoder = greedy.GreedyDecoder(model, model.config, chunk_tokens=chunk, prefix_block_size=grain, host=host, decode_batch=together)
+    decoder.reserve(max(len(step.prompt.ids) for step in steps) + 60)
     answers = []
     with torch.inference_mode():
         for step in steps:
-            reader.make_way(step.prompt.ids, keep_tokens=step.keep_tokens)
+            decoder.make_room(step.prompt.ids, keep_tokens=step.keep_tokens)
             answers.append(
-                asked(reader, step.prompt.ids, keep=step.keep_tokens, drafts=drafts, draft=step.draft_ids, most=step.max_new_tokens)
+                asked(decoder, step.prompt.ids, keep=step.keep_tokens, drafts=drafts, draft=step.draft_ids, most=step.max_new_tokens)
             )
             assert answers[-1].prefilled_tokens == len(step.prompt.ids) - step.keep_tokens
-        reader.finish()
-    assert all(answer.settled for answer in answers)
+        decoder.finish()
+    assert all(answer.finished for answer in answers)
     return answers
 
 
-def asked(reader: Any, ids: Any, *, keep: int, drafts: bool = False, draft: Sequence[int] = (), most: int = 6) -> Recorded:
-    answer = Recorded(most=most, end_ids=frozenset([0]), reference=draft)
-    reader.answer(ids, answer, keep_tokens=keep, drafts=drafts, wait=True)
+def asked(decoder: Any, ids: Any, *, keep: int, drafts: bool = False, draft: Sequence[int] = (), most: int = 6) -> Recorded:
+    answer = Recorded(max_tokens=most, end_ids=frozenset([0]), reference=draft)
+    decoder.decode(ids, answer, keep_tokens=keep, drafts=drafts, wait=True)
     return answer
 
 
@@ -115,7 +115,7 @@ def whole_logits(model: Any, step: PromptStep, answer: Recorded) -> Any:
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["base", "marker and adapter"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_along_a_walk_are_those_of_one_forward_pass(model_of: Any, kind: str, adapted: bool) -> None:
+def test_logits_along_a_prefix_plan_are_those_of_one_forward_pass(model_of: Any, kind: str, adapted: bool) -> None:
     model, marker = model_of(kind, adapted=adapted)
     steps = walk_of(prompts(marker=marker))
     assert sum(step.keep_tokens for step in steps) > 0.3 * sum(len(step.prompt.ids) for step in steps)
@@ -218,11 +218,11 @@ def test_neither_the_length_of_chunks_nor_the_place_of_keys_changes_an_answer(mo
 def test_what_a_step_wrongly_keeps_is_computed_anew(model_of: Any) -> None:
     model, _ = model_of("llama")
     first, second = [step.prompt for step in walk_of(prompts(seed=7)[:2])]
-    reader = greedy.GreedyDecoder(model, model.config, chunk_tokens=CHUNK, prefix_block_size=1)
+    decoder = greedy.GreedyDecoder(model, model.config, chunk_tokens=CHUNK, prefix_block_size=1)
     found = []
     with torch.inference_mode():
         for ids, keep in ((first.ids, 50), (second.ids, 99), (np.flip(first.ids).copy(), 40)):
-            answer = asked(reader, ids, keep=keep)
+            answer = asked(decoder, ids, keep=keep)
             found.append((answer.ids, answer.prefilled_tokens))
     expected = [answer.ids for answer in read(model, walk_of([first.ids, second.ids, np.flip(first.ids)], grain=1000, most=6))]
     assert [ids for ids, _ in found] == expected
@@ -235,17 +235,17 @@ def test_where_only_whole_chunks_are_kept_the_last_one_is_computed_anew(model_of
     first, second = [step.prompt.ids for step in walk_of(prompts(seed=7)[:2])]
     longer = np.append(first, second[:2])
     assert len(first) % CHUNK == 0
-    reader = greedy.GreedyDecoder(model, model.config, chunk_tokens=CHUNK, prefix_block_size=CHUNK)
+    decoder = greedy.GreedyDecoder(model, model.config, chunk_tokens=CHUNK, prefix_block_size=CHUNK)
     computed = []
     with torch.inference_mode():
         for ids, keep in ((first, 0), (second, 70), (first, 70), (longer, len(first))):
-            answer = asked(reader, ids, keep=keep)
+            answer = asked(decoder, ids, keep=keep)
             computed.append(answer.prefilled_tokens)
     assert computed == [len(first), len(second) - 64, len(first) - 64, CHUNK + 2]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_answers_that_go_on_together_are_those_computed_alone(model_of: Any, kind: str) -> None:
+def test_answers_of_a_batch_are_those_computed_alone(model_of: Any, kind: str) -> None:
     """Long ones, of prompts that share much, little and nothing; some with guesses from their prompt, some longer than a window."""
     model, _ = model_of(kind)
     draw = random.Random(8)
@@ -261,22 +261,22 @@ def test_answers_that_go_on_together_are_those_computed_alone(model_of: Any, kin
             assert one.margin == pytest.approx(other.margin, abs=1e-4)
 
 
-def test_going_on_together_takes_fewer_forward_passes_and_bounded_memory(model_of: Any) -> None:
+def test_a_batch_takes_fewer_forward_passes_and_bounded_memory(model_of: Any) -> None:
     model, _ = model_of("llama")
     steps = walk_of(prompts(seed=9), most=30)
     passes: list[int] = []
     hook = model.register_forward_pre_hook(lambda *_: passes.append(1))
-    reader = greedy.GreedyDecoder(model, model.config, chunk_tokens=CHUNK, prefix_block_size=1, decode_batch=4)
+    decoder = greedy.GreedyDecoder(model, model.config, chunk_tokens=CHUNK, prefix_block_size=1, decode_batch=4)
     try:
         read(model, steps, drafts=False)
         alone = len(passes)
         read(model, steps, drafts=False, together=4)
         assert len(passes) - alone < 0.6 * alone
-        reader.reserve(130)
+        decoder.reserve(130)
         with torch.inference_mode():
             for step in steps:
-                reader.make_way(step.prompt.ids, keep_tokens=step.keep_tokens)
-                asked(reader, step.prompt.ids, keep=step.keep_tokens, most=30)
-                assert reader.kv_bytes <= (2 * 130 + 4 * 30) * 2 * 2 * 2 * 8 * 4, "layers x keys and values x heads x width x bytes"
+                decoder.make_room(step.prompt.ids, keep_tokens=step.keep_tokens)
+                asked(decoder, step.prompt.ids, keep=step.keep_tokens, most=30)
+                assert decoder.kv_bytes <= (2 * 130 + 4 * 30) * 2 * 2 * 2 * 8 * 4, "layers x keys and values x heads x width x bytes"
     finally:
         hook.remove()

@@ -14,7 +14,7 @@ from tests.inference.tiny_model import WINDOW, make_adapter, make_model
 
 torch = pytest.importorskip("torch")
 hf = pytest.importorskip("pause_ray.inference.hf")
-rows = pytest.importorskip("pause_ray.inference.kv_cache")
+kv_cache = pytest.importorskip("pause_ray.inference.kv_cache")
 pytestmark = pytest.mark.torch
 CHUNK = 16
 POISON = 391
@@ -84,7 +84,7 @@ def test_unusual_attention_is_left_to_transformers_or_done_right(tmp_path: Path,
 def test_whatever_fails_every_prompt_gets_its_own_answer_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, seed: int
 ) -> None:
-    """Memory that is short in mid-pass or when a row parts from the path, logits that are no numbers, at once or after a while."""
+    """Memory that is short in mid-pass or when a branch is split from the prefix, logits that are no numbers, at once or after a while."""
     draw = random.Random(seed)
     monkeypatch.setattr(hf._Base, "prefix_block_size", lambda *_: CHUNK if seed % 2 else 1)
     folder = make_model(tmp_path / "model", kind=kind, tied=False, seed=seed)
@@ -111,8 +111,8 @@ def test_whatever_fails_every_prompt_gets_its_own_answer_once(
             raised.append(1)
             raise torch.OutOfMemoryError("no memory is left")
 
-    part_from = rows.Row.part_from
-    monkeypatch.setattr(rows.Row, "part_from", lambda *args, **options: (short(), part_from(*args, **options))[1])
+    split = kv_cache.Branch.split
+    monkeypatch.setattr(kv_cache.Branch, "split", lambda *args, **options: (short(), split(*args, **options))[1])
     engine.model.model.layers[1].register_forward_pre_hook(short)
     found = list(engine.answer(steps))
     assert sorted(place for place, _ in found) == list(range(len(asked)))

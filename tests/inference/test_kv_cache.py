@@ -21,7 +21,7 @@ def states(tokens: int, *, seed: int = 0) -> Any:
 @pytest.mark.parametrize("window", [None, 5])
 def test_what_is_seen_is_what_transformers_layers_show(window: int | None, host: bool) -> None:
     draw = random.Random(0)
-    layer = kv.PathLayer(window=window, host=host)
+    layer = kv.PrefixLayer(window=window, host=host)
     stock = transformers.cache_utils.DynamicSlidingWindowLayer(window) if window else transformers.cache_utils.DynamicLayer()
     for number in range(40):
         new = draw.choice([1, 1, 2, 5, 9])
@@ -34,24 +34,24 @@ def test_what_is_seen_is_what_transformers_layers_show(window: int | None, host:
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_after_going_back_it_is_as_if_what_was_forgotten_had_never_been(window: int | None) -> None:
+def test_after_truncation_the_dropped_tokens_leave_no_trace(window: int | None) -> None:
     keys, values = states(60), states(60, seed=1)
-    straight, winding = kv.PathLayer(window=window), kv.PathLayer(window=window)
+    straight, truncated = kv.PrefixLayer(window=window), kv.PrefixLayer(window=window)
     straight.update(keys[:, :, :20], values[:, :, :20])
-    winding.update(keys[:, :, :7], values[:, :, :7])
-    winding.update(*(states(30, seed=seed) for seed in (2, 3)))
-    winding.keep(7)
-    winding.update(keys[:, :, 7:30], values[:, :, 7:30])
-    winding.crop(-10)
-    winding.keep(25)
-    assert straight.num_tokens == winding.num_tokens == 20
-    assert straight.get_mask_sizes(3) == winding.get_mask_sizes(3)
-    one, other = (layer.update(keys[:, :, 20:], values[:, :, 20:]) for layer in (straight, winding))
+    truncated.update(keys[:, :, :7], values[:, :, :7])
+    truncated.update(*(states(30, seed=seed) for seed in (2, 3)))
+    truncated.truncate(7)
+    truncated.update(keys[:, :, 7:30], values[:, :, 7:30])
+    truncated.truncate(20)
+    truncated.truncate(25)
+    assert straight.num_tokens == truncated.num_tokens == 20
+    assert straight.get_mask_sizes(3) == truncated.get_mask_sizes(3)
+    one, other = (layer.update(keys[:, :, 20:], values[:, :, 20:]) for layer in (straight, truncated))
     assert all(torch.equal(left, right) for left, right in zip(one, other, strict=True))
 
 
 def test_writing_moves_nothing_that_is_held_where_room_was_reserved() -> None:
-    layer = kv.PathLayer()
+    layer = kv.PrefixLayer()
     layer.reserve(100)
     layer.update(states(3), states(3))
     place, size = layer.keys.data_ptr(), layer.num_bytes
@@ -64,8 +64,8 @@ def test_writing_moves_nothing_that_is_held_where_room_was_reserved() -> None:
     assert layer.num_bytes > size
 
 
-def test_growing_without_a_reservation_copies_less_than_twice_the_path() -> None:
-    layer = kv.PathLayer()
+def test_growing_without_a_reservation_copies_less_than_twice_the_prefix() -> None:
+    layer = kv.PrefixLayer()
     copied = 0
     for held in range(5000):
         before = layer.keys.data_ptr() if held else None
@@ -75,19 +75,11 @@ def test_growing_without_a_reservation_copies_less_than_twice_the_path() -> None
     assert layer.keys.shape[2] < 1.5 * 5000
 
 
-def test_resetting_gives_the_memory_back() -> None:
-    layer = kv.PathLayer()
-    layer.update(states(3), states(3))
-    layer.reset()
-    assert (layer.num_tokens, layer.num_bytes) == (0, 0)
-    assert layer.update(states(2), states(2))[0].shape[2] == 2
-
-
-def test_models_with_recurrent_states_have_no_path() -> None:
+def test_models_with_recurrent_states_have_no_prefix_cache() -> None:
     sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     attending = transformers.AutoConfig.for_model("llama", **sizes)
     recurrent = transformers.AutoConfig.for_model("lfm2", layer_types=["conv", "full_attention"], **sizes)
-    assert kv.path_cache(recurrent, host=False) is None
-    cache = kv.path_cache(attending, host=False)
+    assert kv.prefix_cache(recurrent, host=False) is None
+    cache = kv.prefix_cache(attending, host=False)
     assert len(cache.layers) == 2
-    assert (cache.num_tokens, cache.num_bytes) == (0, 0)
+    assert cache.num_bytes == 0

@@ -28,19 +28,21 @@ LLAMA = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_predicted_operations_and_bytes_are_those_counted(tmp_path: Path, kind: str, tied: bool) -> None:
     torch = pytest.importorskip("torch")
-    weights, kv, attention = (pytest.importorskip(f"pause_ray.engines.{name}") for name in ("weights", "kv", "attention"))
+    from pause_ray.inference import attention, kv_cache
+    from pause_ray.models import weights
+
     folder = make_model(tmp_path / "model", kind=kind, tied=tied)
     shape = ModelShape.load(folder)
     model = weights.load_base(folder, dtype="float32", marker=None, device="cpu")
-    attention.use_path_attention(model)
-    cache = kv.path_cache(model.config, host=False)
+    attention.use_prefix_attention(model)
+    cache = kv_cache.prefix_cache(model.config, host=False)
     past = 0
     for new, rows in ((30, 1), (1, 1), (16, 16), (40, 5), (3, 3), (1, 1)):
         with torch.inference_mode(), attention.flop_counter() as counter:
             model(input_ids=torch.full((1, new), 7), past_key_values=cache, use_cache=True, logits_to_keep=rows)
         assert counter.get_total_flops() == shape.forward_flops(new_tokens=new, past_tokens=past, logit_rows=rows)
         past += new
-    cache = kv.path_cache(model.config, host=False)
+    cache = kv_cache.prefix_cache(model.config, host=False)
     cache.reserve(past)
     with torch.inference_mode():
         model(input_ids=torch.full((1, past), 7), past_key_values=cache, use_cache=True)
@@ -52,18 +54,19 @@ def test_predicted_operations_and_bytes_are_those_counted(tmp_path: Path, kind: 
 @pytest.mark.torch
 def test_operations_of_a_prompt_are_those_of_its_chunks_and_its_draft(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    weights, greedy, attention = (pytest.importorskip(f"pause_ray.engines.{name}") for name in ("weights", "greedy", "attention"))
+    from pause_ray.inference import attention, decoding
+    from pause_ray.models import weights
     from tests.inference.prompt_steps import step_of
 
     folder = make_model(tmp_path / "model", kind="mistral")
     model = weights.load_base(folder, dtype="float32", marker=None, device="cpu")
-    attention.use_path_attention(model)
-    reader = greedy.GreedyDecoder(model, model.config, chunk_tokens=16, prefix_block_size=1)
+    attention.use_prefix_attention(model)
+    decoder = decoding.GreedyDecoder(model, model.config, chunk_tokens=16, prefix_block_size=1)
     for ids, keep, draft in (([7] * 50, 0, []), ([7] * 40 + [8] * 24, 40, [9, 9, 9])):
         step = step_of(ids, keep=keep, draft=draft, most=1 + len(draft))
-        answer = greedy.Answer(most=step.max_new_tokens, end_ids=frozenset(range(400)), reference=step.draft_ids)
+        answer = decoding.Answer(max_tokens=step.max_new_tokens, end_ids=frozenset(range(400)), reference=step.draft_ids)
         with torch.inference_mode(), attention.flop_counter() as counter:
-            reader.answer(step.prompt.ids, answer, keep_tokens=keep, drafts=True)
+            decoder.decode(step.prompt.ids, answer, keep_tokens=keep, drafts=True)
         assert answer.forwards == 0, "every token ends the answer"
         expected = ModelShape.load(folder).prompt_flops(prompt_tokens=len(ids), kept_tokens=keep, chunk_tokens=16, draft_tokens=len(draft))
         assert counter.get_total_flops() == expected
