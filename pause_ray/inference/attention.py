@@ -128,9 +128,10 @@ def _attend(
     if causal and query.shape[0] == 1 and others.get("softcap") is not None:
         return _capped(query, key, value, attention_mask, scaling=scaling, softcap=others["softcap"]), None
     if not causal or query.shape[0] > 1 or others.get("position_bias") is not None:
-        return sdpa_attention_forward(
+        attended: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others
         )
+        return attended
     heads, tokens, groups, keys = query.shape[1], query.shape[2], key.shape[1], key.shape[2]
     if attention_mask is None and 1 < tokens < keys:
         if query.shape[3] <= _WIDEST_FLASH:

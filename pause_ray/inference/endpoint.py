@@ -1,14 +1,11 @@
-"""Greedy answers from a server that speaks the OpenAI protocol: vLLM, SGLang, TGI, ``transformers serve``, a vendor's.
+"""The engine of a server that speaks the OpenAI protocol: vLLM, SGLang, TGI, ``transformers serve``, or a vendor's.
 
-``completions`` sends the token ids that were counted. ``chat`` sends messages, and the server's own template and
-tokenizer make tokens of them. Precision, limits and the reuse of common prefixes are the server's; requests go out in the
-order of the steps, so that neighbours find each other's prefix in its cache. Knows no task.
+``completions`` sends the token ids that were counted; ``chat`` sends messages, which the server turns into tokens.
+The server decides on precision, limits and prefix caching. Requests are sent in the order of the steps, so that neighbours hit its cache.
 """
 
 from __future__ import annotations
 
-import datetime
-import email.utils
 import json
 import logging
 import os
@@ -34,14 +31,14 @@ from pause_ray.text.tokenizer import ModelTokenizer
 
 OK = 200
 _BUSY = {408, 425, 429}
-"""Statuses below 500 that a later attempt may not get."""
+"""Statuses below 500 that a later attempt may not get again."""
 _LONGEST_PAUSE_SECONDS = 60.0
 _CONNECT_SECONDS = 30.0
 _LARGEST_BODY = 16 * 1024**2
-"""Bytes of one reply; an answer has a few thousand."""
+"""The largest accepted reply in bytes; an answer has a few thousand."""
 _QUOTED_CHARS = 240
 _SHORTEST_SECRET = 8
-"""Characters; what is shorter stands in for a key where a server wants none, such as ``EMPTY``, and may be a word of an answer."""
+"""A key with fewer characters is a placeholder, such as ``EMPTY``, and may occur in an answer, so it is not removed from replies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,33 +49,33 @@ class Reply:
     """Status of the HTTP reply, or that of an error in its body, which gateways send under 200."""
     text: str
     data: Any
-    """The body as JSON; None if it is none."""
+    """The body parsed as JSON; None if it is not JSON."""
     location: str
-    """Where a redirect points to; usually empty."""
+    """Target of a redirect; usually empty."""
     seconds: float
-    """Seconds of the attempt that brought the reply."""
+    """Duration of the successful attempt."""
 
     @property
     def quoted(self) -> str:
-        """Status and message, short enough for one line."""
+        """The status and the message, short enough for one line."""
         return f"{self.status}: {_shortened(_message(self.data) or self.text) or 'an empty body'}"
 
 
 class Connection:
-    """A base URL, how long to wait for it, and how often to try."""
+    """Sends requests to the base URL of a spec, with its key, timeout and retries."""
 
-    def __init__(self, url: str, *, key_variable: str | None, timeout_seconds: float, retries: int, first_pause_seconds: float) -> None:
-        self.url = url.rstrip("/")
-        self._key_variable = key_variable
-        self._timeout_seconds = timeout_seconds
-        self._retries = retries
+    def __init__(self, spec: EndpointSpec, *, first_pause_seconds: float) -> None:
+        self.url = spec.url.rstrip("/")
+        self._key_variable = spec.key_variable
+        self._timeout_seconds = spec.timeout_seconds
+        self._retries = spec.retries
         self._first_pause_seconds = first_pause_seconds
 
     def check_key(self) -> None:
-        """Look whether there is a key that can be sent.
+        """Check that the key can be sent.
 
         Raises:
-            ModelError: the variable is not set, or holds what cannot be a key.
+            ModelError: The variable is not set, or its value cannot be a key.
         """
         key, variable = self._key(), self._key_variable
         if variable is not None and not key:
@@ -95,31 +92,31 @@ class Connection:
         wants_json: bool = True,
         stop: threading.Event | None = None,
     ) -> Reply:
-        """POST ``body``, or GET, until the server gives an answer that is final.
+        """POST ``body`` as JSON, or GET if it is None, until the server gives a final reply.
 
         Args:
-            path: Below the base URL.
-            body: JSON to send; None for GET.
-            retries: Attempts after the first; None for the connection's own number.
-            wants_json: A reply of 200 that is no whole JSON counts as lost on the way.
-            stop: Ends the waiting between attempts.
+            path: The path below the base URL.
+            body: The body to send.
+            retries: The number of attempts after the first; None for the spec's.
+            wants_json: Whether a reply of 200 that is not complete JSON counts as lost.
+            stop: Ends the pause between attempts when it is set.
 
         Raises:
-            EngineError: no final answer in any attempt, or the server asks to wait longer than an answer may take.
+            EngineError: No attempt brought a final reply, or the server asks for a longer pause than the timeout.
         """
         stop = stop or threading.Event()
         retries = self._retries if retries is None else retries
         for attempt in range(retries + 1):
-            reply, trouble, wanted_pause = self._attempt(path, body, wants_json=wants_json)
+            reply, problem, wanted_pause = self._attempt(path, body, wants_json=wants_json)
             if reply is not None:
                 return reply
             if attempt == retries or wanted_pause > self._timeout_seconds or stop.wait(max(wanted_pause, self._pause(attempt))):
                 break
-        patience = f", it asks to wait {wanted_pause:g} s" if wanted_pause else ""
-        raise EngineError(f"{self.url}/{path}: {trouble}{patience} (attempt {attempt + 1} of {retries + 1})")
+        pause = f", it asks to wait {wanted_pause:g} s" if wanted_pause else ""
+        raise EngineError(f"{self.url}/{path}: {problem}{pause} (attempt {attempt + 1} of {retries + 1})")
 
     def _attempt(self, path: str, body: JsonObject | None, *, wants_json: bool) -> tuple[Reply | None, str, float]:
-        """A final reply, or what went wrong and the pause that the server asks for, in seconds."""
+        """Return a final reply, or None with the problem and the pause in seconds that the server asks for."""
         import requests
 
         started = time.monotonic()
@@ -137,13 +134,13 @@ class Connection:
         except requests.Timeout:
             return None, f"no answer within {self._timeout_seconds:g} s", 0.0
         except requests.RequestException as error:
-            return None, f"no connection, or it was lost ({self._blotted(_cause(error))})", 0.0
-        text = self._blotted(content.decode("utf-8", errors="replace"))
+            return None, f"no connection, or it was lost ({self._without_key(_cause(error))})", 0.0
+        text = self._without_key(content.decode("utf-8", errors="replace"))
         reply = Reply(
             status=_status(response.status_code, _parsed(text)),
             text=text,
             data=_parsed(text),
-            location=self._blotted(response.headers.get("Location", "")),
+            location=self._without_key(response.headers.get("Location", "")),
             seconds=time.monotonic() - started,
         )
         if reply.status in _BUSY or reply.status >= 500:
@@ -153,7 +150,7 @@ class Connection:
         return reply, "", 0.0
 
     def _read(self, response: Any, *, deadline: float) -> bytes:
-        """The body; byte by byte, since a larger piece would wait for its last byte past any deadline."""
+        """Return the body, read byte by byte because a larger piece could wait for its last byte past the deadline."""
         import requests
 
         content = bytearray()
@@ -166,22 +163,22 @@ class Connection:
         return bytes(content)
 
     def _pause(self, attempt: int) -> float:
-        """Twice as long each time, and never the same for two that wait."""
+        """Return the pause after an attempt in seconds: exponential with jitter."""
         longest = min(_LONGEST_PAUSE_SECONDS, self._first_pause_seconds * 2.0**attempt)
         return longest * (0.5 + random.random() / 2)  # noqa: S311 (spreads requests in time, changes no result)
 
     def _key(self) -> str:
-        """Read when it is needed and kept nowhere, so that no dump of an object shows it."""
+        """Read the key from the environment; it is stored nowhere, so that no dump of an object shows it."""
         return os.environ.get(self._key_variable, "").strip() if self._key_variable else ""
 
     def _sign(self, request: Any) -> Any:
-        # Given to requests as its ``auth``: otherwise it would put a password of ~/.netrc in the key's place.
+        # Passed to requests as ``auth``, because requests would otherwise send a password of ~/.netrc instead of the key.
         if key := self._key():
             request.headers["Authorization"] = f"Bearer {key}"
         return request
 
-    def _blotted(self, text: str) -> str:
-        """``text`` without the key: a server may repeat it in what it answers."""
+    def _without_key(self, text: str) -> str:
+        """Return ``text`` without the key, which a server may repeat in its reply."""
         key = self._key()
         return text.replace(key, "[key]") if len(key) >= _SHORTEST_SECRET else text
 
@@ -194,7 +191,7 @@ def _parsed(text: str) -> Any:
 
 
 def _status(status: int, data: Any) -> int:
-    """``status``, or the one in the body of an error that came as 200."""
+    """Return the status in the body of an error that came as 200, otherwise ``status``."""
     error = data.get("error") if isinstance(data, dict) else None
     code = error.get("code") if isinstance(error, dict) else None
     if status != OK or isinstance(code, bool) or not str(code).isdecimal():
@@ -203,7 +200,7 @@ def _status(status: int, data: Any) -> int:
 
 
 def _message(data: Any) -> str:
-    """The part of an error body that is for people; vendors put it in different places."""
+    """Return the message of an error body; vendors put it under different names."""
     for name in ("error", "message", "detail"):
         if isinstance(data, dict) and data.get(name):
             return _message(data[name]) or str(data[name])
@@ -211,22 +208,18 @@ def _message(data: Any) -> str:
 
 
 def _seconds_to_wait(retry_after: str) -> float:
-    """Return the seconds of a ``Retry-After`` header, which holds seconds or a date (RFC 9110, 10.2.3); 0 for none and for nonsense."""
+    """Return the seconds of a ``Retry-After`` header (RFC 9110, 10.2.3); 0 without one and for an invalid one."""
+    from urllib3.exceptions import InvalidHeader
+    from urllib3.util import Retry
+
     try:
-        return max(0.0, float(retry_after))
-    except ValueError:
-        pass
-    try:
-        moment = email.utils.parsedate_to_datetime(retry_after)
-    except ValueError:
+        return Retry().parse_retry_after(retry_after)
+    except InvalidHeader:
         return 0.0
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=datetime.UTC)
-    return max(0.0, (moment - datetime.datetime.now(datetime.UTC)).total_seconds())
 
 
 def _cause(error: Exception) -> str:
-    """The innermost reason: requests wraps it in pools, URLs and retries that it did not make."""
+    """Return the innermost reason, which requests wraps in texts about pools, URLs and retries."""
     inner: Any = error.args[0] if error.args else error
     reason = getattr(inner, "reason", None) or inner
     return _shortened(str(reason).rpartition(": ")[2]) or type(error).__name__
@@ -239,9 +232,9 @@ def _shortened(text: str) -> str:
 
 log = logging.getLogger("pause_ray")
 
-_GREETING = "Hi"
+_PROBE = "Hi"
 _CHAT_COUNT_TOLERANCE = 0.02
-"""Share by which a chat server's count may differ, beside a few tokens: text around a marker is tokenised anew there."""
+"""The share by which a chat server's count of tokens may differ, beside ``_FEW_TOKENS``, since it tokenizes text around markers anew."""
 _FEW_TOKENS = 8
 _PATHS = {"completions": "completions", "chat": "chat/completions"}
 _NOT_ACCEPTED, _NOT_FOUND = {401, 403}, {404, 405}
@@ -249,39 +242,36 @@ _PAYMENT = 402
 
 
 class EndpointEngine:
-    """One model on one server, asked by ``spec.concurrency`` threads.
+    """Asks one model on one server with ``spec.concurrency`` threads.
 
-    A request that brings no answer is an ``EngineError`` for its cell, provided that the server then answers a question
-    of one token. If it does not, nothing after it would be answered either, and that is a ``ModelError``.
+    A failed request is an ``EngineError`` of its cell if the server then still answers a probe of one token, otherwise a ``ModelError``,
+    since no later request would be answered either.
+
+    Args:
+        spec: The server and the model.
+        first_pause_seconds: The pause before the second attempt of a request; each later pause is twice as long.
     """
 
     prefix_block_size = 1
-    """The server decides what it reuses; ``keep_tokens`` and drafts mean nothing to it."""
+    """The server decides what it reuses; ``keep_tokens`` and drafts are ignored."""
 
     def __init__(self, spec: EndpointSpec, *, first_pause_seconds: float = 0.5) -> None:
-        """``first_pause_seconds``: before the second attempt; each later pause is twice as long."""
         self.name = f"endpoint:{spec.api}:{spec.model}"
         self._spec = spec
-        self._connection = Connection(
-            spec.url,
-            key_variable=spec.key_variable,
-            timeout_seconds=spec.timeout_seconds,
-            retries=spec.retries,
-            first_pause_seconds=first_pause_seconds,
-        )
+        self._connection = Connection(spec, first_pause_seconds=first_pause_seconds)
         self._model: str | None = None
-        """Name of what is asked: the base, or an adapter."""
+        """Name of the base model or of an adapter on the server."""
         self._model_dir: Path | None = None
         self._tokenizer: ModelTokenizer | None = None
-        self._greeting = threading.Lock()
+        self._probing = threading.Lock()
         self._counting = threading.Lock()
         self._count_is_known = False
 
     def use(self, wanted: LoadedAs) -> None:
-        """See that the server answers as ``wanted``; its precision is not in our hands.
+        """Check that the server answers as ``wanted``, apart from its precision.
 
         Raises:
-            ModelError: no key, no server, unknown model, or an adapter or marker that the server cannot have.
+            ModelError: There is no key or no server, it does not know the model, or it cannot have the adapter or marker.
         """
         self._connection.check_key()
         if wanted.marker is not None and wanted.marker.added:
@@ -294,40 +284,40 @@ class EndpointEngine:
             _warn_of_penalties(wanted.model_dir)
         model = self._spec.model if wanted.adapter_dir is None else self._loaded_adapter(wanted.adapter_dir)
         if model != self._model:
-            self._greet(model)
+            self._probe(model)
             self._model, self._count_is_known = model, False
 
     def answer(self, steps: Sequence[PromptStep]) -> Iterator[tuple[int, Completion | EngineError]]:
-        """Answers as they come, started in the order of ``steps`` and never more than ``concurrency`` at a time.
+        """Yield answers as they arrive; requests start in the order of ``steps``, at most ``concurrency`` at a time.
 
         Raises:
-            ModelError: the server is gone, refuses the key or the model, or a prompt cannot be sent over this ``api``.
+            ModelError: The server is gone, refuses the key or the model, or a prompt cannot be sent over this ``api``.
         """
         if self._model is None:
             raise RuntimeError("EndpointEngine.answer before EndpointEngine.use")
         if any(len(step.prompt.ids) for step in steps):
             self._known_tokenizer()  # once, not once per thread
-        todo, taking, stop = iter(enumerate(steps)), threading.Lock(), threading.Event()
+        pending, pending_lock, stop = iter(enumerate(steps)), threading.Lock(), threading.Event()
         done: queue.SimpleQueue[tuple[int, Completion | EngineError | ModelError | None]] = queue.SimpleQueue()
 
         def work() -> None:
             while not stop.is_set():
-                with taking:
-                    following = next(todo, None)
-                if following is None:
+                with pending_lock:
+                    index, step = next(pending, (-1, None))
+                if step is None:
                     return
                 result: Completion | EngineError | ModelError | None = None
                 try:
-                    result = self._ask(following[1], stop)
+                    result = self._ask(step, stop)
                 except ModelError as error:
                     result = error
                 finally:
-                    # In this order: who waits for a second attempt must not report before the reason to stop.
-                    done.put((following[0], result))
+                    # Before ``stop`` is set, so that no thread that pauses between attempts reports before the reason to stop.
+                    done.put((index, result))
                     if not isinstance(result, Completion | EngineError):
                         stop.set()
 
-        # Daemons: an interrupted run must not wait for the answer of a server that hangs.
+        # Daemon threads, because an interrupted run must not wait for a server that hangs.
         for _ in range(min(self._spec.concurrency, len(steps))):
             threading.Thread(target=work, daemon=True).start()
         try:
@@ -342,7 +332,7 @@ class EndpointEngine:
             stop.set()
 
     def _ask(self, step: PromptStep, stop: threading.Event) -> Completion | EngineError:
-        body = self._body(str(self._model), step)
+        body = {"model": self._model, **self._content(step.prompt), "max_tokens": step.max_new_tokens, "temperature": 0}
         try:
             reply = self._connection.ask(_PATHS[self._spec.api], body, stop=stop)
             if reply.status != OK:
@@ -350,17 +340,14 @@ class EndpointEngine:
                 return EngineError(f"{self._spec.url}: refused the prompt of {step.prompt.prompt_tokens} tokens ({reply.quoted})")
             answer = _Answer.read(reply, self._spec.api)
         except EngineError as error:
-            with self._greeting:
+            with self._probing:
                 if not stop.is_set():
-                    self._greet(str(self._model), after=f" after {error}")
+                    self._probe(str(self._model), after=f" after {error}")
             return error
         if answer.finish_reason == "content_filter":
             return EngineError(f"{self._spec.url}: its content filter stopped the answer")
         self._compare_counts(answer, step.prompt)
         return self._completion(answer, step, seconds=reply.seconds)
-
-    def _body(self, model: str, step: PromptStep) -> JsonObject:
-        return {"model": model, **self._content(step.prompt), "max_tokens": step.max_new_tokens, "temperature": 0}
 
     def _content(self, prompt: BuiltPrompt) -> JsonObject:
         if self._spec.api == "completions":
@@ -377,10 +364,10 @@ class EndpointEngine:
     def _context_text(self, context: NDArray[np.int32]) -> str:
         """Return the text that the server's tokenizer decodes from these ids."""
         tokenizer = self._known_tokenizer()
-        written = tokenizer.decode(context)
+        visible = tokenizer.decode(context)
         for token_id in tokenizer.chat_ids:
             control = tokenizer.decode([token_id], skip_special_tokens=False)
-            if control and control in written:
+            if control and control in visible:
                 raise ModelError(
                     f"{self._spec.url}: the context contains the text {control}, which a chat server takes for a control token; "
                     "use engine.api: completions, or remove it"
@@ -394,16 +381,16 @@ class EndpointEngine:
             self._tokenizer = ModelTokenizer.load(self._model_dir)
         return self._tokenizer
 
-    def _greet(self, model: str, *, after: str = "") -> None:
+    def _probe(self, model: str, *, after: str = "") -> None:
         """Ask for one token.
 
         Raises:
-            ModelError: it does not come.
+            ModelError: The server does not answer.
         """
         if self._spec.api == "completions":
-            content: JsonObject = {"prompt": self._known_tokenizer().encode(_GREETING).ids.tolist()}
+            content: JsonObject = {"prompt": self._known_tokenizer().encode(_PROBE).ids.tolist()}
         else:
-            content = {"messages": [{"role": "user", "content": _GREETING}]}
+            content = {"messages": [{"role": "user", "content": _PROBE}]}
         body = {"model": model, **content, "max_tokens": 1, "temperature": 0}
         try:
             reply = self._connection.ask(_PATHS[self._spec.api], body, retries=min(1, self._spec.retries))
@@ -419,10 +406,10 @@ class EndpointEngine:
         raise ModelError(f"{self._spec.url}: model {model} refuses a question of one token{after} ({reply.quoted}); {hint}{self._offer()}")
 
     def _check_admitted(self, reply: Reply, model: str) -> None:
-        """Tell what holds for every request from what holds for this one.
+        """Check whether a refusal concerns this request only.
 
         Raises:
-            ModelError: no request will be answered.
+            ModelError: The server would refuse every request.
         """
         url, variable = self._connection.url, self._spec.key_variable
         if reply.status in _NOT_ACCEPTED:
@@ -442,7 +429,7 @@ class EndpointEngine:
             raise ModelError(f"{url}: answers {reply.status}{to} instead of an answer; give the server's own address in engine.url")
 
     def _served(self) -> tuple[str, ...]:
-        """Names that the server lists; none where it keeps no list."""
+        """Return the names of the models that the server lists; empty without a list."""
         try:
             data = self._connection.ask("models", retries=0).data
         except EngineError:
@@ -455,10 +442,10 @@ class EndpointEngine:
         return f"; it serves {', '.join(served[:8])}" if served else ""
 
     def _loaded_adapter(self, folder: Path) -> str:
-        """The name under which the server answers with the adapter in ``folder``.
+        """Return the name under which the server answers with the adapter in ``folder``.
 
-        It names the adapter's content: servers keep keys and values by name, and a name that comes back with other weights
-        is answered from the old ones (vLLM issues 30931 and 42125).
+        The name holds a digest of the adapter, because servers cache keys and values by name and would answer from old ones if the name
+        came back with other weights (vLLM issues 30931 and 42125).
         """
         if not self._spec.load_adapters:
             raise ModelError(
@@ -482,7 +469,7 @@ class EndpointEngine:
             reply = self._connection.ask("load_lora_adapter", {"lora_name": name, "lora_path": str(folder.absolute())}, wants_json=False)
         except EngineError as error:
             raise ModelError(f"the adapter {folder} was not loaded: {error}") from error
-        # Another process may have been quicker; then the server refuses, and lists the name.
+        # If another process was quicker, the server refuses and lists the name.
         if reply.status != OK and name not in self._served():
             raise ModelError(
                 f"{self._spec.url}: did not load the adapter {folder} ({reply.quoted}); start the server with LoRA at run time "
@@ -510,35 +497,28 @@ class EndpointEngine:
 
     def _completion(self, answer: _Answer, step: PromptStep, *, seconds: float) -> Completion:
         prompt_tokens = step.prompt.prompt_tokens if answer.prompt_tokens is None else answer.prompt_tokens
+        cached_tokens, prices = min(answer.cached_tokens, prompt_tokens), self._spec.prices
         decoded = self._counted(answer, step) if answer.completion_tokens is None else answer.completion_tokens
         return Completion(
             text=answer.text,
             ids=(),
-            prefilled_tokens=max(0, prompt_tokens - answer.cached_tokens),
+            prefilled_tokens=prompt_tokens - cached_tokens,
             decoded_tokens=decoded,
             seconds=seconds,
-            cost=self._cost(prompt_tokens, min(answer.cached_tokens, prompt_tokens), decoded),
+            cost=None if prices is None else prices.cost(prompt_tokens=prompt_tokens, cached_tokens=cached_tokens, answer_tokens=decoded),
         )
 
     def _counted(self, answer: _Answer, step: PromptStep) -> int:
-        """Tokens of an answer whose length the server does not tell; 0 where no tokenizer is known, as of a chat judge."""
+        """Count the tokens of an answer whose length the server does not report; 0 without a tokenizer, as for a chat judge."""
         if answer.finish_reason == "length":
             return step.max_new_tokens
         known = self._model_dir is not None and (self._model_dir / "tokenizer.json").is_file()
         return len(self._known_tokenizer().encode(answer.text).ids) if known else 0
 
-    def _cost(self, prompt_tokens: int, cached_tokens: int, decoded_tokens: int) -> float | None:
-        prices = self._spec.prices
-        if prices is None:
-            return None
-        cached_price = prices.input_per_million if prices.cached_input_per_million is None else prices.cached_input_per_million
-        fresh = (prompt_tokens - cached_tokens) * prices.input_per_million
-        return (fresh + cached_tokens * cached_price + decoded_tokens * prices.output_per_million) / 1e6
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Answer:
-    """Read the answer out of a reply with status 200."""
+    """The answer in a reply with status 200."""
 
     text: str
     finish_reason: str | None
@@ -548,7 +528,7 @@ class _Answer:
 
     @classmethod
     def read(cls, reply: Reply, api: str) -> _Answer:
-        """Raises ``EngineError`` if it holds no answer: an error under 200, no choices, no text."""
+        """Read an answer; an error under 200, no choices or no text raise ``EngineError``."""
         data = reply.data
         choices = data.get("choices") if isinstance(data, dict) and not data.get("error") else None
         choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
@@ -559,7 +539,7 @@ class _Answer:
         usage = data.get("usage")
         details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
         return cls(
-            # null: all that was written is reasoning, or a tool's call, and no answer.
+            # Null means that the model wrote only reasoning or a tool call.
             text=holder[name] or "",
             finish_reason=choice.get("finish_reason"),
             prompt_tokens=_count(usage, "prompt_tokens"),
@@ -574,7 +554,7 @@ def _count(data: Any, name: str) -> int | None:
 
 
 def _warn_of_penalties(model_dir: Path) -> None:
-    """Servers take defaults from the model's generation_config.json, and a penalty there changes greedy answers."""
+    """Warn about a repetition penalty in generation_config.json, which servers apply by default and which changes greedy answers."""
     file = model_dir / "generation_config.json"
     settings = json.loads(file.read_bytes()) if file.is_file() else {}
     penalty = settings.get("repetition_penalty")

@@ -106,6 +106,12 @@ class Prices(Spec):
     currency: str = "USD"
     """Currency that the report shows."""
 
+    def cost(self, *, prompt_tokens: int, cached_tokens: int, answer_tokens: int) -> float:
+        """Return the price of one answer."""
+        cached_price = self.input_per_million if self.cached_input_per_million is None else self.cached_input_per_million
+        prompt = (prompt_tokens - cached_tokens) * self.input_per_million + cached_tokens * cached_price
+        return (prompt + answer_tokens * self.output_per_million) / 1e6
+
 
 class EndpointSpec(Spec):
     """A server that speaks the OpenAI protocol: vLLM, SGLang, TGI, ``transformers serve``, or a vendor's."""

@@ -73,7 +73,7 @@ class _OutOfMemory(EngineError):
 class _Request(NamedTuple):
     """A prompt and its answer, finished or not."""
 
-    index: int
+    number: int
     step: PromptStep
     answer: Answer
 
@@ -262,7 +262,7 @@ class HfEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if isinstance(request.answer.error, _OutOfMemory):
-            request = self._decode(decoder, request.index, request.step, drafts=self._spec.drafts, wait=False)
+            request = self._decode(decoder, request.number, request.step, drafts=self._spec.drafts, wait=False)
             if request.answer.error is not None:
                 decoder.reset()
         return request

@@ -1,7 +1,6 @@
-"""An engine without a neural network: it reads the prompt and answers by a rule. Runs the whole line in tests.
+"""An engine without a neural network for tests: it answers by a rule and does everything else as a real engine does.
 
-It tokenises, counts, keeps prefixes, ends and refuses as a real engine does, and does not forgive a plan that keeps what is
-not there; only the answer comes from a rule: it knows facts by their questions, and misses those that lie where it is blind.
+It tokenizes, counts, keeps prefixes, truncates and refuses, and fails on a plan that keeps tokens which are not cached.
 """
 
 from __future__ import annotations
@@ -22,37 +21,37 @@ UNKNOWN = "I don't know."
 
 @dataclass(kw_only=True)
 class ScriptedEngine:
-    """Answers with the fact that belongs to the prompt's question, if the prompt holds it in a place it can see."""
+    """Answers with the fact that belongs to the prompt's question if the prompt holds it outside the blind depths."""
 
     facts: Mapping[str, str]
-    """Question → the fact that answers it, word for word as it is hidden."""
+    """The fact that answers each question, word for word as it is hidden."""
     blind_percent: tuple[float, float] = (0.0, 0.0)
-    """Facts that begin in this share of the prompt's characters (upper end exclusive) are missed: lost in the middle."""
+    """Facts that begin between these percentages of the prompt's characters (upper end exclusive) are missed."""
     blind_from_tokens: int = 0
-    """Shorter prompts have no blind share."""
+    """Shorter prompts have no blind depths."""
     fails_from_tokens: int | None = None
-    """Prompts of this length or more fail, as on an engine that is out of memory."""
+    """Prompts of this length or more fail as if memory were short."""
     limit_tokens: int = 1_000_000
     """The longest prompt with its answer."""
     prefix_block_size: int = 1
-    """Only multiples of this many leading tokens are kept."""
+    """Block size of prefix caching."""
     name: str = "scripted"
     _tokenizer: ModelTokenizer | None = field(default=None, init=False, repr=False)
     _model_dir: Path | None = field(default=None, init=False, repr=False)
     _computed: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, dtype=np.int32), init=False, repr=False)
 
     def use(self, wanted: LoadedAs) -> None:
-        """Read the model folder's tokenizer; weights and adapter do not matter."""
+        """Read the model folder's tokenizer; weights and adapter are ignored."""
         if wanted.model_dir != self._model_dir:
             self._tokenizer = ModelTokenizer.load(wanted.model_dir)
             self._model_dir = wanted.model_dir
         self._computed = self._computed[:0]
 
     def answer(self, steps: Sequence[PromptStep]) -> Iterator[tuple[int, Completion | EngineError]]:
-        """The rule's answers, each cut to its ``max_new_tokens``; an error for prompts as long as ``fails_from_tokens``.
+        """Yield the rule's answers, each cut to its ``max_new_tokens``, or an error from ``fails_from_tokens`` on.
 
         Raises:
-            ModelError: a prompt is as long as ``limit_tokens``.
+            ModelError: A prompt is as long as ``limit_tokens``.
         """
         if self._tokenizer is None:
             raise RuntimeError("ScriptedEngine.answer before ScriptedEngine.use")
@@ -69,10 +68,10 @@ class ScriptedEngine:
         kept = min(step.keep_tokens, len(self._computed), len(prompt) - 1)
         kept -= kept % self.prefix_block_size
         if not np.array_equal(self._computed[:kept], prompt[:kept]):
-            raise RuntimeError(f"a step keeps {step.keep_tokens} tokens, and its prompt does not begin with the {kept} that are held")
+            raise RuntimeError(f"a step keeps {step.keep_tokens} tokens, and its prompt does not begin with the {kept} that are cached")
         self._computed = prompt
-        said = tokenizer.encode(self._answer(tokenizer.decode(prompt), num_tokens=len(prompt))).ids
-        ids = tuple(int(token) for token in said[: min(step.max_new_tokens, self.limit_tokens - len(prompt))])
+        answer_ids = tokenizer.encode(self._answer(tokenizer.decode(prompt), num_tokens=len(prompt))).ids
+        ids = tuple(int(token) for token in answer_ids[: min(step.max_new_tokens, self.limit_tokens - len(prompt))])
         return Completion(
             text=tokenizer.decode(ids),
             ids=ids,
