@@ -40,8 +40,6 @@ from pause_ray.evaluation.suite import SuiteSpec, cells
 
 MIDDLE_PERCENT = (25.0, 75.0)
 """The depths in percent, both included, between which a needle is in the middle of the context; elsewhere it is at the edges."""
-RECALL_EDGES = (0.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0, 100.0)
-"""The depths in percent that bound the bins of ``recall_by_depth`` by default."""
 MAX_UNSCORED_SHARE = 0.1
 """The largest share of unscored cells at which a mean still compares with other trials' means: unscored cells are seldom the easiest."""
 
@@ -131,28 +129,11 @@ class Comparison:
         return self.interval is not None and self.interval.excludes_zero() and corrected_p < SIGNIFICANT
 
 
-@dataclass(frozen=True)
-class DepthRecall:
-    """The recall of the facts in one bin of depths."""
-
-    low: float
-    """The lower bound of the bin in percent, included."""
-    high: float
-    """The upper bound of the bin in percent, included in the last bin only."""
-    num_facts: int
-    recall: float
-    interval: Interval
-    """Wilson's interval, which assumes that facts are independent; those of one prompt are not quite."""
-
-
 def summarize(rows: Sequence[CellResult]) -> Summary:
     """Return the means and intervals of one arm.
 
     The interval of the grand mean is Student's t over replicates. With one replicate, or where all replicates have the same mean, it is
     Wilson's over cells (averaged over replicates).
-
-    Args:
-        rows: One row per cell, at least one.
     """
     scored = [(row, row.score) for row in rows if row.score is not None]
     prompts = grouped((_prompt(row), (row, score)) for row, score in scored)
@@ -184,28 +165,20 @@ def compare_arms(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult], *, 
     """Return the comparison of arm A with arm B, paired by task, context length, depth, sample and replicate.
 
     p is a sign-flip test of the replicates' mean differences where there are ``min_replicates`` or more, otherwise of the cells'
-    differences averaged over replicates. ``measure_effects`` describes the intervals.
-
-    Args:
-        rows_a: One row per cell of arm A.
-        rows_b: One row per cell of arm B.
-        num_comparisons: The number of comparisons that p is corrected for.
-
-    Returns:
-        The differences A minus B; None where no pair of cells has two scores.
+    differences averaged over replicates; it is not corrected, but ``num_comparisons`` determines how many replicates are enough.
+    ``measure_effects`` describes the intervals. The comparison is None where no pair of cells has two scores.
     """
     pairs = _pairs(rows_a, rows_b)
-    scored = [pair for pair in pairs if pair.difference is not None]
-    if not scored:
+    prompts = _scored_pairs(pairs)
+    if not prompts:
         return None
-    prompts = [_scored_pair(same) for same in grouped(((_prompt(pair.a), _prompt(pair.b)), pair) for pair in scored)]
     by_replicate = group_means((pair.replicate, pair.difference) for pair in prompts)
     by_cell = group_means((pair.cell, pair.difference) for pair in prompts)
     unit: Unit = "replicates" if len(by_replicate) >= min_replicates(num_comparisons) else "cells"
     flipped = by_replicate if unit == "replicates" else by_cell
     return Comparison(
         num_pairs=len(prompts),
-        num_unpaired=len(rows_a) + len(rows_b) - 2 * len(scored),
+        num_unpaired=len(rows_a) + len(rows_b) - 2 * sum(pair.difference is not None for pair in pairs),
         num_replicates=len(by_replicate),
         effects=measure_effects(prompts, num_comparisons=num_comparisons),
         p=sign_flip_p(flipped),
@@ -218,8 +191,7 @@ def compare_arms(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult], *, 
 
 def paired_difference(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult]) -> Estimate | None:
     """Return only the mean difference of scores that ``compare_arms`` computes, with its interval; None where nothing pairs."""
-    scored = [pair for pair in _pairs(rows_a, rows_b) if pair.difference is not None]
-    pairs = [_scored_pair(same) for same in grouped(((_prompt(pair.a), _prompt(pair.b)), pair) for pair in scored)]
+    pairs = _scored_pairs(_pairs(rows_a, rows_b))
     return mean_difference(pairs, [pair.difference for pair in pairs])[0] if pairs else None
 
 
@@ -265,22 +237,20 @@ def explain_no_pairs(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult])
     return "the arms have no task, length, depth, sample and replicate in common at one cell"
 
 
-def recall_by_depth(rows: Sequence[CellResult], *, edges: Sequence[float] = RECALL_EDGES) -> list[DepthRecall]:
-    """Return the share of facts recalled by requested depth, without the bins that hold no fact.
+def recall_by_depth(rows: Sequence[CellResult]) -> dict[float, Estimate]:
+    """Return the share of facts recalled by the middle of each tenth of requested depths in percent, for tenths that hold a fact.
 
-    Args:
-        rows: The rows of an arm, with one fact or several per question; facts without a score do not count.
-        edges: The bounds of the bins, ascending depths in percent.
+    Facts without a score do not count. Wilson's interval assumes that facts are independent; those of one prompt are not quite.
     """
     prompts = grouped((_prompt(row), row) for row in rows if row.score is not None)
     facts = [(fact.depth_percent, fact.score) for same in prompts for fact in same[0].facts if fact.score is not None]
-    bins = []
-    for low, high in itertools.pairwise(edges):
-        scores = [score for depth, score in facts if low <= depth < high or depth == high == edges[-1]]
-        if scores:
-            recalled = math.fsum(scores)
-            bins.append(DepthRecall(low, high, len(scores), recalled / len(scores), wilson(recalled, len(scores))))
-    return bins
+    tenths = [(tenth, [score for depth, score in facts if min(9, depth // 10) == tenth]) for tenth in range(10)]
+    return {10 * tenth + 5.0: Estimate(fmean(scores), wilson(math.fsum(scores), len(scores))) for tenth, scores in tenths if scores}
+
+
+def question_key(row: CellResult) -> tuple[Hashable, ...]:
+    """Return the key by which the cells of two arms are paired."""
+    return *_cell(row), row.replicate
 
 
 def is_middle(depth_percent: float) -> bool:
@@ -348,11 +318,14 @@ class _Pair(NamedTuple):
 
 
 def _pairs(rows_a: Sequence[CellResult], rows_b: Sequence[CellResult]) -> list[_Pair]:
-    def key(row: CellResult) -> tuple[Hashable, ...]:
-        return *_cell(row), row.replicate
+    rows_by_question = {question_key(row): row for row in rows_b}
+    return [_Pair(row, rows_by_question[question_key(row)]) for row in rows_a if question_key(row) in rows_by_question]
 
-    rows_by_key = {key(row): row for row in rows_b}
-    return [_Pair(row, rows_by_key[key(row)]) for row in rows_a if key(row) in rows_by_key]
+
+def _scored_pairs(pairs: Iterable[_Pair]) -> list[ScoredPair]:
+    """Return one pair for each prompt with two scores."""
+    scored = (pair for pair in pairs if pair.difference is not None)
+    return [_scored_pair(same) for same in grouped(((_prompt(pair.a), _prompt(pair.b)), pair) for pair in scored)]
 
 
 def _scored_pair(same: Sequence[_Pair]) -> ScoredPair:

@@ -1,6 +1,6 @@
 """Tests, confidence intervals and effect sizes for paired arms and for shares, and the Pareto front of a value and a cost.
 
-The functions take numbers and read no file. Three kinds of interval are used, by the number of independent units: Student's t for a
+Three kinds of interval are used, by the number of independent units: Student's t for a
 mean (two units or more), Student's t over leave-one-out values for a statistic that is not a mean (two or more), and the bootstrap
 (``BOOTSTRAP_UNITS`` or more). A resample of n units stays between the smallest and the largest of them, and its variance is too small by
 (n - 1)/n, so plain percentiles of few units cover too little. Measured coverage of nominal 95 % intervals for means of 3, 6, 8 and 20
@@ -86,10 +86,6 @@ def wilson(successes: float, trials: int) -> Interval:
     For a whole number of successes this is ``scipy.stats.binomtest(successes, trials).proportion_ci(method="wilson")``. SciPy takes no
     other number, and here ``successes`` may be a sum of partial scores. The interval is then conservative, because no score between 0
     and 1 varies more than a coin with the same mean.
-
-    Args:
-        successes: The sum of the scores, 0 to ``trials``.
-        trials: The number of scores, at least one.
     """
     share, z2 = successes / trials, Z_95**2
     centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
@@ -140,7 +136,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-@functools.lru_cache(maxsize=1024)
 def t_quantile(probability: float, degrees_of_freedom: int) -> float:
     """Return the quantile of Student's t distribution (``scipy.stats.t.ppf``)."""
     from scipy.stats import t  # takes longer to import than the whole of `pause-ray check`
@@ -149,15 +144,7 @@ def t_quantile(probability: float, degrees_of_freedom: int) -> float:
 
 
 def kendall_tau(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Return Kendall's tau-b of two rankings of the same items (Kendall 1945; ``scipy.stats.kendalltau``).
-
-    Args:
-        a: The first value of each item.
-        b: The second value of each item.
-
-    Returns:
-        -1 (opposite order) to 1 (same order); None with fewer than three items, or where all values of one ranking are tied.
-    """
+    """Return Kendall's tau-b of two rankings of the same items, -1 to 1; None with fewer than three items or if one ranking is all ties."""
     from scipy.stats import kendalltau  # see `t_quantile`
 
     tau = float(kendalltau(a, b).statistic) if len(a) >= 3 else math.nan
@@ -165,15 +152,9 @@ def kendall_tau(a: Sequence[float], b: Sequence[float]) -> float | None:
 
 
 def t_interval(values: Sequence[float], *, lower_bound: float, unit: Unit) -> Interval | None:
-    """Return Student's 95 % interval of the mean, clipped to ``lower_bound`` to 1.
+    """Return Student's 95 % interval of the mean of independent values, clipped to ``lower_bound`` to 1.
 
-    Args:
-        values: One value per independent unit.
-        lower_bound: The smallest possible mean.
-        unit: The independent units.
-
-    Returns:
-        None with fewer than two values, or where all are equal.
+    It is None with fewer than two values, or where all are equal.
     """
     if len(values) < 2 or max(values) - min(values) < ROUNDING:
         return None
@@ -182,19 +163,12 @@ def t_interval(values: Sequence[float], *, lower_bound: float, unit: Unit) -> In
 
 
 def clustered_interval(clusters: Sequence[Sequence[float]], *, lower_bound: float, unit: Unit) -> Interval | None:
-    """Return Student's 95 % interval of the mean of all values where the clusters are independent, clipped to ``lower_bound`` to 1.
+    """Return Student's 95 % interval of the mean of all values of independent clusters, clipped to ``lower_bound`` to 1.
 
     For clusters of equal size this is ``t_interval`` of their means. For unequal ones, such as replicates in which some cells could not
     be scored, it is the jackknife over clusters around the mean of all values, so it always contains that mean. Measured coverage:
     92 to 95 % where every other one of 3, 6 or 10 clusters lost four of five values (1,500 draws).
-
-    Args:
-        clusters: The values of each cluster, at least one value each.
-        lower_bound: The smallest possible mean.
-        unit: What a cluster is.
-
-    Returns:
-        None with one cluster, or where leaving out any cluster changes nothing.
+    It is None with one cluster, or where leaving out any cluster changes nothing.
     """
     sums, sizes = np.array([math.fsum(values) for values in clusters]), np.array([len(values) for values in clusters])
     if len(clusters) < 2:
@@ -209,10 +183,6 @@ def detectable_difference(values: Sequence[float], *, num_comparisons: int) -> f
 
     The formula is (t(1 - 0.05/(2 m), n - 1) + t(0.8, n - 1)) × s/√n for m comparisons. Bonferroni's share of the 5 % is what Holm's
     correction demands of the smallest p.
-
-    Args:
-        values: The differences of independent units, at least two.
-        num_comparisons: The number of comparisons that p is corrected for.
     """
     degrees = len(values) - 1
     quantiles = t_quantile(1 - SIGNIFICANT / (2 * num_comparisons), degrees) + t_quantile(POWER, degrees)
@@ -220,11 +190,7 @@ def detectable_difference(values: Sequence[float], *, num_comparisons: int) -> f
 
 
 def bootstrap_weights(strata: Sequence[int]) -> NDArray[np.uint8]:
-    """Return how often each unit is drawn in each stratified resample, shape (``BOOTSTRAP_DRAWS``, units).
-
-    Args:
-        strata: The stratum of each unit; units are resampled within theirs, so every stratum keeps its size.
-    """
+    """Return how often each unit is drawn when units are resampled within their stratum, shape (``BOOTSTRAP_DRAWS``, units)."""
     random, stratum_of = np.random.default_rng(SEED), np.asarray(strata)
     weights = np.empty((BOOTSTRAP_DRAWS, len(stratum_of)), dtype=np.uint8)  # a unit is drawn once on average, and never 255 times
     for stratum in sorted(set(strata)):
@@ -245,7 +211,7 @@ def bootstrap_interval(value: float, draws: Array, *, num_units: int, num_strata
         draws: The statistic of each resample, not finite where it is undefined.
         num_units: The number of units that were resampled.
         num_strata: The number of strata that they were resampled within.
-        unit: What was resampled.
+        unit: The kind of unit.
 
     Returns:
         None where the draws do not differ, or where more than one in twenty of them is undefined (such as a ratio to zero).
@@ -262,17 +228,10 @@ def bootstrap_interval(value: float, draws: Array, *, num_units: int, num_strata
 
 
 def jackknife_interval(value: float, leave_one_out: Array, *, unit: Unit) -> Interval | None:
-    """Return Student's 95 % interval around ``value`` from its jackknife standard error (Tukey 1958).
+    """Return Student's 95 % interval around ``value`` from its jackknife standard error (Tukey 1958); for a mean it is the t interval.
 
-    For a mean this is the ordinary t interval.
-
-    Args:
-        value: The statistic of all units.
-        leave_one_out: The statistic without each one of the units, shape (units,).
-        unit: What was left out.
-
-    Returns:
-        None with fewer than two units, where leaving one out changes nothing, or where it leaves the statistic undefined.
+    ``leave_one_out`` holds the statistic without each one of the units. The interval is None with fewer than two units, where leaving one
+    out changes nothing, or where it leaves the statistic undefined.
     """
     if len(leave_one_out) < 2 or not np.isfinite(leave_one_out).all() or float(np.ptp(leave_one_out)) < ROUNDING:
         return None
@@ -339,10 +298,6 @@ def measure_effects(pairs: Sequence[ScoredPair], *, num_comparisons: int) -> Eff
     all replicates have the same difference, they are over cells (averaged over replicates) with one pseudo-observation at -1 and one at 1
     added, as Bonett & Price (2012) do for paired proportions, so that few or unanimous cells do not look certain. The bootstrap adds
     none: where few cells differ, its intervals are too narrow.
-
-    Args:
-        pairs: One pair per question and replicate, at least one.
-        num_comparisons: The number of comparisons that p is corrected for.
     """
     difference, values, unit = mean_difference(pairs, [pair.difference for pair in pairs])
     exact, _, _ = mean_difference(pairs, [pair.exact_a - pair.exact_b for pair in pairs])
@@ -363,12 +318,7 @@ def measure_effects(pairs: Sequence[ScoredPair], *, num_comparisons: int) -> Eff
 
 
 def mean_difference(pairs: Sequence[ScoredPair], values: Sequence[float]) -> tuple[Estimate, list[float], Unit]:
-    """Return the mean of a value per pair with its t interval, the independent values behind the interval, and their unit.
-
-    Args:
-        pairs: The pairs, at least one.
-        values: The value of each pair, -1 to 1.
-    """
+    """Return the mean of the pairs' values (-1 to 1) with its t interval, the independent values behind the interval, and their unit."""
     by_replicate = grouped((pair.replicate, value) for pair, value in zip(pairs, values, strict=True))
     interval = clustered_interval(by_replicate, lower_bound=-1.0, unit="replicates")
     if interval is not None:

@@ -22,7 +22,7 @@ from pause_ray.core.format import (
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import Storage
 from pause_ray.evaluation.compare import Comparison, Summary, compare_arms, explain_no_pairs, summarize
-from pause_ray.evaluation.grid import Axis, difference_fields
+from pause_ray.evaluation.grid import DepthAxis, difference_grid
 from pause_ray.evaluation.ledger import CellResult, Ledger
 from pause_ray.evaluation.statistics import Estimate, Interval, holm
 from pause_ray.report.results import ArmResult, answer_cost, read_results
@@ -288,7 +288,7 @@ def comparison_json(result: LedgerComparison) -> JsonObject:
 
 def _cells(its: ComparedArm, reference: ComparedArm) -> list[JsonObject]:
     """Return the paired difference at every length and depth."""
-    fields = difference_fields(its.arm.rows, reference.arm.rows, axis=Axis("percent"))
+    fields = difference_grid(its.arm.rows, reference.arm.rows, axis=DepthAxis("percent"))
     return [
         {"context_tokens": length, "depth_percent": depth, **dataclasses.asdict(field)} for (length, depth), field in sorted(fields.items())
     ]

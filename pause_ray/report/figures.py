@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pause_ray.evaluation.compare import MIDDLE_PERCENT
-from pause_ray.evaluation.grid import BIN_PERCENT, Axis, Field, Place, Point, depth_profile, drawn_in_tenths, length_profile
-from pause_ray.evaluation.statistics import Interval
+from pause_ray.evaluation.grid import BIN_PERCENT, DepthAxis, GridCell, GridPosition, depth_profile, length_profile, needs_bins
+from pause_ray.evaluation.statistics import Estimate, Interval
 from pause_ray.report.ranking import CostAxis, PricedArm
 from pause_ray.report.results import ArmResult
 
@@ -63,14 +63,14 @@ def few_of(conditions: Sequence[ArmResult], *, at_most: int = MOST_LINES, cost_a
     return {look: conditions[look] for look in sorted(sorted(range(len(conditions)), key=rank)[:at_most])}
 
 
-def profiles(conditions: Mapping[int, ArmResult], *, axis: Axis) -> Figure:
+def profiles(conditions: Mapping[int, ArmResult], *, axis: DepthAxis) -> Figure:
     """Draw the mean score with its interval over context length and over depth, with a line for each condition (by look)."""
     figure = blank_figure(width=PAGE_WIDTH_INCHES, height=3.3)
     with style():
         by_length, by_depth = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
         lines = {look: length_profile(condition.rows) for look, condition in conditions.items()}
         lengths = sorted({length for points in lines.values() for length in points})
-        in_tenths = drawn_in_tenths((row for condition in conditions.values() for row in condition.rows), axis=axis)
+        in_tenths = needs_bins((row for condition in conditions.values() for row in condition.rows), axis=axis)
         for nth, (look, condition) in enumerate(conditions.items()):
             off = nth - (len(conditions) - 1) / 2  # equal lines stay visible side by side
             places = {float(lengths.index(length)): point for length, point in lines[look].items()}
@@ -85,7 +85,7 @@ def profiles(conditions: Mapping[int, ArmResult], *, axis: Axis) -> Figure:
     return figure
 
 
-def recall_by_position(lines: Mapping[int, tuple[str, Mapping[float, Point]]]) -> Figure:
+def recall_by_position(lines: Mapping[int, tuple[str, Mapping[float, Estimate]]]) -> Figure:
     """Draw the recall of needles over their depth; ``lines`` has a label and the recall by percent for each look."""
     figure = blank_figure(width=PAGE_WIDTH_INCHES, height=3.1)
     with style():
@@ -219,12 +219,12 @@ def _name_depths(axes: Axes, what: str, *, margin: int) -> None:
     axes.axvspan(*MIDDLE_PERCENT, color="#000000", alpha=0.04, linewidth=0)
 
 
-def _line(axes: Axes, points: Mapping[float, Point], *, look: int, label: str | None, shift: float, width: float) -> None:
+def _line(axes: Axes, points: Mapping[float, Estimate], *, look: int, label: str | None, shift: float, width: float) -> None:
     """Draw a line through the means, with whiskers for their intervals."""
     for place, point in points.items():
         _whisker(axes, place + shift, point.interval, color=_look(look)["color"], alpha=0.55)
     if points:
-        line = [(place + shift, point.mean) for place, point in points.items()]
+        line = [(place + shift, point.value) for place, point in points.items()]
         axes.plot(*zip(*line, strict=True), **_look(look), markersize=4, linewidth=width, label=label)
     axes.grid(axis="y", color="#dddddd", linewidth=0.5)
 
@@ -258,19 +258,21 @@ MOST_TITLE_CHARS = 22
 UNSCORED, INK = "#f3f3f3", "#444444"
 
 
-def score_heatmaps(panels: Mapping[str, Mapping[Place, Field]], *, axis: Axis) -> Figure:
+def score_heatmaps(panels: Mapping[str, Mapping[GridPosition, GridCell]], *, axis: DepthAxis) -> Figure:
     """Draw a heatmap of scores for each label, all on the scale 0 to 1."""
     return _heatmaps(panels, axis, colours="cividis", least=0.0, most=1.0, signed=False)
 
 
-def difference_heatmaps(panels: Mapping[str, Mapping[Place, Field]], *, axis: Axis) -> Figure:
+def difference_heatmaps(panels: Mapping[str, Mapping[GridPosition, GridCell]], *, axis: DepthAxis) -> Figure:
     """Draw a heatmap of differences for each label, all on one scale around zero; blue is better than the reference."""
     sizes = [abs(field.value) for fields in panels.values() for field in fields.values() if field.value is not None]
     bound = max(0.25, math.ceil(4 * max(sizes, default=0.0)) / 4)
     return _heatmaps(panels, axis, colours="RdBu", least=-bound, most=bound, signed=True)
 
 
-def _heatmaps(panels: Mapping[str, Mapping[Place, Field]], axis: Axis, *, colours: str, least: float, most: float, signed: bool) -> Figure:
+def _heatmaps(
+    panels: Mapping[str, Mapping[GridPosition, GridCell]], axis: DepthAxis, *, colours: str, least: float, most: float, signed: bool
+) -> Figure:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
@@ -303,7 +305,7 @@ def _heatmaps(panels: Mapping[str, Mapping[Place, Field]], axis: Axis, *, colour
     return figure
 
 
-def _positions(panels: Mapping[str, Mapping[Place, Field]], axis: Axis) -> list[float]:
+def _positions(panels: Mapping[str, Mapping[GridPosition, GridCell]], axis: DepthAxis) -> list[float]:
     """Return all positions from the beginning of a context, including steps of a lattice and bins without a needle."""
     found = {position for fields in panels.values() for _, position in fields}
     if axis.kind == "percent" or not found:
@@ -313,7 +315,9 @@ def _positions(panels: Mapping[str, Mapping[Place, Field]], axis: Axis) -> list[
     return [step * place for place in range(round(most / step) + 1)]
 
 
-def _heatmap(axes: Axes, fields: Mapping[Place, Field], *, lengths: list[int], positions: list[float], scale: Any, signed: bool) -> None:
+def _heatmap(
+    axes: Axes, fields: Mapping[GridPosition, GridCell], *, lengths: list[int], positions: list[float], scale: Any, signed: bool
+) -> None:
     from matplotlib.patches import Rectangle
 
     values = [[_number(fields.get((length, position))) for length in lengths] for position in positions]
@@ -345,7 +349,7 @@ def _heatmap(axes: Axes, fields: Mapping[Place, Field], *, lengths: list[int], p
     axes.tick_params(which="minor", length=0)
 
 
-def _name_positions(axes: Axes, axis: Axis, *, lengths: list[int], positions: list[float]) -> None:
+def _name_positions(axes: Axes, axis: DepthAxis, *, lengths: list[int], positions: list[float]) -> None:
     """Draw the ticks, and on a lattice the marks of a quarter and three quarters of each length."""
     _name_lengths(axes, lengths)
     rows = range(0, len(positions), math.ceil(len(positions) / MOST_TICKS))
@@ -358,7 +362,7 @@ def _name_positions(axes: Axes, axis: Axis, *, lengths: list[int], positions: li
                     axes.plot((column + side, column + side + 0.12), (row, row), color="#D55E00", linewidth=1.6, solid_capstyle="butt")
 
 
-def _format_position(position: float, axis: Axis) -> str:
+def _format_position(position: float, axis: DepthAxis) -> str:
     if axis.kind == "lattice":
         return format_tokens(int(position))
     return f"{position:.3g}" if axis.kind == "percent" else f"{position:.0f}–{position + BIN_PERCENT:.0f}"
@@ -369,7 +373,7 @@ def _step(values: Sequence[float], *, wide: float, numbered: float) -> float:
     return wide if len(values) <= MOST_WIDE_CELLS else numbered if len(values) <= MOST_NUMBERED_CELLS else 0.12
 
 
-def _words(field: Field, *, signed: bool, wide: bool, tall: bool) -> str:
+def _words(field: GridCell, *, signed: bool, wide: bool, tall: bool) -> str:
     """Return the mean, a dagger if questions are unscored, and the range of scores if there is room."""
     text = f"{field.value:{'+' if signed else ''}.{2 if wide else 1}f}"
     text = "0" if signed and set(text) <= set("+-0.") else text
@@ -378,7 +382,7 @@ def _words(field: Field, *, signed: bool, wide: bool, tall: bool) -> str:
     return text.replace("-", "−")
 
 
-def _number(field: Field | None) -> float:
+def _number(field: GridCell | None) -> float:
     return math.nan if field is None or field.value is None else field.value
 
 

@@ -20,7 +20,7 @@ from pause_ray.core.format import format_interval, format_number, format_values
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import space_errors, write_text
 from pause_ray.evaluation.compare import compare_arms, middle_gap, recall_by_depth, split_by_place, summarize
-from pause_ray.evaluation.grid import Point, by_fact, difference_fields, drawn_in_tenths, score_fields
+from pause_ray.evaluation.grid import by_fact, difference_grid, needs_bins, score_grid
 from pause_ray.evaluation.ledger import CellResult
 from pause_ray.evaluation.statistics import BOOTSTRAP_UNITS, Estimate, Interval, min_replicates
 from pause_ray.report import figures
@@ -395,12 +395,10 @@ def _draw(results: SweepResults) -> dict[str, Figure]:
         return drawn
     axis = results.axis
     shown = figures.few_of(scored, at_most=MOST_HEATMAPS).values()
-    drawn["heatmaps"] = figures.score_heatmaps({its.label: score_fields(its.rows, axis=axis) for its in shown}, axis=axis)
+    drawn["heatmaps"] = figures.score_heatmaps({its.label: score_grid(its.rows, axis=axis) for its in shown}, axis=axis)
     rows = {condition.label: condition.rows for condition in scored}
     differences = {
-        its.label: difference_fields(rows[its.label], rows[its.against_reference.other], axis=axis)
-        for its in shown
-        if its.against_reference
+        its.label: difference_grid(rows[its.label], rows[its.against_reference.other], axis=axis) for its in shown if its.against_reference
     }
     if differences:
         drawn["differences"] = figures.difference_heatmaps(differences, axis=axis)
@@ -418,11 +416,9 @@ def _draw(results: SweepResults) -> dict[str, Figure]:
     return drawn
 
 
-def _recall(condition: ArmResult) -> dict[float, Point]:
+def _recall(condition: ArmResult) -> dict[float, Estimate]:
     """Return the recall of needles by the middle of each tenth of the prompt; empty if each question has one needle."""
-    if all(num_asked(row) < 2 for row in condition.rows):
-        return {}
-    return {(its.low + its.high) / 2: Point(its.recall, its.interval) for its in recall_by_depth(condition.rows)}
+    return {} if all(num_asked(row) < 2 for row in condition.rows) else recall_by_depth(condition.rows)
 
 
 def _view(results: SweepResults, drawn: Mapping[str, str]) -> JsonObject:
@@ -444,7 +440,7 @@ def _view(results: SweepResults, drawn: Mapping[str, str]) -> JsonObject:
         "describe_score": describe_score(results),
         "axis": results.axis,
         "several": any(num_asked(row) > 1 for condition in scored for row in condition.rows),
-        "in_tenths": drawn_in_tenths((row for condition in scored for row in condition.rows), axis=results.axis),
+        "in_tenths": needs_bins((row for condition in scored for row in condition.rows), axis=results.axis),
         "answers_per_field": answers_per_field(results),
         "figures": {name: _data_uri(svg) for name, svg in drawn.items()},
         "lines": min(figures.MOST_LINES, len(scored)),

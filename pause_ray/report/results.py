@@ -16,7 +16,7 @@ from pause_ray.core.errors import StorageError
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import MANIFEST, Storage, is_complete, read_json
 from pause_ray.evaluation.compare import Comparison, Summary, compare_arms, summarize
-from pause_ray.evaluation.grid import Axis, axis_of
+from pause_ray.evaluation.grid import DepthAxis, depth_axis
 from pause_ray.evaluation.ledger import CellResult, Ledger
 from pause_ray.evaluation.statistics import grouped, holm
 from pause_ray.sweep.search import SearchRecord
@@ -214,9 +214,9 @@ class SweepResults:
         return [trial for condition in self.conditions for trial in condition.trials]
 
     @property
-    def axis(self) -> Axis:
+    def axis(self) -> DepthAxis:
         """The axis of needle positions that fits all finished trials."""
-        return axis_of(trial.suite for trial in self.trials)
+        return depth_axis(trial.suite for trial in self.trials)
 
     @property
     def num_planned(self) -> int:

@@ -21,7 +21,7 @@ from pause_ray.core.errors import StorageError
 from pause_ray.core.spec import JsonObject, digest
 from pause_ray.core.storage import MANIFEST, Storage, is_complete, read_json
 from pause_ray.evaluation.compare import summarize
-from pause_ray.evaluation.grid import axis_of, score_fields
+from pause_ray.evaluation.grid import depth_axis, score_grid
 from pause_ray.evaluation.ledger import to_parquet
 from pause_ray.models.checkpoint import ADAPTER_CONFIG, TRAINING_LOG, Checkpoint
 from pause_ray.report import figures
@@ -79,8 +79,8 @@ def trial_run(trial: TrialResult, *, label: str, rungs: Sequence[RungScore], scr
     folder.mkdir()
     to_parquet(trial.rows, folder / "cells.parquet")
     name = trial_name(label, trial.replicate)
-    axis = axis_of([trial.suite])
-    drawn = figures.score_heatmaps({name: score_fields(trial.rows, axis=axis)}, axis=axis)
+    axis = depth_axis([trial.suite])
+    drawn = figures.score_heatmaps({name: score_grid(trial.rows, axis=axis)}, axis=axis)
     figures.save_png(drawn, folder / "heatmap.png", dots_per_inch=HEATMAP_DOTS_PER_INCH)
     files = (trial.folder / "spec.json", trial.folder / MANIFEST, folder / "cells.parquet", folder / "heatmap.png")
     return Run(

@@ -20,7 +20,7 @@ from pause_ray.evaluation.compare import (
     summarize,
 )
 from pause_ray.evaluation.ledger import UNKNOWN_TOKEN, CellResult, FactResult
-from pause_ray.evaluation.statistics import wilson
+from pause_ray.evaluation.statistics import Estimate, wilson
 from pause_ray.evaluation.suite import SuiteSpec
 from tests.evaluation.answered_rows import row as answered_row
 from tests.evaluation.tiny import STOCK
@@ -352,11 +352,10 @@ def test_recall_by_depth_counts_facts_where_they_were_to_stand() -> None:
     )
     other = cell(2048, 8, 1.0, facts=(fact(8, 1.0, token=9),))
     unscored = cell(4096, 8, None)
-    found = recall_by_depth([several, other, unscored], edges=(0, 10, 50, 90, 100))
-    assert [(its.low, its.high, its.num_facts, its.recall) for its in found] == [(0, 10, 2, 1.0), (10, 50, 1, 0.0), (90, 100, 1, 1.0)]
-    assert found[0].interval == wilson(2, 2)
+    expected = {5: Estimate(1.0, wilson(2, 2)), 45: Estimate(0.0, wilson(0, 1)), 95: Estimate(1.0, wilson(1, 1))}
+    assert recall_by_depth([several, other, unscored]) == expected
     again = dataclasses.replace(several, cell_id="again", depth_percent=6)  # the same prompt asked under another depth
-    assert recall_by_depth([several, other, again], edges=(0, 10, 100))[0].num_facts == 2
+    assert recall_by_depth([several, other, again]) == expected
 
 
 def test_unlike_scorers_and_models_are_noticed() -> None:

@@ -122,7 +122,9 @@ def test_keys_in_host_memory_change_no_answer(tiny: Path) -> None:
     ]
 
 
-def test_a_model_that_cannot_be_rewound_is_computed_whole_and_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_whose_cache_cannot_be_truncated_is_computed_whole_and_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     import transformers
 
     folder = make_model(tmp_path / "model", kind="lfm2", layer_types=["conv", "full_attention"], conv_L_cache=3, block_ff_dim=64)
@@ -135,8 +137,8 @@ def test_a_model_that_cannot_be_rewound_is_computed_whole_and_says_so_once(tmp_p
     for prompt, answer in zip(2 * asked, answers, strict=True):
         generated = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=12, do_sample=False)
         assert list(answer.ids) == [token for token in generated[0, len(prompt) :].tolist() if token != 0]
-    assert [record.getMessage() for record in caplog.records if "cannot be rewound" in record.getMessage()] == [
-        "lfm2 models keep states that cannot be rewound: every prompt is computed whole, and drafts are not verified"
+    assert [record.getMessage() for record in caplog.records if "cannot be truncated" in record.getMessage()] == [
+        "lfm2 models keep states that cannot be truncated: every prompt is computed whole, and drafts are not verified"
     ]
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from pause_ray.core.storage import Storage
-from pause_ray.evaluation.grid import Axis, Point
+from pause_ray.evaluation.grid import DepthAxis
+from pause_ray.evaluation.statistics import Estimate
 from pause_ray.report import figures
 from pause_ray.report.ranking import cost_axes
 from pause_ray.report.results import SweepResults, read_results
@@ -41,7 +42,7 @@ def lines_of(axes: Any) -> dict[str, Any]:
 
 def test_profiles_go_through_the_summarys_means(results: SweepResults) -> None:
     shown = dict(list(enumerate(results.scored))[:3])
-    by_length, by_depth = figures.profiles(shown, axis=Axis("percent")).axes
+    by_length, by_depth = figures.profiles(shown, axis=DepthAxis("percent")).axes
     for label, line in lines_of(by_length).items():
         [summary] = [its.summary for its in results.scored if its.label == label]
         assert list(line.get_ydata()) == list(summary.mean_by_length.values())
@@ -97,7 +98,7 @@ def test_arms_differ_without_colour(results: SweepResults) -> None:
 
 
 def test_recall_has_a_point_where_it_was_measured() -> None:
-    recall = {5.0: Point(1.0, None), 55.0: Point(0.25, None)}
+    recall = {5.0: Estimate(1.0, None), 55.0: Estimate(0.25, None)}
     [axes] = figures.recall_by_position({2: ("arm", recall), 5: ("never asked", {})}).axes
     assert {label: list(line.get_ydata()) for label, line in lines_of(axes).items()} == {"arm": [1.0, 0.25]}
 
