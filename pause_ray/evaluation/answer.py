@@ -94,10 +94,10 @@ def plan_cells(
     """
     prompts = reader.prompts(cells)
     lengths = [cell.context_tokens for cell in cells]
-    plan = plan_prefixes([prompt.ids for prompt in prompts], reuse=reuse, prefix_block_size=prefix_block_size, lengths=lengths)
+    planned = plan_prefixes([prompt.ids for prompt in prompts], reuse=reuse, prefix_block_size=prefix_block_size, lengths=lengths)
     return [
         PlannedCell(cells[each.prompt], reader.step(cells[each.prompt], prompts[each.prompt], keep_tokens=each.keep_tokens, drafts=drafts))
-        for each in plan.prompts
+        for each in planned
     ]
 
 

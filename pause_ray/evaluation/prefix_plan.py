@@ -2,14 +2,13 @@
 
 The prompts of a grid form a tree of tokens: they share the haystack up to the first fact, and then branch by fact position,
 context length and question. Visiting the tree depth first prefills every node once and needs the keys and values of one
-prompt only. Sorting prompts by their token ids gives such an order: each prompt shares its longest prefix with the prompt
-before it. The plan needs no knowledge of facts, pauses or questions, so it is right for every task.
-
-The module is pure: it knows tokens, but no engine, no torch and no files.
+prompt only. Sorting prompts by their token ids gives such an order, whatever the task: each prompt shares its longest prefix
+with the prompt before it.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -35,30 +34,10 @@ class PlannedPrompt(NamedTuple):
     """Number of tokens of the whole prompt."""
 
 
-@dataclass(frozen=True)
-class PrefixPlan:
-    """The prompts of a grid in the order in which an engine answers them."""
-
-    prompts: tuple[PlannedPrompt, ...]
-
-    @property
-    def asked_tokens(self) -> int:
-        """Total tokens of all prompts, which are prefilled where nothing is shared."""
-        return sum(each.num_tokens for each in self.prompts)
-
-    @property
-    def prefilled_tokens(self) -> int:
-        """Tokens that are prefilled when prompts are answered in this order."""
-        return sum(each.num_tokens - each.keep_tokens for each in self.prompts)
-
-    @property
-    def longest_tokens(self) -> int:
-        """Tokens of the longest prompt; its keys and values and those of its answer are the most that are held."""
-        return max((each.num_tokens for each in self.prompts), default=0)
-
-
-def plan_prefixes(prompts: Sequence[Ids], *, reuse: Reuse = "full", prefix_block_size: int = 1, lengths: Sequence[int] = ()) -> PrefixPlan:
-    """Return the order of ``prompts`` in which the fewest tokens are prefilled.
+def plan_prefixes(
+    prompts: Sequence[Ids], *, reuse: Reuse = "full", prefix_block_size: int = 1, lengths: Sequence[int] = ()
+) -> list[PlannedPrompt]:
+    """Return ``prompts`` in the order in which the fewest tokens are prefilled.
 
     Args:
         prompts: Token ids, each 1-D and not empty.
@@ -71,15 +50,15 @@ def plan_prefixes(prompts: Sequence[Ids], *, reuse: Reuse = "full", prefix_block
     groups = list(lengths) if reuse == "depth" else [0] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: (groups[index], keys[index]))
     planned = list[PlannedPrompt]()
-    for place, index in enumerate(order):
-        before = order[place - 1] if place else None
-        shares = before is not None and reuse != "none" and groups[before] == groups[index]
-        kept = reusable_tokens(prompts[before], prompts[index], prefix_block_size=prefix_block_size) if before is not None and shares else 0
-        planned.append(PlannedPrompt(index, kept, len(prompts[index])))
-    return PrefixPlan(tuple(planned))
+    for before, index in itertools.pairwise([None, *order]):
+        keep_tokens = 0
+        if before is not None and reuse != "none" and groups[before] == groups[index]:
+            keep_tokens = _reusable_tokens(prompts[before], prompts[index], prefix_block_size=prefix_block_size)
+        planned.append(PlannedPrompt(index, keep_tokens, len(prompts[index])))
+    return planned
 
 
-def reusable_tokens(computed: Ids, prompt: Ids, *, prefix_block_size: int) -> int:
+def _reusable_tokens(computed: Ids, prompt: Ids, *, prefix_block_size: int) -> int:
     """Return how many leading tokens of ``prompt`` need no prefill right after ``computed``.
 
     The last token is always computed, for its logits; so is a whole last chunk of ``computed``, which was computed together
@@ -93,11 +72,13 @@ def reusable_tokens(computed: Ids, prompt: Ids, *, prefix_block_size: int) -> in
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """Tokens, operations and memory of a plan, computed from the model's ``config.json`` alone."""
+    """Tokens, operations and memory of planned prompts, computed from the model's ``config.json`` alone."""
 
     num_prompts: int
     asked_tokens: int
+    """Tokens of all prompts, which are prefilled where nothing is shared."""
     prefilled_tokens: int
+    """Tokens that are prefilled when the prompts are answered in this order."""
     prefill_flops: int
     """Floating-point operations (two per multiply-add) of the forward passes over prompts; attention counts every key that a
     chunk of queries meets. Answers come on top: ``answer_flops`` each at most."""
@@ -110,7 +91,7 @@ class Forecast:
 
 
 def forecast(
-    plan: PrefixPlan,
+    planned: Sequence[PlannedPrompt],
     shape: ModelShape,
     *,
     chunk_tokens: int,
@@ -119,22 +100,22 @@ def forecast(
     dtype: str,
     quantize: str | None = None,
 ) -> Forecast:
-    """Compute tokens, operations and memory of a plan before anything is loaded."""
+    """Compute tokens, operations and memory of planned prompts before anything is loaded."""
     bytes_per_value = 4 if dtype == "float32" else 2
     block = default_prefix_block_size(dtype=dtype, quantize=quantize, chunk_tokens=chunk_tokens)
-    longest = plan.longest_tokens
+    longest = max((each.num_tokens for each in planned), default=0)
     held = longest + max_new_tokens
     if decode_batch > 1:
         held += held + decode_batch * max_new_tokens
     return Forecast(
-        num_prompts=len(plan.prompts),
-        asked_tokens=plan.asked_tokens,
-        prefilled_tokens=plan.prefilled_tokens,
+        num_prompts=len(planned),
+        asked_tokens=sum(each.num_tokens for each in planned),
+        prefilled_tokens=sum(each.num_tokens - each.keep_tokens for each in planned),
         prefill_flops=sum(
             shape.prompt_flops(
                 prompt_tokens=each.num_tokens, kept_tokens=each.keep_tokens, chunk_tokens=chunk_tokens, prefix_block_size=block
             )
-            for each in plan.prompts
+            for each in planned
         ),
         answer_flops=sum(shape.forward_flops(new_tokens=1, past_tokens=longest + place, logit_rows=1) for place in range(max_new_tokens)),
         kv_bytes=held * shape.kv_bytes_per_token(bytes_per_value),

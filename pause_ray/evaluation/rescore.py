@@ -197,8 +197,8 @@ def judged(rows: Sequence[CellResult], *, judge: Judge) -> Iterator[tuple[CellRe
         except TextError as error:
             yield _with_verdict(row, Unscored(reason=f"cannot be shown to the judge: {error}"), scorer=judge.scorer, transcript=None), None
     if judge.tokenizer is not None:
-        plan = plan_prefixes([step.prompt.ids for _, step in asked], prefix_block_size=judge.engine.prefix_block_size)
-        asked = [(asked[each.prompt][0], dataclasses.replace(asked[each.prompt][1], keep_tokens=each.keep_tokens)) for each in plan.prompts]
+        planned = plan_prefixes([step.prompt.ids for _, step in asked], prefix_block_size=judge.engine.prefix_block_size)
+        asked = [(asked[each.prompt][0], dataclasses.replace(asked[each.prompt][1], keep_tokens=each.keep_tokens)) for each in planned]
     for index, outcome in judge.engine.answer([step for _, step in asked]):
         row = asked[index][0]
         if isinstance(outcome, EngineError):

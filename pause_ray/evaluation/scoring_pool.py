@@ -96,7 +96,7 @@ class PoolController:
         Args:
             bounds: The fewest and the most actors.
             idle_seconds: Time after which an idle actor beyond the fewest is stopped.
-            resources: Resources of each actor, ``CPU`` and ``GPU``.
+            resources: ``CPU`` and ``GPU`` of each actor.
             actor_arguments: Keyword arguments of ``ScoringActor``.
             engine: A reference to the engine of all actors, or nothing.
         """

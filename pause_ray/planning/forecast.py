@@ -22,7 +22,7 @@ from pause_ray.data.spec import shards_digest
 from pause_ray.evaluation.answer import CellRunner
 from pause_ray.evaluation.haystack import check_fits, check_lengths, load_haystack, prompt_builder
 from pause_ray.evaluation.ledger import Ledger
-from pause_ray.evaluation.prefix_plan import Forecast, PrefixPlan, by_position, forecast, new_tokens, plan_prefixes, split_for_actors
+from pause_ray.evaluation.prefix_plan import Forecast, PlannedPrompt, by_position, forecast, new_tokens, plan_prefixes, split_for_actors
 from pause_ray.evaluation.suite import Cell, cells
 from pause_ray.inference.engine import EndpointSpec, HfEngineSpec, Reuse, default_chunk_tokens, default_prefix_block_size
 from pause_ray.models.checkpoint import TRAINING_LOG, Checkpoint
@@ -119,7 +119,9 @@ def forecast_trial(spec: TrialSpec, *, cache: Path, tokenizer: ModelTokenizer | 
     )
 
 
-def _prefix_plan(runs: Sequence[Sequence[Cell]], prompts: Mapping[str, BuiltPrompt], *, reuse: Reuse, prefix_block_size: int) -> PrefixPlan:
+def _prefix_plan(
+    runs: Sequence[Sequence[Cell]], prompts: Mapping[str, BuiltPrompt], *, reuse: Reuse, prefix_block_size: int
+) -> list[PlannedPrompt]:
     """Return the plans of all actors as one; ``prompts`` has the prompt of each cell by its id."""
     plans = [
         plan_prefixes(
@@ -130,7 +132,7 @@ def _prefix_plan(runs: Sequence[Sequence[Cell]], prompts: Mapping[str, BuiltProm
         )
         for run in runs
     ]
-    return PrefixPlan(tuple(prompt for each in plans for prompt in each.prompts))
+    return [prompt for each in plans for prompt in each]
 
 
 def forecast_table(found: TrialForecast) -> Table:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from pause_ray.core.errors import SpecError
 from pause_ray.core.spec import JsonObject, Spec, read_yaml
-from pause_ray.evaluation.prefix_plan import Forecast, PlannedPrompt, PrefixPlan, forecast, new_tokens, split_for_actors
+from pause_ray.evaluation.prefix_plan import Forecast, PlannedPrompt, forecast, new_tokens, split_for_actors
 from pause_ray.evaluation.suite import SuiteSpec, cells
 from pause_ray.inference.engine import default_chunk_tokens, default_decode_batch
 from pause_ray.models.shape import BYTES, ModelShape
@@ -351,7 +351,7 @@ def grid_of(suite: SuiteSpec, *, shape: ModelShape, site: Site, dtype: str) -> G
         for cell, new in zip(run, new_tokens(run), strict=True)
     ]
     prompts = forecast(
-        PrefixPlan(tuple(planned)),
+        planned,
         shape,
         chunk_tokens=default_chunk_tokens(on_gpu=True),
         decode_batch=default_decode_batch(dtype=dtype, quantize=None),

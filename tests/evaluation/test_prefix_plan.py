@@ -13,7 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pause_ray.evaluation.prefix_plan import Forecast, Ids, PrefixPlan, by_position, forecast, new_tokens, plan_prefixes, split_for_actors
+from pause_ray.evaluation.prefix_plan import (
+    Forecast,
+    Ids,
+    PlannedPrompt,
+    by_position,
+    forecast,
+    new_tokens,
+    plan_prefixes,
+    split_for_actors,
+)
 from pause_ray.evaluation.question import PlacedFact
 from pause_ray.evaluation.suite import Cell
 from pause_ray.models.shape import ModelShape
@@ -30,12 +39,16 @@ def distinct_prefixes(prompts: Sequence[Ids]) -> int:
     return len({tuple(prompt[:length]) for prompt in prompts for length in range(1, len(prompt) + 1)})
 
 
+def prefilled(planned: Sequence[PlannedPrompt]) -> int:
+    return sum(each.num_tokens - each.keep_tokens for each in planned)
+
+
 @given(prompts=prompts_of_few_tokens, grain=st.integers(1, 4), reuse=st.sampled_from(["full", "depth", "none"]))
 def test_following_the_plan_gives_every_prompt(prompts: list[Ids], grain: int, reuse: str) -> None:
-    plan = plan_prefixes(prompts, reuse=reuse, prefix_block_size=grain, lengths=[len(prompt) for prompt in prompts])  # type: ignore[arg-type]
-    assert sorted(each.prompt for each in plan.prompts) == list(range(len(prompts)))
+    planned = plan_prefixes(prompts, reuse=reuse, prefix_block_size=grain, lengths=[len(prompt) for prompt in prompts])  # type: ignore[arg-type]
+    assert sorted(each.prompt for each in planned) == list(range(len(prompts)))
     held = np.empty(0, dtype=np.int32)
-    for each in plan.prompts:
+    for each in planned:
         assert each.keep_tokens % grain == 0
         assert each.keep_tokens < each.num_tokens, "the last token's logits are needed"
         assert each.keep_tokens <= max(0, len(held) - 1)
@@ -45,33 +58,32 @@ def test_following_the_plan_gives_every_prompt(prompts: list[Ids], grain: int, r
 
 @given(prompts=prompts_of_few_tokens)
 def test_every_token_of_the_tree_is_computed_once(prompts: list[Ids]) -> None:
-    assert plan_prefixes(prompts).prefilled_tokens == distinct_prefixes(prompts)
+    assert prefilled(plan_prefixes(prompts)) == distinct_prefixes(prompts)
 
 
 @given(prompts=prompts_of_few_tokens)
 def test_reuse_by_depth_shares_within_a_length_only(prompts: list[Ids]) -> None:
     lengths = [len(prompt) for prompt in prompts]
     groups = [[prompt for prompt in prompts if len(prompt) == length] for length in set(lengths)]
-    assert plan_prefixes(prompts, reuse="depth", lengths=lengths).prefilled_tokens == sum(map(distinct_prefixes, groups))
+    assert prefilled(plan_prefixes(prompts, reuse="depth", lengths=lengths)) == sum(map(distinct_prefixes, groups))
 
 
 @given(prompts=prompts_of_few_tokens, seed=st.integers(0, 9))
 def test_without_reuse_everything_is_computed(prompts: list[Ids], seed: int) -> None:
-    plan = plan_prefixes(random.Random(seed).sample(prompts, len(prompts)), reuse="none")
-    assert plan.prefilled_tokens == plan.asked_tokens == sum(map(len, prompts))
-    assert plan.longest_tokens == max(map(len, prompts))
+    planned = plan_prefixes(random.Random(seed).sample(prompts, len(prompts)), reuse="none")
+    assert prefilled(planned) == sum(each.num_tokens for each in planned) == sum(map(len, prompts))
 
 
 def test_equal_prompts_compute_one_token_each_beyond_the_first() -> None:
     prompt = np.arange(100, dtype=np.int32)
-    assert plan_prefixes([prompt, prompt, prompt]).prefilled_tokens == 102
+    assert prefilled(plan_prefixes([prompt, prompt, prompt])) == 102
 
 
 def test_large_ids_sort_as_numbers() -> None:
     """Byte order matters: 256 is less than 65,535, and bytes of the wrong end would tear neighbours apart."""
     trunk = [70_000, 3]
     prompts = [np.array([*trunk, last], dtype=np.int32) for last in (256, 65_535, 1)]
-    assert plan_prefixes(prompts).prefilled_tokens == 3 + 1 + 1
+    assert prefilled(plan_prefixes(prompts)) == 3 + 1 + 1
 
 
 CONFIG = {
@@ -90,8 +102,8 @@ def test_a_forecast_is_of_what_is_computed_and_held(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     shape = ModelShape.load(tmp_path)
 
-    def expect(plan: PrefixPlan, *, chunk: int = 8) -> Forecast:
-        return forecast(plan, shape, chunk_tokens=chunk, max_new_tokens=4, dtype="float32")
+    def expect(planned: list[PlannedPrompt], *, chunk: int = 8) -> Forecast:
+        return forecast(planned, shape, chunk_tokens=chunk, max_new_tokens=4, dtype="float32")
 
     prompts = [np.arange(40, dtype=np.int32), np.append(np.arange(30, dtype=np.int32), END)]
     shared, alone = expect(plan_prefixes(prompts)), expect(plan_prefixes(prompts, reuse="none"))
