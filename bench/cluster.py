@@ -1,4 +1,4 @@
-"""What a cluster costs beyond its answers and its rows: the fleet and the shard writers on 1 to 8 nodes of one CPU each.
+"""What a cluster costs beyond its answers and its rows: the pool and the shard writers on 1 to 8 nodes of one CPU each.
 
 The nodes are true raylets, all on this machine. Three kinds of work are measured on each size of the cluster:
 
@@ -11,9 +11,9 @@ shards    training rows by Ray Data tasks: computes as well
     python bench/cluster.py --kinds scripted --nodes 1 2 4 8 16 --cell-seconds 0.5      # more nodes where there are more cores
 
 Efficiency is the rate per node against that of the smallest cluster. ``caller`` is the process that orders answers and appends them to a
-ledger (a trial's in a sweep), ``broker`` the one that hands cells out, ``Ray`` the GCS and all raylets. ``cores busy`` is of the whole
+ledger (a trial's in a sweep), ``controller`` the one that hands cells out, ``Ray`` the GCS and all raylets. ``cores busy`` is of the whole
 machine: work that keeps all of its cores busy has no use for further nodes. Bytes of the object store are those that were created in it, in
-all nodes together; messages are the pickled sizes of what goes through the broker. Below the table stands what these costs would mean for a
+all nodes together; messages are the pickled sizes of what passes the controller. Below the table stands what these costs would mean for a
 thousand GPUs: arithmetic, not a measurement.
 """
 
@@ -80,7 +80,7 @@ class Spent:
     """Seconds of processors so far, by who spent them, and bytes created in the object store."""
 
     caller: float
-    broker: float
+    controller: float
     actors: float
     ray: float
     machine: float
@@ -107,7 +107,7 @@ class Row:
     """Of each item, in which its node was not computing."""
     caller_cpu_seconds: float
     """Per item, as the next three."""
-    broker_cpu_seconds: float
+    controller_cpu_seconds: float
     actor_cpu_seconds: float
     ray_cpu_seconds: float
     cores_busy: float
@@ -115,7 +115,7 @@ class Row:
     store_bytes: float
     """Per item."""
     message_bytes: float
-    """Per item, through the broker, in and out."""
+    """Per item, through the controller, in and out."""
     append_seconds: float
     """Of writing an answer to the ledger and to the disk."""
 
@@ -140,7 +140,7 @@ class Bench:
         ray.shutdown()
         self.cluster.shutdown()
 
-    def spent(self, *, broker: int | None = None, actors: Sequence[int] = ()) -> Spent:
+    def spent(self, *, controller: int | None = None, actors: Sequence[int] = ()) -> Spent:
         from ray._private.internal_api import get_memory_info_reply
         from ray._private.state import state
 
@@ -148,7 +148,7 @@ class Bench:
         whole = psutil.cpu_times()
         return Spent(
             caller=time.process_time(),
-            broker=busy([broker] if broker else []),
+            controller=busy([controller] if controller else []),
             actors=busy(actors),
             ray=busy(started),
             machine=whole.user + whole.nice + whole.system,
@@ -168,13 +168,13 @@ def busy(pids: Sequence[int]) -> float:
 
 def score(bench: Bench, job: ScoringJob, asked: Sequence[Cell], *, engine: ScriptedEngine | None, kind: str) -> Row:
     """Answer the cells with an actor on every node, warmed before."""
-    fleet = ScoringPool.start(num_actors=bench.nodes, cpus=1, threads=1, engine=engine)
+    pool = ScoringPool.start(num_actors=bench.nodes, cpus=1, threads=1, engine=engine)
     until = time.monotonic() + START_SECONDS
-    while len(fleet.state().pids) < bench.nodes:
+    while len(pool.state().pids) < bench.nodes:
         if time.monotonic() > until:
-            raise SystemExit(f"{kind}: {fleet.state()} after {START_SECONDS} s on {bench.nodes} nodes")
+            raise SystemExit(f"{kind}: {pool.state()} after {START_SECONDS} s on {bench.nodes} nodes")
         time.sleep(0.1)
-    fleet.score(job, list(asked[: WARM_CELLS * bench.nodes]), on_result=lambda result: None)
+    pool.score(job, list(asked[: WARM_CELLS * bench.nodes]), on_result=lambda result: None)
     results: list[CellResult] = []
     ledger, appending = Ledger(bench.folder / f"{kind}-{bench.nodes}.jsonl"), 0.0
 
@@ -185,11 +185,11 @@ def score(bench: Bench, job: ScoringJob, asked: Sequence[Cell], *, engine: Scrip
         appending += time.perf_counter() - started
         results.append(result)
 
-    processes = {"broker": ray.get(fleet.controller.__ray_call__.remote(lambda self: os.getpid())), "actors": fleet.state().pids}
+    processes = {"controller": ray.get(pool.controller.__ray_call__.remote(lambda self: os.getpid())), "actors": pool.state().pids}
     before, started = bench.spent(**processes), time.perf_counter()
-    fleet.score(job, asked, on_result=keep)
+    pool.score(job, asked, on_result=keep)
     seconds, spent = time.perf_counter() - started, bench.spent(**processes) - before
-    fleet.stop()
+    pool.stop()
     if {row.cell_id for row in results} != {cell.id for cell in asked}:
         raise SystemExit(f"{kind}: {len(results)} answers for {len(asked)} cells")
     passed = ray.cloudpickle.dumps((job, list(asked))), ray.cloudpickle.dumps(results)
@@ -214,7 +214,7 @@ def row_of(kind: str, nodes: int, items: int, seconds: float, spent: Spent, **mo
         per_second=items / seconds,
         efficiency=1.0,
         caller_cpu_seconds=spent.caller / items,
-        broker_cpu_seconds=spent.broker / items,
+        controller_cpu_seconds=spent.controller / items,
         actor_cpu_seconds=spent.actors / items,
         ray_cpu_seconds=spent.ray / items,
         cores_busy=spent.machine / seconds,
@@ -312,7 +312,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "per s": lambda row: f"{row.per_second:.2f}",
     "efficiency": lambda row: f"{row.efficiency:.0%}",
     "caller ms": milliseconds("caller_cpu_seconds"),
-    "broker ms": milliseconds("broker_cpu_seconds"),
+    "controller ms": milliseconds("controller_cpu_seconds"),
     "actor ms": milliseconds("actor_cpu_seconds"),
     "Ray ms": milliseconds("ray_cpu_seconds"),
     "cores busy": lambda row: f"{row.cores_busy:.2f}",
@@ -326,7 +326,7 @@ TITLE = f"nodes of one CPU on a machine of {os.cpu_count()} cores; milliseconds 
 def at_a_thousand(rows: Sequence[Row], cell_seconds: Sequence[float] = GPU_CELL_SECONDS) -> list[dict[str, float]]:
     """What the costs per cell of the largest scripted cluster mean for 1,000 GPUs of an actor each, by seconds per cell.
 
-    The broker is one process on one thread, so its share of a core is what ends first; where it is above 1, so many GPUs wait.
+    The controller is one process on one thread, so its share of a core is what ends first; where it is above 1, so many GPUs wait.
     """
     largest = max((row for row in rows if row.kind == "scripted"), key=lambda row: row.nodes, default=None)
     if largest is None:
@@ -338,8 +338,8 @@ def at_a_thousand(rows: Sequence[Row], cell_seconds: Sequence[float] = GPU_CELL_
             {
                 "seconds_per_cell": seconds,
                 "cells_per_second": rate,
-                "broker_cores": rate * largest.broker_cpu_seconds,
-                "gpus_that_a_broker_feeds": seconds / largest.broker_cpu_seconds,
+                "controller_cores": rate * largest.controller_cpu_seconds,
+                "gpus_that_a_controller_feeds": seconds / largest.controller_cpu_seconds,
                 "caller_cores": rate * largest.caller_cpu_seconds,
                 "trials_that_append": rate * largest.append_seconds,
                 "ray_cores": rate * largest.ray_cpu_seconds,
@@ -357,12 +357,12 @@ def figure(name: str, words: str) -> Callable[[dict[str, float]], str]:
 THOUSAND: dict[str, Callable[[dict[str, float]], str]] = {
     "s per cell": figure("seconds_per_cell", "{:g}"),
     "cells/s": figure("cells_per_second", "{:,.0f}"),
-    "broker, cores": figure("broker_cores", "{:.2f}"),
-    "GPUs it can feed": figure("gpus_that_a_broker_feeds", "{:,.0f}"),
+    "controller, cores": figure("controller_cores", "{:.2f}"),
+    "GPUs it can feed": figure("gpus_that_a_controller_feeds", "{:,.0f}"),
     "callers, cores": figure("caller_cores", "{:.2f}"),
     "trials that append": figure("trials_that_append", "{:.2f}"),
     "Ray, cores": figure("ray_cores", "{:.2f}"),
-    "MB/s at the broker": figure("megabytes_per_second", "{:.1f}"),
+    "MB/s at the controller": figure("megabytes_per_second", "{:.1f}"),
     "of the GPUs' time": figure("efficiency", "{:.1%}"),
 }
 THOUSAND_TITLE = f"{GPUS:,} GPUs with an actor each, by arithmetic from the largest scripted row"

@@ -43,11 +43,11 @@ class Row:
     cells: int
     """Of each trial."""
     prepare_seconds: float = 0.0
-    """Until the first trial began: specs, texts, lengths, Ray, shards, fleet."""
+    """Until the first trial began: specs, texts, lengths, Ray, shards, pool."""
     run_seconds: float = 0.0
     """From the first trial's beginning to the last one's end."""
     close_seconds: float = 0.0
-    """What was left to write when the last trial had ended: MLflow and the fleet's end."""
+    """What was left to write when the last trial had ended: MLflow and the pool's end."""
     report_seconds: float = 0.0
     answer_seconds_per_cell: float = 0.0
     """Reading and answering alone, without Ray and ledger."""

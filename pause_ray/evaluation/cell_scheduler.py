@@ -94,7 +94,7 @@ class CellScheduler:
         self._numbers = itertools.count()
 
     def submit(self, key: str, cells: Sequence[Cell], *, base_model: object, now: float) -> None:
-        """Add a request."""
+        """Add the request that ``key`` identifies."""
         self._requests[key] = ScoringRequest(
             key=key, base_model=base_model, num_cells=len(cells), max_actors=busy_actors(cells), waiting=list(cells), last_served=now
         )
@@ -105,12 +105,9 @@ class CellScheduler:
         return list(request.batches.values()) if request else []
 
     def assign(self, *, base_model: object, num_actors: int, now: float) -> Batch | None:
-        """Return the next batch for an idle actor, or None if no cell waits.
+        """Return the next batch for an idle actor that has ``base_model`` loaded (None: nothing), or None if no cell waits.
 
-        Args:
-            base_model: The base model that the actor has loaded, or None.
-            num_actors: The number of actors, including those that will start soon.
-            now: The time.
+        ``num_actors`` includes actors that will start soon.
         """
         waiting = [request for request in self._requests.values() if request.waiting]
         if not waiting:
@@ -163,17 +160,13 @@ class CellScheduler:
         several = [request for request in requests if len(request.batches) > 1 and request.base_model == next_request.base_model]
         if several:
             return max(max(several, key=lambda request: len(request.batches)).batches.values(), key=lambda batch: batch.started)
-        return min(
-            (batch for batch in batches if batch.may_be_preempted(by=next_request, now=now)), key=lambda batch: batch.started, default=None
-        )
+        long_enough = [batch for batch in batches if batch.may_be_preempted(by=next_request, now=now)]
+        return min(long_enough, key=lambda batch: batch.started, default=None)
 
     def target_actors(self, *, bounds: tuple[int, int], num_up: int, resources_wanted: bool) -> int:
-        """Return how many actors there should be: as many as the requests can use, within bounds.
+        """Return how many actors there should be: as many as the requests can use, within ``bounds`` (the fewest and the most).
 
-        Args:
-            bounds: The fewest and the most actors.
-            num_up: The number of actors that have started.
-            resources_wanted: Whether other work waits for resources that actors hold; then only a first actor is added.
+        While other work waits for resources that actors hold (``resources_wanted``), the ``num_up`` started actors get no company.
         """
         fewest, most = bounds
         useful = sum(request.useful_actors for request in self._requests.values())

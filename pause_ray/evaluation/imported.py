@@ -100,12 +100,9 @@ class _TesterResult(Spec):
 
 
 def import_results(sources: Sequence[Path], *, out: Path, naming: Naming | None = None) -> Imported:
-    """Add the results of one arm to a ledger; results that it already has are left as they are.
+    """Add the results of one arm to the ledger ``out``; results that it already has are left as they are.
 
-    Args:
-        sources: Folders or files of results; each version or seed in one of them is a run, which becomes a replicate.
-        out: Path of the ledger, which is created if it is missing.
-        naming: Values for what the files do not state.
+    Each version or seed in one of ``sources``, folders or files, is a run, which becomes a replicate.
 
     Raises:
         SourceError: A source has no results or broken ones, a run has a cell twice, the results are of several models, two runs are
@@ -177,8 +174,8 @@ def _read_file(path: Path) -> list[tuple[str, _TesterResult]]:
     data = path.read_bytes()
     if path.suffix != ".jsonl":
         return [(str(path), _parse(data, str(path)))]
-    lines = [(f"{path} line {number}", line) for number, line in enumerate(data.split(b"\n"), start=1) if line.strip()]
-    return [(origin, _parse(line, origin)) for origin, line in lines]
+    lines = enumerate(data.split(b"\n"), start=1)
+    return [(origin := f"{path} line {number}", _parse(line, origin)) for number, line in lines if line.strip()]
 
 
 def _parse(data: bytes, origin: str) -> _TesterResult:
@@ -199,7 +196,7 @@ def _row(result: _TesterResult, origin: str, *, arm: str, replicate: int, naming
             texts = " | ".join(fact.text for fact in facts) or "no needle"
             raise SourceError(f"{origin}: reference {reference!r} does not occur in what was hidden ({texts}); correct --reference")
     score, reason = _score(result, response)
-    task = "_".join(("needlehaystack", result.task_type)).strip("_")
+    task = f"needlehaystack_{result.task_type}".strip("_")
     # The id does not depend on the grade or the arm, so a copied run has the same ids; without a time, equal answers are no copies.
     asked = [result.model, task, result.context_length, result.depth_percent, [fact.text for fact in facts]]
     run = [] if result.timestamp or result.seconds else [arm, str(replicate)]

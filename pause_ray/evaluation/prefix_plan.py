@@ -8,7 +8,6 @@ with the prompt before it.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -50,11 +49,13 @@ def plan_prefixes(
     groups = list(lengths) if reuse == "depth" else [0] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: (groups[index], keys[index]))
     planned = list[PlannedPrompt]()
-    for before, index in itertools.pairwise([None, *order]):
+    before = None
+    for index in order:
         keep_tokens = 0
         if before is not None and reuse != "none" and groups[before] == groups[index]:
             keep_tokens = _reusable_tokens(prompts[before], prompts[index], prefix_block_size=prefix_block_size)
         planned.append(PlannedPrompt(index, keep_tokens, len(prompts[index])))
+        before = index
     return planned
 
 

@@ -123,13 +123,7 @@ def rescore_ledgers(
     """Score the answers in ledgers again and write the new rows to ledgers in ``out``.
 
     Cells without an answer are copied unchanged. Cells that ``out`` already has are not scored again, except those whose request to the
-    judge failed.
-
-    Args:
-        paths: The original ledgers (``cells.jsonl``, or any other name).
-        scorer: Name of a scorer, or a judge.
-        out: Folder for the new ledgers, which all have the same scorer.
-        progress: Function that is called with the number of finished cells and the number of all cells.
+    judge failed. ``progress`` is called with the number of finished cells and the number of all cells.
 
     Raises:
         StorageError: A ledger is missing, empty or damaged, the disk is full, or another process writes to ``out``.
@@ -218,20 +212,15 @@ def agreement_table(rescored: Sequence[Rescored]) -> Table:
     from rich.table import Table
 
     table = Table(title="old and new scores")
-    for heading in ("ledger", "cells", "scored", "mean", "correlation", "changed"):
-        table.add_column(heading, justify="left" if heading == "ledger" else "right")
+    table.add_column("ledger")
+    for heading in ("cells", "scored", "mean", "correlation", "changed"):
+        table.add_column(heading, justify="right")
     for each in rescored:
-        agreement = each.agreement
-        table.add_row(
-            each.ledger.stem,
-            str(agreement.num_cells),
-            f"{agreement.scored_before} → {agreement.scored_after}",
-            "–"
-            if agreement.mean_before is None or agreement.mean_after is None
-            else f"{agreement.mean_before:.3f} → {agreement.mean_after:.3f}",
-            "–" if agreement.correlation is None else f"{agreement.correlation:.3f}",
-            str(len(agreement.changes)),
-        )
+        found = each.agreement
+        scored, changed = f"{found.scored_before} → {found.scored_after}", str(len(found.changes))
+        means = "–" if found.mean_before is None else f"{found.mean_before:.3f} → {found.mean_after:.3f}"
+        correlation = "–" if found.correlation is None else f"{found.correlation:.3f}"
+        table.add_row(each.ledger.stem, str(found.num_cells), scored, means, correlation, changed)
     return table
 
 

@@ -139,10 +139,7 @@ class PoolController:
     async def next_results(self, key: str, received: int, *, waits: bool) -> tuple[list[CellResult], bool] | None:
         """Wait for a change; return the results after the first ``received`` and whether no actor is answering.
 
-        Args:
-            key: The request; None is returned if it is unknown.
-            received: The number of results that the caller has.
-            waits: Whether no actor was answering, as returned last; True at first.
+        ``waits`` is what was returned last, or True. None is returned for an unknown request.
 
         Raises:
             Exception: the request failed, and all earlier results were returned.
@@ -299,10 +296,10 @@ class PoolController:
         actor.idle_since = time.monotonic()
         while not actor.leaving:
             actor.wake.clear()
+            now = time.monotonic()
+            num_actors = sum(each.pid is not None or now - each.started < START_SECONDS for each in self._actors)
             batch = None
             if self._failure is None:
-                now = time.monotonic()
-                num_actors = sum(each.pid is not None or now - each.started < START_SECONDS for each in self._actors)
                 batch = self._scheduler.assign(base_model=actor.base_model, num_actors=num_actors, now=now)
             if batch is None:
                 await actor.wake.wait()
@@ -362,8 +359,8 @@ class PoolController:
         cell = next(iter(batch.remaining.values()))
         call.losses[cell.id] += 1
         reason = " ".join(str(error).split())
-        if call.losses[cell.id] >= MAX_LOSSES_PER_CELL:
-            message = f"{call.losses[cell.id]} scoring actors were lost at or soon after the {cell.words}; the last one: {reason}"
+        if (times := call.losses[cell.id]) >= MAX_LOSSES_PER_CELL:
+            message = f"{times} scoring actors were lost at or soon after the {cell.words}; the last one: {reason}"
             self._fail(batch.request.key, ScoringPoolError(message))
             return
         with about(call.job.trial):

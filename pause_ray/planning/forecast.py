@@ -98,7 +98,7 @@ def forecast_trial(spec: TrialSpec, *, cache: Path, tokenizer: ModelTokenizer | 
     modes: tuple[Reuse, ...] = ("none", "depth", "full")
     by_reuse = {
         reuse: forecast(
-            _prefix_plan(runs, prompts, reuse=reuse, prefix_block_size=block),
+            _planned(runs, prompts, reuse=reuse, block=block),
             shape,
             chunk_tokens=chunk,
             decode_batch=engine.answers_together(dtype=spec.model.dtype, quantize=spec.model.quantize),
@@ -119,20 +119,15 @@ def forecast_trial(spec: TrialSpec, *, cache: Path, tokenizer: ModelTokenizer | 
     )
 
 
-def _prefix_plan(
-    runs: Sequence[Sequence[Cell]], prompts: Mapping[str, BuiltPrompt], *, reuse: Reuse, prefix_block_size: int
-) -> list[PlannedPrompt]:
+def _planned(runs: Sequence[Sequence[Cell]], prompts: Mapping[str, BuiltPrompt], *, reuse: Reuse, block: int) -> list[PlannedPrompt]:
     """Return the plans of all actors as one; ``prompts`` has the prompt of each cell by its id."""
-    plans = [
-        plan_prefixes(
-            [prompts[cell.id].ids for cell in run],
-            reuse=reuse,
-            prefix_block_size=prefix_block_size,
-            lengths=[cell.context_tokens for cell in run],
-        )
+    return [
+        planned
         for run in runs
+        for planned in plan_prefixes(
+            [prompts[cell.id].ids for cell in run], reuse=reuse, prefix_block_size=block, lengths=[cell.context_tokens for cell in run]
+        )
     ]
-    return [prompt for each in plans for prompt in each]
 
 
 def forecast_table(found: TrialForecast) -> Table:

@@ -1,4 +1,4 @@
-"""The benchmark of a cluster grows one, measures the fleet and the shard writers on it, and says what a thousand GPUs would take."""
+"""The benchmark of a cluster grows one, measures the pool and the shard writers on it, and says what a thousand GPUs would take."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def test_two_sizes_have_a_row_of_each_kind_and_the_arithmetic_follows(tmp_path: 
     assert one["store_bytes"] == two["store_bytes"] == 0, "cells and answers are small enough to travel in messages"
     assert rows["shards", 2]["store_bytes"] > 0
     for row in (one, two):
-        assert 0 < row["broker_cpu_seconds"] < row["wait_seconds"]
+        assert 0 < row["controller_cpu_seconds"] < row["wait_seconds"]
         assert row["message_bytes"] > 1000
     slow, fast = (its for its in written["at_a_thousand"] if its["seconds_per_cell"] in (2.0, 0.5))
     assert {slow["seconds_per_cell"], fast["seconds_per_cell"]} == {2.0, 0.5}
     for its in (slow, fast):
-        assert its["broker_cores"] == pytest.approx(1000 / its["seconds_per_cell"] * two["broker_cpu_seconds"])
-        assert its["gpus_that_a_broker_feeds"] == pytest.approx(1000 / its["broker_cores"])
+        assert its["controller_cores"] == pytest.approx(1000 / its["seconds_per_cell"] * two["controller_cpu_seconds"])
+        assert its["gpus_that_a_controller_feeds"] == pytest.approx(1000 / its["controller_cores"])

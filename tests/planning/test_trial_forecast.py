@@ -49,7 +49,7 @@ def spec_of(trial: JsonObject, **changes: Any) -> TrialSpec:
 
 
 def computed(spec: TrialSpec, found: TrialForecast) -> int:
-    """Prompt tokens that an engine really computes when the fleet's runs are answered."""
+    """Prompt tokens that an engine really computes when the pool's runs are answered."""
     model_dir = Path(spec.model.source)
     tokenizer = ModelTokenizer.load(model_dir)
     marker = resolve_marker(tokenizer, spec.pauses)

@@ -1,6 +1,6 @@
 """Sweeps without a neural network: a training that only writes its files, an engine that answers by a rule, in real processes.
 
-Everything else is real: Ray, Tune, the fleet, locks, ledgers.
+Everything else is real: Ray, Tune, the pool, locks, ledgers.
 """
 
 from __future__ import annotations
