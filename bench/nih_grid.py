@@ -32,10 +32,10 @@ from pause_ray.core.storage import Storage
 from pause_ray.evaluation.answer import CellRunner, PlannedCell, plan_cells
 from pause_ray.evaluation.haystack import load_haystack, prompt_builder
 from pause_ray.evaluation.suite import SuiteSpec, cells
-from pause_ray.inference.attention import flop_counter
 from pause_ray.inference.engine import EngineError, HfEngineSpec, LoadedAs, default_chunk_tokens, default_prefix_block_size
 from pause_ray.inference.hf import HfEngine
 from pause_ray.inference.kv_cache import BatchCache
+from pause_ray.inference.prefix_attention import flop_counter
 from pause_ray.models.shape import ModelShape
 from pause_ray.models.sources import resolve_model
 from pause_ray.models.spec import ModelSpec

@@ -18,9 +18,9 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from pause_ray.inference.attention import has_prefix_attention
 from pause_ray.inference.engine import EngineError
 from pause_ray.inference.kv_cache import BatchCache, Branch, PrefixCache, prefix_cache
+from pause_ray.inference.prefix_attention import has_prefix_attention
 from pause_ray.models.shape import prompt_passes
 
 Ids = NDArray[np.int32]
@@ -138,7 +138,7 @@ class GreedyDecoder:
             key and value comes out of a forward pass of the same shape whatever is reused.
         host: Keep keys and values in the machine's memory.
         decode_batch: The number of answers in one forward pass, where the model has this package's attention
-            (``inference.attention``); 1 with ``host``.
+            (``inference.prefix_attention``); 1 with ``host``.
     """
 
     def __init__(

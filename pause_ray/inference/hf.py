@@ -16,7 +16,6 @@ import torch
 
 from pause_ray.core.errors import ModelError
 from pause_ray.core.storage import is_complete
-from pause_ray.inference.attention import use_prefix_attention
 from pause_ray.inference.decoding import Answer, GreedyDecoder
 from pause_ray.inference.engine import (
     Completion,
@@ -28,6 +27,7 @@ from pause_ray.inference.engine import (
     default_prefix_block_size,
 )
 from pause_ray.inference.kv_cache import prefix_cache
+from pause_ray.inference.prefix_attention import use_prefix_attention
 from pause_ray.models.checkpoint import Checkpoint
 from pause_ray.models.sources import model_limit_tokens, row_limit_tokens
 from pause_ray.models.weights import (

@@ -46,8 +46,8 @@ def test_in_bfloat16_answers_and_margins_are_equal_whatever_is_kept(tmp_path: Pa
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_of_flash_attention_are_those_of_the_plainest(tmp_path: Path, kind: str) -> None:
-    from pause_ray.inference.attention import use_prefix_attention
     from pause_ray.inference.kv_cache import prefix_cache
+    from pause_ray.inference.prefix_attention import use_prefix_attention
 
     model = weights.load_base(make_model(tmp_path / "model", kind=kind), dtype="bfloat16", marker=None, device="cuda:0")
     ids = torch.as_tensor(prompts(1)[0], device="cuda:0")[None]

@@ -28,7 +28,8 @@ LLAMA = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_predicted_operations_and_bytes_are_those_counted(tmp_path: Path, kind: str, tied: bool) -> None:
     torch = pytest.importorskip("torch")
-    from pause_ray.inference import attention, kv_cache
+    from pause_ray.inference import kv_cache
+    from pause_ray.inference import prefix_attention as attention
     from pause_ray.models import weights
 
     folder = make_model(tmp_path / "model", kind=kind, tied=tied)
@@ -54,7 +55,8 @@ def test_predicted_operations_and_bytes_are_those_counted(tmp_path: Path, kind: 
 @pytest.mark.torch
 def test_operations_of_a_prompt_are_those_of_its_chunks_and_its_draft(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    from pause_ray.inference import attention, decoding
+    from pause_ray.inference import decoding
+    from pause_ray.inference import prefix_attention as attention
     from pause_ray.models import weights
     from tests.inference.prompt_steps import step_of
 
