@@ -57,7 +57,7 @@ class EarlyStopping(ReapIdleActors, ASHAScheduler):  # type: ignore[misc]
             mode: The better direction of a score, ``max`` or ``min``.
             trials: The trials that are compared, by digest.
             finished: The digests of those whose cells are all scored.
-            search_log: The log of the sweep.
+            search_log: The sweep's log.
             on_stop: Called with the digest of every trial that is stopped.
         """
         steps = [trial.spec.train.max_steps for trial in trials.values() if trial.spec.train is not None]
@@ -76,13 +76,11 @@ class EarlyStopping(ReapIdleActors, ASHAScheduler):  # type: ignore[misc]
         record = SearchRecord.read(search_log.path.parent)
         self.stopped = set(record.stops) & set(trials)
         """The digests of the trials that were stopped."""
-        replayed: dict[str, Any] = {}
-        for score in record.rungs:
-            if score.trial not in trials:
-                continue
-            if score.trial not in replayed:
-                replayed[score.trial] = SimpleNamespace(trial_id=score.trial)
-                self.on_trial_add(None, replayed[score.trial])
+        scores = [score for score in record.rungs if score.trial in trials]
+        replayed = {score.trial: SimpleNamespace(trial_id=score.trial) for score in scores}
+        for trial in replayed.values():
+            self.on_trial_add(None, trial)
+        for score in scores:
             decision = super().on_trial_result(None, replayed[score.trial], _compared_values(score))
             if decision == TrialScheduler.STOP and score.trial not in {*self.stopped, *finished}:
                 self._note_stop(score)

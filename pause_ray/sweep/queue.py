@@ -134,27 +134,25 @@ class TrialQueue:
         self.given_up: dict[str, str] = {}
         """Reason why the other trials of an arm are not started, by arm."""
 
-    def expect(self, trials: Mapping[str, str]) -> None:
-        """Register trials and their arms (key → arm) before they are queued."""
+    def expect(self, trials: Mapping[str, str]) -> list[str]:
+        """Register trials and their arms (key → arm) before they are queued; return the keys that were not registered yet."""
+        new = [key for key in trials if key not in self._arms]
         self._arms.update(trials)
-
-    def expects(self, key: str) -> bool:
-        """Return whether a trial is registered."""
-        return key in self._arms
+        return new
 
     def add(self, keys: Iterable[str]) -> None:
         """Append registered trials to the queue."""
         self._waiting.extend(keys)
 
     def take_back(self, key: str) -> bool:
-        """Put a trial that was lost at the front of the queue, and return whether it may begin again.
+        """Put a lost trial at the front of the queue and return True, or return False if its arm or the sweep was given up.
 
-        It may not where its arm or the sweep was given up. A budget that is used up does not matter: the trial was started within it.
+        A budget that is used up does not matter: the trial was started within it.
         """
-        may = not self._is_over and self._arms[key] not in self.given_up
-        if may:
-            self._taken_back.append(key)
-        return may
+        if self._is_over or self._arms[key] in self.given_up:
+            return False
+        self._taken_back.append(key)
+        return True
 
     @property
     def may_take_back(self) -> bool:

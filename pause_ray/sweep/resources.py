@@ -70,11 +70,7 @@ class Placement:
         return {name: amount + beside[name] for name, amount in self.trial_bundle().items()}
 
     def _check(self) -> None:
-        """Refuse resources for which a sweep would wait for ever.
-
-        Raises:
-            SpecError: no node can hold one of the bundles, or the cluster cannot hold those that are needed at once.
-        """
+        """Refuse resources for which a sweep would wait for ever: no node, or not the whole cluster, can ever hold them."""
         takers = {"a trial": self.trial_bundle(), "a scoring actor": self._actor()}
         if self.trains and self.resources.train_workers:
             takers["a training worker"] = self._worker()

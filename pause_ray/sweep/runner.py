@@ -37,7 +37,7 @@ from pause_ray.sweep.progress import ProgressDisplay, TrialState
 from pause_ray.sweep.queue import Budget, BudgetMeter, TrialQueue, bill_of
 from pause_ray.sweep.reporter import TrialMonitor, start_progress_actor
 from pause_ray.sweep.resources import Placement
-from pause_ray.sweep.search import SearchLoop, SweepTrial, SweepTrials
+from pause_ray.sweep.search import SweepTrial, SweepTrials
 from pause_ray.sweep.spec import SweepSpec
 from pause_ray.sweep.status import STATUS_SECONDS, ClusterState, Failure, RayMetrics, StatusWriter, SweepOutcome
 from pause_ray.sweep.trainable import (
@@ -100,8 +100,7 @@ def run_sweep(
     interrupted = False
     with exclusive(trials.folder / ".lock"):
         trials.write()
-        search = SearchLoop(trials)
-        missing = trials.missing(trials.by_digest) | search.next_round()
+        missing = trials.missing(trials.by_digest) | trials.next_round()
         if missing:
             print_finished(trials, console)
             with ray_cluster.connection():
@@ -109,9 +108,7 @@ def run_sweep(
                 placement = Placement.of(sweep, [trial.planned.spec for trial in missing.values()])
                 with (
                     ProgressDisplay(console) as display,
-                    SweepDriver(
-                        trials, search=search, storage=storage, queue=queue, placement=placement, display=display, tracker=tracker
-                    ) as driver,
+                    SweepDriver(trials, storage=storage, queue=queue, placement=placement, display=display, tracker=tracker) as driver,
                 ):
                     driver.run(missing)
                     failures = {display.label(key): failure for key, failure in driver.monitor.failures.items()}
@@ -126,7 +123,6 @@ class SweepDriver:
         self,
         trials: SweepTrials,
         *,
-        search: SearchLoop,
         storage: Storage,
         queue: TrialQueue,
         placement: Placement,
@@ -134,7 +130,7 @@ class SweepDriver:
         tracker: SweepTracker | None,
     ) -> None:
         """Start the scoring pool; Ray must be initialised, and the display entered."""
-        self._trials, self._search, self._storage, self._queue = trials, search, storage, queue
+        self._trials, self._storage, self._queue = trials, storage, queue
         self._placement, self._display, self._tracker = placement, display, tracker
         self._pool = ScoringPool.start(
             num_actors=placement.resources.scoring_bounds,
@@ -285,7 +281,7 @@ class SweepDriver:
             if self._trials.sweep.arm in self._queue.given_up:
                 return None  # points that are chosen without a value would stay chosen
             try:
-                more = self._search.next_round()
+                more = self._trials.next_round()
             except UserError as error:
                 self._next_round_error = error
                 return None
@@ -326,8 +322,7 @@ class SweepDriver:
             self._display.add({key: (trial.planned.label, trial.planned.spec) for key, trial in trials.items()})
             self._status.expect(trials)
             # An arm of which earlier commands finished a trial is not given up.
-            new = {key: trial.planned.arm for key, trial in self._trials.by_digest.items() if not self._queue.expects(key)}
-            self._queue.expect(new)
+            new = self._queue.expect({key: trial.planned.arm for key, trial in self._trials.by_digest.items()})
             self._queue.note_finished(key for key in new if self._trials.is_finished(key))
         shards, failed = self._make_shards(trials)
         runnable = {

@@ -1,7 +1,6 @@
 """The trials of a sweep, the search that adds more of them, and its log ``search.jsonl``.
 
-With a grid or random points all trials are known at once; a TPE search adds them round by round. The module starts no trial and does not
-know where trials run.
+With a grid or random points all trials are known at once; a TPE search adds them round by round.
 """
 
 from __future__ import annotations
@@ -18,16 +17,7 @@ from pause_ray.core.errors import SpecError
 from pause_ray.core.spec import JsonObject, digest
 from pause_ray.core.storage import Storage, is_complete, read_json_lines, space_errors, write_json
 from pause_ray.evaluation.ledger import Ledger
-from pause_ray.sweep.search_space import (
-    Domain,
-    IntDomain,
-    LogUniformDomain,
-    QuantisedDomain,
-    UniformDomain,
-    check_enough,
-    corners,
-    drawn_points,
-)
+from pause_ray.sweep.search_space import Domain, IntDomain, LogUniformDomain, QuantisedDomain, UniformDomain, corners, drawn_points
 from pause_ray.sweep.spec import PlannedTrial, SweepSpec, TpeAlgorithm, allows, arms_of, expand
 from pause_ray.trial.prepare import PrepareCache, PreparedTrial, prepare
 
@@ -171,19 +161,12 @@ class SweepTrials:
     def __init__(self, sweep: SweepSpec, *, storage: Storage, command: str, progress: Callable[[int, int], None]) -> None:
         """Prepare the trials that are known before anything runs.
 
-        Args:
-            sweep: The spec.
-            storage: The storage of models and trials.
-            command: The command line, for the report.
-            progress: Called with the number of prepared trials and the number of all.
+        ``command`` is the command line, for the report; ``progress`` is called with the numbers of prepared trials and of all.
 
         Raises:
             UserError: a trial cannot be prepared, or two are the same.
         """
-        self.sweep = sweep
-        self._storage = storage
-        self._command = command
-        self._progress = progress
+        self.sweep, self._storage, self._command, self._progress = sweep, storage, command, progress
         self._seen = PrepareCache()
         self.by_digest: dict[str, SweepTrial] = {}
         """The known trials, in the order in which they are to be run."""
@@ -193,20 +176,19 @@ class SweepTrials:
         self._digest = digest([sweep.name, sweep.reference_arm, sweep.control, self._identity()])
         self.folder: Path = storage.sweeps / f"{sweep.name}-{self._digest}"
         self.log = SearchLog(self.folder)
+        self._search: TpeSearch | None = None
+        self._asked: list[JsonObject] = []
+        """The points of the search's last round."""
 
     def add(self, planned: Sequence[PlannedTrial]) -> None:
-        """Prepare further trials; those that are known already are not added twice.
-
-        Raises:
-            UserError: as for the constructor.
-        """
+        """Prepare further trials and add those that are not known yet; errors are those of the constructor."""
         for number, each in enumerate(planned):
             self._progress(number, len(planned))
             prepared = prepare(each.spec, cache=self._storage.cache, shared=self._seen)
             known = self.by_digest.setdefault(prepared.digest, SweepTrial(each, prepared))
             same_point = known.planned.point == each.point or not self.all_known  # a search may ask for one trial in several ways
             if known.planned.arm != each.arm or not same_point:
-                raise SpecError(f"sweep {self.sweep.name}: {known.planned.label} and {each.label} are the same trial; drop one")
+                raise SpecError(f"{self.sweep.origin}: {known.planned.label} and {each.label} are the same trial; drop one")
         self._progress(len(planned), len(planned))
 
     def write(self) -> None:
@@ -256,11 +238,33 @@ class SweepTrials:
         left_out = self.left_out()
         return {key: trial for key, trial in self.by_digest.items() if key in among and key not in left_out and not self.is_finished(key)}
 
-    def objective(self, point: JsonObject) -> float | None:
-        """Return the objective of the unchanged arm at a point, over its replicates.
+    def next_round(self) -> dict[str, SweepTrial]:
+        """Add the trials of the search's next round and return those to be run; none at the end of the search, or without one.
 
-        It is None if a replicate is not finished or too few cells could be scored.
+        The trials of the last round must have ended: the search learns their values before it is asked for the next points.
+
+        Raises:
+            UserError: a trial cannot be prepared.
+            StorageError: the search log or a trial's ledger is damaged.
         """
+        algorithm = self.sweep.algorithm
+        if not isinstance(algorithm, TpeAlgorithm):
+            return {}
+        self._search = search = self._search or TpeSearch(self.sweep, algorithm, log=self.log)
+        while True:
+            for point in self._asked:
+                search.tell(point, self.objective(point))
+            self._asked = search.ask()
+            if not self._asked:
+                return {}
+            known = set(self.by_digest)
+            self.add(expand(self.sweep, points=self._asked))
+            self.write()
+            if missing := self.missing(self.by_digest.keys() - known):
+                return missing
+
+    def objective(self, point: JsonObject) -> float | None:
+        """Return the unchanged arm's objective at a point, over its replicates; None if one is unfinished or too few cells have a score."""
         planned = [trial.spec for trial in expand(self.sweep, points=[point]) if trial.arm == self.sweep.arm]
         digests = [prepare(spec, cache=self._storage.cache, shared=self._seen).digest for spec in planned]
         if not digests or not all(map(self.is_finished, digests)):
@@ -294,17 +298,11 @@ class TpeSearch:
     """
 
     def __init__(self, sweep: SweepSpec, algorithm: TpeAlgorithm, *, log: SearchLog) -> None:
-        """Begin a search, or prepare to replay the one in ``log``.
-
-        Raises:
-            SpecError: there are fewer valid points than are to be asked for.
-            StorageError: the log is damaged.
-        """
+        """Begin a search, or prepare to replay the one in ``log``."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._sweep, self._algorithm, self._log = sweep, algorithm, log
-        check_enough(sweep.search, lambda point: allows(sweep, point), points=algorithm.points, origin=sweep.origin)
         sampler = optuna.samplers.TPESampler(
             seed=algorithm.seed, n_startup_trials=algorithm.random_points, multivariate=True, constant_liar=algorithm.at_a_time > 1
         )
@@ -399,11 +397,9 @@ def _distribution(domain: Domain) -> optuna.distributions.BaseDistribution:
 
 def _value(domain: Domain, suggested: Any) -> Any:
     """Return the value of a domain that a suggestion stands for."""
-    if isinstance(domain, IntDomain):
-        return suggested
     if isinstance(domain, UniformDomain | LogUniformDomain):
         return domain.rounded(suggested)
-    return domain.listed()[suggested]
+    return suggested if isinstance(domain, IntDomain) else domain.listed()[suggested]
 
 
 def _suggestion(domain: Domain, value: Any) -> Any:
@@ -411,39 +407,3 @@ def _suggestion(domain: Domain, value: Any) -> Any:
     if isinstance(domain, IntDomain | UniformDomain | LogUniformDomain):
         return value
     return [digest([listed]) for listed in domain.listed()].index(digest([value]))
-
-
-class SearchLoop:
-    """Adds trials round by round: the search learns the values of a round's points before it is asked for the next points."""
-
-    def __init__(self, trials: SweepTrials) -> None:
-        """Create a loop that adds to ``trials``; if all of them are known, it adds nothing.
-
-        Raises:
-            SpecError: there are fewer valid points than are to be asked for.
-            StorageError: the search log is damaged.
-        """
-        algorithm = trials.sweep.algorithm
-        self._trials = trials
-        self._search = TpeSearch(trials.sweep, algorithm, log=trials.log) if isinstance(algorithm, TpeAlgorithm) else None
-        self._asked: list[JsonObject] = []
-
-    def next_round(self) -> dict[str, SweepTrial]:
-        """Return the trials of the next round that are to be run; none at the end of the search. Those of the last round must have ended.
-
-        Raises:
-            UserError: as for ``SweepTrials``.
-            StorageError: a trial's ledger is damaged.
-        """
-        while self._search is not None:
-            for point in self._asked:
-                self._search.tell(point, self._trials.objective(point))
-            self._asked = self._search.ask()
-            if not self._asked:
-                break
-            known = set(self._trials.by_digest)
-            self._trials.add(expand(self._trials.sweep, points=self._asked))
-            self._trials.write()
-            if missing := self._trials.missing(self._trials.by_digest.keys() - known):
-                return missing
-        return {}

@@ -321,7 +321,9 @@ def drawn_points(search: Search, allows: Allows, *, points: int, seed: int, orig
     Raises:
         SpecError: the space has fewer.
     """
-    check_enough(search, allows, points=points, origin=origin)
+    lists = [domain.listed() for domain in search.values()]
+    if None not in lists and math.prod(len(listed) for listed in lists if listed is not None) <= MOST_COUNTED:
+        _check_number(len(grid_points(search, allows, origin=origin)), wanted=points, origin=origin)
     source = random.Random(digest(["points of a search", seed]))  # noqa: S311 (drawn points must be the same everywhere)
     found: dict[str, JsonObject] = {}
     draws_in_vain = 0
@@ -334,17 +336,6 @@ def drawn_points(search: Search, allows: Allows, *, points: int, seed: int, orig
             draws_in_vain = 0
     _check_number(len(found), wanted=points, origin=origin)
     return list(found.values())
-
-
-def check_enough(search: Search, allows: Allows, *, points: int, origin: str) -> None:
-    """Refuse more points than a small finite space has.
-
-    Raises:
-        SpecError: it has fewer, or none.
-    """
-    lists = [domain.listed() for domain in search.values()]
-    if None not in lists and math.prod(len(listed) for listed in lists if listed is not None) <= MOST_COUNTED:
-        _check_number(len(grid_points(search, allows, origin=origin)), wanted=points, origin=origin)
 
 
 def _check_number(valid: int, *, wanted: int, origin: str) -> None:

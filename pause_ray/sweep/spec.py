@@ -55,16 +55,12 @@ class TpeAlgorithm(Spec):
 
     @model_validator(mode="after")
     def _learns_something(self) -> Self:
-        if self.random_points >= self.points:
-            raise ValueError(
-                f"random_points {self.random_points} of points {self.points}: nothing is left to choose by what was learned; "
-                "lower random_points, or use kind: random"
-            )
-        if self.at_a_time >= self.points:
-            raise ValueError(
-                f"at_a_time {self.at_a_time} of points {self.points}: all are asked for before the first value is known; "
-                "lower at_a_time, or use kind: random"
-            )
+        for name, value, problem in (
+            ("random_points", self.random_points, "nothing is left to choose by what was learned"),
+            ("at_a_time", self.at_a_time, "all are asked for before the first value is known"),
+        ):
+            if value >= self.points:
+                raise ValueError(f"{name} {value} of points {self.points}: {problem}; lower {name}, or use kind: random")
         return self
 
 
@@ -151,14 +147,13 @@ class SweepSpec(Spec):
     @model_validator(mode="after")
     def _algorithm_fits_the_space(self) -> Self:
         kind = self.algorithm.kind
-        if kind == "grid":
-            for path, domain in self.search.items():
-                if domain.key != "grid":
-                    raise ValueError(
-                        f"search.{path}: {domain.key} is a domain to draw from, and algorithm grid takes every value; "
-                        "list values under grid, or set algorithm, for example {kind: random, points: 20}"
-                    )
-        elif not self.search:
+        for path, domain in self.search.items():
+            if kind == "grid" != domain.key:
+                raise ValueError(
+                    f"search.{path}: {domain.key} is a domain to draw from, and algorithm grid takes every value; "
+                    "list values under grid, or set algorithm, for example {kind: random, points: 20}"
+                )
+        if kind != "grid" and not self.search:
             raise ValueError(f"algorithm {kind} has nothing to choose: search is empty; give it paths, or leave algorithm out")
         if kind == "tpe" and self.scheduler is not None:
             raise ValueError(
@@ -267,11 +262,7 @@ def arms_of(sweep: SweepSpec) -> list[Arm]:
 
 
 def allows(sweep: SweepSpec, point: JsonObject) -> bool:
-    """Return whether the constraints allow the unchanged trial at a point.
-
-    Raises:
-        SpecError: there are constraints, and the trial breaks a rule of its own.
-    """
+    """Return whether the constraints allow the unchanged trial at a point; ``SpecError`` if it breaks a rule and they do not exclude it."""
     return not sweep.constraints or arms_of(sweep)[0].trial(point, replicate=0) is not None
 
 
@@ -288,11 +279,7 @@ def known_points(sweep: SweepSpec) -> list[JsonObject] | None:
 
 
 def example_point(sweep: SweepSpec) -> JsonObject:
-    """Return a valid point of a search whose points are not known yet; always the same one.
-
-    Raises:
-        SpecError: there is none.
-    """
+    """Return a valid point of a search whose points are not known yet; always the same one."""
     return _drawn(sweep, 1, seed=0)[0]
 
 
@@ -309,9 +296,7 @@ def expand(sweep: SweepSpec, points: Sequence[JsonObject] | None = None) -> list
             algorithm tpe. Trials that the search does not vary are included in any case.
 
     Raises:
-        SpecError: a searched or arm path that the trial does not have, a trial that breaks a rule, two arms that are the same trial,
-            an arm without any trial; a searched path that changes no trial, a constraint that concerns none, an objective that no
-            trial gives, a scheduler without anything to act on.
+        SpecError: a trial breaks a rule, two arms are the same trial, or a path, arm, constraint, objective or scheduler has no effect.
     """
     _check_paths(sweep)
     if points is not None:
@@ -319,22 +304,17 @@ def expand(sweep: SweepSpec, points: Sequence[JsonObject] | None = None) -> list
     if not isinstance(sweep.algorithm, GridAlgorithm):
         _check_corners(sweep)
     known = known_points(sweep)
-    if known is None:
+    tried = known or []
+    if isinstance(sweep.algorithm, TpeAlgorithm):
         ends = [point for point in corners(sweep.search) if allows(sweep, point)]
-        tried = ends + _drawn(sweep, min(PROBES, getattr(sweep.algorithm, "points", PROBES)), seed=0)
-    else:
-        tried = known
+        tried = ends + _drawn(sweep, sweep.algorithm.points, seed=0)[:PROBES]
     planned = _planned(sweep, tried)
     _check_search(sweep, tried, planned)
     return _planned(sweep, []) if known is None else planned
 
 
 def listed_trials(sweep: SweepSpec) -> list[PlannedTrial]:
-    """Return the trials that are known before anything runs: all, or with a TPE search those of ``example_point``.
-
-    Raises:
-        SpecError: as for ``expand``.
-    """
+    """Check the sweep and return the trials that are known before it runs: all, or with a TPE search those of ``example_point``."""
     planned = expand(sweep)
     return expand(sweep, [example_point(sweep)]) if sweep.algorithm.kind == "tpe" else planned
 
@@ -417,7 +397,7 @@ def _check_corners(sweep: SweepSpec) -> None:
 
 
 def _check_search(sweep: SweepSpec, points: Sequence[JsonObject], planned: Sequence[PlannedTrial]) -> None:
-    """Refuse mistakes that would otherwise be found after hours, by means of points of the search and their trials."""
+    """Refuse what has no effect, as points of the search and their trials show; it would otherwise be found after hours."""
     origin = sweep.origin
     for path in sweep.search:
         if not any(_reads(arm, path, points) for arm in arms_of(sweep) if path in arm.varied):

@@ -9,7 +9,7 @@ import pytest
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import Storage, write_json
 from pause_ray.evaluation.ledger import Ledger
-from pause_ray.sweep.search import SearchLoop, SweepTrials
+from pause_ray.sweep.search import SweepTrials
 from pause_ray.sweep.spec import read_sweep
 from tests.evaluation.answered_rows import row
 from tests.evaluation.tiny import STOCK
@@ -60,13 +60,12 @@ def test_points_that_are_the_same_trial_have_its_value_in_one_round_and_in_two(s
     trials = SweepTrials(read_sweep(stubbed, changes), storage=storage, command="", progress=lambda done, total: None)
     for number, points in enumerate([same[:2], same[2:]]):
         trials.log.append({"event": "asked", "round": number, "points": points})
-    loop = SearchLoop(trials)
-    [(key, trial)] = loop.next_round().items()
+    [(key, trial)] = trials.next_round().items()
     ledger = Ledger(storage.trials / key / "cells.jsonl")
     for number, cell in enumerate(trial.prepared.cells):
         ledger.append(row(number, STOCK.needle, cell_id=cell.id))
     write_json(storage.trials / key / "manifest.json", {})
-    assert loop.next_round() == {}
+    assert trials.next_round() == {}
     told = [event for event in trials.log.events() if event["event"] == "told"]
     assert [event["point"] for event in told] == same
     [value] = {event["value"] for event in told}

@@ -114,7 +114,7 @@ def test_a_small_space_is_asked_for_each_of_its_points_once(tmp_path: Path) -> N
     }
     assert len(points) == 12
     with pytest.raises(SpecError, match=r"algorithm\.points 13: the search has 12 valid points"):
-        learning(sweep_of(space, {"kind": "tpe", "points": 13, "random_points": 2}), tmp_path)
+        expand(sweep_of(space, {"kind": "tpe", "points": 13, "random_points": 2}))
 
 
 def test_trials_of_points_to_come_are_not_known_and_the_others_are() -> None:
