@@ -321,7 +321,7 @@ def _mlflow_problems(storage: Storage, *, experiment: str) -> list[Problem]:
     from pause_ray.tracking.store import connected
 
     try:
-        with connected(storage, experiment=experiment, uri=None, waiting=lambda holder: None):
+        with connected(storage, experiment=experiment):
             return []
     except TrackingError as error:
         what, _, remedy = str(error).partition("; ")

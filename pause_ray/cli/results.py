@@ -80,11 +80,11 @@ def compare(arms: Arms, as_json: AsJson = False, storage: StorageRoot = DEFAULT_
     """
     from pause_ray.report.comparison import compare_ledgers, comparison_json, comparison_view
 
-    result = compare_ledgers(arms, Storage(Path(storage).expanduser().absolute()))  # not opened: the verb writes nothing
+    compared = compare_ledgers(arms, Storage(Path(storage).expanduser().absolute()))  # not opened: the verb writes nothing
     if as_json:
-        print_json(comparison_json(result))
+        print_json(comparison_json(compared))
         return
-    out.print(comparison_view(result, width=out.width))
+    out.print(comparison_view(compared, width=out.width))
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,11 +21,11 @@ from pause_ray.core.format import (
 )
 from pause_ray.core.spec import JsonObject
 from pause_ray.core.storage import Storage
-from pause_ray.evaluation.compare import Comparison, Summary, compare_arms, explain_no_pairs, summarize
+from pause_ray.evaluation.compare import Comparison, Summary, explain_no_pairs, summarize
 from pause_ray.evaluation.grid import DepthAxis, difference_grid
 from pause_ray.evaluation.ledger import CellResult, Ledger
-from pause_ray.evaluation.statistics import Estimate, Interval, holm
-from pause_ray.report.results import ArmResult, answer_cost, read_results
+from pause_ray.evaluation.statistics import Estimate, Interval
+from pause_ray.report.results import ArmResult, Contrast, answer_cost, contrasts, read_results
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -133,7 +133,12 @@ def _of_files(name: str, paths: Sequence[Path]) -> ArmRows:
     arms = sorted({row.arm for _, rows in read for row in rows})
     if len(paths) > 1 and len(arms) > 1:
         raise UserError(f"{name}: holds ledgers of several arms ({', '.join(arms)}); name one of them, such as {paths[0]}")
-    _refuse_doubles(read)
+    seen: dict[str, Path] = {}
+    for path, rows in read:
+        doubled = next((row.cell_id for row in rows if row.cell_id in seen), None)
+        if doubled:
+            raise UserError(f"{path} and {seen[doubled]} have the same rows (cell {doubled}); leave one of them out")
+        seen |= {row.cell_id: path for row in rows}
     for path, rows in read:
         question, answers = Counter((*_cell(row), row.replicate) for row in rows).most_common(1)[0]
         if answers > 1:
@@ -143,15 +148,6 @@ def _of_files(name: str, paths: Sequence[Path]) -> ArmRows:
                 f"{f' (arms: {format_list(arms)})' if len(arms) > 1 else ''}; keep each arm and run in a ledger of its own"
             )
     return ArmRows(name, tuple(paths), tuple(row for rows in _numbered([rows for _, rows in read]) for row in rows))
-
-
-def _refuse_doubles(read: Sequence[tuple[Path, Sequence[CellResult]]]) -> None:
-    seen: dict[str, Path] = {}
-    for path, rows in read:
-        doubled = next((row.cell_id for row in rows if row.cell_id in seen), None)
-        if doubled:
-            raise UserError(f"{path} and {seen[doubled]} have the same rows (cell {doubled}); leave one of them out")
-        seen |= {row.cell_id: path for row in rows}
 
 
 def _numbered(ledgers: Sequence[Sequence[CellResult]]) -> list[list[CellResult]]:
@@ -175,15 +171,13 @@ NAMES_WIDTH, ARM_WIDTH = 36, 20
 
 @dataclass(frozen=True)
 class ComparedArm:
-    """One arm, and how it differs from the reference."""
+    """One arm, and how it differs from the reference, whose letter is A."""
 
     letter: str
     arm: ArmRows
     summary: Summary
-    comparison: Comparison | None
-    """None for the reference, and where nothing pairs."""
-    corrected_p: float | None
-    """``comparison.p`` after Holm's correction for all arms that are compared."""
+    contrast: Contrast | None
+    """The difference to the reference; None for the reference itself, and where nothing pairs."""
     problem: str | None
     """The reason why no cells pair; None if some do."""
 
@@ -194,48 +188,13 @@ class ComparedArm:
         return f"{self.letter} {arms.pop()}" if len(arms) == 1 else self.letter
 
     @property
-    def differs(self) -> bool:
-        """Whether the difference is more than chance would explain, by interval and by corrected p."""
-        return self.comparison is not None and self.corrected_p is not None and self.comparison.is_beyond_chance(self.corrected_p)
+    def comparison(self) -> Comparison | None:
+        """The comparison with the reference."""
+        return self.contrast.comparison if self.contrast else None
 
 
-@dataclass(frozen=True)
-class LedgerComparison:
-    """The reference, and all other arms compared with it."""
-
-    reference: ComparedArm
-    others: tuple[ComparedArm, ...]
-
-    @property
-    def arms(self) -> tuple[ComparedArm, ...]:
-        """All arms, the reference first."""
-        return self.reference, *self.others
-
-    @property
-    def notes(self) -> list[str]:
-        """Sentences that limit what the numbers show."""
-        found = [f"{arm.letter} cannot be compared with A: {arm.problem}" for arm in self.others if arm.problem]
-        found += [f"{its.letter} against A: {text}" for its in self.others if its.comparison for text in its.comparison.warnings]
-        for its in self.others:
-            if its.comparison and its.comparison.num_unpaired:
-                found.append(f"{its.letter} against A: {its.comparison.num_unpaired} cells have no scored counterpart and are left out")
-        found += [
-            f"{its.letter}: {its.summary.num_unscored} of {its.summary.num_cells} cells are unscored"
-            for its in self.arms
-            if its.summary.num_unscored
-        ]
-        compared = [its.comparison for its in self.others if its.comparison]
-        if any(its.num_replicates == 1 for its in compared):
-            found.append("with one replicate, intervals cover other cells of the same haystack, not other haystacks and wordings")
-        return found
-
-
-def compare_ledgers(names: Sequence[str], storage: Storage) -> LedgerComparison:
-    """Find the arms and compare every one with the first.
-
-    Args:
-        names: At least two names; see ``find_arm``.
-        storage: The storage root with the sweeps.
+def compare_ledgers(names: Sequence[str], storage: Storage) -> list[ComparedArm]:
+    """Return the arms with these names (see ``find_arm``), every one but the first compared with the first.
 
     Raises:
         UserError: There are fewer than two names or more than 26, or a name stands for nothing or for several things.
@@ -245,26 +204,39 @@ def compare_ledgers(names: Sequence[str], storage: Storage) -> LedgerComparison:
         raise UserError(
             f"compare: takes 2 to {len(LETTERS)} arms, given {len(names)}; for example `pause-ray compare base.jsonl tuned.jsonl`"
         )
-    first, *others = [find_arm(name, storage) for name in names]
-    found = [compare_arms(arm.rows, first.rows, num_comparisons=len(others)) for arm in others]
-    corrected = iter(holm([comparison.p for comparison in found if comparison]))
-    return LedgerComparison(
-        ComparedArm(LETTERS[0], first, summarize(first.rows), None, None, None),
-        tuple(
-            ComparedArm(
-                letter,
-                arm,
-                summarize(arm.rows),
-                comparison,
-                next(corrected) if comparison else None,
-                None if comparison else explain_no_pairs(arm.rows, first.rows),
-            )
-            for letter, arm, comparison in zip(LETTERS[1:], others, found, strict=False)
-        ),
-    )
+    found = {letter: find_arm(name, storage) for letter, name in zip(LETTERS, names, strict=False)}
+    rows = {letter: arm.rows for letter, arm in found.items()}
+    compared = contrasts({letter: "A" for letter in found if letter != "A"}, rows)
+    return [
+        ComparedArm(
+            letter=letter,
+            arm=arm,
+            summary=summarize(arm.rows),
+            contrast=compared.get(letter),
+            problem=None if letter == "A" or letter in compared else explain_no_pairs(arm.rows, rows["A"]),
+        )
+        for letter, arm in found.items()
+    ]
 
 
-def comparison_json(result: LedgerComparison) -> JsonObject:
+def comparison_notes(arms: Sequence[ComparedArm]) -> list[str]:
+    """Return sentences that limit what the numbers show."""
+    found = [f"{its.letter} cannot be compared with A: {its.problem}" for its in arms if its.problem]
+    compared = [its.contrast for its in arms if its.contrast]
+    found += [f"{its.name}: {text}" for its in compared for text in its.comparison.warnings]
+    found += [
+        f"{its.name}: {its.comparison.num_unpaired} cells have no scored counterpart and are left out"
+        for its in compared
+        if its.comparison.num_unpaired
+    ]
+    summaries = [(its.letter, its.summary) for its in arms]
+    found += [f"{letter}: {its.num_unscored} of {its.num_cells} cells are unscored" for letter, its in summaries if its.num_unscored]
+    if any(its.comparison.num_replicates == 1 for its in compared):
+        found.append("with one replicate, intervals cover other cells of the same haystack, not other haystacks and wordings")
+    return found
+
+
+def comparison_json(arms: Sequence[ComparedArm]) -> JsonObject:
     """Return the comparison as plain data, with all numbers."""
     return {
         "arms": [
@@ -275,14 +247,14 @@ def comparison_json(result: LedgerComparison) -> JsonObject:
                 "summary": dataclasses.asdict(its.summary),
                 "spent": dataclasses.asdict(answer_cost(its.arm.rows)),
                 "comparison": dataclasses.asdict(its.comparison) if its.comparison else None,
-                "cells": _cells(its, result.reference) if its.comparison else None,
-                "corrected_p": its.corrected_p,
-                "differs": its.differs,
+                "cells": _cells(its, arms[0]) if its.comparison else None,
+                "corrected_p": its.contrast.corrected_p if its.contrast else None,
+                "differs": its.contrast is not None and its.contrast.differs,
                 "problem": its.problem,
             }
-            for its in result.arms
+            for its in arms
         ],
-        "notes": result.notes,
+        "notes": comparison_notes(arms),
     }
 
 
@@ -294,23 +266,24 @@ def _cells(its: ComparedArm, reference: ComparedArm) -> list[JsonObject]:
     ]
 
 
-def comparison_view(result: LedgerComparison, *, width: int = 80) -> RenderableType:
+def comparison_view(arms: Sequence[ComparedArm], *, width: int = 80) -> RenderableType:
     """Return tables of the comparison by measure and by context length, and the notes.
 
     Args:
-        result: The comparison.
+        arms: The arms, the reference first.
         width: Columns of the terminal; arms that do not fit side by side get further tables.
     """
     from rich.console import Group
     from rich.text import Text
 
-    parts: list[RenderableType] = [Text("\n".join(_legend(its) for its in result.arms)), ""]
+    reference, *others = arms
+    parts: list[RenderableType] = [Text("\n".join(map(_legend, arms))), ""]
     abreast = max(1, (width - NAMES_WIDTH) // ARM_WIDTH)
-    for start in range(0, len(result.others), abreast):
-        shown = result.others[start : start + abreast]
-        parts += [_measure_table(result.reference, shown), "", _length_table(result.reference, shown), ""]
+    for start in range(0, len(others), abreast):
+        shown = others[start : start + abreast]
+        parts += [_measure_table(reference, shown), "", _length_table([reference, *shown]), ""]
     parts.append(Text("95 % intervals: r over replicates, c over cells of the same haystack. All arms are compared with A.", style="dim"))
-    return Group(*parts, *(Text(f"note: {note}") for note in result.notes))
+    return Group(*parts, *(Text(f"note: {note}") for note in comparison_notes(arms)))
 
 
 def _legend(its: ComparedArm) -> str:
@@ -322,7 +295,7 @@ def _legend(its: ComparedArm) -> str:
 
 
 def _measure_table(reference: ComparedArm, others: Sequence[ComparedArm]) -> Table:
-    table = _table("", reference, others)
+    table = _table("", [reference, *others])
     summaries = [its.summary for its in (reference, *others)]
 
     def of_arms(name: str, text: Callable[[Summary], str]) -> None:
@@ -340,8 +313,9 @@ def _measure_table(reference: ComparedArm, others: Sequence[ComparedArm]) -> Tab
     of_arms("mean score", lambda its: format_number(its.grand_mean))
     estimate("difference", lambda its: its.effects.difference, format_signed)
     of_pairs("p (sign flips)", lambda its: format_p_value(its.p))
-    table.add_row("  p corrected", "", *(format_p_value(its.corrected_p) for its in others))
-    table.add_row("  more than chance", "", *("yes" if its.differs else "no" if its.comparison else "–" for its in others), style="bold")
+    table.add_row("  p corrected", "", *(format_p_value(its.contrast.corrected_p if its.contrast else None) for its in others))
+    verdicts = [("yes" if its.contrast.differs else "no") if its.contrast else "–" for its in others]
+    table.add_row("  more than chance", "", *verdicts, style="bold")
     of_pairs("detectable from", lambda its: "none" if its.detectable is not None and its.detectable >= 1 else format_number(its.detectable))
     estimate("paper's metric", lambda its: its.effects.relative, format_signed_percent, " %")
     estimate("change of mean rubric", lambda its: its.effects.rubric_change, format_signed_percent, " %")
@@ -354,29 +328,26 @@ def _measure_table(reference: ComparedArm, others: Sequence[ComparedArm]) -> Tab
     return table
 
 
-def _length_table(reference: ComparedArm, others: Sequence[ComparedArm]) -> Table:
-    table = _table("context tokens", reference, others)
-    arms = (reference, *others)
+def _length_table(arms: Sequence[ComparedArm]) -> Table:
+    table = _table("context tokens", arms)
     for length in sorted({length for its in arms for length in its.summary.mean_by_length}):
-        table.add_row(format_count(length), *_length_cells(length, arms))
+        cells = []
+        for its in arms:
+            mean = format_number(its.summary.mean_by_length.get(length))
+            difference = its.comparison.difference_by_length.get(length) if its.comparison else None
+            cells.append(mean if difference is None else f"{mean}  {format_signed(difference)}")
+        table.add_row(format_count(length), *cells)
     return table
 
 
-def _length_cells(length: int, arms: Sequence[ComparedArm]) -> Iterator[str]:
-    for its in arms:
-        mean = format_number(its.summary.mean_by_length.get(length))
-        difference = its.comparison.difference_by_length.get(length) if its.comparison else None
-        yield mean if difference is None else f"{mean}  {format_signed(difference)}"
-
-
-def _table(corner: str, reference: ComparedArm, others: Sequence[ComparedArm]) -> Table:
+def _table(corner: str, arms: Sequence[ComparedArm]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column(corner, no_wrap=True)
-    for its in (reference, *others):
+    for its in arms:
         table.add_column(Text(its.label), justify="right", max_width=ARM_WIDTH)
     return table
 

@@ -26,7 +26,6 @@ from pause_ray.evaluation.statistics import BOOTSTRAP_UNITS, Estimate, Interval,
 from pause_ray.report import figures
 from pause_ray.report.findings import ARM_COLUMNS, arm_cells, bracketed, control_cells, format_noise, headline, notes
 from pause_ray.report.ranking import (
-    RungHistory,
     best,
     cost_axes,
     exported,
@@ -111,16 +110,6 @@ def middle_and_edges(conditions: Sequence[ArmResult]) -> list[JsonObject]:
                 }
             )
     return found
-
-
-def proxy_cost(histories: Sequence[RungHistory]) -> JsonObject:
-    """Return the ``cells``, ``prefilled_tokens`` and ``seconds`` of all rungs together."""
-    rungs = [rung for history in histories for rung in history.rungs]
-    return {
-        "cells": sum(rung.num_cells for rung in rungs),
-        "prefilled_tokens": sum(rung.prefilled_tokens for rung in rungs),
-        "seconds": sum(rung.seconds for rung in rungs),
-    }
 
 
 def unscored(conditions: Sequence[ArmResult]) -> list[JsonObject]:
@@ -304,11 +293,7 @@ def page(results: SweepResults, drawn: Mapping[str, str]) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {name: function for name, function in vars(formats).items() if name.startswith("format_")}
-    environment.globals |= {
-        "format_interval": _format_interval,
-        "format_percent_interval": _format_percent_interval,
-        "format_objective": format_objective,
-    }
+    environment.globals |= {"interval": _format_interval, "format_objective": format_objective}
     return environment.get_template("report.html.jinja").render(_view(results, drawn))
 
 
@@ -378,13 +363,8 @@ def corpus_table(stats: JsonObject) -> Table:
     return shown
 
 
-def _format_interval(interval: Interval | None, *, signs: bool = False) -> str:
-    return "–" if interval is None else format_interval(interval.low, interval.high, signs=signs)
-
-
-def _format_percent_interval(interval: Interval | None) -> str:
-    """Return an interval in percent as a text such as ``−1.2 to +4.0 %``."""
-    return "" if interval is None else format_interval(interval.low, interval.high, digits=1, signs=True, unit=" %")
+def _format_interval(interval: Interval | None, *, missing: str = "–", **options: Any) -> str:
+    return missing if interval is None else format_interval(interval.low, interval.high, **options)
 
 
 def _draw(results: SweepResults) -> dict[str, Figure]:
@@ -424,7 +404,6 @@ def _recall(condition: ArmResult) -> dict[float, Estimate]:
 def _view(results: SweepResults, drawn: Mapping[str, str]) -> JsonObject:
     conditions = _reference_first(results.conditions)
     scored = [condition for condition in conditions if condition.summary]
-    histories = rung_histories(results)
     bound = max((abs(edge) for contrast in results.all_contrasts for edge in _reach(contrast)), default=1.0)
     return {
         "results": results,
@@ -442,7 +421,7 @@ def _view(results: SweepResults, drawn: Mapping[str, str]) -> JsonObject:
         "several": any(num_asked(row) > 1 for condition in scored for row in condition.rows),
         "in_tenths": needs_bins((row for condition in scored for row in condition.rows), axis=results.axis),
         "answers_per_field": answers_per_field(results),
-        "figures": {name: _data_uri(svg) for name, svg in drawn.items()},
+        "figures": {name: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode() for name, svg in drawn.items()},
         "lines": min(figures.MOST_LINES, len(scored)),
         "heatmaps": min(MOST_HEATMAPS, len(scored)),
         "best": best(results),
@@ -451,10 +430,9 @@ def _view(results: SweepResults, drawn: Mapping[str, str]) -> JsonObject:
         "cost_axes": cost_axes(results),
         "shown_arms": SHOWN_ARMS,
         "named_arms": figures.MAX_NAMED_ARMS,
-        "rung_histories": histories,
+        "rung_histories": rung_histories(results),
         "shown_histories": SHOWN_HISTORIES,
         "rank_correlations": rank_correlations(results),
-        "proxy_cost": proxy_cost(histories),
         "places": middle_and_edges(scored),
         "unscored": unscored(scored),
         "questions": questions(results),
@@ -549,7 +527,3 @@ def _reach(contrast: Contrast) -> list[float]:
 
 def _reference_first(conditions: Sequence[ArmResult]) -> list[ArmResult]:
     return sorted(conditions, key=lambda condition: not condition.is_reference)
-
-
-def _data_uri(svg: str) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode("ascii")

@@ -147,12 +147,9 @@ class SweepLine:
 
 def _total(numbers: Iterable[int | None]) -> int | None:
     """Return the sum of the numbers; None if one of them is None."""
-    found = 0
-    for number in numbers:
-        if number is None:
-            return None
-        found += number
-    return found
+    found = list(numbers)
+    known = [number for number in found if number is not None]
+    return sum(known) if len(known) == len(found) else None
 
 
 def sweep_folders(storage: Storage) -> list[Path]:

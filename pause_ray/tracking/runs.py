@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from pause_ray.report import figures
 from pause_ray.report.findings import ARM_COLUMNS, arm_cells, control_cells, format_noise, headline, notes
 from pause_ray.report.ranking import EXPORT, best, exported, rank_correlations
 from pause_ray.report.results import ArmResult, SweepResults, TrialResult, answer_cost, read_trial
-from pause_ray.sweep.search import SEARCH_LOG, RungScore, SearchRecord, Stop
+from pause_ray.sweep.search import SEARCH_LOG, RungScore, SearchRecord
 from pause_ray.sweep.spec import condition_labels
 from pause_ray.tracking.store import Run, Sender, connected
 from pause_ray.training.metrics import training_series
@@ -79,7 +79,7 @@ def trial_run(trial: TrialResult, *, label: str, rungs: Sequence[RungScore], scr
     folder.mkdir()
     to_parquet(trial.rows, folder / "cells.parquet")
     name = trial_name(label, trial.replicate)
-    axis = depth_axis([trial.suite])
+    axis, (started, ended) = depth_axis([trial.suite]), times_ms(trial)
     drawn = figures.score_heatmaps({name: score_grid(trial.rows, axis=axis)}, axis=axis)
     figures.save_png(drawn, folder / "heatmap.png", dots_per_inch=HEATMAP_DOTS_PER_INCH)
     files = (trial.folder / "spec.json", trial.folder / MANIFEST, folder / "cells.parquet", folder / "heatmap.png")
@@ -89,8 +89,8 @@ def trial_run(trial: TrialResult, *, label: str, rungs: Sequence[RungScore], scr
         digest=trial.digest,
         content=content_of(trial, label=label, rungs=rungs),
         status="FINISHED",
-        started_ms=started_ms(trial),
-        ended_ms=ended_ms(trial),
+        started_ms=started,
+        ended_ms=ended,
         tags={"pause_ray.arm": trial.arm, "pause_ray.version": str(trial.manifest.get("version", ""))},
         params=flattened(trial.spec),
         metrics={name: float(value) for name, value in _metrics(trial).items() if value is not None},
@@ -99,31 +99,27 @@ def trial_run(trial: TrialResult, *, label: str, rungs: Sequence[RungScore], scr
     )
 
 
-def stopped_run(entry: JsonObject, stop: Stop, *, label: str, rungs: Sequence[RungScore], storage: Storage, at_ms: int) -> Run:
-    """Return the run of a trial that was stopped early, which has proxy scores and no cells.
-
-    Args:
-        entry: The trial's entry in ``sweep.json``.
-        stop: The record of its stop.
-        label: Label of its condition.
-        rungs: The rungs that it reached.
-        storage: The storage root with its spec.
-        at_ms: Time of the last write to the search log.
-    """
-    path = storage.trials / entry["digest"] / "spec.json"
-    name = trial_name(label, entry["replicate"])
-    return Run(
-        kind="trial",
-        name=name,
-        digest=entry["digest"],
-        content=digest([CONTENT_VERSION, name, entry["arm"], "stopped", stop.rung, stop.by, len(rungs)]),
-        status="KILLED",
-        started_ms=at_ms - int(1000 * sum(rung.seconds for rung in rungs)),
-        ended_ms=at_ms,
-        tags={"pause_ray.arm": entry["arm"], "pause_ray.stopped": f"at rung {stop.rung} by {stop.by}, on the proxy"},
-        params=flattened(read_json(path)) if path.is_file() else {},
-        series=_proxy_series(rungs),
-    )
+def stopped_runs(results: SweepResults, storage: Storage) -> Iterator[Run]:
+    """Yield the runs of trials that were stopped early, which have proxy scores and no cells; one that never began has no run."""
+    finished = {trial.digest for trial in results.trials}
+    for entry in results.description["trials"]:
+        key, stop = entry["digest"], results.search.stops.get(entry["digest"])
+        if stop is None or key in finished:
+            continue
+        path, at_ms = storage.trials / key / "spec.json", ended_ms(results.folder / SEARCH_LOG)
+        name, rungs = trial_name(results.labels[key], entry["replicate"]), _rungs(results.search, key)
+        yield Run(
+            kind="trial",
+            name=name,
+            digest=key,
+            content=digest([CONTENT_VERSION, name, entry["arm"], "stopped", stop.rung, stop.by, len(rungs)]),
+            status="KILLED",
+            started_ms=at_ms - int(1000 * sum(rung.seconds for rung in rungs)),
+            ended_ms=at_ms,
+            tags={"pause_ray.arm": entry["arm"], "pause_ray.stopped": f"at rung {stop.rung} by {stop.by}, on the proxy"},
+            params=flattened(read_json(path)) if path.is_file() else {},
+            series=_proxy_series(rungs),
+        )
 
 
 def _proxy_series(rungs: Sequence[RungScore]) -> dict[str, list[tuple[int, float]]]:
@@ -155,19 +151,15 @@ def _metrics(trial: TrialResult) -> dict[str, float | None]:
     }
 
 
-def changed_ms(path: Path) -> int:
-    """Return the time of a file's last write, in milliseconds of Unix time."""
+def ended_ms(path: Path) -> int:
+    """Return the time of the last write of a file, such as a trial's manifest, in milliseconds of Unix time."""
     return int(path.stat().st_mtime * 1000)
 
 
-def ended_ms(trial: TrialResult) -> int:
-    """Return the time at which the trial finished."""
-    return changed_ms(trial.folder / MANIFEST)
-
-
-def started_ms(trial: TrialResult) -> int:
-    """Return the time at which the run that finished the trial began it."""
-    return ended_ms(trial) - int(1000 * (trial.manifest.get("seconds") or {}).get("total", 0.0))
+def times_ms(trial: TrialResult) -> tuple[int, int]:
+    """Return the times at which the run that finished the trial began it and ended it."""
+    ended = ended_ms(trial.folder / MANIFEST)
+    return ended - int(1000 * (trial.manifest.get("seconds") or {}).get("total", 0.0)), ended
 
 
 MOST_CONTRASTS = 8
@@ -177,7 +169,6 @@ MOST_DESCRIPTION_CHARS = 7800
 """Longest description; MLflow cuts a longer one off in the middle of a word."""
 MORE_CHARS = 60
 """Room for the line that counts the arms that are left out."""
-WAITING = "MLflow: waiting for %s"
 logger = logging.getLogger("pause_ray")
 
 
@@ -191,44 +182,37 @@ class LoggedSweep(NamedTuple):
     """URI of its best trial as a registered model; None where none was exported, or nothing was trained."""
 
 
-def log_sweep(results: SweepResults, storage: Storage, *, uri: str | None = None) -> LoggedSweep:
+def log_sweep(results: SweepResults, storage: Storage) -> LoggedSweep:
     """Bring MLflow up to date with a sweep on storage, including its report and its exported best trial if they exist.
 
     Args:
         results: The results of the sweep.
         storage: The storage root with the trials.
-        uri: See ``tracking_uri``.
 
     Raises:
         TrackingError: The server cannot be reached or refuses; what was sent stays, and the next call sends the rest.
         StorageError: The sweep's or a trial's files are damaged.
     """
     parent = _sweep_run(results)
-    with _sending(results.name, storage, uri=uri) as sender:
+    with _sending(results.name, storage) as sender:
         parent_id = sender.send(parent)
         logged = sender.logged_children(parent_id)
-        for condition in results.conditions:
-            for trial in condition.trials:
-                rungs = _rungs(results.search, trial.digest)
-                if logged.get(trial.digest) != content_of(trial, label=condition.label, rungs=rungs):
-                    with tempfile.TemporaryDirectory(prefix="pause_ray-") as scratch:
-                        run = trial_run(trial, label=condition.label, rungs=rungs, scratch=Path(scratch))
-                        sender.send(run, parent_id=parent_id)
-        for run in _stopped_runs(results, storage):
+        for trial in results.trials:
+            _send_trial(sender, trial, results.labels[trial.digest], results.search, parent_id=parent_id, logged=logged)
+        for run in stopped_runs(results, storage):
             if logged.get(run.digest) != run.content:
                 sender.send(run, parent_id=parent_id)
         model = _register_best(sender, results, parent_id=parent_id)
     return LoggedSweep(sender.experiment_id, parent_id, model)
 
 
-def log_finished(sweep_folder: Path, storage: Storage, *, sent: set[str], uri: str | None = None) -> None:
+def log_finished(sweep_folder: Path, storage: Storage, *, sent: set[str]) -> None:
     """Send the runs of finished trials that are not in ``sent``.
 
     Args:
         sweep_folder: Folder with ``sweep.json``.
         storage: The storage root with the trials.
         sent: Digests of trials whose runs were sent; the function adds those that it sends.
-        uri: See ``tracking_uri``.
 
     Raises:
         TrackingError: See ``log_sweep``.
@@ -240,16 +224,13 @@ def log_finished(sweep_folder: Path, storage: Storage, *, sent: set[str], uri: s
         return
     labels, search = condition_labels(sweep["trials"]), SearchRecord.read(sweep_folder)
     damaged: StorageError | None = None
-    with _sending(sweep["name"], storage, uri=uri) as sender:
-        parent_id = sender.send(growing_sweep(sweep))
+    with _sending(sweep["name"], storage) as sender:
+        parent_id = sender.send(_growing("sweep", name=sweep["name"], key=sweep["digest"]))
         logged = {} if sent else sender.logged_children(parent_id)
         for entry in entries:
             key = entry["digest"]
             try:
-                trial, rungs = read_trial(entry, storage), _rungs(search, key)
-                if logged.get(key) != content_of(trial, label=labels[key], rungs=rungs):
-                    with tempfile.TemporaryDirectory(prefix="pause_ray-") as scratch:
-                        sender.send(trial_run(trial, label=labels[key], rungs=rungs, scratch=Path(scratch)), parent_id=parent_id)
+                _send_trial(sender, read_trial(entry, storage), labels[key], search, parent_id=parent_id, logged=logged)
             except StorageError as error:
                 damaged = error
             sent.add(key)
@@ -257,34 +238,20 @@ def log_finished(sweep_folder: Path, storage: Storage, *, sent: set[str], uri: s
         raise damaged
 
 
-def growing_sweep(sweep: JsonObject) -> Run:
-    """Return the run of a sweep that has not finished."""
-    now = int(time.time() * 1000)
-    return Run(kind="sweep", name=sweep["name"], digest=sweep["digest"], content=None, status="RUNNING", started_ms=now, ended_ms=now)
+def _send_trial(sender: Sender, trial: TrialResult, label: str, search: SearchRecord, *, parent_id: str, logged: Mapping[str, str]) -> None:
+    """Send the run of a finished trial, unless ``logged`` has it with the same content."""
+    rungs = _rungs(search, trial.digest)
+    if logged.get(trial.digest) != content_of(trial, label=label, rungs=rungs):
+        with tempfile.TemporaryDirectory(prefix="pause_ray-") as scratch:
+            sender.send(trial_run(trial, label=label, rungs=rungs, scratch=Path(scratch)), parent_id=parent_id)
 
 
-def _sending(name: str, storage: Storage, *, uri: str | None) -> AbstractContextManager[Sender]:
-    return connected(storage, experiment=name, uri=uri, waiting=lambda holder: logger.warning(WAITING, holder))
+def _sending(name: str, storage: Storage) -> AbstractContextManager[Sender]:
+    return connected(storage, experiment=name, waiting=lambda holder: logger.warning("MLflow: waiting for %s", holder))
 
 
 def _rungs(search: SearchRecord, trial: str) -> list[RungScore]:
     return [rung for rung in search.rungs if rung.trial == trial]
-
-
-def _stopped_runs(results: SweepResults, storage: Storage) -> Iterator[Run]:
-    """Yield the runs of trials that were stopped and have no cells; trials of a stopped point that never began have no run."""
-    finished = {trial.digest for trial in results.trials}
-    for entry in results.description["trials"]:
-        key = entry["digest"]
-        if key in results.search.stops and key not in finished:
-            yield stopped_run(
-                entry,
-                results.search.stops[key],
-                label=results.labels[key],
-                rungs=_rungs(results.search, key),
-                storage=storage,
-                at_ms=changed_ms(results.folder / SEARCH_LOG),
-            )
 
 
 def _register_best(sender: Sender, results: SweepResults, *, parent_id: str) -> str | None:
@@ -307,7 +274,7 @@ def _register_best(sender: Sender, results: SweepResults, *, parent_id: str) -> 
 
 
 def _sweep_run(results: SweepResults) -> Run:
-    ends = [ended_ms(trial) for trial in results.trials]
+    times = [times_ms(trial) for trial in results.trials]
     files = [(results.folder / name, "") for name in ("sweep.json", "report.html", "arms.csv", SEARCH_LOG)]
     files += [(path, "figures") for path in sorted((results.folder / "figures").glob("*.png"))]
     files = [(path, folder) for path, folder in files if path.is_file()]
@@ -318,8 +285,8 @@ def _sweep_run(results: SweepResults) -> Run:
         digest=results.digest,
         content=digest([CONTENT_VERSION, description, *(digest(path.read_bytes()) for path, _ in files)]),
         status="FINISHED" if results.is_finished else "RUNNING",
-        started_ms=min((started_ms(trial) for trial in results.trials), default=changed_ms(results.folder / "sweep.json")),
-        ended_ms=max(ends, default=0),
+        started_ms=min((started for started, _ in times), default=ended_ms(results.folder / "sweep.json")),
+        ended_ms=max((ended for _, ended in times), default=0),
         tags={
             "mlflow.note.content": description,
             "mlflow.source.name": str(results.description.get("command", "")),
@@ -427,33 +394,29 @@ class Training:
         return cls(
             experiment=sweep["name"],
             run=_growing("trial", name=name, key=trial, spec=spec, tags={"pause_ray.arm": entry["arm"]}),
-            parent=growing_sweep(sweep),
+            parent=_growing("sweep", name=sweep["name"], key=sweep["digest"]),
         )
 
     @classmethod
     def alone(cls, spec: JsonObject, *, name: str, checkpoint: str) -> Training:
         """Return the training of a resolved trial spec that belongs to no sweep; ``checkpoint`` is the adapter's digest."""
-        run = _growing("training", name=f"{name} {checkpoint[:8]}", key=checkpoint, spec=spec, tags={})
+        run = _growing("training", name=f"{name} {checkpoint[:8]}", key=checkpoint, spec=spec)
         return cls(experiment=EXPERIMENT, run=run, parent=None)
 
 
-def _growing(kind: str, *, name: str, key: str, spec: JsonObject, tags: dict[str, str]) -> Run:
-    now = _now_ms()
+def _growing(kind: str, *, name: str, key: str, spec: JsonObject | None = None, tags: dict[str, str] | None = None) -> Run:
+    """Return a run that has not finished."""
+    now, params = int(time.time() * 1000), flattened(spec or {})
     return Run(
-        kind=kind, name=name, digest=key, content=None, status="RUNNING", started_ms=now, ended_ms=now, tags=tags, params=flattened(spec)
+        kind=kind, name=name, digest=key, content=None, status="RUNNING", started_ms=now, ended_ms=now, tags=tags or {}, params=params
     )
-
-
-def _now_ms() -> int:
-    return int(time.time() * 1000)
 
 
 class LiveTrainings:
     """Sends the metrics of trainings that are running. Not safe for several threads at once."""
 
-    def __init__(self, storage: Storage, *, uri: str | None = None) -> None:
+    def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self._uri = uri
         self._run_ids: dict[str, str] = {}
         self._experiments: dict[str, str] = {}
         self._known: dict[tuple[str, str], set[int]] = {}
@@ -465,7 +428,7 @@ class LiveTrainings:
         Raises:
             TrackingError: The store cannot be reached or refuses; the same rows can be sent again.
         """
-        with connected(self._storage, experiment=training.experiment, uri=self._uri, waiting=lambda _: None) as sender:
+        with connected(self._storage, experiment=training.experiment) as sender:
             key = training.run.digest
             if key not in self._run_ids:
                 parent_id = sender.send(training.parent) if training.parent else None
@@ -479,7 +442,7 @@ class LiveTrainings:
             if (run_id, name) not in self._known:
                 self._known[run_id, name] = sender.steps(run_id, name)
         points = [(name, step, value) for name, values in series.items() for step, value in values if step not in self._known[run_id, name]]
-        sender.append(run_id, points, at_ms=_now_ms())
+        sender.append(run_id, points, at_ms=int(time.time() * 1000))
         for name, step, _ in points:
             self._known[run_id, name].add(step)
 
@@ -493,31 +456,27 @@ class LiveTrainings:
             TrackingError: The store cannot be reached or refuses.
         """
         for key, run_id in self._run_ids.items():
-            with connected(self._storage, experiment=self._experiments[key], uri=self._uri, waiting=lambda _: None) as sender:
+            with connected(self._storage, experiment=self._experiments[key]) as sender:
                 sender.end(run_id, status=status)
 
 
-def log_training(training: Training, checkpoint: Checkpoint, storage: Storage, *, uri: str | None = None) -> None:
+def log_training(training: Training, checkpoint: Checkpoint, storage: Storage) -> None:
     """Bring the run of a training that belongs to no sweep up to date with its checkpoint, and finish it.
 
     Raises:
         TrackingError: The store cannot be reached or refuses; what was sent stays, and the next call sends the rest.
     """
     log = checkpoint.losses()
-    ended_ms = int((checkpoint.folder / MANIFEST).stat().st_mtime * 1000)
-    its = training.run
-    run = Run(
-        kind=its.kind,
-        name=its.name,
-        digest=its.digest,
-        content=digest([CURVES_VERSION, its.name, read_json(checkpoint.folder / MANIFEST)]),
+    ended = ended_ms(checkpoint.folder / MANIFEST)
+    run = replace(
+        training.run,
+        content=digest([CURVES_VERSION, training.run.name, read_json(checkpoint.folder / MANIFEST)]),
         status="FINISHED",
-        started_ms=ended_ms - int(1000 * sum(row["seconds"] for row in log)),
-        ended_ms=ended_ms,
+        started_ms=ended - int(1000 * sum(row["seconds"] for row in log)),
+        ended_ms=ended,
         tags={"pause_ray.checkpoint": str(checkpoint.folder)},
-        params=its.params,
         series=training_series(log),
         files=[(checkpoint.folder / name, "") for name in (MANIFEST, TRAINING_LOG, ADAPTER_CONFIG)],
     )
-    with connected(storage, experiment=training.experiment, uri=uri, waiting=lambda _: None) as sender:
+    with connected(storage, experiment=training.experiment) as sender:
         sender.send(run)

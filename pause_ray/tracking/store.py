@@ -32,7 +32,7 @@ REQUIREMENTS = ("torch", "transformers", "tokenizers", "peft", "accelerate", "sa
 
 
 def register(client: Any, experiment_id: str, *, run_id: str, name: str, folder: Path, content: str, tags: Mapping[str, str]) -> str:
-    """Log and register an exported trial, unless the store has it.
+    """Log and register an exported trial, unless the store has it; return ``models:/NAME/VERSION``.
 
     Args:
         client: Client of the store.
@@ -42,32 +42,23 @@ def register(client: Any, experiment_id: str, *, run_id: str, name: str, folder:
         folder: Folder of the export.
         content: Digest of the export; a version with this digest is not made again.
         tags: Tags of the model and the version.
-
-    Returns:
-        ``models:/NAME/VERSION``.
     """
     from mlflow.exceptions import MlflowException
 
     tagged = {**tags, CONTENT_TAG: content}
-    versions = [its for its in client.search_model_versions(f"name = '{name}'") if its.tags.get(CONTENT_TAG) == content]
-    if versions:
-        _point_to(client, name, str(versions[0].version))
-        return f"models:/{name}/{versions[0].version}"
-    model = _logged(client, experiment_id, content) or _log(client, experiment_id, run_id=run_id, name=name, folder=folder, tags=tagged)
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    made = client.create_model_version(name, model.artifact_location, run_id=run_id, tags=tagged, model_id=model.model_id)
-    _point_to(client, name, str(made.version))
-    return f"models:/{name}/{made.version}"
-
-
-def _point_to(client: Any, name: str, version: str) -> None:
-    """Set the alias to this version; another one may have been the best in between, or the server may have failed before it was set."""
-    if str(client.get_registered_model(name).aliases.get(ALIAS)) != version:
-        client.set_registered_model_alias(name, ALIAS, version)
+    version = next((its for its in client.search_model_versions(f"name = '{name}'") if its.tags.get(CONTENT_TAG) == content), None)
+    if version is None:
+        model = _logged(client, experiment_id, content) or _log(client, experiment_id, run_id=run_id, name=name, folder=folder, tags=tagged)
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        version = client.create_model_version(name, model.artifact_location, run_id=run_id, tags=tagged, model_id=model.model_id)
+    number = str(version.version)
+    if str(client.get_registered_model(name).aliases.get(ALIAS)) != number:  # another may have been the best in between
+        client.set_registered_model_alias(name, ALIAS, number)
+    return f"models:/{name}/{number}"
 
 
 def _logged(client: Any, experiment_id: str, content: str) -> Any:
@@ -153,9 +144,9 @@ KIND_TAG, DIGEST_TAG = "pause_ray.kind", "pause_ray.digest"
 logger = logging.getLogger("pause_ray")
 
 
-def tracking_uri(storage: Storage, uri: str | None = None) -> str:
-    """Return the URI of the store: ``uri``, else ``MLFLOW_TRACKING_URI``, else a SQLite file under the storage root."""
-    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.root / 'mlflow.db'}"
+def tracking_uri(storage: Storage) -> str:
+    """Return the URI of the store: ``MLFLOW_TRACKING_URI``, else a SQLite file under the storage root."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.root / 'mlflow.db'}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,19 +306,18 @@ class Sender:
 
 
 @contextlib.contextmanager
-def connected(storage: Storage, *, experiment: str, uri: str | None, waiting: Callable[[str], None]) -> Iterator[Sender]:
+def connected(storage: Storage, *, experiment: str, waiting: Callable[[str], None] = lambda _: None) -> Iterator[Sender]:
     """Connect to the store that ``tracking_uri`` names, while no other process with the same storage root sends.
 
     Args:
         storage: The storage root, whose lock is held, and which has the artifacts if the store has no server.
         experiment: Name of the experiment; it is created if it does not exist.
-        uri: See ``tracking_uri``.
         waiting: Called with the lock's holder if another process is sending.
 
     Raises:
         TrackingError: The store cannot be reached or refuses; what was sent stays.
     """
-    where = tracking_uri(storage, uri)
+    where = tracking_uri(storage)
     with exclusive(storage.root / ".mlflow.lock", waiting=waiting), _border(where):
         yield Sender.open(where, experiment=experiment, artifacts=storage.root / "mlartifacts")
 

@@ -187,16 +187,15 @@ def test_mlflow_tracking_uri_is_honoured(storage: Storage, tmp_path: Path, monke
 
 
 @pytest.mark.mlflow
-def test_an_unreachable_server_is_said_quickly_in_one_line(storage: Storage) -> None:
+def test_an_unreachable_server_is_said_quickly_in_one_line(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
         port = taken.getsockname()[1]
         for scheme in ("http", "postgresql"):
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{scheme}://anna:secret@127.0.0.1:{port}/db?token=hidden")
             started = time.monotonic()
             with pytest.raises(TrackingError) as caught:
-                log_sweep(
-                    read_results(two_trials_once(storage), storage), storage, uri=f"{scheme}://anna:secret@127.0.0.1:{port}/db?token=hidden"
-                )
+                log_sweep(read_results(two_trials_once(storage), storage), storage)
             assert time.monotonic() - started < 60
             message = str(caught.value)
             assert f"{scheme}://127.0.0.1:{port}/db" in message
@@ -207,13 +206,14 @@ def test_an_unreachable_server_is_said_quickly_in_one_line(storage: Storage) -> 
 
 
 @pytest.mark.mlflow
-def test_a_server_that_never_answers_is_given_up_in_time(storage: Storage) -> None:
+def test_a_server_that_never_answers_is_given_up_in_time(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
         with pytest.raises(TrackingError):
-            log_sweep(read_results(two_trials(storage), storage), storage, uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
+            log_sweep(read_results(two_trials(storage), storage), storage)
         assert time.monotonic() - started < 60
 
 
@@ -240,9 +240,10 @@ def refusing_server() -> Iterator[str]:
 
 
 @pytest.mark.mlflow
-def test_a_refusing_server_is_told_from_an_absent_one(storage: Storage, refusing_server: str) -> None:
+def test_a_refusing_server_is_told_from_an_absent_one(storage: Storage, refusing_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", refusing_server)
     with pytest.raises(TrackingError, match="error code 401"):
-        log_sweep(read_results(two_trials(storage), storage), storage, uri=refusing_server)
+        log_sweep(read_results(two_trials(storage), storage), storage)
 
 
 @pytest.mark.mlflow
@@ -250,9 +251,10 @@ def test_the_environment_is_as_before_and_nothing_secret_is_logged(
     storage: Storage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://anna:secret@127.0.0.1:1/db")
     before = dict(os.environ)
     with caplog.at_level(logging.DEBUG, logger="pause_ray"), pytest.raises(TrackingError):
-        log_sweep(read_results(two_trials(storage), storage), storage, uri="postgresql://anna:secret@127.0.0.1:1/db")
+        log_sweep(read_results(two_trials(storage), storage), storage)
     assert dict(os.environ) == before
     assert "secret" not in caplog.text
 

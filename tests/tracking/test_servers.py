@@ -188,14 +188,13 @@ def test_a_server_on_postgresql_with_basic_auth_takes_a_sweep(tmp_path: Path, mo
         (tmp_path / "server").mkdir()
         server = MlflowServer(tmp_path / "server", backend=backend, auth=True)
         server.start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
         try:
             with pytest.raises(TrackingError, match=r"MLflow at http://127.0.0.1:\d+: .*401"):
-                log_sweep(read_results(folder, storage), storage, uri=server.uri)
+                log_sweep(read_results(folder, storage), storage)
             monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", USER)
             monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
-            assert log_sweep(read_results(folder, storage), storage, uri=server.uri) == log_sweep(
-                read_results(folder, storage), storage, uri=server.uri
-            )
+            assert log_sweep(read_results(folder, storage), storage) == log_sweep(read_results(folder, storage), storage)
             check_whole(server.uri, num_trials=2)
         finally:
             server.kill()
