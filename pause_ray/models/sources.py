@@ -210,11 +210,7 @@ def model_digest(model_dir: Path, *, cache: Path) -> str:
     parts: list[Any] = [read_config(model_dir / "config.json")]
     if (model_dir / "generation_config.json").is_file():
         parts.append(read_config(model_dir / "generation_config.json"))
-    weights = sorted(model_dir.glob("*.safetensors"))
-    if not weights:
-        raise ModelError(f"{model_dir}: no *.safetensors in it; save the model with save_pretrained(...)")
-    for path in weights:
-        _check_whole(path)
+    weights = _weight_files(model_dir)
     return digest([*parts, [[path.name, sha256] for path, sha256 in zip(weights, _weights_sha256(weights, cache=cache), strict=True)]])
 
 
@@ -272,7 +268,12 @@ def check_model_folder(folder: Path, *, weights: bool = True) -> None:
     if not (folder / "tokenizer.json").is_file():
         raise ModelError(f"{folder}: no tokenizer.json; AutoTokenizer.from_pretrained(MODEL).save_pretrained({str(folder)!r}) makes one")
     if weights:
-        _check_weights(folder)
+        index = folder / "model.safetensors.index.json"
+        shards = set(read_config(index).get("weight_map", {}).values()) if index.is_file() else set()
+        missing = sorted(name for name in shards if not (folder / name).is_file())
+        if missing:
+            raise ModelError(f"{folder}: {len(missing)} of {len(shards)} weight files are missing ({missing[0]}); copy the model again")
+        _weight_files(folder)
     _warn_of_code(folder)
 
 
@@ -283,18 +284,14 @@ def _warn_of_code(folder: Path) -> None:
         log.warning("%s brings code of its own (%s), which is never run here", folder, ", ".join(sorted(map(str, code))))
 
 
-def _check_weights(folder: Path) -> None:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(read_config(index).get("weight_map", {}).values())
-        missing = sorted(name for name in shards if not (folder / name).is_file())
-        if missing:
-            raise ModelError(f"{folder}: {len(missing)} of {len(shards)} weight files are missing ({missing[0]}); copy the model again")
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the weight files of a folder, each of which is whole."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelError(f"{folder}: no *.safetensors in it; load the model and save it with save_pretrained(...), which writes them")
     for path in files:
         _check_whole(path)
+    return files
 
 
 def _scaled(folder: Path, rope: RopeSpec, *, source: str, cache: Path) -> Path:
