@@ -151,23 +151,33 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that readers see the old or the new content, never a part.
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a scratch file that becomes ``path`` when the block ends well; readers and other writers never see a part of it.
 
     Raises:
-        StorageError: disk full or not writable.
+        StorageError: the disk is full or not writable.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    scratch = _scratch_path(path)
     with space_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with scratch.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            yield scratch
             scratch.replace(path)
         finally:
             scratch.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file with ``whole_file``, on the disk itself and not only in the system's memory.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
+    with whole_file(path) as scratch, scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -197,8 +207,8 @@ def _error_number(error: Exception) -> int | None:
     """Return the operating system's error number, from an OSError or from the message of a Rust error of tokenizers or safetensors."""
     if isinstance(error, OSError):
         return error.errno
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    return int(told[1]) if told else None
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 @contextlib.contextmanager
@@ -261,9 +271,11 @@ def building(folder: Path) -> Iterator[Path]:
     The block must write ``manifest.json`` last. Hold ``exclusive`` on the folder's lock around this. The scratch folder's
     name is this build's own: workers of a killed one may live on for a while, and must not write into its successor's.
     """
-    for stale in _scratch_folders(folder):
-        shutil.rmtree(stale, ignore_errors=True)
-    scratch = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    stale = re.compile(rf"\.{re.escape(folder.name)}\.\d+-[0-9a-f]{{8}}\.partial")  # not the scratch folders of a similar name
+    for path in folder.parent.glob(".*.partial"):
+        if stale.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+    scratch = _scratch_path(folder)
     with space_errors(folder):
         try:
             scratch.mkdir(parents=True)
@@ -277,10 +289,8 @@ def building(folder: Path) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _scratch_folders(folder: Path) -> list[Path]:
-    """Return the scratch folders that builds of ``folder`` left behind, and not those of a folder with a similar name."""
-    name = re.compile(rf"\.{re.escape(folder.name)}\.\d+-[0-9a-f]{{8}}\.partial")
-    return [path for path in folder.parent.glob(".*.partial") if name.fullmatch(path.name)]
+def _scratch_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
 
 
 def lock_of(folder: Path) -> Path:

@@ -7,11 +7,8 @@ row ``i`` of a set is the same row however the set is cut into shards.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import itertools
-import os
-import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -22,7 +19,7 @@ from numpy.typing import NDArray
 
 from pause_ray.core.errors import SourceError
 from pause_ray.core.spec import JsonObject
-from pause_ray.core.storage import MANIFEST, file_sha256, is_complete, read_json, space_errors, write_json
+from pause_ray.core.storage import MANIFEST, file_sha256, is_complete, read_json, whole_file, write_json
 
 if TYPE_CHECKING:
     import polars as pl
@@ -120,22 +117,6 @@ def write_rows(path: Path, tables: Iterable[pa.Table]) -> int:
     with whole_file(path) as scratch:
         pq.write_table(table, scratch, row_group_size=GROUP_ROWS, compression="zstd")
     return int(table.num_rows)
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Give a scratch file that becomes ``path`` when the block ends well, so that a task that outlived its driver cannot spoil it.
-
-    Raises:
-        StorageError: the disk is full or not writable.
-    """
-    scratch = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
-    with space_errors(path):
-        try:
-            yield scratch
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
 
 
 def file_entry(path: Path) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from pause_ray.core.errors import SourceError
+from pause_ray.core.storage import whole_file
 from pause_ray.data.documents import Document
-from pause_ray.data.shards import whole_file
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.segments import ParagraphRule, detect_paragraph_rule, sentence_starts, split
 
@@ -83,7 +83,7 @@ def stage_chunk(folder: Path, *, name: str, documents: Sequence[Document], polic
             "id": [document.id for document in documents],
             "digest": [document.digest for document in documents],
             "paragraph_rule": rules,
-            "paragraphs": [len(split(document.text, unit="paragraph", paragraph_rule=rule).spans) for document, rule in ruled],
+            "paragraphs": [len(split(document.text, unit="paragraph", paragraph_rule=rule)) for document, rule in ruled],
             "sentences": [len(sentence_starts(document.text, paragraph_rule=rule)) for document, rule in ruled],
             "text": [document.text for document in documents],
         }

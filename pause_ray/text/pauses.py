@@ -155,8 +155,8 @@ def insert(
         paused = PausedText(text, tuple(sorted(matches)), policy.group)
     else:
         rule = policy.paragraph_rule if policy.paragraph_rule != "auto" or rules is None else rules
-        segments = split(text, unit=policy.unit, paragraph_rule=rule, unit_tokens=policy.unit_tokens, token_starts=token_starts)
-        ends = [end for start, end in segments.spans if not text[start:end].isspace()]
+        spans = split(text, unit=policy.unit, paragraph_rule=rule, unit_tokens=policy.unit_tokens, token_starts=token_starts)
+        ends = [end for start, end in spans if not text[start:end].isspace()]
         paused = PausedText(text, tuple(ends[policy.every - 1 :: policy.every]), policy.group)
     if strip(paused.render(), policy) != text:
         raise TextError(

@@ -6,9 +6,7 @@ The same code builds evaluation prompts and ``needle_sft`` training rows. Knows 
 from __future__ import annotations
 
 import functools
-import os
 import re
-import secrets
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from pydantic import model_validator
 
 from pause_ray.core.errors import TextError
 from pause_ray.core.spec import Spec, digest
-from pause_ray.core.storage import space_errors
+from pause_ray.core.storage import whole_file
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.segments import DocumentRules, detect_paragraph_rule, split
 from pause_ray.text.tokenizer import (
@@ -82,50 +80,37 @@ class BuiltPrompt:
     """A prompt ready for an engine, and its measures. All counts are tokens of the model's own tokenizer."""
 
     ids: NDArray[np.int32]
-    context_tokens: int
-    """Requested length of the whole prompt."""
-    prompt_tokens: int
-    """Real length: the requested one plus pauses and instruction under ``budget: content``, at most the requested one under ``total``."""
     content_tokens: int
     """Tokens of the context with hidden texts and without pauses."""
-    num_pauses: int
+    num_pauses: int = 0
     """Pauses in the context."""
-    needle_tokens: tuple[int, ...]
+    needle_tokens: tuple[int, ...] = ()
     """Index in ``ids`` of each hidden text's first token, in the order in which the texts were given."""
-    prefix_tokens: int
+    prefix_tokens: int = 0
     """Tokens before the context."""
-    suffix_tokens: int
+    suffix_tokens: int = 0
     """Tokens after the context, with the given beginning of the answer."""
-    rule: str
+    rule: str = ""
     """Paragraph rules of the documents that the context reads, joined by ``+``. The places of hidden texts follow them in every arm, and
     so does a policy that names no rule of its own."""
-    system: str | None
+    system: str | None = None
     """System message."""
-    user_before: str
+    user_before: str = ""
     """User's text before the context."""
-    user_after: str
+    user_after: str = ""
     """User's text after the context."""
-    answer_prefix: str
+    answer_prefix: str = ""
     """The beginning of the assistant's turn, which the prompt gives to the model."""
 
     @classmethod
     def plain(cls, ids: NDArray[np.int32], *, system: str | None = None, user: str = "") -> Self:
         """Return a prompt without hidden texts: its tokens, and for a chat server the messages instead."""
-        return cls(
-            ids=ids,
-            context_tokens=len(ids),
-            prompt_tokens=len(ids),
-            content_tokens=len(ids),
-            num_pauses=0,
-            needle_tokens=(),
-            prefix_tokens=0,
-            suffix_tokens=0,
-            rule="",
-            system=system,
-            user_before=user,
-            user_after="",
-            answer_prefix="",
-        )
+        return cls(ids=ids, content_tokens=len(ids), system=system, user_before=user)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length: the requested one plus pauses and instruction under ``budget: content``, at most the requested one under ``total``."""
+        return len(self.ids)
 
     @property
     def needle_token(self) -> int:
@@ -141,16 +126,7 @@ class _Frame:
     suffix: tuple[int, ...]
     num_tokens: int
     """Tokens of prefix and suffix that the requested length includes."""
-    user_after: str
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """The encoded beginning of the haystack, with hidden texts and pauses."""
-
-    document: TokenDocument
-    base_tokens: int
-    """Haystack tokens that were requested."""
+    user_after: str = ""
 
 
 class PromptBuilder:
@@ -200,7 +176,8 @@ class PromptBuilder:
         self._budget: Literal["content", "total"] = policy.budget if policy else "content"
         self._beginning = LazyEncoding(haystack, encode=encode or tokenizer.encode)
         self._starts: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
-        self._documents: dict[tuple[Insertion, ...], _Encoded] = {}
+        self._documents: dict[tuple[Insertion, ...], tuple[TokenDocument, int]] = {}
+        """Encoded contexts by their insertions, each with the number of haystack tokens that were requested."""
         self._frame = functools.lru_cache(maxsize=_KEPT_FRAMES)(self._framed)
         self._num_tokens = functools.lru_cache(maxsize=_KEPT_FRAMES)(lambda text: len(tokenizer.encode(text).ids))
 
@@ -239,11 +216,8 @@ class PromptBuilder:
                 "add documents, ask for shorter contexts or set repeat_haystack"
             )
         content = np.flatnonzero(~context.is_pause)
-        ids = np.concatenate([np.array(frame.prefix, np.int32), context.ids, np.array(frame.suffix, np.int32)])
         return BuiltPrompt(
-            ids=ids,
-            context_tokens=context_tokens,
-            prompt_tokens=len(ids),
+            ids=np.concatenate([np.array(frame.prefix, np.int32), context.ids, np.array(frame.suffix, np.int32)]),
             content_tokens=context.num_content,
             num_pauses=context.num_pauses,
             needle_tokens=tuple(len(frame.prefix) + int(content[first]) for first in first_tokens),
@@ -295,26 +269,23 @@ class PromptBuilder:
 
     def _encoded(self, insertions: tuple[Insertion, ...], *, tokens: int) -> TokenDocument:
         """Return the haystack with ``insertions`` and pauses: its first ``tokens`` content tokens, or more."""
-        kept = self._documents.pop(insertions, None)
-        if kept is None or kept.base_tokens < tokens:
-            wanted = max(tokens, 2 * kept.base_tokens) if kept else tokens
-            kept = _Encoded(self._encode(insertions, tokens=wanted), wanted)
-        self._documents[insertions] = kept
+        document, base_tokens = self._documents.pop(insertions, (None, 0))
+        if document is None or base_tokens < tokens:
+            base_tokens = max(tokens, 2 * base_tokens)
+            whole = insert_texts(self._beginning.first(base_tokens + REACH_TOKENS), insertions, tokenizer=self._tokenizer)
+            rules = _shifted(self._rules, insertions)
+            document = insert_pauses(whole, policy=self._policy, marker=self._marker, seed=self._seed, rules=rules)
+        self._documents[insertions] = document, base_tokens
         if len(self._documents) > _KEPT_DOCUMENTS:
             del self._documents[next(iter(self._documents))]
-        return kept.document
-
-    def _encode(self, insertions: tuple[Insertion, ...], *, tokens: int) -> TokenDocument:
-        whole = insert_texts(self._beginning.first(tokens + REACH_TOKENS), insertions, tokenizer=self._tokenizer)
-        rules = _shifted(self._rules, insertions)
-        return insert_pauses(whole, policy=self._policy, marker=self._marker, seed=self._seed, rules=rules)
+        return document
 
     def _landing(self, token: int) -> int:
         """Return the last offset at or before the start of haystack token ``token`` where a sentence, or a line, begins."""
         read = self._beginning.read
         if self._starts[0] != len(read.text):
             unit: Literal["paragraph", "sentence"] = "paragraph" if self._joiner == "\n" else "sentence"
-            spans = split(read.text, unit=unit, paragraph_rule=self._rules).spans
+            spans = split(read.text, unit=unit, paragraph_rule=self._rules)
             self._starts = (len(read.text), np.array([begin for begin, _ in spans], np.int64))
         char = int(read.starts[token]) if token < len(read.starts) else len(read.text)
         place = int(np.searchsorted(self._starts[1], char, side="right")) - 1
@@ -375,15 +346,8 @@ def encode_cached(text: str, *, tokenizer: ModelTokenizer, folder: Path) -> Enco
     if kept is not None:
         return Encoding(text, *kept)
     read = tokenizer.encode(text)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-    with space_errors(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with scratch.open("wb") as file:
-                np.savez(file, ids=read.ids, starts=read.starts)
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
+    with whole_file(path) as scratch, scratch.open("wb") as file:
+        np.savez(file, ids=read.ids, starts=read.starts)
     return read
 
 

@@ -12,7 +12,6 @@ import itertools
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from pause_ray.core.errors import TextError
@@ -69,14 +68,9 @@ _ABBREVIATIONS = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Segments:
-    """Spans that cover a text without gap or overlap; a unit includes the white space that follows it.
-
-    Only the last span can be blank: white space after the last boundary belongs to no unit.
-    """
-
-    spans: tuple[tuple[int, int], ...]
+Spans = tuple[tuple[int, int], ...]
+"""Beginning and end of each segment of a text, without gap or overlap; a segment includes the white space that follows it. Only the
+last one can be blank: white space after the last boundary belongs to no unit."""
 
 
 def join_documents(documents: Iterable[tuple[str, ParagraphRule]]) -> tuple[str, DocumentRules]:
@@ -96,7 +90,7 @@ def split(
     paragraph_rule: Literal["auto"] | ParagraphRule | DocumentRules = "auto",
     unit_tokens: int = 200,
     token_starts: Sequence[int] | None = None,
-) -> Segments:
+) -> Spans:
     """Cut ``text`` into units.
 
     Args:
@@ -144,13 +138,13 @@ def detect_paragraph_rule(text: str) -> ParagraphRule:
 
 def sentence_starts(text: str, *, paragraph_rule: Literal["auto"] | ParagraphRule | DocumentRules = "auto") -> tuple[int, ...]:
     """Return the offsets where a sentence begins, ascending; 0 is one of them unless the text is empty."""
-    return tuple(start for start, _ in split(text, unit="sentence", paragraph_rule=paragraph_rule).spans)
+    return tuple(start for start, _ in split(text, unit="sentence", paragraph_rule=paragraph_rule))
 
 
-def _joined(text: str, boundaries: Iterable[int]) -> Segments:
+def _joined(text: str, boundaries: Iterable[int]) -> Spans:
     """Return the spans between 0, the boundaries and the end of the text."""
     edges = sorted({0, len(text)}.union(boundaries))
-    return Segments(tuple(itertools.pairwise(edges)))
+    return tuple(itertools.pairwise(edges))
 
 
 def _boundaries(text: str, rules: DocumentRules, within: Callable[[str, int, int, ParagraphRule], Iterator[int]]) -> Iterator[int]:

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pause_ray.core.errors import SourceError, StorageError
-from pause_ray.core.storage import MANIFEST, read_json, write_json
-from pause_ray.data.shards import GROUP_ROWS, NO_LOSS, PackedRow, ShardSet, rows_to_table, seal, whole_file, write_rows
+from pause_ray.core.storage import MANIFEST, read_json, whole_file, write_json
+from pause_ray.data.shards import GROUP_ROWS, NO_LOSS, PackedRow, ShardSet, rows_to_table, seal, write_rows
 
 
 def some_rows(count: int) -> list[PackedRow]:

@@ -22,7 +22,7 @@ paragraphs = st.lists(st.permutations(SENTENCES).map(" ".join), min_size=4, max_
 
 
 def pieces(text: str, **settings: object) -> list[str]:
-    return [text[start:end] for start, end in split(text, **settings).spans]  # type: ignore[arg-type]
+    return [text[start:end] for start, end in split(text, **settings)]  # type: ignore[arg-type]
 
 
 @given(text=texts, unit=st.sampled_from(["paragraph", "sentence"]), rule=st.sampled_from(["auto", *RULES]))
@@ -46,7 +46,7 @@ def test_boundaries_inside_a_beginning_are_those_of_the_whole(text, unit, rule, 
     length = data.draw(st.integers(0, len(text)))
 
     def inside(some: str) -> list[int]:
-        return [end for _, end in split(some, unit=unit, paragraph_rule=rule).spans if end < length]
+        return [end for _, end in split(some, unit=unit, paragraph_rule=rule) if end < length]
 
     assert inside(text[:length]) == inside(text)
 
@@ -58,9 +58,9 @@ documents = st.lists(st.tuples(texts.map(str.strip).filter(bool), st.sampled_fro
 def test_a_joined_document_has_the_boundaries_that_it_has_alone(documents, unit):
     joined, rules = join_documents(documents)
     assert [(joined[begin : begin + len(text)], rule) for (begin, _), (text, rule) in zip(rules, documents, strict=True)] == documents
-    starts = [start for start, _ in split(joined, unit=unit, paragraph_rule=rules).spans]
+    starts = [start for start, _ in split(joined, unit=unit, paragraph_rule=rules)]
     for (begin, _), (text, rule) in zip(rules, documents, strict=True):
-        alone = [start for start, _ in split(text, unit=unit, paragraph_rule=rule).spans][1:]
+        alone = [start for start, _ in split(text, unit=unit, paragraph_rule=rule)][1:]
         assert [start - begin for start in starts if begin < start < begin + len(text)] == alone
         assert any(not joined[start:begin].strip() for start in starts if start <= begin), "a document begins a unit"
 
@@ -69,7 +69,7 @@ def test_a_joined_document_has_the_boundaries_that_it_has_alone(documents, unit)
 def test_boundaries_inside_the_beginning_of_joined_documents_are_those_of_the_whole(documents, unit, data):
     joined, rules = join_documents(documents)
     length = data.draw(st.integers(0, len(joined)))
-    whole, part = (split(text, unit=unit, paragraph_rule=rules).spans for text in (joined, joined[:length]))
+    whole, part = (split(text, unit=unit, paragraph_rule=rules) for text in (joined, joined[:length]))
     assert [end for _, end in part if end < length] == [end for _, end in whole if end < length]
 
 
@@ -121,7 +121,7 @@ def test_evidence_is_read_from_the_beginning_only():
 def test_a_blank_line_ends_a_paragraph_under_every_rule():
     for rule in RULES:
         assert "One.\n \r\nTwo." in "".join(pieces("One.\n \r\nTwo.", unit="paragraph", paragraph_rule=rule))
-        assert len(split("One.\n \r\nTwo.", unit="paragraph", paragraph_rule=rule).spans) == 2
+        assert len(split("One.\n \r\nTwo.", unit="paragraph", paragraph_rule=rule)) == 2
 
 
 @pytest.mark.parametrize(
