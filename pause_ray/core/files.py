@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import logging
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -75,10 +76,7 @@ def find_files(pattern: str, *, endings: Set[str]) -> tuple[SourceFile, ...]:
 
 
 def is_seen(pattern: str) -> bool:
-    """Return whether a file or folder, or the folder that a glob begins with, can be seen from this machine.
-
-    Args:
-        pattern: As of ``find_files``.
+    """Return whether a file or folder, or the folder that a glob begins with (see ``find_files``), can be seen from this machine.
 
     Raises:
         SourceError: unknown kind of address, or a place out of reach.
@@ -96,11 +94,8 @@ def check_sha256(file: SourceFile, expected: str) -> None:
     Raises:
         SourceError: naming both digests.
     """
-    sha256 = hashlib.sha256()
     with one_line_errors(file.address), _opened(file).open_input_stream(file.path, compression=None) as stream:
-        while block := stream.read(_READ_BYTES):
-            sha256.update(block)
-    found = sha256.hexdigest()
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != expected:
         raise SourceError(f"{file.address}: its sha256 is {found}, the spec says {expected}; fetch the file anew or correct the spec")
 
@@ -299,8 +294,7 @@ def _fetch(requirement: str, *, wheel_sha256: str | None, folder: Path) -> None:
             raise SourceError(
                 f"{requirement}: the wheel {wheel.name} is damaged ({error}); run the command again to fetch it anew"
             ) from error
-        wheel.unlink()
-        wheel.parent.rmdir()
+        shutil.rmtree(wheel.parent)
         write_json(scratch / MANIFEST, {"requirement": requirement, "wheel": wheel.name, "wheel_sha256": found})
 
 

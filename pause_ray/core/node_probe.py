@@ -85,8 +85,8 @@ def probe_node(root: Path, *, probe: str, paths: Sequence[str], session: Path | 
 
 def usable_memory(machine_bytes: int, *, limits: Sequence[Path]) -> int:
     """Return the memory that a process may use; files that do not exist or hold no number are ignored."""
-    told = [path.read_text().strip() for path in limits if path.is_file()]
-    return min([machine_bytes, *(int(limit) for limit in told if limit.isdigit())])
+    found = [path.read_text().strip() for path in limits if path.is_file()]
+    return min([machine_bytes, *(int(limit) for limit in found if limit.isdigit())])
 
 
 def _storage(root: Path, *, probe: str) -> tuple[str, int | None]:
@@ -148,8 +148,8 @@ def parse_gpus(table: str, *, listed: str) -> tuple[Gpu, ...]:
         if mig != "Enabled":
             gpus.append(Gpu(name=name, memory_bytes=int(memory) * 2**20 if memory.isdigit() else None))
             continue
-        its = slices[number] if number < len(slices) else []
-        gpus += [Gpu(name=f"{name} MIG {each.name}", memory_bytes=each.memory_bytes) for each in its or [NO_SLICE]]
+        of_gpu = slices[number] if number < len(slices) else []
+        gpus += [Gpu(name=f"{name} MIG {part.name}", memory_bytes=part.memory_bytes) for part in of_gpu or [NO_SLICE]]
     return tuple(gpus)
 
 

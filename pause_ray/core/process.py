@@ -111,21 +111,21 @@ def stop_on_signal(ask: Callable[[], None], *, insist: Callable[[], None] = lamb
     before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)}
 
     def restore() -> None:
-        for number, its in before.items():
-            signal.signal(number, its)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    def answer(number: int, frame: object) -> None:
-        for each in before:
-            signal.signal(each, answer_again)
+    def handle(number: int, frame: object) -> None:
+        for handled in before:
+            signal.signal(handled, handle_again)
         ask()
 
-    def answer_again(number: int, frame: object) -> None:
+    def handle_again(number: int, frame: object) -> None:
         restore()
         insist()
         signal.raise_signal(number)
 
     for number in before:
-        signal.signal(number, answer)
+        signal.signal(number, handle)
     try:
         yield
     finally:

@@ -142,13 +142,13 @@ def _error_chain(error: BaseException | None) -> str:
     return "\n".join(lines)
 
 
-def _explain_refusal(told: str, *, answers: bool) -> str:
+def _explain_refusal(reason: str, *, answers: bool) -> str:
     """Return in one line, with a remedy, why a cluster could not be joined. A wrong token shows only as a wait in vain."""
-    versions = VERSION.findall(told)
-    if "Version mismatch" in told and len(versions) == 4:
+    versions = VERSION.findall(reason)
+    if "Version mismatch" in reason and len(versions) == 4:
         theirs, ours = " and ".join(" ".join(each) for each in versions[:2]), " and ".join(" ".join(each) for each in versions[2:])
         return f"the cluster has {theirs}, and this machine {ours}; use one image, or constraints.txt, on both"
-    words = " ".join(told.split())
+    words = " ".join(reason.split())
     if TOKEN_WORDS.search(words) or (answers and WAITED_IN_VAIN.search(words)):
         return (
             "what answers there does not let this process in: the cluster's token is missing here or is another one, or it is no head; "
@@ -169,13 +169,8 @@ def missing_package(account: str) -> str | None:
 
 def explain_missing_package(account: str) -> str | None:
     """Return one line with a remedy if a process could not start because its node lacks a package; None if the cause was another."""
-    package = missing_package(account)
-    if package is None:
-        return None
-    return (
-        f"a node of the cluster has no {package}: use one image on all nodes (cluster/Dockerfile makes it); "
-        "pause-ray check --cluster says of every node what it lacks"
-    )
+    remedy = "use one image on all nodes (cluster/Dockerfile makes it); pause-ray check --cluster says of every node what it lacks"
+    return f"a node of the cluster has no {package}: {remedy}" if (package := missing_package(account)) else None
 
 
 def session_folder() -> Path:
@@ -196,18 +191,15 @@ def check_capacity(needed: Mapping[str, float], *, remedy: str = "lower train_wo
 
     One that was joined may grow: as far as its autoscaler says, and where it does not say, it is only warned.
 
-    Args:
-        needed: ``CPU`` and ``GPU`` → how many are held at the same time.
-        remedy: What can be done.
+    ``needed`` has the numbers of ``CPU`` and ``GPU`` that are held at the same time.
 
     Raises:
         SpecError: naming both numbers.
     """
     for name, number in needed.items():
         has = total(name)
-        if number <= has:
-            continue
-        _refuse_or_warn(f"resources: training and scoring hold {number:g} {name}s at a time, and the cluster has {has:g}", remedy)
+        if number > has:
+            _refuse_or_warn(f"resources: training and scoring hold {number:g} {name}s at a time, and the cluster has {has:g}", remedy)
 
 
 def check_nodes(takers: Mapping[str, Mapping[str, float]]) -> None:
@@ -223,17 +215,16 @@ def check_nodes(takers: Mapping[str, Mapping[str, float]]) -> None:
     for taker, takes in takers.items():
         if any(_gives(node, takes) for node in nodes.values()):
             continue
+        amounts = " and ".join(f"{number:g} {name}s" for name, number in takes.items())
+        problem, remedy = f"{taker} takes {amounts} on one node, and no node has both", "lower one of them"
         for name, number in takes.items():
             largest = max(nodes, key=lambda node: nodes[node].get(name, 0), default=None)
             has = nodes[largest].get(name, 0) if largest else 0
             if has < number:
-                _refuse_or_warn(
-                    f"resources: {taker} takes {number:g} {name}s on one node, and the largest, {largest}, has {has:g}", "lower it"
-                )
+                problem = f"{taker} takes {number:g} {name}s on one node, and the largest, {largest}, has {has:g}"
+                remedy = "lower it"
                 break
-        else:
-            asked = " and ".join(f"{number:g} {name}s" for name, number in takes.items())
-            _refuse_or_warn(f"resources: {taker} takes {asked} on one node, and no node has both", "lower one of them")
+        _refuse_or_warn(f"resources: {problem}", remedy)
 
 
 def _refuse_or_warn(problem: str, remedy: str) -> None:
@@ -248,10 +239,14 @@ def _autoscaler() -> Any | None:
     return config if config is not None and config.node_group_configs else None
 
 
+def _alive_nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
 def _possible_nodes() -> dict[str, Mapping[str, float]]:
     """Return the resources of every node that there is, and of a node of each kind that the autoscaler can start, by name."""
     nodes: dict[str, Mapping[str, float]] = {
-        f"node {node['NodeManagerAddress']} {node['NodeID'][:6]}": node["Resources"] for node in ray.nodes() if node["Alive"]
+        f"node {node['NodeManagerAddress']} {node['NodeID'][:6]}": node["Resources"] for node in _alive_nodes()
     }
     kinds = getattr(_autoscaler(), "node_group_configs", ())
     return nodes | {f"node type {kind.name}": dict(kind.resources) for kind in kinds if kind.max_count}
@@ -262,7 +257,7 @@ def blocked_groups(holding: Mapping[str, float]) -> frozenset[str]:
 
     Trials of Tune and workers of Ray Train come as placement groups. Freshly asked ones are among them for a moment.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in _alive_nodes()]
     return frozenset(
         name
         for name, group in placement_group_table().items()
@@ -278,12 +273,12 @@ def _gives(node: Mapping[str, float], bundle: Mapping[str, float]) -> bool:
 
 def has_market_labels() -> bool:
     """Return whether any node is labelled with its market type (on demand or spot)."""
-    return any(MARKET in node.get("Labels", {}) for node in ray.nodes() if node["Alive"])
+    return any(MARKET in node.get("Labels", {}) for node in _alive_nodes())
 
 
 def on_demand_nodes() -> list[Mapping[str, float]]:
     """Return the resources of each node that is labelled as on demand."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"] and STAYS.items() <= node.get("Labels", {}).items()]
+    return [node["Resources"] for node in _alive_nodes() if STAYS.items() <= node.get("Labels", {}).items()]
 
 
 def total(resource: str) -> float:
@@ -310,8 +305,8 @@ def has_no_autoscaler() -> bool:
 
 def _reported_kinds() -> set[str]:
     """Return the kinds of the existing nodes as the head's monitor names them; none before its first report."""
-    told = internal_kv._internal_kv_get(DEBUG_AUTOSCALING_STATUS)
-    return set(json.loads(told).get("autoscaler_report", {}).get("active_nodes", {})) if told else set()
+    report = internal_kv._internal_kv_get(DEBUG_AUTOSCALING_STATUS)
+    return set(json.loads(report).get("autoscaler_report", {}).get("active_nodes", {})) if report else set()
 
 
 def free_gpus() -> float:
@@ -355,11 +350,9 @@ def _cluster_status() -> Any:
 
 
 def _format_request(request: Any) -> str:
-    constraints = [constraint for selector in request.label_selectors for constraint in selector.label_constraints]
-    labels = sorted(
-        f"{its.label_key}{'!=' if its.operator == common_pb2.LABEL_OPERATOR_NOT_IN else '='}{'|'.join(its.label_values)}"
-        for its in constraints
-    )
+    wanted = [constraint for selector in request.label_selectors for constraint in selector.label_constraints]
+    negations = {common_pb2.LABEL_OPERATOR_NOT_IN: "!="}
+    labels = sorted(f"{each.label_key}{negations.get(each.operator, '=')}{'|'.join(each.label_values)}" for each in wanted)
     return f"{dict(sorted(request.resources_bundle.items()))}{' on ' + ', '.join(labels) if labels else ''}"
 
 

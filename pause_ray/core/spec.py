@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +21,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pause_ray.core.errors import SpecError
 
 DIGEST_CHARS = 16
+OTHER_NAMES = {
+    "rows": "num_sequences",
+    "num_samples": "num_sequences",
+    "max_length": "sequence_len",
+    "max_seq_length": "sequence_len",
+    "per_device_train_batch_size": "micro_batch_size",
+    "train_batch_size": "micro_batch_size",
+    "lr": "learning_rate",
+    "r": "rank",
+}
+"""Names that other tools use, and what the field with this meaning is called here, where spelling does not tell."""
 JsonObject = dict[str, Any]
 
 
@@ -187,9 +198,8 @@ def check_path(schema: type[Spec], path: str, *, origin: str) -> None:
             raise SpecError(f"{origin}: {path}: {'.'.join(walked)} is a plain value and has no field {name!r}")
         fields = _fields(current)
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"did you mean {'.'.join([*walked, near[0]])}?" if near else f"fields there: {', '.join(fields)}"
-            raise SpecError(f"{origin}: unknown path {path}: no field {name!r} in {'.'.join(walked) or schema.__name__}; {hint}")
+            where = ".".join(walked) or schema.__name__
+            raise SpecError(f"{origin}: unknown path {path}: no field {name!r} in {where}{_nearest(name, list(fields), walked)}")
         current = fields[name]
         walked.append(name)
 
@@ -257,8 +267,9 @@ def _tag(spec: type[Spec]) -> str | None:
     return next(iter(typing.get_args(kind.annotation)), None) if kind else None
 
 
-def _nearest(name: str, fields: list[str]) -> str:
+def _nearest(name: str, fields: list[str], path: Sequence[str] = ()) -> str:
+    """Return the end of a message about an unknown field: the field that may be meant, or all that there are."""
     if not fields:
         return ""
-    near = difflib.get_close_matches(name, fields, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; fields there: {', '.join(fields)}"
+    near = [OTHER_NAMES[name]] if OTHER_NAMES.get(name) in fields else difflib.get_close_matches(name, fields, n=1)
+    return f"; did you mean {'.'.join([*path, near[0]])}?" if near else f"; fields there: {', '.join(fields)}"

@@ -12,7 +12,8 @@ import csv
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -118,24 +119,38 @@ def read_documents(source: SourceSpec, *, cache: Path) -> Iterator[Document]:
     Raises:
         SourceError: nothing matches, a digest differs, a column is missing, bytes do not decode, or no document is left.
     """
-    files = list_files(source, cache=cache)
-    num_empty = num_outside = num_kept = 0
+    num_kept, passed_over = 0, Counter[str]()
+    for document in kept_documents(list_files(source, cache=cache), source, passed_over=passed_over):
+        num_kept += 1
+        yield document
+    check_kept(source, num_kept=num_kept, passed_over=passed_over)
+
+
+def kept_documents(files: Sequence[SourceFile], source: SourceSpec, *, passed_over: Counter[str]) -> Iterator[Document]:
+    """Yield the documents of some files that the source keeps.
+
+    Count the others in ``passed_over``: ``empty`` ones (no visible character) and those ``outside`` the source's share.
+
+    Raises:
+        SourceError: a file cannot be read or breaks its format's rules.
+    """
     for file in files:
         for document in read_file(file, source):
             if not document.text.strip():
-                num_empty += 1
+                passed_over["empty"] += 1
             elif not in_share(document, source):
-                num_outside += 1
+                passed_over["outside"] += 1
             else:
-                num_kept += 1
                 yield document
-    if num_empty:
-        log.info("%s: passed over %d empty documents of %d", source.path, num_empty, num_empty + num_outside + num_kept)
+
+
+def check_kept(source: SourceSpec, *, num_kept: int, passed_over: Counter[str]) -> None:
+    """Log how many documents were empty, and refuse a source of which none is left."""
+    if passed_over["empty"]:
+        log.info("%s: passed over %d empty documents of %d", source.path, passed_over["empty"], num_kept + passed_over.total())
     if not num_kept:
-        share = f"{num_outside} lie outside the share {source.from_percent:g}–{source.to_percent:g} %"
-        raise SourceError(
-            f"{source.path}: no document: {num_empty} are empty, {share}, in {len(files)} files; give a larger source or share"
-        )
+        share = f"{passed_over['outside']} lie outside the share {source.from_percent:g}–{source.to_percent:g} %"
+        raise SourceError(f"{source.path}: no document: {passed_over['empty']} are empty, {share}; give a larger source or share")
 
 
 def in_share(document: Document, source: SourceSpec) -> bool:

@@ -136,7 +136,7 @@ def pack_language_modeling(
     budget: Literal["content", "total"],
     leading_ids: Sequence[int] = (),
 ) -> Iterator[PackedRow]:
-    """Documents end to end, ``end_id`` after each that is there to its end, in rows of ``sequence_len``; the last is what remains.
+    """Yield rows of ``sequence_len`` with documents end to end and ``end_id`` after each complete one; the last row is what remains.
 
     Under ``budget: content`` a row holds so many tokens that are no pause, the same ones whatever the pauses; under
     ``total`` pauses are among them. A marker group is never split. Pauses carry no loss, and neither does the first token of a
@@ -158,21 +158,21 @@ def pack_language_modeling(
         source = np.concatenate([source, np.full(len(document.ids) + len(end_ids), number)])
         done = 0
         for end in _row_ends(is_pause, sequence_len, group_tokens, budget):
-            yield _led(_language_row(ids[done:end], is_pause[done:end], source[done:end], end_id, group_tokens), leading_ids)
+            yield _with_leading(_language_row(ids[done:end], is_pause[done:end], source[done:end], end_id, group_tokens), leading_ids)
             done = end
         ids, is_pause, source = ids[done:], is_pause[done:], source[done:]
     if np.count_nonzero(~is_pause) > 1:  # a single token predicts nothing
-        yield _led(_language_row(ids, is_pause, source, end_id, group_tokens), leading_ids)
+        yield _with_leading(_language_row(ids, is_pause, source, end_id, group_tokens), leading_ids)
 
 
 def longest_stretch(is_pause: NDArray[np.bool_]) -> int:
-    """The most tokens in a row that are no pause."""
+    """Return the length of the longest run of tokens that are no pause."""
     edges = np.flatnonzero(np.concatenate([[True], is_pause, [True]]))
     return int(np.diff(edges).max()) - 1
 
 
 def _row_ends(is_pause: NDArray[np.bool_], sequence_len: int, group_tokens: int, budget: Literal["content", "total"]) -> Iterator[int]:
-    """Where the full rows end that something follows; a row of content ends in its last content token."""
+    """Yield the ends of full rows that something follows; a row of content ends in its last content token."""
     if budget == "content":
         yield from (np.flatnonzero(~is_pause)[sequence_len - 1 : -1 : sequence_len] + 1).tolist()
         return
@@ -183,7 +183,7 @@ def _row_ends(is_pause: NDArray[np.bool_], sequence_len: int, group_tokens: int,
 
 
 def _end_of_row(is_pause: NDArray[np.bool_], begin: int, length: int, group_tokens: int) -> int:
-    """Where the row that begins at ``begin`` ends: after ``length`` tokens, or before the group that stands across that place."""
+    """Return the end of the row that begins at ``begin``: after ``length`` tokens, or before the group that stands across that place."""
     end = begin + length
     if not (is_pause[end - 1] and is_pause[end]):
         return end
@@ -209,8 +209,8 @@ def _language_row(
     )
 
 
-def _led(row: PackedRow, leading_ids: Sequence[int]) -> PackedRow:
-    """``row`` with ``leading_ids`` before each of its documents."""
+def _with_leading(row: PackedRow, leading_ids: Sequence[int]) -> PackedRow:
+    """Return the row with ``leading_ids`` before each of its documents."""
     starts, size = row.document_starts, len(leading_ids)
     places = np.repeat(starts, size)
     return replace(
@@ -234,6 +234,6 @@ def pause_mask(ids: NDArray[np.int32], *, group_ids: Sequence[int]) -> NDArray[n
     size = len(group_ids)
     if 0 < size <= len(ids):
         windows = np.lib.stride_tricks.sliding_window_view(ids, size)
-        for begin in np.flatnonzero((windows == np.array(group_ids)).all(axis=1)):
-            mask[begin : begin + size] = True
+        begins = np.flatnonzero((windows == np.array(group_ids)).all(axis=1))
+        mask[np.add.outer(begins, np.arange(size))] = True
     return mask

@@ -19,6 +19,7 @@ import pickle
 import shutil
 import socket
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
@@ -34,13 +35,13 @@ from pause_ray.core.errors import ClusterError, SourceError, SpecError, StorageE
 from pause_ray.core.ray_cluster import explain_missing_package
 from pause_ray.core.spec import JsonObject, digest
 from pause_ray.core.storage import Storage, building, exclusive, is_complete, lock_of, read_json, write_json
+from pause_ray.data.documents import check_kept
 from pause_ray.data.packing import CHARS_PER_TOKEN as WINDOW_CHARS_PER_TOKEN
 from pause_ray.data.packing import SPARE_TOKENS
 from pause_ray.data.shards import DOCUMENTS, ShardSet, document_statistics, overlapping_documents, row_statistics, seal
 from pause_ray.data.spec import CorpusSpec, ShardJob, shards_identity, shared_with_evaluation
 from pause_ray.data.staging import Chunk, StagedCorpus, held_out_from, write_document_list
 from pause_ray.data.transforms import (
-    ReadTask,
     Recipe,
     cut_shard,
     find_needles,
@@ -50,7 +51,6 @@ from pause_ray.data.transforms import (
     plan_shards,
     read_chunks,
     stage,
-    task_item,
 )
 from pause_ray.text.tokenizer import ModelTokenizer
 
@@ -89,8 +89,8 @@ def stream(items: Sequence[JsonObject], transforms: Sequence[Transform]) -> Iter
                 for text in batch["item"].to_pylist():
                     yield _or_raise(json.loads(text))
         except RayError as error:
-            if told := explain_missing_package(str(error)):
-                raise ClusterError(told) from error
+            if message := explain_missing_package(str(error)):
+                raise ClusterError(message) from error
             raise
 
 
@@ -176,12 +176,17 @@ def build_shards(job: ShardJob, *, storage: Storage, progress: Progress) -> Shar
         ModelError: a model folder without tokenizer, or a marker that does not fit it.
         StorageError: the disk is full or not writable.
     """
-    shared_facts = _shared_facts(job)
+    shared_facts: list[str] = []
+    if job.spec.facts is not None and job.spec.objective == "needle_sft":
+        shared_facts = shared_with_evaluation(job.spec.facts, needles=job.evaluation.needles, keywords=job.evaluation.keywords)
     if shared_facts:
         _refuse_unless_allowed(job, f"{shared_facts[0]} ({len(shared_facts)} in all); choose other facts")
-    recipe = _recipe(job)
+    tokenizer_digest = ModelTokenizer.load(job.model_dir).digest
+    recipe = Recipe(
+        spec=job.spec, prompt=job.prompt, policy=job.policy, model_dir=job.model_dir, tokenizer_digest=tokenizer_digest, seed=job.seed
+    )
     recipe.marker()
-    identity = shards_identity(job, tokenizer_digest=recipe.tokenizer_digest)
+    identity = shards_identity(job, tokenizer_digest=tokenizer_digest)
     folder = storage.shards / digest(identity)
     with exclusive(lock_of(folder), waiting=lambda holder: log.info("%s: waiting for %s, which makes it", folder, holder)):
         shards = _intact(folder)
@@ -196,13 +201,6 @@ def build_shards(job: ShardJob, *, storage: Storage, progress: Progress) -> Shar
         _refuse_shared_documents(job, overlap["documents"])
     overlap["facts"] = shared_facts
     return ShardSet(folder, {**shards.manifest, "overlap": any(overlap.values()), "evaluation_overlap": overlap})
-
-
-def _recipe(job: ShardJob) -> Recipe:
-    tokenizer = ModelTokenizer.load(job.model_dir)
-    return Recipe(
-        spec=job.spec, prompt=job.prompt, policy=job.policy, model_dir=job.model_dir, tokenizer_digest=tokenizer.digest, seed=job.seed
-    )
 
 
 def _intact(folder: Path) -> ShardSet | None:
@@ -258,31 +256,21 @@ def _plan(spec: CorpusSpec, counts: Sequence[int], held_out: Sequence[int]) -> t
 
 def _stage_documents(job: ShardJob, staged: Path, *, cache: Path) -> list[Chunk]:
     """Segment and stage every document of the sources; return the chunks in corpus order."""
-    tasks = plan_read_tasks(job.spec.sources, cache=cache)
-    chunks, passed_over = list[Chunk](), dict[int, JsonObject]()
-    for done in stream([task_item(task) for task in tasks], [read_chunks, partial(stage, folder=staged, policy=job.policy)]):
+    sources = job.spec.sources
+    chunks, passed_over = list[Chunk](), [Counter[str]() for _ in sources]
+    tasks = plan_read_tasks(sources, cache=cache)
+    for done in stream(tasks, [read_chunks, partial(stage, folder=staged, policy=job.policy)]):
         if "passed_over" in done:
-            passed_over[done["task"]] = done["passed_over"]
+            passed_over[done["place"]].update(done["passed_over"])
         else:
             chunks.append(Chunk(**done))
     chunks.sort(key=lambda chunk: chunk.name)
-    _check_sources(tasks, chunks, passed_over)
-    return chunks
-
-
-def _check_sources(tasks: Sequence[ReadTask], chunks: Sequence[Chunk], passed_over: dict[int, JsonObject]) -> None:
-    """Log how many documents were dropped; refuse a source that has none left."""
-    kept = dict.fromkeys(range(len(tasks)), 0)
+    kept = Counter[int]()
     for chunk in chunks:
-        kept[int(chunk.name.split("-")[0])] += chunk.num_documents
-    for source in dict.fromkeys(task.source for task in tasks):
-        numbers = [task.number for task in tasks if task.source == source]
-        empty, outside = (sum(passed_over[number].get(reason, 0) for number in numbers) for reason in ("empty", "outside"))
-        if empty:
-            log.info("%s: passed over %d empty documents", source.path, empty)
-        if not any(kept[number] for number in numbers):
-            share = f"{outside} lie outside the share {source.from_percent:g}–{source.to_percent:g} %"
-            raise SourceError(f"{source.path}: no document: {empty} are empty, {share}; give a larger source or share")
+        kept[tasks[int(chunk.name.split("-")[0])]["place"]] += chunk.num_documents
+    for place, source in enumerate(sources):
+        check_kept(source, num_kept=kept[place], passed_over=passed_over[place])
+    return chunks
 
 
 def _split(spec: CorpusSpec, staged: Path, chunks: Sequence[Chunk]) -> tuple[int, int]:
@@ -318,25 +306,20 @@ def _pack_language_rows(recipe: Recipe, *, staged: Path, packed: Path, chunks: S
     """Pack rows of ``language_modeling`` into files, chunk by chunk in an order drawn from the seed, until there are enough."""
     border, num_chars = _split(recipe.spec, staged, chunks)
     transform = partial(make_language_rows, recipe=recipe, staged=staged, packed=packed)
-    found: list[list[JsonObject]] = []
-    for rows, first, last in ((recipe.spec.num_sequences, 0, border), (recipe.spec.validation_rows, border, num_chars)):
-        report = progress if not found else _silent
-        first_unit = sum(map(len, found))
-        found.append(
-            _pack_between(transform, chunks, recipe=recipe, rows=rows, first=first, last=last, first_unit=first_unit, progress=report)
-        )
-    return found[0], found[1]
+    pack = partial(_pack_between, recipe=recipe, chunks=chunks, transform=transform)
+    units = pack(0, border, rows=recipe.spec.num_sequences, unit=0, progress=progress)
+    return units, pack(border, num_chars, rows=recipe.spec.validation_rows, unit=len(units), progress=None)
 
 
 def _pack_between(
-    transform: Transform, chunks: Sequence[Chunk], *, recipe: Recipe, rows: int, first: int, last: int, first_unit: int, progress: Progress
+    begin: int, end: int, *, rows: int, recipe: Recipe, chunks: Sequence[Chunk], transform: Transform, unit: int, progress: Progress | None
 ) -> list[JsonObject]:
     """Pack ``rows`` rows, or as many as there are, from the text between two characters of the corpus."""
-    begins = accumulate((chunk.num_chars for chunk in chunks), initial=0)
+    offsets = accumulate((chunk.num_chars for chunk in chunks), initial=0)
     parts: list[JsonObject] = [
-        {"chunk": chunk.name, "begin": max(0, first - begin), "end": min(chunk.num_chars, last - begin)}
-        for chunk, begin in zip(chunks, begins, strict=False)
-        if begin < last and begin + chunk.num_chars > first
+        {"chunk": chunk.name, "begin": max(0, begin - offset), "end": min(chunk.num_chars, end - offset)}
+        for chunk, offset in zip(chunks, offsets, strict=False)
+        if offset < end and offset + chunk.num_chars > begin
     ]
     waiting = sorted(parts, key=lambda part: digest([recipe.seed, part["chunk"]]))
     units, made = list[JsonObject](), 0
@@ -344,33 +327,25 @@ def _pack_between(
         chars, items = (rows - made) * recipe.spec.sequence_len * CHARS_PER_TOKEN, list[JsonObject]()
         while waiting and chars > 0:
             part = waiting.pop(0)
-            items.append({"unit": first_unit + len(units) + len(items), **part})
+            items.append({"unit": unit + len(items), **part})
             chars -= part["end"] - part["begin"]
-        for unit in stream(items, [transform]):
-            units.append(unit)
-            made += unit["rows"]
-            progress(min(made, rows), rows)
-    return sorted(units, key=lambda unit: int(unit["unit"]))
-
-
-def _silent(done: int, total: int) -> None:
-    """Report nothing: the rows are made besides those that are counted."""
+        unit += len(items)
+        for done in stream(items, [transform]):
+            units.append(done)
+            made += done["rows"]
+            if progress is not None:
+                progress(min(made, rows), rows)
+    return sorted(units, key=lambda done: int(done["unit"]))
 
 
 # ---- training and evaluation held apart
 
 
-def _shared_facts(job: ShardJob) -> list[str]:
-    if job.spec.facts is None or job.spec.objective != "needle_sft":
-        return []
-    return shared_with_evaluation(job.spec.facts, needles=job.evaluation.needles, keywords=job.evaluation.keywords)
-
-
 def _overlap(job: ShardJob, recipe: Recipe, shards: ShardSet) -> JsonObject:
     """Return documents and rows of the set that the evaluation uses too; they are cached in the set's folder, for each evaluation."""
-    remembered = shards.folder / f"evaluation-{job.evaluation.digest}.json"
-    if remembered.is_file():
-        return read_json(remembered)
+    cached = shards.folder / f"evaluation-{job.evaluation.digest}.json"
+    if cached.is_file():
+        return read_json(cached)
     rows: list[int] = []
     if job.evaluation.needles:
         search = partial(find_needles, recipe=recipe, folder=shards.folder, needles=job.evaluation.needles)
@@ -378,7 +353,7 @@ def _overlap(job: ShardJob, recipe: Recipe, shards: ShardSet) -> JsonObject:
             rows += found["rows"]
     documents = overlapping_documents(shards.folder / DOCUMENTS, job.evaluation.document_digests)
     overlap: JsonObject = {"documents": documents, "rows": sorted(rows)}
-    write_json(remembered, overlap)
+    write_json(cached, overlap)
     return overlap
 
 

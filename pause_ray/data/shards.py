@@ -79,17 +79,9 @@ def rows_to_table(rows: Sequence[PackedRow], *, first_row: int) -> pa.Table:
     """Return a table of ``row_schema`` whose rows are numbered from ``first_row``."""
     import pyarrow as pa
 
-    columns: dict[str, Any] = {
-        "row": np.arange(first_row, first_row + len(rows), dtype=np.int64),
-        "input_ids": [row.input_ids for row in rows],
-        "labels": [row.labels for row in rows],
-        "document_starts": [row.document_starts for row in rows],
-        "num_pauses": [row.num_pauses for row in rows],
-        "num_documents": [row.num_documents for row in rows],
-        "content_tokens": [row.content_tokens for row in rows],
-        "longest_stretch_tokens": [row.longest_stretch_tokens for row in rows],
-    }
     schema = row_schema()
+    columns: dict[str, Any] = {name: [getattr(row, name) for row in rows] for name in schema.names if name != "row"}
+    columns["row"] = range(first_row, first_row + len(rows))
     return pa.table([pa.array(columns[field.name], type=field.type) for field in schema], schema=schema)
 
 
@@ -127,11 +119,7 @@ def file_entry(path: Path) -> dict[str, Any]:
 def seal(folder: Path, *, shards: Sequence[Path], manifest: Mapping[str, Any], validation_shards: Sequence[Path] = ()) -> None:
     """Write the manifest that makes ``folder`` a shard set: its shards in row order, its documents, and ``manifest``'s own fields.
 
-    Args:
-        folder: Where the shards lie.
-        shards: Shards of the training rows.
-        manifest: Further fields of the manifest.
-        validation_shards: Shards of the held-out rows, whose numbers follow those of the training rows.
+    The numbers of the held-out rows, in ``validation_shards``, follow those of the training rows.
 
     Raises:
         StorageError: the disk is full or not writable.
@@ -141,10 +129,9 @@ def seal(folder: Path, *, shards: Sequence[Path], manifest: Mapping[str, Any], v
     entries, held_out = (
         [{**file_entry(path), "rows": int(pq.read_metadata(path).num_rows)} for path in paths] for paths in (shards, validation_shards)
     )
-    counts = {name: sum(entry["rows"] for entry in part) for name, part in (("num_rows", entries), ("validation_rows", held_out))}
-    listed = [file_entry(folder / DOCUMENTS)] if (folder / DOCUMENTS).is_file() else []
-    made = {**manifest, "format": FORMAT, **counts, "documents": listed, "shards": entries + held_out}
-    write_json(folder / MANIFEST, made)
+    documents = [file_entry(folder / DOCUMENTS)] if (folder / DOCUMENTS).is_file() else []
+    counts = {"num_rows": sum(entry["rows"] for entry in entries), "validation_rows": sum(entry["rows"] for entry in held_out)}
+    write_json(folder / MANIFEST, {**manifest, "format": FORMAT, **counts, "documents": documents, "shards": entries + held_out})
 
 
 class ShardSet:
@@ -274,6 +261,7 @@ def row_statistics(shards: Sequence[Path], *, sequence_len: int) -> JsonObject:
         unlabelled=pl.col("labels").list.count_matches(NO_LOSS),
     )
     rows = lengths.collect(engine="streaming")
+    longest = max(rows["tokens"], default=0)
     content, pauses = int(rows["content_tokens"].sum()), int(rows["num_pauses"].sum())
     return {
         "rows": len(rows),
@@ -283,10 +271,10 @@ def row_statistics(shards: Sequence[Path], *, sequence_len: int) -> JsonObject:
         "pauses": pauses,
         "pauses_per_1k_tokens": _ratio(1000 * pauses, content),
         "rows_without_pause": int((rows["num_pauses"] == 0).sum()),
-        "longest_stretch_tokens": _largest(rows["longest_stretch_tokens"]),
-        "longest_row_tokens": _largest(rows["tokens"]),
+        "longest_stretch_tokens": max(rows["longest_stretch_tokens"], default=0),
+        "longest_row_tokens": longest,
         "documents_per_row": _ratio(int(rows["num_documents"].sum()), len(rows)),
-        "row_tokens_histogram": _histogram(rows["tokens"], max(sequence_len, _largest(rows["tokens"]))),
+        "row_tokens_histogram": _histogram(rows["tokens"], max(sequence_len, longest)),
     }
 
 
@@ -311,14 +299,11 @@ def overlapping_documents(documents: Path, digests: frozenset[str]) -> list[str]
 def _histogram(tokens: pl.Series, longest: int) -> list[JsonObject]:
     """Count rows by length, in equal bins up to ``longest``."""
     edges = [-(-longest * step // HISTOGRAM_BINS) for step in range(HISTOGRAM_BINS + 1)]
+    counts, _ = np.histogram(tokens, bins=np.array(edges) + 0.5)
     return [
-        {"from_tokens": low + 1, "to_tokens": high, "rows": int(((tokens > low) & (tokens <= high)).sum())}
-        for low, high in itertools.pairwise(edges)
+        {"from_tokens": low + 1, "to_tokens": high, "rows": int(rows)}
+        for (low, high), rows in zip(itertools.pairwise(edges), counts, strict=True)
     ]
-
-
-def _largest(numbers: pl.Series) -> int:
-    return max(numbers.to_list(), default=0)
 
 
 def _ratio(part: float, whole: float) -> float:

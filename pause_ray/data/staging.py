@@ -7,22 +7,20 @@ laptop and on a cluster. Knows no token and no Ray.
 from __future__ import annotations
 
 import bisect
+import functools
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from pause_ray.core.errors import SourceError
 from pause_ray.core.storage import whole_file
 from pause_ray.data.documents import Document
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.segments import ParagraphRule, detect_paragraph_rule, sentence_starts, split
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 CHUNK_CHARS = 1_000_000
 """Size at which a chunk is closed: small enough to be read for one row, large enough for few chunks."""
@@ -75,8 +73,8 @@ def stage_chunk(folder: Path, *, name: str, documents: Sequence[Document], polic
     import polars as pl
     import pyarrow.parquet as pq
 
-    asked = policy.paragraph_rule if policy else "auto"
-    rules: list[ParagraphRule] = [detect_paragraph_rule(document.text) if asked == "auto" else asked for document in documents]
+    policy_rule = policy.paragraph_rule if policy else "auto"
+    rules: list[ParagraphRule] = [detect_paragraph_rule(document.text) if policy_rule == "auto" else policy_rule for document in documents]
     ruled = list(zip(documents, rules, strict=True))
     frame = pl.DataFrame(
         {
@@ -107,16 +105,10 @@ def write_document_list(folder: Path, chunks: Sequence[Chunk], *, to: Path) -> N
     Raises:
         StorageError: the disk is full or not writable.
     """
-    import pyarrow.parquet as pq
+    import polars as pl
 
-    writer: pq.ParquetWriter | None = None
     with whole_file(to) as scratch:
-        for chunk in chunks:
-            table: pa.Table = pq.read_table(folder / chunk.name).drop_columns(["text"])
-            writer = writer or pq.ParquetWriter(scratch, table.schema, compression="zstd")
-            writer.write_table(table)
-        if writer is not None:
-            writer.close()
+        pl.scan_parquet([folder / chunk.name for chunk in chunks]).drop("text").sink_parquet(scratch, compression="zstd")
 
 
 class StagedCorpus:
@@ -129,7 +121,7 @@ class StagedCorpus:
         self._ends = list(accumulate(chunk.num_chars for chunk in chunks))
         self._begin = begin
         self._end = self._ends[-1] if end is None else end
-        self._kept: dict[int, list[Span]] = {}
+        self._documents = functools.lru_cache(maxsize=KEPT_CHUNKS)(self._read)
 
     def read_from(self, start: float) -> Iterator[Span]:
         """Yield the text from the sentence at ``start`` on, document by document, and then from the beginning up to there.
@@ -165,13 +157,9 @@ class StagedCorpus:
         number = bisect.bisect_right(self._ends, offset)
         return number, self._ends[number - 1] if number else 0
 
-    def _documents(self, number: int) -> list[Span]:
-        if number not in self._kept:
-            while len(self._kept) >= KEPT_CHUNKS:
-                del self._kept[next(iter(self._kept))]
-            found = read_chunk(self._folder / self._pieces[number].name, columns=("text", "paragraph_rule"))
-            self._kept[number] = [Span(text=text, paragraph_rule=cast("ParagraphRule", rule)) for text, rule in found]
-        return self._kept[number]
+    def _read(self, number: int) -> list[Span]:
+        found = read_chunk(self._folder / self._pieces[number].name, columns=("text", "paragraph_rule"))
+        return [Span(text=text, paragraph_rule=cast("ParagraphRule", rule)) for text, rule in found]
 
 
 def held_out_from(corpus: StagedCorpus, *, num_chars: int, share: float, least_chars: int) -> int:

@@ -10,7 +10,7 @@ import bisect
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -19,7 +19,7 @@ from time import thread_time
 from pause_ray.core.errors import TextError
 from pause_ray.core.files import SourceFile
 from pause_ray.core.spec import JsonObject
-from pause_ray.data.documents import Document, SourceSpec, in_share, list_files, read_file
+from pause_ray.data.documents import Document, SourceSpec, kept_documents, list_files
 from pause_ray.data.packing import draw_row, needle_sft_row, pack_language_modeling, pause_mask, take_window
 from pause_ray.data.shards import PackedRow, rows_to_table, table_to_rows, write_rows
 from pause_ray.data.spec import CorpusSpec
@@ -33,53 +33,21 @@ FILES_PER_TASK = 64
 """Number of consecutive files that one task reads: essays come by the hundred, and a task costs milliseconds."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReadTask:
-    """Consecutive files of one source, read by one task."""
+def plan_read_tasks(sources: Sequence[SourceSpec], *, cache: Path) -> list[JsonObject]:
+    """Group the files of all sources, in order, as items: their number, the place of their source, the source, and its files.
 
-    number: int
-    """Position in the corpus."""
-    source: SourceSpec
-    files: tuple[SourceFile, ...]
-
-
-@dataclass(frozen=True)
-class ReadTaskDocuments:
-    """The accepted documents of a task, and the numbers of the others; the counts are complete after the iteration."""
-
-    task: ReadTask
-    passed_over: Counter[str] = field(default_factory=Counter)
-    """Number of ``empty`` documents (no visible character) and of those ``outside`` the source's share."""
-
-    def __iter__(self) -> Iterator[Document]:
-        """Documents by file name and row.
-
-        Raises:
-            SourceError: a file cannot be read or breaks its format's rules.
-        """
-        source = self.task.source
-        for file in self.task.files:
-            for document in read_file(file, source):
-                if not document.text.strip():
-                    self.passed_over["empty"] += 1
-                elif not in_share(document, source):
-                    self.passed_over["outside"] += 1
-                else:
-                    yield document
-
-
-def plan_read_tasks(sources: Sequence[SourceSpec], *, cache: Path) -> list[ReadTask]:
-    """Group the files of all sources, in order; packages are fetched into ``cache``.
+    Packages are fetched into ``cache``.
 
     Raises:
         SourceError: a source that matches nothing, is out of reach, or has another digest.
     """
-    tasks: list[ReadTask] = []
-    for source in sources:
-        files = list_files(source, cache=cache)
+    items: list[JsonObject] = []
+    for place, source in enumerate(sources):
+        files = [asdict(file) for file in list_files(source, cache=cache)]
         for begin in range(0, len(files), FILES_PER_TASK):
-            tasks.append(ReadTask(number=len(tasks), source=source, files=files[begin : begin + FILES_PER_TASK]))
-    return tasks
+            part = files[begin : begin + FILES_PER_TASK]
+            items.append({"number": len(items), "place": place, "source": source.resolved(), "files": part})
+    return items
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,24 +79,17 @@ def _tokenizer(model_dir: Path, digest: str) -> ModelTokenizer:
     return tokenizer
 
 
-def task_item(task: ReadTask) -> JsonObject:
-    """Return a read task as an item."""
-    files = [asdict(file) for file in task.files]
-    return {"number": task.number, "source": task.source.resolved(), "files": files}
-
-
 def read_chunks(item: JsonObject) -> Iterator[JsonObject]:
     """Turn a read task into its chunks, and then the counts of dropped documents.
 
     Raises:
         SourceError: a file cannot be read or breaks its format's rules.
     """
-    source = SourceSpec.parse(item["source"], origin="corpus.sources")
-    task = ReadTask(number=item["number"], source=source, files=tuple(SourceFile(**file) for file in item["files"]))
-    documents = ReadTaskDocuments(task)
+    source, passed_over = SourceSpec.parse(item["source"], origin="corpus.sources"), Counter[str]()
+    documents = kept_documents([SourceFile(**file) for file in item["files"]], source, passed_over=passed_over)
     for number, chunk in enumerate(cut_into_chunks(documents)):
-        yield {"name": f"{task.number:07d}-{number:07d}.parquet", "documents": [[document.id, document.text] for document in chunk]}
-    yield {"passed_over": dict(documents.passed_over), "task": task.number}
+        yield {"name": f"{item['number']:07d}-{number:07d}.parquet", "documents": [[document.id, document.text] for document in chunk]}
+    yield {"passed_over": passed_over, "place": item["place"]}
 
 
 def stage(item: JsonObject, *, folder: Path, policy: PausePolicy | None) -> Iterator[JsonObject]:

@@ -80,6 +80,8 @@ class BuiltPrompt:
     """A prompt ready for an engine, and its measures. All counts are tokens of the model's own tokenizer."""
 
     ids: NDArray[np.int32]
+    context_tokens: int
+    """Requested length of the whole prompt."""
     content_tokens: int
     """Tokens of the context with hidden texts and without pauses."""
     num_pauses: int = 0
@@ -105,7 +107,7 @@ class BuiltPrompt:
     @classmethod
     def plain(cls, ids: NDArray[np.int32], *, system: str | None = None, user: str = "") -> Self:
         """Return a prompt without hidden texts: its tokens, and for a chat server the messages instead."""
-        return cls(ids=ids, content_tokens=len(ids), system=system, user_before=user)
+        return cls(ids=ids, context_tokens=len(ids), content_tokens=len(ids), system=system, user_before=user)
 
     @property
     def prompt_tokens(self) -> int:
@@ -132,10 +134,8 @@ class _Frame:
 class PromptBuilder:
     """Builds prompts over one haystack under one pause policy; what they share is computed once.
 
-    Every prompt is the one that a builder of its own would make. Hidden texts go, each as a sentence of its own, to the last
-    sentence start at or before their place; where that is depends on the number of haystack tokens before it and not on the
-    length of the context. They are put into the text, so the pause policy treats them like any other content. A prompt costs
-    time in proportion to its length, however long the haystack is.
+    Each hidden text goes, as a sentence of its own, to the last sentence start at or before its place. Where that is depends on the
+    number of haystack tokens before it and not on the length of the context. The pause policy treats it like any other content.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class PromptBuilder:
             policy: Pauses, or None.
             marker: ``resolve_marker(tokenizer, policy)``.
             seed: Seed of a random placement.
-            encode: Encodes a beginning of the haystack; default: ``tokenizer.encode``.
+            encode: Replaces ``tokenizer.encode`` for beginnings of the haystack.
         """
         # From whole documents and whatever the policy: the same place and the same pauses at every length and in every arm.
         self._rules: DocumentRules = rules or ((0, detect_paragraph_rule(haystack)),)
@@ -218,6 +218,7 @@ class PromptBuilder:
         content = np.flatnonzero(~context.is_pause)
         return BuiltPrompt(
             ids=np.concatenate([np.array(frame.prefix, np.int32), context.ids, np.array(frame.suffix, np.int32)]),
+            context_tokens=context_tokens,
             content_tokens=context.num_content,
             num_pauses=context.num_pauses,
             needle_tokens=tuple(len(frame.prefix) + int(content[first]) for first in first_tokens),

@@ -298,7 +298,7 @@ def insert_pauses(
         policy: Where pauses go, or None for no pauses.
         marker: ``resolve_marker(tokenizer, policy)``.
         seed: Seed of a random placement.
-        rules: Paragraph rules of the documents that the text was joined from (``segments.join_documents``); None for one document.
+        rules: As of ``pauses.insert``.
 
     Raises:
         TextError: the marker is in the text.
@@ -411,10 +411,7 @@ def insert_texts(base: Encoding, insertions: Sequence[Insertion], *, tokenizer: 
     Around insertions, a window with two reaches on either side is encoded, and the base's tokens are replaced up to the nearer
     reach (at an end of the text, up to the end). If base and window do not agree there, the whole text is encoded.
 
-    Args:
-        base: A text and its tokens.
-        insertions: By ascending offset; at one offset, in the order in which they are to stand.
-        tokenizer: The tokenizer of ``base``.
+    ``insertions`` are ordered by offset; those at the same offset keep their order.
 
     Raises:
         TextError: a control token comes about.
@@ -461,12 +458,8 @@ def _neighbours(base: Encoding, insertions: Sequence[Insertion]) -> Iterator[lis
 def _junction(base: Encoding, window: Encoding, *, token: int, shift: int, blank_from: int) -> tuple[int, int] | None:
     """Return the token of the base and that of the window from which both are the same, or None if they do not agree.
 
-    Args:
-        base: The text without insertions.
-        window: The tokens of a part of the text with insertions.
-        token: The token of the base to begin with.
-        shift: Offset of a character of the base less its offset in the window.
-        blank_from: Offset in the base after which white space must stand before the token.
+    The window is a part of the text with insertions; its offsets are lower than the base's by ``shift``. White space must stand
+    between the offset ``blank_from`` and the token.
     """
     char = int(base.starts[token])
     token, place, size = base.token_at(char), window.token_at(char - shift), _AGREEING_TOKENS

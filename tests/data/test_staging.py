@@ -11,7 +11,7 @@ from pause_ray.data import transforms
 from pause_ray.data.documents import Document, SourceSpec, read_documents, source_identity
 from pause_ray.data.shards import DOCUMENTS, document_statistics, overlapping_documents
 from pause_ray.data.staging import Chunk, StagedCorpus, cut_into_chunks, held_out_from, stage_chunk, write_document_list
-from pause_ray.data.transforms import ReadTaskDocuments, plan_read_tasks
+from pause_ray.data.transforms import plan_read_tasks, read_chunks
 
 TALES = [
     Document(id=f"tale-{number}", text=f"Tale {number} begins. " + f"It goes on for {number} days. " * number + "\n\nIt ends.")
@@ -106,10 +106,11 @@ def test_readings_give_the_documents_of_read_documents(tmp_path: Path, monkeypat
     assert 0 < len(expected) < 6
     for files in (1, 3, 64):
         monkeypatch.setattr(transforms, "FILES_PER_TASK", files)
-        read = [ReadTaskDocuments(task) for task in plan_read_tasks([source], cache=tmp_path)]
-        assert [document for documents in read for document in documents] == expected
-        assert sum(documents.passed_over["empty"] for documents in read) == 1
-        assert sum(documents.passed_over["outside"] for documents in read) == 6 - len(expected)
+        read = [list(read_chunks(item)) for item in plan_read_tasks([source], cache=tmp_path)]
+        found = [document for *chunks, _ in read for chunk in chunks for document in chunk["documents"]]
+        assert found == [[document.id, document.text] for document in expected]
+        assert sum(chunks[-1]["passed_over"]["empty"] for chunks in read) == 1
+        assert sum(chunks[-1]["passed_over"]["outside"] for chunks in read) == 6 - len(expected)
 
 
 def test_a_source_is_its_content_and_how_it_is_read_not_its_place(tmp_path: Path) -> None:

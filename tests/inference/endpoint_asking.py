@@ -28,6 +28,7 @@ def step_of(
     ids = np.concatenate([prefix, tokenizer.encode(context).ids, suffix, tokenizer.encode(answer_prefix).ids]).astype(np.int32)
     prompt = BuiltPrompt(
         ids=ids,
+        context_tokens=len(ids),
         content_tokens=len(ids) - len(prefix) - len(suffix),
         num_pauses=0,
         needle_tokens=(len(prefix),),
