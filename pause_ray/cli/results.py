@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import typing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -20,6 +19,8 @@ from pause_ray.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from pause_ray.evaluation.rescore import Judge
+
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 @app.command()
@@ -91,7 +92,7 @@ def compare(arms: Arms, as_json: AsJson = False, storage: StorageRoot = DEFAULT_
 def rescore(
     ledgers: Arms,
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for the new ledgers; the old stay as they are.", show_default=False)],
-    scorer: Annotated[str | None, typer.Option(help=f"One of {', '.join(typing.get_args(Scorer))}.")] = None,
+    scorer: Annotated[Scorer | None, typer.Option(help="Rule by which the answers are scored.")] = None,
     judge: Annotated[Path | None, typer.Option(help="YAML file of a judge, such as eval/judges/single.yaml.")] = None,
     set_: Sets = None,
     as_json: AsJson = False,
@@ -111,8 +112,6 @@ def rescore(
 
     if (scorer is None) == (judge is None):
         raise UserError("rescore: needs either --scorer or --judge, for example --scorer exact")
-    if scorer is not None and scorer not in typing.get_args(Scorer):
-        raise UserError(f"--scorer {scorer}: unknown; choose one of {', '.join(typing.get_args(Scorer))}")
     if scorer is not None and set_:
         raise UserError("--set describes a judge's model, and --scorer needs none; leave it out")
     root = Storage.open(storage)
@@ -121,14 +120,14 @@ def rescore(
     with StageProgress() as show:
         rescored = rescore_ledgers(paths, scorer=by, out=out_folder, progress=lambda done, total: show("scoring", done, total))
     if as_json:
-        print_json({"ledgers": [{**dataclasses.asdict(its), "source": str(its.source), "ledger": str(its.ledger)} for its in rescored]})
+        print_json({"ledgers": [{**dataclasses.asdict(made), "source": str(made.source), "ledger": str(made.ledger)} for made in rescored]})
         return
     out.print(agreement_table(rescored))
-    costs = [its.judge_cost for its in rescored if its.judge_cost is not None]
+    costs = [made.judge_cost for made in rescored if made.judge_cost is not None]
     if costs:
         out.print(f"the judge cost {sum(costs):.4f}", highlight=False)
-    for its in rescored:
-        out.print(f"ledger: {its.ledger}", highlight=False, soft_wrap=True)
+    for made in rescored:
+        out.print(f"ledger: {made.ledger}", highlight=False, soft_wrap=True)
 
 
 class _JudgesModel(Spec):
@@ -161,14 +160,6 @@ def _judge(path: Path, set_: list[str] | None, storage: Storage) -> Judge:
         engine = HfEngine(asked.engine)
         engine.use(LoadedAs(model_dir=folder, dtype=asked.model.dtype, quantize=asked.model.quantize))
     return Judge(spec=spec, engine=engine, model=asked.model.source, tokenizer=ModelTokenizer.load(folder))
-
-
-class Precision(enum.StrEnum):
-    """The values of ``--dtype``."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
 
 
 @app.command()
@@ -209,7 +200,7 @@ def export(
             found,
             model_dir=model_dir,
             folder=target,
-            dtype=dtype.value if dtype else None,
+            dtype=dtype,
             progress=lambda done, total: show("merging", done, total),
         )
     if as_json:

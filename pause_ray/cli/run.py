@@ -1,4 +1,4 @@
-"""Verbs that make something: check, corpus, train, eval. Each reads its arguments, calls one function, prints what it left."""
+"""The verbs check, corpus, train and eval."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def check(
         return
     for trial in planned:
         out.print(trial.label, highlight=False, markup=False)
-    num_cells = sum(_num_cells(trial) for trial in planned)
+    num_cells = sum(sum(trial.spec.eval.num_positions.values()) for trial in planned)
     if points_to_come:
         out.print(f"{points_to_come} points of the search are chosen as it runs; one of their kind is among these", highlight=False)
     out.print(f"{spec}: {len(planned)} trials, {num_cells} cells, no mistakes found", highlight=False, soft_wrap=True)
@@ -148,7 +148,7 @@ def train(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: S
 
 
 def _train(trial: PreparedTrial, *, storage: Storage, origin: Path) -> Checkpoint:
-    """Train, seen in the terminal and in MLflow; ``origin`` is the spec's file."""
+    """Train with progress in the terminal and in MLflow; ``origin`` is the spec's file."""
     from pause_ray.core import ray_cluster
     from pause_ray.tracking.runs import Training
     from pause_ray.training.launch import train_digest
@@ -177,7 +177,7 @@ def _train(trial: PreparedTrial, *, storage: Storage, origin: Path) -> Checkpoin
 
 
 def _scoring_command(spec: TrialSpec, adapter: Path) -> str:
-    """The command that scores an adapter as it was trained: on its model, with its pauses."""
+    """Return the command that scores an adapter as it was trained: on its model, with its pauses."""
     command = [program("pause-ray"), "eval", "eval/suites/single.yaml", "--model", spec.model.source, "--adapter", str(adapter)]
     for field, value in spec.model.model_dump(mode="json", exclude_defaults=True, exclude={"source"}).items():
         command += ["--set", f"model.{field}={value}"]
@@ -240,7 +240,7 @@ def _forecast(spec: TrialSpec, *, storage: str, as_json: bool, replicates: int) 
 
 
 def _plan(spec: Path, set_: list[str] | None) -> tuple[list[PlannedTrial], int]:
-    """The trials of a sweep's file, or the one of a trial's file; of a search that learns as it goes an example, and how many points."""
+    """Return the trials that a file lists (an example, if a search chooses its points as it runs), and the number of points to come."""
     if kind_of(spec) != "sweep":
         return [PlannedTrial(arm="trial", point={}, spec=_trial(spec, set_))], 0
     sweep = read_sweep(spec, parse_assignments(set_ or []))
@@ -248,10 +248,6 @@ def _plan(spec: Path, set_: list[str] | None) -> tuple[list[PlannedTrial], int]:
 
 
 def _trial(spec: Path, set_: list[str] | None) -> TrialSpec:
-    """The trial of a trial's file, or the unchanged one of a sweep's file."""
+    """Return the trial of a trial's file, or the unchanged one of a sweep's file."""
     expect(spec, "trial", "sweep")
     return read_trial(spec, parse_assignments(set_ or []))
-
-
-def _num_cells(trial: PlannedTrial) -> int:
-    return sum(trial.spec.eval.num_positions.values())

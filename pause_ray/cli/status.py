@@ -19,7 +19,7 @@ from pause_ray.core.storage import Storage
 
 if TYPE_CHECKING:
     from pause_ray.report.overview import SweepLine, SweepStatus
-    from pause_ray.sweep.status import LiveStatus, RunningTrial
+    from pause_ray.sweep.status import LiveStatus
 
 MOST_SHOWN = 30
 """Largest number of running and of failed trials that are shown; --json has all."""
@@ -143,12 +143,9 @@ def _show_live(live: LiveStatus, *, age: float, is_current: bool) -> None:
     out.print(f"status of {format_duration(age)} ago{old}:", highlight=False, style=None if is_current else "yellow")
     _lines({name: words for name, words in rows.items() if words})
     for trial in live.running[:MOST_SHOWN]:
-        out.print(f"  {_format_running(trial)}", highlight=False, markup=False)
+        words = f"{trial.label}: {trial.stage} {trial.done}/{trial.total}, for {format_duration(trial.seconds)}"
+        out.print(f"  {words}", highlight=False, markup=False)
     _print_rest(len(live.running), "running")
-
-
-def _format_running(trial: RunningTrial) -> str:
-    return f"{trial.label}: {trial.stage} {trial.done}/{trial.total}, for {format_duration(trial.seconds)}"
 
 
 def _print_rest(number: int, what: str) -> None:

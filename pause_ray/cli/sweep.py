@@ -23,7 +23,7 @@ from pause_ray.sweep.spec import SweepSpec, listed_trials, read_sweep
 from pause_ray.tracking.live import Tracker
 
 if TYPE_CHECKING:
-    from pause_ray.planning.forecast import Effort, StepOutlook, SweepForecast, TrialOutlook
+    from pause_ray.planning.forecast import Effort, SweepForecast, TrialOutlook
     from pause_ray.sweep.queue import Budget
     from pause_ray.sweep.status import SweepOutcome
     from pause_ray.tracking.runs import LoggedSweep
@@ -224,9 +224,13 @@ def _table(found: SweepForecast, *, currency: str) -> Table:
     """Return a table with a line for each trial and, under it, for each step that is not done."""
     table = Table(show_footer=True, box=box.SIMPLE_HEAD, pad_edge=False)
     shown = [*found.trials, *found.example]
-    columns: Columns = [("tokens", _tokens), ("PFLOP", _petaflops), ("time", _time)]
+    columns: Columns = [
+        ("tokens", lambda effort: _or_dash(effort.tokens, format_count)),
+        ("PFLOP", lambda effort: _or_dash(effort.flops, lambda flops: f"{flops / 1e15:,.3g}")),
+        ("time", lambda effort: _or_dash(effort.seconds, format_duration)),
+    ]
     if any(trial.left.cost is not None for trial in shown):
-        columns.append((currency, _cost))
+        columns.append((currency, lambda effort: _or_dash(effort.cost, format_money)))
     table.add_column("trial", footer="left in all", overflow="fold")
     table.add_column("done")
     for heading, words in columns:
@@ -244,30 +248,13 @@ def _add_trial(table: Table, trial: TrialOutlook, columns: Columns, *, times: st
     for step in trial.steps:
         if step.done < step.total and not over:
             figures = ["" if step.made_by or step.name == "data" else words(step.left) for _, words in columns]
-            table.add_row(f"  {step.name}", _done(step), *figures, style="dim")
+            unit = {"data": "rows", "training": "steps", "scoring": "cells"}[step.name]
+            done = "shared" if step.made_by else f"{format_count(step.done)} of {format_count(step.total)} {unit}"
+            table.add_row(f"  {step.name}", done, *figures, style="dim")
 
 
-def _done(step: StepOutlook) -> str:
-    unit = {"data": "rows", "training": "steps", "scoring": "cells"}[step.name]
-    if step.made_by is not None:
-        return "shared"
-    return f"{format_count(step.done)} of {format_count(step.total)} {unit}"
-
-
-def _tokens(effort: Effort) -> str:
-    return "–" if effort.tokens is None else format_count(effort.tokens)
-
-
-def _petaflops(effort: Effort) -> str:
-    return "–" if effort.flops is None else f"{effort.flops / 1e15:,.3g}"
-
-
-def _time(effort: Effort) -> str:
-    return "–" if effort.seconds is None else format_duration(effort.seconds)
-
-
-def _cost(effort: Effort) -> str:
-    return "–" if effort.cost is None else format_money(effort.cost)
+def _or_dash(value: float | None, format_value: Callable[[float], str]) -> str:
+    return "–" if value is None else format_value(value)
 
 
 def _remarks(found: SweepForecast, spec: SweepSpec) -> list[str]:

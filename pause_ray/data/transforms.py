@@ -1,7 +1,8 @@
 """The transforms of the shard pipeline: plain functions that one Ray Data task applies to one item. They need no Ray.
 
 An item and what comes of it are plain JSON data: names, counts and, between reading and segmenting, the text of one chunk.
-Running a transform twice writes the same files again, so a lost task may simply be repeated.
+Running a transform twice writes the same files again, so a lost task may simply be repeated. Errors are those of
+``pipeline.build_shards``.
 """
 
 from __future__ import annotations
@@ -93,11 +94,7 @@ def read_chunks(item: JsonObject) -> Iterator[JsonObject]:
 
 
 def stage(item: JsonObject, *, folder: Path, policy: PausePolicy | None) -> Iterator[JsonObject]:
-    """Turn the text of a chunk into a staged file; other items pass.
-
-    Raises:
-        StorageError: the disk is full or not writable.
-    """
+    """Turn the text of a chunk into a staged file; other items pass."""
     if "documents" not in item:
         yield item
         return
@@ -106,14 +103,7 @@ def stage(item: JsonObject, *, folder: Path, policy: PausePolicy | None) -> Iter
 
 
 def make_needle_rows(item: JsonObject, *, recipe: Recipe, staged: Path, chunks: Sequence[Chunk], packed: Path) -> Iterator[JsonObject]:
-    """Make rows ``first`` to ``last`` (exclusive), of training or held out, from the text between ``begin`` and ``end``, as a packed file.
-
-    Raises:
-        SourceError: the text is shorter than a row.
-        SpecError: too few facts to hold some out.
-        TextError: the marker occurs in a document, or a row is too short for its fact and question.
-        StorageError: the disk is full or not writable.
-    """
+    """Make rows ``first`` to ``last`` (exclusive) from the text between ``begin`` and ``end``, as a packed file."""
     tokenizer, marker = recipe.tokenizer(), recipe.marker()
     corpus = StagedCorpus(staged, chunks, begin=item["begin"], end=item["end"])
     rows, seconds = list[PackedRow](), 0.0
@@ -132,12 +122,7 @@ def make_needle_rows(item: JsonObject, *, recipe: Recipe, staged: Path, chunks: 
 
 
 def make_language_rows(item: JsonObject, *, recipe: Recipe, staged: Path, packed: Path) -> Iterator[JsonObject]:
-    """Pack the part of one staged chunk between its characters ``begin`` and ``end`` into a file of rows.
-
-    Raises:
-        TextError: the marker occurs in a document, or a marker group is longer than a row that it must fit in.
-        StorageError: the disk is full or not writable.
-    """
+    """Pack the part of one staged chunk between its characters ``begin`` and ``end`` into a file of rows."""
     tokenizer, marker = recipe.tokenizer(), recipe.marker()
     started = thread_time()
     rows = pack_language_modeling(
@@ -153,11 +138,7 @@ def make_language_rows(item: JsonObject, *, recipe: Recipe, staged: Path, packed
 
 
 def cut_shard(item: JsonObject, *, packed: Path, folder: Path) -> Iterator[JsonObject]:
-    """Join slices of packed files to one shard with global row numbers.
-
-    Raises:
-        StorageError: the disk is full or not writable.
-    """
+    """Join slices of packed files to one shard with global row numbers."""
     import pyarrow.parquet as pq
 
     tables, first_row = [], item["first_row"]
@@ -213,21 +194,19 @@ def plan_shards(
 
 def _encoded_between(path: Path, *, begin: int, end: int, recipe: Recipe) -> Iterator[tuple[TokenDocument, bool]]:
     """Yield a chunk's documents, or their parts between two of its characters, in tokens, and whether the document's end is included."""
-    offset = 0
+    tokenizer, marker, offset = recipe.tokenizer(), recipe.marker(), 0
     for name, digest, text in read_chunk(path, columns=("id", "digest", "text")):
         part = text[max(0, begin - offset) : max(0, end - offset)]
         offset += len(text)
-        if part:
-            yield _encoded(name, digest, part, recipe=recipe), offset <= end
-
-
-def _encoded(name: str, digest: str, text: str, *, recipe: Recipe) -> TokenDocument:
-    """Tokenise a document; a random placement is drawn from the seed and the text, not from its place in the corpus."""
-    seed = (recipe.seed + int(digest, 16)) % 2**63
-    try:
-        return insert_pauses(recipe.tokenizer().encode(text), policy=recipe.policy, marker=recipe.marker(), seed=seed)
-    except TextError as error:
-        raise TextError(f"document {name}: {error}") from error
+        if not part:
+            continue
+        # A random placement is drawn from the seed and the text, not from its place in the corpus.
+        seed = (recipe.seed + int(digest, 16)) % 2**63
+        try:
+            document = insert_pauses(tokenizer.encode(part), policy=recipe.policy, marker=marker, seed=seed)
+        except TextError as error:
+            raise TextError(f"document {name}: {error}") from error
+        yield document, offset <= end
 
 
 def _document_end_id(tokenizer: ModelTokenizer) -> int:

@@ -1,6 +1,6 @@
 """Pause policies, and the places of pauses in a text. Pure text; tokens are only seen as start offsets.
 
-The same code pauses training corpora and evaluation haystacks. Every rule is causal: whether a pause stands at an
+Every rule is causal: whether a pause stands at an
 offset inside a text depends only on what is before that offset, on the one character after it and on the seed, so two
 texts with a common beginning have the same pauses in it. (Two things can break this from outside: a regular expression
 that looks ahead, and ``paragraph_rule: auto`` on one document cut within ``segments.EVIDENCE_CHARS``; joined documents
