@@ -155,13 +155,14 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a scratch file that becomes ``path`` when the block ends well; readers and other writers never see a part of it.
 
+    The folder must exist: made here, it would hide that a node does not see the storage root.
+
     Raises:
         StorageError: the disk is full or not writable.
     """
     scratch = _scratch_path(path)
     with space_errors(path):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             yield scratch
             scratch.replace(path)
         finally:
@@ -174,6 +175,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         StorageError: the disk is full or not writable.
     """
+    with space_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as scratch, scratch.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -19,7 +19,7 @@ from pydantic import model_validator
 
 from pause_ray.core.errors import TextError
 from pause_ray.core.spec import Spec, digest
-from pause_ray.core.storage import whole_file
+from pause_ray.core.storage import space_errors, whole_file
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.segments import DocumentRules, detect_paragraph_rule, split
 from pause_ray.text.tokenizer import (
@@ -347,6 +347,8 @@ def encode_cached(text: str, *, tokenizer: ModelTokenizer, folder: Path) -> Enco
     if kept is not None:
         return Encoding(text, *kept)
     read = tokenizer.encode(text)
+    with space_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as scratch, scratch.open("wb") as file:
         np.savez(file, ids=read.ids, starts=read.starts)
     return read

@@ -13,7 +13,18 @@ from pathlib import Path
 import pytest
 
 from pause_ray.core.errors import StorageError
-from pause_ray.core.storage import MANIFEST, Storage, building, exclusive, is_complete, read_json, space_errors, write_json, write_text
+from pause_ray.core.storage import (
+    MANIFEST,
+    Storage,
+    building,
+    exclusive,
+    is_complete,
+    read_json,
+    space_errors,
+    whole_file,
+    write_json,
+    write_text,
+)
 
 
 def test_a_folder_appears_only_with_its_manifest(tmp_path: Path) -> None:
@@ -159,3 +170,9 @@ def test_a_root_from_before_there_were_marks_gets_one(tmp_path: Path) -> None:
     (tmp_path / "trials").mkdir()
     Storage.open(tmp_path)
     assert (tmp_path / "format.json").is_file()
+
+
+def test_a_whole_file_does_not_make_the_folder_that_another_machine_has(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "staged" / "a.parquet") as scratch:
+        scratch.write_text("x")
+    assert os.listdir(tmp_path) == []
