@@ -22,7 +22,6 @@ from pause_ray.core.errors import SourceError, StorageError
 from pause_ray.core.storage import MANIFEST, building, exclusive, file_sha256, is_complete, lock_of, read_json, space_errors, write_json
 
 if TYPE_CHECKING:
-    import pyarrow
     from pyarrow.fs import FileSystem
 
 
@@ -94,7 +93,7 @@ def check_sha256(file: SourceFile, expected: str) -> None:
     Raises:
         SourceError: naming both digests.
     """
-    with one_line_errors(file.address), _opened(file).open_input_stream(file.path, compression=None) as stream:
+    with one_line_errors(file.address), file_system_of(file).open_input_stream(file.path, compression=None) as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != expected:
         raise SourceError(f"{file.address}: its sha256 is {found}, the spec says {expected}; fetch the file anew or correct the spec")
@@ -109,7 +108,7 @@ def decoded(file: SourceFile, *, encoding: str) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder(encoding)()
     num_bytes = 0
     at_start = True
-    with one_line_errors(file.address), _opened(file).open_input_stream(file.path) as stream:
+    with one_line_errors(file.address), file_system_of(file).open_input_stream(file.path) as stream:
         while True:
             block = stream.read(_READ_BYTES)
             num_pending = len(decoder.getstate()[0])
@@ -143,13 +142,6 @@ def lines(pieces: Iterator[str]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def random_access(file: SourceFile) -> Iterator[pyarrow.NativeFile]:
-    """Open the file for formats that need random access."""
-    with one_line_errors(file.address), _opened(file).open_input_file(file.path) as opened:
-        yield opened
-
-
-@contextlib.contextmanager
 def one_line_errors(address: str) -> Iterator[None]:
     """Turn errors of file systems and of Arrow's readers into one line; their own messages have many."""
     from pyarrow import ArrowException
@@ -161,7 +153,8 @@ def one_line_errors(address: str) -> Iterator[None]:
         raise SourceError(f"{address}: cannot be read ({reason[:240]}); check path, access and that the file is whole") from error
 
 
-def _opened(file: SourceFile) -> FileSystem:
+def file_system_of(file: SourceFile) -> FileSystem:
+    """Return the file system that the file is on."""
     from pyarrow.fs import FileSystem, LocalFileSystem
 
     return FileSystem.from_uri(file.file_system)[0] if file.file_system else LocalFileSystem()

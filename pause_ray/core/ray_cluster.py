@@ -106,19 +106,14 @@ def connection() -> Iterator[None]:
     try:
         yield
     finally:
-        _shut_down()
-
-
-def _shut_down() -> None:
-    """Disconnect from Ray and leave none of its objects to a garbage collection in another thread."""
-    # Tune leaves cycles that hold object references. If a thread (that imports MLflow, say) happens to collect one while Ray's client is
-    # being taken down, Ray ends the process: exit code 1, no traceback.
-    gc.collect()
-    gc.disable()
-    try:
-        ray.shutdown()
-    finally:
-        gc.enable()
+        # Tune leaves cycles that hold object references. If a thread (that imports MLflow, say) happens to collect one while Ray's client
+        # is being taken down, Ray ends the process: exit code 1, no traceback.
+        gc.collect()
+        gc.disable()
+        try:
+            ray.shutdown()
+        finally:
+            gc.enable()
 
 
 def create_shared_actor_here() -> None:

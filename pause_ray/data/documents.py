@@ -29,11 +29,11 @@ from pause_ray.core.files import (
     check_sha256,
     decoded,
     fetch_package,
+    file_system_of,
     find_files,
     lines,
     one_line_errors,
     parse_package_source,
-    random_access,
 )
 from pause_ray.core.spec import JsonObject, Spec, digest
 from pause_ray.core.storage import file_sha256
@@ -230,17 +230,12 @@ def _jsonl(file: SourceFile, source: SourceSpec) -> Iterator[Document]:
             raise SourceError(f"{file.address}: line {number} holds no JSON object; JSONL has one JSON object per line")
         _check_columns(file, list(record), source, place=f"line {number}: ")
         document = _document(file, row, record[source.text_column], record.get(source.id_column or ""), source)
-        _check_surrogates(file, number, document.text)
+        try:
+            document.text.encode()
+        except UnicodeEncodeError as error:
+            problem = f"half of a surrogate pair at character {error.start} of the text"
+            raise SourceError(f"{file.address}: line {number}: {problem}; repair that line") from error
         yield document
-
-
-def _check_surrogates(file: SourceFile, number: int, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise SourceError(
-            f"{file.address}: line {number}: half of a surrogate pair at character {error.start} of the text; repair that line"
-        ) from error
 
 
 def _csv(file: SourceFile, source: SourceSpec) -> Iterator[Document]:
@@ -268,7 +263,7 @@ def _parquet(file: SourceFile, source: SourceSpec) -> Iterator[Document]:
     import pyarrow as pa
     from pyarrow import parquet
 
-    with random_access(file) as opened, parquet.ParquetFile(opened) as table:
+    with one_line_errors(file.address), file_system_of(file).open_input_file(file.path) as opened, parquet.ParquetFile(opened) as table:
         schema = table.schema_arrow
         _check_columns(file, schema.names, source)
         kind = schema.field(source.text_column).type
@@ -306,14 +301,11 @@ def source_identity(source: SourceSpec) -> JsonObject:
 
 
 def _content(file: SourceFile) -> str:
-    if not file.file_system:
-        with one_line_errors(file.address):
+    with one_line_errors(file.address):
+        if not file.file_system:
             status = Path(file.path).stat()
             return _sha256(file.path, status.st_size, status.st_mtime_ns)
-    from pyarrow.fs import FileSystem
-
-    with one_line_errors(file.address):
-        info = FileSystem.from_uri(file.file_system)[0].get_file_info(file.path)
+        info = file_system_of(file).get_file_info(file.path)
     return f"{info.size} bytes, changed {info.mtime_ns}"
 
 

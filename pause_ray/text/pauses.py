@@ -14,7 +14,6 @@ import math
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -111,25 +110,10 @@ class PausePolicy(Spec):
         return self.marker * self.count
 
 
-@dataclass(frozen=True)
-class PausedText:
-    """A text and the places of its pauses."""
-
-    text: str
-    offsets: tuple[int, ...]
-    """Character offsets into ``text``, ascending and unique; a pause stands before the character at its offset."""
-    group: str
-
-    def render(self) -> str:
-        """Return the text with its pauses."""
-        edges = (0, *self.offsets, len(self.text))
-        return self.group.join(self.text[start:end] for start, end in itertools.pairwise(edges))
-
-
-def insert(
+def pause_offsets(
     text: str, policy: PausePolicy, *, token_starts: Sequence[int] | None = None, seed: int = 0, rules: DocumentRules | None = None
-) -> PausedText:
-    """Decide where pauses stand in ``text``.
+) -> tuple[int, ...]:
+    """Return the offsets of the characters in ``text`` before which pauses stand, ascending and unique.
 
     Args:
         text: Text without the marker.
@@ -149,25 +133,29 @@ def insert(
     if policy.rate is not None:
         if token_starts is None:
             raise TextError("placement random: the text must be tokenised first; pass token_starts")
-        paused = PausedText(text, tuple(_random_offsets(text, token_starts, policy.rate, seed)), policy.group)
+        offsets = list(_random_offsets(text, token_starts, policy.rate, seed))
     elif policy.pattern is not None:
-        matches = {match.end() for match in re.finditer(policy.pattern, text)}
-        paused = PausedText(text, tuple(sorted(matches)), policy.group)
+        offsets = sorted({match.end() for match in re.finditer(policy.pattern, text)})
     else:
         rule = policy.paragraph_rule if policy.paragraph_rule != "auto" or rules is None else rules
         spans = split(text, unit=policy.unit, paragraph_rule=rule, unit_tokens=policy.unit_tokens, token_starts=token_starts)
         ends = [end for start, end in spans if not text[start:end].isspace()]
-        paused = PausedText(text, tuple(ends[policy.every - 1 :: policy.every]), policy.group)
-    if strip(paused.render(), policy) != text:
+        offsets = ends[policy.every - 1 :: policy.every]
+    if strip(insert(text, offsets, policy), policy) != text:
         raise TextError(
             f"the marker {policy.marker!r} runs into the text beside it and could not be taken out again; choose another pauses.marker"
         )
-    return paused
+    return tuple(offsets)
 
 
-def strip(rendered: str, policy: PausePolicy) -> str:
-    """Return the text without its pauses: the inverse of ``insert(...).render()``."""
-    return rendered.replace(policy.group, "")
+def insert(text: str, offsets: Sequence[int], policy: PausePolicy) -> str:
+    """Return the text with pauses before the characters at ``offsets``."""
+    return policy.group.join(text[start:end] for start, end in itertools.pairwise((0, *offsets, len(text))))
+
+
+def strip(paused: str, policy: PausePolicy) -> str:
+    """Return the text without its pauses: the inverse of ``insert``."""
+    return paused.replace(policy.group, "")
 
 
 # A word's first character, or any character of a script that is written without spaces.

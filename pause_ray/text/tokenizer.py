@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pause_ray.core.errors import ModelError, TextError
 from pause_ray.core.spec import digest
 from pause_ray.text.chat import ChatTemplate
-from pause_ray.text.pauses import PausePolicy, insert
+from pause_ray.text.pauses import PausePolicy, pause_offsets
 from pause_ray.text.segments import DocumentRules
 
 _WHITE_SPACE = np.array([code for code in range(0x3001) if chr(code).isspace()], dtype=np.uint32)
@@ -298,7 +298,7 @@ def insert_pauses(
         policy: Where pauses go, or None for no pauses.
         marker: ``resolve_marker(tokenizer, policy)``.
         seed: Seed of a random placement.
-        rules: As of ``pauses.insert``.
+        rules: As of ``pauses.pause_offsets``.
 
     Raises:
         TextError: the marker is in the text.
@@ -306,8 +306,8 @@ def insert_pauses(
     ids, starts = encoding.ids, encoding.starts
     if policy is None:
         return TokenDocument(ids, np.zeros(len(ids), dtype=np.bool_), starts)
-    paused = insert(encoding.text, policy, token_starts=starts.tolist(), seed=seed, rules=rules)
-    places = np.unique(np.searchsorted(starts, np.array(paused.offsets, dtype=np.int64)))
+    offsets = pause_offsets(encoding.text, policy, token_starts=starts.tolist(), seed=seed, rules=rules)
+    places = np.unique(np.searchsorted(starts, np.array(offsets, dtype=np.int64)))
     group = np.array(marker.group_ids, dtype=np.int32)
     at = np.repeat(places, len(group))
     is_pause = np.insert(np.zeros(len(ids), dtype=np.bool_), at, values=True)

@@ -119,14 +119,14 @@ def test_placements_have_about_as_many_pauses_but_for_those_that_cannot() -> Non
 @pytest.mark.real
 def test_placements_that_are_compared_have_the_same_rate_on_the_essays(model_dir: Path, cache: Path) -> None:
     from pause_ray.evaluation.haystack import load_haystack
-    from pause_ray.text.pauses import insert
+    from pause_ray.text.pauses import pause_offsets
     from pause_ray.text.tokenizer import ModelTokenizer
 
     found = {name: only(specs) for name, specs in arms("placement").items()} | {"laptop": only(arms("laptop")["random_placement"])}
     essays = load_haystack(found["paragraphs"].eval, cache=cache, seed=0, replicate=0)
     starts = [int(start) for start in ModelTokenizer.load(model_dir).encode(essays.text).starts]
     rates = {
-        name: 1000 * len(insert(essays.text, spec.pauses, token_starts=starts, rules=essays.rules).offsets) / len(starts)
+        name: 1000 * len(pause_offsets(essays.text, spec.pauses, token_starts=starts, rules=essays.rules)) / len(starts)
         for name, spec in found.items()
         if spec.pauses is not None
     }
