@@ -1,7 +1,4 @@
-"""Facts that answer only together, in the manner of bAbI's tasks 1 to 3 (arXiv 1502.05698) and of BABILong (arXiv 2406.10149).
-
-Persons go from place to place, take things with them and put them down. Own names, places, things and verbs.
-"""
+"""Facts that answer only together, like bAbI's tasks 1 to 3 (arXiv 1502.05698) and BABILong (arXiv 2406.10149), with other words."""
 
 from __future__ import annotations
 
@@ -14,19 +11,19 @@ from pydantic import Field, model_validator
 from pause_ray.evaluation.question import Fact, LabelScorer, Question, Task
 
 PLACES = ("balcony", "courtyard", "laundry", "nursery", "pantry", "veranda")
-"""As many as in bAbI; the labels of every answer."""
+"""All possible answers, as many as in bAbI."""
 _PERSONS = ("Edgar", "Hugo", "Leila", "Mina", "Otto", "Pavel")
 _THINGS = ("lantern", "notebook", "teapot", "umbrella")
 _GO = ("went to", "walked over to", "moved to", "hurried to")
 _TAKE = ("picked up", "took", "grabbed")
 _DROP = ("put down", "left behind", "set down")
 _LEAST_STEPS = {1: 3, 2: 6, 3: 7}
-"""Supporting facts → the longest story of the person who is asked about, and one fact about another person."""
+"""Facts of the longest story and one distractor, by the number of supporting facts."""
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """A story's question, and which of its facts names the answer."""
+    """A story, its question, and the index of the fact that names the answer."""
 
     story: list[str]
     answer_step: int
@@ -35,14 +32,14 @@ class _Asked:
 
 
 class CombineTask(Task):
-    """Persons moving, things taken and put down; asked where one is, or was."""
+    """Persons who move, take things and put them down; the question asks where one is or was."""
 
     label_scorer: ClassVar[LabelScorer | None] = "label"
     kind: Literal["combine"]
     supporting: Literal[1, 2, 3]
-    """Facts that the answer needs. 1: where is a person; 2: where is a thing that was carried; 3: where was it before."""
+    """Number of facts that the answer needs. 1: where is a person; 2: where is a thing that was carried; 3: where was it before."""
     steps: int = Field(ge=3)
-    """Facts in all; what is left over is about other persons and things."""
+    """Number of facts; those that the answer does not need are about other persons and things."""
 
     @model_validator(mode="after")
     def _story_has_room(self) -> Self:
@@ -52,16 +49,16 @@ class CombineTask(Task):
         return self
 
     def question(self, draw: random.Random, *, replicate: int) -> Question:
-        """A story; the fact that names the answer has it as its reference, the labels are all places."""
+        """Draw a story; the fact that names the answer has it as its reference, and the labels are all places."""
         persons, things = draw.sample(_PERSONS, len(_PERSONS)), draw.sample(_THINGS, len(_THINGS))
         asked = _about_person(draw, persons[0]) if self.supporting == 1 else _about_thing(draw, persons[0], things[0], self.supporting)
         others = _others(draw, persons[1:], things[1:], self.steps - len(asked.story))
         is_asked = [True] * len(asked.story) + [False] * len(others)
         draw.shuffle(is_asked)
-        own, other = iter(enumerate(asked.story)), iter(others)
+        story, distractors = iter(enumerate(asked.story)), iter(others)
         facts = []
         for belongs in is_asked:
-            step, text = next(own) if belongs else (-1, next(other))
+            step, text = next(story) if belongs else (-1, next(distractors))
             facts.append(Fact(text=text, references=(asked.place,) if step == asked.answer_step else ()))
         return Question(facts=tuple(facts), question=asked.question, draft=f"{asked.place}.", labels=PLACES, in_order=True)
 
@@ -73,7 +70,7 @@ def _about_person(draw: random.Random, person: str) -> _Asked:
 
 
 def _about_thing(draw: random.Random, person: str, thing: str, supporting: int) -> _Asked:
-    """A thing is taken along a route of different places; half of the time it is put down and its bearer goes on."""
+    """Draw a story of a thing that is carried along a route; half of the time it is put down and its bearer leaves."""
     *route, last, elsewhere = draw.sample(PLACES, supporting + 1)
     takes = f"{person} {draw.choice(_TAKE)} the {thing}."
     story = [_goes(draw, person, route[0]), takes, *(_goes(draw, person, place) for place in [*route[1:], last])]

@@ -1,7 +1,7 @@
-"""Facts from a file, asked for one at a time or together.
+"""Tasks that hide needles from a file and ask for one of them or for several together.
 
-``single`` is the protocol of github.com/gkamradt/LLMTest_NeedleInAHaystack v0.1, ``multi`` its multi-needle variant and that of
-the pause-tuning paper (arXiv 2502.20405), where the score says which of the facts was told.
+``single`` follows github.com/gkamradt/LLMTest_NeedleInAHaystack v0.1, ``multi`` its multi-needle variant and that of the pause-tuning paper
+(arXiv 2502.20405), with a score for each needle.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pause_ray.text.segments import plain
 
 
 class NeedleSpec(Spec):
-    """One fact, its question, and the keywords a right answer contains."""
+    """One fact, its question, and the keywords that a right answer contains."""
 
     needle: str = Field(min_length=1)
-    """The sentence that is hidden; inserted as a sentence of its own."""
+    """Sentence that is hidden."""
     question: str = Field(min_length=1)
-    """Text of the question, which follows the context."""
+    """Question, which follows the context."""
     keywords: tuple[str, ...] = Field(min_length=1)
-    """The score is the share of these that the answer contains; letter case, white space and Unicode compatibility forms aside."""
+    """Texts whose share in the answer is the score; letter case, white space and Unicode compatibility forms are ignored."""
 
     @model_validator(mode="after")
     def _question_does_not_answer(self) -> Self:
@@ -36,7 +36,7 @@ class NeedleFile(Spec):
     """A file of needles (``eval/needles/*.yaml``)."""
 
     needles: tuple[NeedleSpec, ...] = Field(min_length=1)
-    """The needles; replicate r asks for needle r modulo their number."""
+    """Needles; replicate r asks for needle r modulo their number."""
 
 
 class NeedleGroup(Spec):
@@ -45,22 +45,18 @@ class NeedleGroup(Spec):
     question: str = Field(min_length=1)
     """Text of the question, which follows the context."""
     needles: dict[str, tuple[str, ...]] = Field(min_length=2)
-    """Sentence that is hidden → the keywords that tell it was found."""
+    """Keywords of each sentence that is hidden."""
 
     @model_validator(mode="after")
-    def _question_does_not_answer(self) -> Self:
+    def _facts_are_distinguishable(self) -> Self:
         check_asked(self.question, self.needles)
-        return self
-
-    @model_validator(mode="after")
-    def _facts_are_told_apart(self) -> Self:
         for needle, keywords in self.needles.items():
             if not keywords:
-                raise ValueError(f"the needle {needle!r} has no keywords; give what tells that it was found")
+                raise ValueError(f"the needle {needle!r} has no keywords; list those of a right answer")
             for other in self.needles:
                 shared = [word for word in keywords if other != needle and plain(word) in plain(other)]
                 if shared:
-                    raise ValueError(f"the needle {other!r} tells the keywords {shared} of {needle!r}; facts could not be scored apart")
+                    raise ValueError(f"the needle {other!r} contains the keywords {shared} of {needle!r}; facts could not be scored apart")
         return self
 
 
@@ -68,18 +64,18 @@ class NeedleGroupFile(Spec):
     """A file of groups of needles (``eval/needles/*.yaml``)."""
 
     groups: tuple[NeedleGroup, ...] = Field(min_length=1)
-    """The groups; replicate r asks for group r modulo their number."""
+    """Groups; replicate r asks for group r modulo their number."""
 
 
 class SingleTask(Task):
-    """One fact of a file, hidden at the cell's depth; replicate r asks for fact r modulo their number."""
+    """One needle of a file, hidden at the cell's depth; replicate r asks for needle r modulo their number."""
 
     kind: Literal["single"]
     needles: NeedleFile
     """In YAML, the path of a file."""
 
     def question(self, draw: random.Random, *, replicate: int) -> Question:
-        """The replicate's fact; nothing is drawn."""
+        """Return the replicate's fact; nothing is drawn."""
         spec = self.needles.needles[replicate % len(self.needles.needles)]
         return Question(facts=(Fact(text=spec.needle, references=spec.keywords),), question=spec.question, draft=spec.needle)
 
@@ -89,16 +85,16 @@ class SingleTask(Task):
 
 
 class MultiTask(Task):
-    """Several facts in one context and one question for all of them; scored per fact."""
+    """Several facts in one context, one question for all of them, and a score for each."""
 
     kind: Literal["multi"]
     groups: NeedleGroupFile
     """In YAML, the path of a file; replicate r asks for group r modulo their number."""
     spread: Literal["random", "spaced"] = "spaced"
-    """Where the others go when the first has a depth. ``spaced``: evenly from there to the end, as in the original's multi-needle test."""
+    """Depths of the facts after the first: ``random``, or ``spaced`` evenly from the first to the end, as in the original."""
 
     def question(self, draw: random.Random, *, replicate: int) -> Question:
-        """The replicate's group; nothing is drawn."""
+        """Return the replicate's group; nothing is drawn."""
         group = self.groups.groups[replicate % len(self.groups.groups)]
         facts = tuple(Fact(text=text, references=keywords) for text, keywords in group.needles.items())
         draft = " ".join(fact.text for fact in facts)
@@ -110,15 +106,11 @@ class MultiTask(Task):
 
 
 def check_asked(question: str, facts: dict[str, tuple[str, ...]]) -> None:
-    """Refuse a question that tells its answer, and a fact that does not hold it.
-
-    Raises:
-        ValueError: naming the keywords.
-    """
+    """Raise ``ValueError`` if a question contains keywords of its answer, or if a fact lacks its keywords."""
     for needle, keywords in facts.items():
-        told = [word for word in keywords if plain(word) in plain(question)]
-        if told:
-            raise ValueError(f"the question already contains the keywords {told}; a model could answer without the context")
+        given = [word for word in keywords if plain(word) in plain(question)]
+        if given:
+            raise ValueError(f"the question already contains the keywords {given}; a model could answer without the context")
         missing = [word for word in keywords if plain(word) not in plain(needle)]
         if missing:
             raise ValueError(f"the needle does not contain the keywords {missing}; no answer from it could score")

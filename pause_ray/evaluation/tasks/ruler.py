@@ -1,7 +1,4 @@
-"""The needle family of RULER and its variable tracking (arXiv 2404.06654, github.com/NVIDIA/RULER), in own wording.
-
-Counts, kinds and metric are the original's; the words of the sentences and of the keys are not.
-"""
+"""The needle tasks of RULER and its variable tracking (arXiv 2404.06654, github.com/NVIDIA/RULER), with reworded sentences and keys."""
 
 from __future__ import annotations
 
@@ -32,21 +29,21 @@ _NOUN = {"words": "code word", "numbers": "code number", "uuids": "access code"}
 
 
 class RulerNiahTask(Task):
-    """Keys and their values in sentences of one form, some of which are asked for."""
+    """Keys and their values in sentences of one form; the question asks for the values of some keys."""
 
     kind: Literal["ruler_niah"]
     keys: int = Field(default=1, ge=1)
-    """Keys in the context; those that are not asked for are distractors."""
+    """Number of keys in the context; those that are not asked for are distractors."""
     values: int = Field(default=1, ge=1)
-    """Values of every key, each in a sentence of its own."""
+    """Number of values of every key, each in a sentence of its own."""
     queries: int = Field(default=1, ge=1)
-    """Keys that are asked for, in one question."""
+    """Number of keys that the question asks for."""
     key_kind: KeyKind = "words"
-    """``words``: an adjective and a noun; ``uuids``."""
+    """``words``: an adjective and a noun; or ``uuids``."""
     value_kind: ValueKind = "numbers"
-    """``numbers``: seven digits; ``uuids``; ``words``: as keys."""
+    """``numbers``: seven digits; ``uuids``; or ``words``: as for keys."""
     filler: Literal["suite", "needles"] = "suite"
-    """Text that the facts are hidden in. ``suite``: its documents or noise; ``needles``: lines of the same form with other keys."""
+    """Text that hides the facts. ``suite``: the suite's documents or noise; ``needles``: lines of the same form with other keys."""
 
     @property
     def has_filler(self) -> bool:
@@ -62,7 +59,7 @@ class RulerNiahTask(Task):
         return self
 
     def question(self, draw: random.Random, *, replicate: int) -> Question:
-        """Keys and values; the facts that are asked for come first."""
+        """Draw keys and values; the facts that are asked for come first."""
         make_key, make_value = _MAKE[self.key_kind], _MAKE[self.value_kind]
         drawn = distinct([make_key] * self.keys + [make_value] * (self.keys * self.values), draw)
         keys, values = drawn[: self.keys], iter(drawn[self.keys :])
@@ -81,7 +78,7 @@ class RulerNiahTask(Task):
         return Question(facts=facts, question=question, answer_prefix=answer_prefix, draft=f" {listed(references)}.")
 
     def filler_lines(self, draw: random.Random) -> Iterator[str]:
-        """Sentences like the facts', about keys and values that no fact has; without end."""
+        """Yield sentences like the facts', about keys and values that no fact has, without end."""
         names = filler_names(draw)
         while True:
             key = next(names) if self.key_kind == "words" else drawn_uuid(draw)
@@ -92,16 +89,16 @@ class RulerNiahTask(Task):
 
 
 class VariableTrackingTask(Task):
-    """Variables that are set to a number, or to another variable; asked for all that end up with one number."""
+    """Variables that are set to a number or to another variable; the question asks for all that end up with one number."""
 
     kind: Literal["variable_tracking"]
     chains: int = Field(default=1, ge=1)
-    """Numbers, each with its variables; the first is asked for."""
+    """Number of chains, each of one number and its variables; the question asks for the first."""
     hops: int = Field(default=4, ge=1)
-    """Assignments of a variable to a variable in every chain: it has one variable more than hops."""
+    """Number of assignments of a variable to a variable in every chain, which has one variable more."""
 
     def question(self, draw: random.Random, *, replicate: int) -> Question:
-        """Chains, mixed at random; every chain is in order, and the one that is asked for begins first."""
+        """Draw chains and interleave them at random; every chain stays in order, and the one that is asked for begins first."""
         length = self.hops + 1
         names = distinct([_variable] * (self.chains * length), draw)
         numbers = draw.sample(range(10_000, 100_000), self.chains)
@@ -128,6 +125,6 @@ def _variable(draw: random.Random) -> str:
 
 
 def _assignments(names: list[str], number: int) -> list[tuple[str, str]]:
-    """Variable and assignment, in order."""
+    """Return variables and their assignments, in order."""
     sources = [str(number), *(f"VAR {name}" for name in names[:-1])]
     return [(name, f"VAR {name} = {source}.") for name, source in zip(names, sources, strict=True)]
