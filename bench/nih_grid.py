@@ -81,16 +81,16 @@ class Bench:
     prefix_block_size: int
     """What can be kept in this precision."""
 
-    def compare(self, name: str, suite: SuiteSpec, reader: CellRunner, *, chunk_tokens: int) -> Iterator[Row]:
+    def compare(self, name: str, suite: SuiteSpec, runner: CellRunner, *, chunk_tokens: int) -> Iterator[Row]:
         """The baseline on the suite's cells, then the walk without drafts and with them."""
         grid = cells(suite, identity="bench", replicate=0, seed=0)
-        each = plan_cells(grid, reader=reader, prefix_block_size=1, reuse="none", drafts=False)
+        each = plan_cells(grid, runner=runner, prefix_block_size=1, reuse="none", drafts=False)
         answers, base = self._generate(each, name=f"generate ({name})")
         yield base
         for drafts in (False, True):
             engine = HfEngine(HfEngineSpec(chunk_tokens=chunk_tokens), device=self.device)
             engine.use(LoadedAs(model_dir=self.model_dir, dtype=self.dtype))
-            asked = plan_cells(grid, reader=reader, prefix_block_size=engine.prefix_block_size, drafts=drafts)
+            asked = plan_cells(grid, runner=runner, prefix_block_size=engine.prefix_block_size, drafts=drafts)
             yield self._walk(asked, engine, name=f"{name}, drafts" if drafts else name, answers=answers, base=base)
 
     def _generate(self, asked: Sequence[PlannedCell], *, name: str) -> tuple[Answers, Row]:
@@ -239,7 +239,7 @@ def _suite(lengths: Sequence[int], **grid: Any) -> SuiteSpec:
     return SuiteSpec.parse({**data, "context_tokens": list(lengths), **grid}, origin="bench")
 
 
-def _reader(suite: SuiteSpec, model_dir: Path, cache: Path) -> CellRunner:
+def _runner(suite: SuiteSpec, model_dir: Path, cache: Path) -> CellRunner:
     tokenizer = ModelTokenizer.load(model_dir)
     marker = resolve_marker(tokenizer, None)
     haystack = load_haystack(suite, cache=cache, seed=0, replicate=0)
@@ -295,7 +295,7 @@ def main() -> None:
     console = Console()
     console.width = max(console.width, TABLE_COLUMNS)
     for name, suite in ((name, suites[name]) for name in args.grids):
-        for row in bench.compare(name, suite, _reader(suite, model_dir, cache), chunk_tokens=chunk):
+        for row in bench.compare(name, suite, _runner(suite, model_dir, cache), chunk_tokens=chunk):
             console.print(f"{row.name}: {row.seconds:.1f} s", highlight=False)
             rows.append(row)
     console.print(as_table(rows, COLUMNS, title=f"NIH grid, {torch.get_num_threads()} threads, torch {torch.__version__}"))

@@ -178,11 +178,11 @@ def answering_alone(sweep: object, storage: object) -> float:
     tokenizer = ModelTokenizer.load(trial.model_dir)
     haystack = load_haystack(spec.eval, cache=storage.cache, seed=spec.seed, replicate=0)
     builder = prompt_builder(haystack, suite=spec.eval, tokenizer=tokenizer, policy=spec.pauses, marker=trial.marker, seed=0)
-    reader = CellRunner(builder=builder, tokenizer=tokenizer, policy=spec.pauses, marker=trial.marker, max_new_tokens=8)
+    runner = CellRunner(builder=builder, tokenizer=tokenizer, policy=spec.pauses, marker=trial.marker, max_new_tokens=8)
     engine.use(LoadedAs(model_dir=trial.model_dir, dtype="float32"))
     provenance = Provenance(arm="", model="", adapter=None, pauses="none")
-    asked = plan_cells(cells, reader=reader, prefix_block_size=1)
-    for _ in answer_cells(asked, engine=engine, reader=reader, provenance=provenance):
+    asked = plan_cells(cells, runner=runner, prefix_block_size=1)
+    for _ in answer_cells(asked, engine=engine, runner=runner, provenance=provenance):
         pass
     return (time.perf_counter() - started) / len(cells)
 

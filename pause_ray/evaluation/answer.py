@@ -85,23 +85,23 @@ class PlannedCell(NamedTuple):
 
 
 def plan_cells(
-    cells: Sequence[Cell], *, reader: CellRunner, prefix_block_size: int, reuse: Reuse = "full", drafts: bool = True
+    cells: Sequence[Cell], *, runner: CellRunner, prefix_block_size: int, reuse: Reuse = "full", drafts: bool = True
 ) -> list[PlannedCell]:
     """Return the cells of one haystack in the order of their prefix plan.
 
     Raises:
         TextError: a prompt cannot be built.
     """
-    prompts = reader.prompts(cells)
+    prompts = runner.prompts(cells)
     lengths = [cell.context_tokens for cell in cells]
     planned = plan_prefixes([prompt.ids for prompt in prompts], reuse=reuse, prefix_block_size=prefix_block_size, lengths=lengths)
     return [
-        PlannedCell(cells[each.prompt], reader.step(cells[each.prompt], prompts[each.prompt], keep_tokens=each.keep_tokens, drafts=drafts))
+        PlannedCell(cells[each.prompt], runner.step(cells[each.prompt], prompts[each.prompt], keep_tokens=each.keep_tokens, drafts=drafts))
         for each in planned
     ]
 
 
-def answer_cells(asked: Sequence[PlannedCell], *, engine: Engine, reader: CellRunner, provenance: Provenance) -> Iterator[CellResult]:
+def answer_cells(asked: Sequence[PlannedCell], *, engine: Engine, runner: CellRunner, provenance: Provenance) -> Iterator[CellResult]:
     """Ask the engine and yield each result as soon as it is answered; engines that batch may change the order.
 
     Raises:
@@ -109,7 +109,7 @@ def answer_cells(asked: Sequence[PlannedCell], *, engine: Engine, reader: CellRu
     """
     for place, outcome in engine.answer([step for _, step in asked]):
         cell, step = asked[place]
-        yield _row(cell, step.prompt, outcome, reader=reader, provenance=provenance, engine=engine.name)
+        yield _row(cell, step.prompt, outcome, runner=runner, provenance=provenance, engine=engine.name)
 
 
 @runtime_checkable
@@ -124,7 +124,7 @@ class NumericsCheckEngine(Engine, Protocol):
         """
 
 
-def check_numerics(cells: Sequence[Cell], *, engine: Engine, reader: CellRunner, provenance: Provenance) -> Iterator[CellResult]:
+def check_numerics(cells: Sequence[Cell], *, engine: Engine, runner: CellRunner, provenance: Provenance) -> Iterator[CellResult]:
     """Yield the cells' results computed in other shapes; unscored where none could be computed.
 
     Raises:
@@ -135,19 +135,19 @@ def check_numerics(cells: Sequence[Cell], *, engine: Engine, reader: CellRunner,
         raise TypeError(f"engine {engine.name} cannot compute an answer in other shapes")
     for cell in cells:
         with about(cell.words):
-            prompt = ask(cell, reader.builder)
+            prompt = ask(cell, runner.builder)
             try:
-                outcome: Completion | EngineError = engine.answer_with_other_shapes(reader.step(cell, prompt, keep_tokens=0, drafts=False))
+                outcome: Completion | EngineError = engine.answer_with_other_shapes(runner.step(cell, prompt, keep_tokens=0, drafts=False))
             except EngineError as error:
                 outcome = error
-        yield _row(cell, prompt, outcome, reader=reader, provenance=provenance, engine=engine.name)
+        yield _row(cell, prompt, outcome, runner=runner, provenance=provenance, engine=engine.name)
 
 
 def _row(
-    cell: Cell, prompt: BuiltPrompt, outcome: Completion | EngineError, *, reader: CellRunner, provenance: Provenance, engine: str
+    cell: Cell, prompt: BuiltPrompt, outcome: Completion | EngineError, *, runner: CellRunner, provenance: Provenance, engine: str
 ) -> CellResult:
     completion = None if isinstance(outcome, EngineError) else outcome
-    verdict = reader.graded(cell, completion) if completion else Unscored(reason=str(outcome))
+    verdict = runner.graded(cell, completion) if completion else Unscored(reason=str(outcome))
     scores = verdict.fact_scores if isinstance(verdict, Score) else (None,) * len(cell.facts)
     return CellResult(
         **vars(provenance),
@@ -170,7 +170,7 @@ def _row(
         question=cell.question,
         references=cell.references,
         labels=cell.labels,
-        response=reader.shown(completion) if completion else None,
+        response=runner.shown(completion) if completion else None,
         score=verdict.value if isinstance(verdict, Score) else None,
         rubric=verdict.rubric if isinstance(verdict, Score) else None,
         unscored_reason=verdict.reason if isinstance(verdict, Unscored) else None,

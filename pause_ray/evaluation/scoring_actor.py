@@ -105,7 +105,7 @@ class ScoringActor:
         self._threads = threads or max(1, cpu_count() // num_neighbors)
         self._engine: _LastMade[Engine] = _LastMade()
         self._haystack: _LastMade[Haystack] = _LastMade()
-        self._reader: _LastMade[CellRunner] = _LastMade()
+        self._runner: _LastMade[CellRunner] = _LastMade()
         self._stopped_batch: int | None = None
         log_to_stderr()
 
@@ -122,16 +122,16 @@ class ScoringActor:
         names = {cell.id: cell.words for cell in cells}
         with about(job.trial):
             log.info("answering %d cells (%s)", len(cells), job.purpose)
-            reader = self._reader_of(job)
+            runner = self._runner_of(job)
             engine = self._fixed_engine or self._engine.get(job.engine, lambda: _make_engine(job.engine, threads=self._threads))
             engine.use(job.loaded)
             if job.purpose == "numerics_check":
-                ordered, results = cells, check_numerics(cells, engine=engine, reader=reader, provenance=job.provenance)
+                ordered, results = cells, check_numerics(cells, engine=engine, runner=runner, provenance=job.provenance)
             else:
                 local = job.engine if isinstance(job.engine, HfEngineSpec) else HfEngineSpec()
-                steps = plan_cells(cells, reader=reader, prefix_block_size=engine.prefix_block_size, reuse=local.reuse, drafts=local.drafts)
+                steps = plan_cells(cells, runner=runner, prefix_block_size=engine.prefix_block_size, reuse=local.reuse, drafts=local.drafts)
                 ordered = [cell for cell, _ in steps]
-                results = answer_cells(steps, engine=engine, reader=reader, provenance=job.provenance)
+                results = answer_cells(steps, engine=engine, runner=runner, provenance=job.provenance)
             yield ordered
             for result in results:
                 if result.unscored_reason is not None:
@@ -140,8 +140,8 @@ class ScoringActor:
                 if self._stopped_batch == batch:
                     return
 
-    def _reader_of(self, job: ScoringJob) -> CellRunner:
-        """Return the job's reader; trials that differ in their adapters share it."""
+    def _runner_of(self, job: ScoringJob) -> CellRunner:
+        """Return the job's runner; trials that differ in their adapters share it."""
         text = (job.suite, job.seed, job.replicate, job.data_seed)
 
         def make() -> CellRunner:
@@ -157,7 +157,7 @@ class ScoringActor:
             )
             return CellRunner(builder=builder, tokenizer=tokenizer, policy=policy, marker=marker, max_new_tokens=suite.max_new_tokens)
 
-        return self._reader.get((*text, job.policy, job.loaded.model_dir), make)
+        return self._runner.get((*text, job.policy, job.loaded.model_dir), make)
 
 
 def _make_engine(spec: EngineSpec, *, threads: int) -> Engine:

@@ -85,9 +85,9 @@ def forecast_trial(spec: TrialSpec, *, cache: Path, tokenizer: ModelTokenizer | 
     marker = resolve_marker(tokenizer, spec.pauses)
     haystack = load_haystack(spec.eval, cache=cache, seed=spec.seed, replicate=spec.replicate, data_seed=spec.data_seed)
     builder = prompt_builder(haystack, suite=spec.eval, tokenizer=tokenizer, policy=spec.pauses, marker=marker, seed=spec.data_seed)
-    reader = CellRunner(builder=builder, tokenizer=tokenizer, policy=spec.pauses, marker=marker, max_new_tokens=spec.eval.max_new_tokens)
+    runner = CellRunner(builder=builder, tokenizer=tokenizer, policy=spec.pauses, marker=marker, max_new_tokens=spec.eval.max_new_tokens)
     grid = cells(spec.eval, identity="", replicate=spec.replicate, seed=spec.data_seed)
-    prompts = {cell.id: prompt for cell, prompt in zip(grid, reader.prompts(grid), strict=True)}
+    prompts = {cell.id: prompt for cell, prompt in zip(grid, runner.prompts(grid), strict=True)}
     for prompt in prompts.values():
         check_fits(prompt, max_new_tokens=spec.eval.max_new_tokens, limit_tokens=limit_tokens, origin=spec.model.source)
     engine = spec.engine if isinstance(spec.engine, HfEngineSpec) else HfEngineSpec()

@@ -31,12 +31,12 @@ def answers(
     marker = resolve_marker(tokenizer, policy)
     haystack = load_haystack(suite, cache=model_dir, seed=0, replicate=0)
     builder = prompt_builder(haystack, suite=suite, tokenizer=tokenizer, policy=policy, marker=marker, seed=0)
-    reader = CellRunner(builder=builder, tokenizer=tokenizer, policy=policy, marker=marker, max_new_tokens=suite.max_new_tokens)
+    runner = CellRunner(builder=builder, tokenizer=tokenizer, policy=policy, marker=marker, max_new_tokens=suite.max_new_tokens)
     engine.use(base(model_dir))
     asked = plan_cells(
-        cells(suite, identity="i", replicate=0, seed=0), reader=reader, prefix_block_size=engine.prefix_block_size, reuse=reuse
+        cells(suite, identity="i", replicate=0, seed=0), runner=runner, prefix_block_size=engine.prefix_block_size, reuse=reuse
     )
-    return list(answer_cells(asked, engine=engine, reader=reader, provenance=PROVENANCE))
+    return list(answer_cells(asked, engine=engine, runner=runner, provenance=PROVENANCE))
 
 
 @pytest.mark.parametrize(
@@ -142,8 +142,8 @@ def test_the_reference_is_the_draft_where_drafts_are_wanted(tokenizer_dir: Path,
     suite, tokenizer = make_suite(essays_dir, context_tokens=[1024]), ModelTokenizer.load(tokenizer_dir)
     haystack, marker = load_haystack(suite, cache=tokenizer_dir, seed=0, replicate=0), resolve_marker(tokenizer, None)
     builder = prompt_builder(haystack, suite=suite, tokenizer=tokenizer, policy=None, marker=marker, seed=0)
-    reader = CellRunner(builder=builder, tokenizer=tokenizer, policy=None, marker=marker, max_new_tokens=5)
-    asked = plan_cells(cells(suite, identity="i", replicate=0, seed=0), reader=reader, prefix_block_size=1, drafts=drafts)
+    runner = CellRunner(builder=builder, tokenizer=tokenizer, policy=None, marker=marker, max_new_tokens=5)
+    asked = plan_cells(cells(suite, identity="i", replicate=0, seed=0), runner=runner, prefix_block_size=1, drafts=drafts)
     expected = tuple(tokenizer.encode(STOCK.needle).ids.tolist()) if drafts else ()
     assert {(step.draft_ids, step.max_new_tokens) for _, step in asked} == {(expected, 5)}
 

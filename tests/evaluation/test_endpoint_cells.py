@@ -27,10 +27,10 @@ def rows_of(suite: SuiteSpec, engine: Engine, model_dir: Path) -> dict[str, Cell
     marker = resolve_marker(tokenizer, policy)
     haystack = load_haystack(suite, cache=model_dir, seed=0, replicate=0)
     builder = prompt_builder(haystack, suite=suite, tokenizer=tokenizer, policy=policy, marker=marker, seed=0)
-    reader = CellRunner(builder=builder, tokenizer=tokenizer, policy=policy, marker=marker, max_new_tokens=suite.max_new_tokens)
+    runner = CellRunner(builder=builder, tokenizer=tokenizer, policy=policy, marker=marker, max_new_tokens=suite.max_new_tokens)
     engine.use(base(model_dir))
-    asked = plan_cells(cells(suite, identity="i", replicate=0, seed=0), reader=reader, prefix_block_size=engine.prefix_block_size)
-    rows = list(answer_cells(asked, engine=engine, reader=reader, provenance=PROVENANCE))
+    asked = plan_cells(cells(suite, identity="i", replicate=0, seed=0), runner=runner, prefix_block_size=engine.prefix_block_size)
+    rows = list(answer_cells(asked, engine=engine, runner=runner, provenance=PROVENANCE))
     assert len(rows) == len(asked)
     return {row.cell_id: dataclasses.replace(row, engine="", prefilled_tokens=0, decoded_tokens=0, seconds=0.0) for row in rows}
 

@@ -55,12 +55,12 @@ def computed(spec: TrialSpec, found: TrialForecast) -> int:
     marker = resolve_marker(tokenizer, spec.pauses)
     haystack = load_haystack(spec.eval, cache=model_dir, seed=0, replicate=0)
     builder = prompt_builder(haystack, suite=spec.eval, tokenizer=tokenizer, policy=spec.pauses, marker=marker, seed=0)
-    reader = CellRunner(builder=builder, tokenizer=tokenizer, policy=spec.pauses, marker=marker, max_new_tokens=spec.eval.max_new_tokens)
+    runner = CellRunner(builder=builder, tokenizer=tokenizer, policy=spec.pauses, marker=marker, max_new_tokens=spec.eval.max_new_tokens)
     tokens = 0
     for run in split_for_actors(cells(spec.eval, identity="", replicate=0, seed=0), num_actors=spec.resources.scoring_actors):
         engine = ScriptedEngine(facts={STOCK.question: STOCK.needle})
         engine.use(base(model_dir))
-        asked = plan_cells(run, reader=reader, prefix_block_size=1, reuse=found.reuse)
+        asked = plan_cells(run, runner=runner, prefix_block_size=1, reuse=found.reuse)
         for _, outcome in engine.answer([step for _, step in asked]):
             assert isinstance(outcome, Completion)
             tokens += outcome.prefilled_tokens

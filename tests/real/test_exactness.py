@@ -46,7 +46,7 @@ def short(name: str) -> SuiteSpec:
     return SuiteSpec.parse(data, origin=str(path))
 
 
-def reader_of(suite: SuiteSpec, model_dir: Path, cache: Path) -> CellRunner:
+def runner_of(suite: SuiteSpec, model_dir: Path, cache: Path) -> CellRunner:
     tokenizer = ModelTokenizer.load(model_dir)
     policy = PausePolicy(unit="sentence", every=3) if suite.name in PAUSED else None
     marker = resolve_marker(tokenizer, policy)
@@ -63,11 +63,11 @@ def test_answers_are_the_same_however_they_are_computed(name: str, model_dir: Pa
     assert isinstance(engine, HfEngine)
     engine.use(LoadedAs(model_dir=model_dir, dtype="float32"))
     suite = short(name)
-    reader = reader_of(suite, model_dir, cache)
+    runner = runner_of(suite, model_dir, cache)
     grid = cells(suite, identity="exactness", replicate=0, seed=0)
 
     def answers(reuse: Reuse, *, drafts: bool) -> dict[str, Completion]:
-        asked = plan_cells(grid, reader=reader, prefix_block_size=engine.prefix_block_size, reuse=reuse, drafts=drafts)
+        asked = plan_cells(grid, runner=runner, prefix_block_size=engine.prefix_block_size, reuse=reuse, drafts=drafts)
         return {asked[place].cell.id: completion_of(asked[place], outcome) for place, outcome in engine.answer([step for _, step in asked])}
 
     reference = answers("none", drafts=False)
