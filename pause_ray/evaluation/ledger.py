@@ -167,20 +167,19 @@ class Ledger:
     def _write(self, line: bytes) -> None:
         with space_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        size = os.fstat(descriptor).st_size
-        try:
-            written = 0
-            while written < len(line):
-                written += os.write(descriptor, line[written:])
-            os.fsync(descriptor)
-        except OSError as error:
-            os.ftruncate(descriptor, size)
-            raise StorageError(
-                f"{self.path}: a row could not be written ({error.strerror}); free space and run again, answered cells are kept"
-            ) from error
-        finally:
-            os.close(descriptor)
+            file = self.path.open("ab", buffering=0)
+        with file:
+            size = os.fstat(file.fileno()).st_size
+            try:
+                written = 0
+                while written < len(line):
+                    written += file.write(line[written:])
+                os.fsync(file.fileno())
+            except OSError as error:
+                file.truncate(size)
+                raise StorageError(
+                    f"{self.path}: a row could not be written ({error.strerror}); free space and run again, answered cells are kept"
+                ) from error
 
     def _lines(self) -> tuple[list[bytes], bytes]:
         """Return the complete lines, and the bytes after the last line's end."""
