@@ -267,11 +267,9 @@ def _cells(its: ComparedArm, reference: ComparedArm) -> list[JsonObject]:
 
 
 def comparison_view(arms: Sequence[ComparedArm], *, width: int = 80) -> RenderableType:
-    """Return tables of the comparison by measure and by context length, and the notes.
+    """Return tables of the comparison by measure and by context length, and the notes, for a terminal with ``width`` columns.
 
-    Args:
-        arms: The arms, the reference first.
-        width: Columns of the terminal; arms that do not fit side by side get further tables.
+    Arms that do not fit side by side get further tables.
     """
     from rich.console import Group
     from rich.text import Text

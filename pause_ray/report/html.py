@@ -404,7 +404,8 @@ def _recall(condition: ArmResult) -> dict[float, Estimate]:
 def _view(results: SweepResults, drawn: Mapping[str, str]) -> JsonObject:
     conditions = _reference_first(results.conditions)
     scored = [condition for condition in conditions if condition.summary]
-    bound = max((abs(edge) for contrast in results.all_contrasts for edge in _reach(contrast)), default=1.0)
+    ranges = [its.comparison.interval or Interval(its.difference, its.difference, "cells") for its in results.all_contrasts]
+    bound = max((max(abs(its.low), abs(its.high)) for its in ranges), default=1.0)
     return {
         "results": results,
         "headline": headline(results),
@@ -518,11 +519,6 @@ def _estimated(name: str, estimate: Estimate | None) -> JsonObject:
 
 def _edges(name: str, interval: Interval | None) -> JsonObject:
     return {} if interval is None else {f"{name}_low": interval.low, f"{name}_high": interval.high}
-
-
-def _reach(contrast: Contrast) -> list[float]:
-    interval = contrast.comparison.interval
-    return [contrast.difference] if interval is None else [interval.low, interval.high]
 
 
 def _reference_first(conditions: Sequence[ArmResult]) -> list[ArmResult]:

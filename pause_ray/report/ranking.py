@@ -82,11 +82,7 @@ def best(results: SweepResults, *, tuned: bool = False) -> Best | None:
     """Return the best condition, of equal ones the first in the plan; None while no condition has a value.
 
     Conditions with missing replicates or with too many unscored cells (``has_enough_scored_cells``) are candidates only where no
-    other condition is.
-
-    Args:
-        results: The results of the sweep.
-        tuned: Whether to consider only conditions whose trials have an adapter.
+    other condition is. With ``tuned``, only conditions whose trials have an adapter are.
     """
     objective = objective_of(results)
     sign = 1 if objective.mode == "max" else -1

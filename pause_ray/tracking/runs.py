@@ -185,10 +185,6 @@ class LoggedSweep(NamedTuple):
 def log_sweep(results: SweepResults, storage: Storage) -> LoggedSweep:
     """Bring MLflow up to date with a sweep on storage, including its report and its exported best trial if they exist.
 
-    Args:
-        results: The results of the sweep.
-        storage: The storage root with the trials.
-
     Raises:
         TrackingError: The server cannot be reached or refuses; what was sent stays, and the next call sends the rest.
         StorageError: The sweep's or a trial's files are damaged.
@@ -207,12 +203,7 @@ def log_sweep(results: SweepResults, storage: Storage) -> LoggedSweep:
 
 
 def log_finished(sweep_folder: Path, storage: Storage, *, sent: set[str]) -> None:
-    """Send the runs of finished trials that are not in ``sent``.
-
-    Args:
-        sweep_folder: Folder with ``sweep.json``.
-        storage: The storage root with the trials.
-        sent: Digests of trials whose runs were sent; the function adds those that it sends.
+    """Send the runs of finished trials whose digests are not in ``sent``, and add those to it.
 
     Raises:
         TrackingError: See ``log_sweep``.
@@ -447,10 +438,7 @@ class LiveTrainings:
             self._known[run_id, name].add(step)
 
     def end(self, *, status: str) -> None:
-        """Close the runs that have not finished.
-
-        Args:
-            status: ``FAILED``, or ``KILLED`` if the user stopped them.
+        """Close the runs that have not finished, as ``FAILED``, or ``KILLED`` if the user stopped them.
 
         Raises:
             TrackingError: The store cannot be reached or refuses.

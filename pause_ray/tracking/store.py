@@ -32,16 +32,9 @@ REQUIREMENTS = ("torch", "transformers", "tokenizers", "peft", "accelerate", "sa
 
 
 def register(client: Any, experiment_id: str, *, run_id: str, name: str, folder: Path, content: str, tags: Mapping[str, str]) -> str:
-    """Log and register an exported trial, unless the store has it; return ``models:/NAME/VERSION``.
+    """Log and register the export in ``folder`` as a model of the trial's run; return ``models:/NAME/VERSION``.
 
-    Args:
-        client: Client of the store.
-        experiment_id: Id of the run's experiment.
-        run_id: Id of the trial's run.
-        name: Name of the registered model.
-        folder: Folder of the export.
-        content: Digest of the export; a version with this digest is not made again.
-        tags: Tags of the model and the version.
+    A version with the digest ``content`` is not made again.
     """
     from mlflow.exceptions import MlflowException
 
@@ -73,22 +66,15 @@ def _log(client: Any, experiment_id: str, *, run_id: str, name: str, folder: Pat
     model = client.create_logged_model(experiment_id, name, source_run_id=run_id, tags=tags, model_type="pause_ray")
     with tempfile.TemporaryDirectory(prefix="pause_ray-") as scratch:
         saved = Path(scratch) / "model"
-        save(folder, saved, model=model, run_id=run_id)
+        _save(folder, saved, model=model, run_id=run_id)
         client.log_model_artifacts(model.model_id, str(saved))
     client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
     return client.get_logged_model(model.model_id)
 
 
-def save(folder: Path, target: Path, *, model: Any = None, run_id: str | None = None) -> None:
-    """Write an export in MLflow's format.
-
-    Args:
-        folder: Folder of the export.
-        target: Folder to create; must not exist.
-        model: The logged model; None for a folder alone.
-        run_id: Id of the trial's run.
-    """
+def _save(folder: Path, target: Path, *, model: Any, run_id: str) -> None:
+    """Write an export in MLflow's format into the new folder ``target``, as the logged model of the trial's run."""
     import mlflow.pyfunc
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
@@ -97,7 +83,7 @@ def save(folder: Path, target: Path, *, model: Any = None, run_id: str | None = 
         inputs=Schema([ColSpec(DataType.string, "context"), ColSpec(DataType.string, "question")]),
         outputs=Schema([ColSpec(DataType.string)]),
     )
-    named = {"artifact_path": model.artifact_location, "model_uuid": model.model_id, "model_id": model.model_id} if model else {}
+    named = {"artifact_path": model.artifact_location, "model_uuid": model.model_id, "model_id": model.model_id}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow recommends an input example, for which it would load the model
         mlflow.pyfunc.save_model(
