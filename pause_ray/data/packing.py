@@ -21,12 +21,7 @@ from pause_ray.data.staging import Span
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.prompts import BuiltPrompt, HiddenText, PromptBuilder, PromptSpec
 from pause_ray.text.segments import JOINT, DocumentRules, join_documents
-from pause_ray.text.tokenizer import Marker, ModelTokenizer, TokenDocument
-
-CHARS_PER_TOKEN = 5
-"""First guess of the characters per token, which is doubled when it gives too few; English has 4 to 4.5."""
-SPARE_TOKENS = 64
-"""Tokens beyond the requested ones, because the cut at the end of a window can change its last tokens."""
+from pause_ray.text.tokenizer import CHARS_PER_TOKEN, REACH_TOKENS, Marker, ModelTokenizer, TokenDocument
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +75,7 @@ def take_window(spans: Iterable[Span], *, tokens: int, tokenizer: ModelTokenizer
     Raises:
         SourceError: all of ``spans`` together hold fewer.
     """
-    coming, parts, chars = iter(spans), list[Span](), (tokens + SPARE_TOKENS) * CHARS_PER_TOKEN
+    coming, parts, chars = iter(spans), list[Span](), (tokens + REACH_TOKENS) * CHARS_PER_TOKEN
     held = 0
     while True:
         while held < chars and (span := next(coming, None)) is not None:
@@ -89,7 +84,7 @@ def take_window(spans: Iterable[Span], *, tokens: int, tokenizer: ModelTokenizer
         text, rules = join_documents((part.text, part.paragraph_rule) for part in parts)
         token_starts = tokenizer.encode(text[:chars]).starts
         is_all = chars >= len(text) and held < chars
-        if len(token_starts) >= tokens + (0 if is_all else SPARE_TOKENS):
+        if len(token_starts) >= tokens + (0 if is_all else REACH_TOKENS):
             return Window(text, rules, token_starts)
         if is_all:
             raise SourceError(

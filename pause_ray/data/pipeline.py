@@ -1,8 +1,4 @@
-"""The shard pipeline: documents → packed rows → Parquet shards, as streaming Ray Data graphs over shared storage.
-
-    sources ─read→ chunks of text ─segment→ staged Parquet            (sources, staging)
-    row numbers or chunks ─pause, tokenise, pack→ packed Parquet       (packing)
-    packed Parquet ─cut by row number→ shards ─→ manifest              (rows)
+"""The shard pipeline: documents → staged chunks → packed rows → Parquet shards, as streaming Ray Data graphs over shared storage.
 
 A row depends on its number and the seed, so rows are the same however many tasks and machines make them, and the driver
 sees file names and counts only. Ray is the caller's.
@@ -10,9 +6,7 @@ sees file names and counts only. Ray is the caller's.
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import json
 import logging
 import os
 import pickle
@@ -24,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -36,13 +31,10 @@ from pause_ray.core.ray_cluster import explain_missing_package
 from pause_ray.core.spec import JsonObject, digest
 from pause_ray.core.storage import Storage, building, exclusive, is_complete, lock_of, read_json, write_json
 from pause_ray.data.documents import check_kept
-from pause_ray.data.packing import CHARS_PER_TOKEN as WINDOW_CHARS_PER_TOKEN
-from pause_ray.data.packing import SPARE_TOKENS
 from pause_ray.data.shards import DOCUMENTS, ShardSet, document_statistics, overlapping_documents, row_statistics, seal
-from pause_ray.data.spec import CorpusSpec, ShardJob, shards_identity, shared_with_evaluation
+from pause_ray.data.spec import CorpusSpec, ShardJob, shared_with_evaluation
 from pause_ray.data.staging import Chunk, StagedCorpus, held_out_from, write_document_list
 from pause_ray.data.transforms import (
-    Recipe,
     cut_shard,
     find_needles,
     make_language_rows,
@@ -52,7 +44,7 @@ from pause_ray.data.transforms import (
     read_chunks,
     stage,
 )
-from pause_ray.text.tokenizer import ModelTokenizer
+from pause_ray.text.tokenizer import CHARS_PER_TOKEN, REACH_TOKENS
 
 BLOCK_BYTES = 4 * 1024**2
 """Bytes of text in a Ray Data block: a few chunks, so that a corpus of any size flows through."""
@@ -86,8 +78,10 @@ def stream(items: Sequence[JsonObject], transforms: Sequence[Transform]) -> Iter
             )
         try:
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-                for text in batch["item"].to_pylist():
-                    yield _or_raise(json.loads(text))
+                for item in _items(batch):
+                    if isinstance(item, UserError):
+                        raise item
+                    yield item
         except RayError as error:
             if message := explain_missing_package(str(error)):
                 raise ClusterError(message) from error
@@ -96,31 +90,24 @@ def stream(items: Sequence[JsonObject], transforms: Sequence[Transform]) -> Iter
 
 def _apply(batch: pa.Table, transform: Transform) -> Iterator[pa.Table]:
     """Apply a transform inside a task; a user's mistake becomes an item, because Ray would bury its one line in a traceback."""
-    for text in batch["item"].to_pylist():
-        item = json.loads(text)
+    for item in _items(batch):
         try:
-            for result in [item] if "failure" in item else transform(item):
+            for result in [item] if isinstance(item, UserError) else transform(item):
                 yield _table([result])
         except UserError as error:
-            yield _table([_failure(error)])
+            yield _table([error])
         except FileNotFoundError as error:
             where = f"{error.filename or error}: no such file or folder on {socket.gethostname()}"
-            yield _table([_failure(StorageError(f"{where}; name texts and --storage by paths that are the same on every node"))])
+            yield _table([StorageError(f"{where}; name texts and --storage by paths that are the same on every node")])
 
 
-def _failure(error: UserError) -> JsonObject:
-    """Return the item that carries an error to the driver: items are JSON, so the pickled error is text in it."""
-    return {"failure": base64.b64encode(pickle.dumps(error)).decode()}
+def _table(items: Sequence[JsonObject | UserError]) -> pa.Table:
+    """Return pickled items as a table, since Ray Data measures and splits blocks by the bytes of Arrow columns."""
+    return pa.table({"item": pa.array([pickle.dumps(item) for item in items], pa.large_binary())})
 
 
-def _or_raise(item: JsonObject) -> JsonObject:
-    if "failure" in item:
-        raise pickle.loads(base64.b64decode(item["failure"]))  # noqa: S301 (pickled by this package's own task)
-    return item
-
-
-def _table(items: Sequence[JsonObject]) -> pa.Table:
-    return pa.table({"item": pa.array([json.dumps(item) for item in items], pa.large_string())})
+def _items(table: pa.Table) -> list[Any]:
+    return [pickle.loads(item) for item in table["item"].to_pylist()]  # noqa: S301 (pickled by this module's own task)
 
 
 def _tasks_at_once() -> int | None:
@@ -153,8 +140,6 @@ log = logging.getLogger("pause_ray")
 TOKENS_PER_UNIT = 2**17
 """Tokens of the ``needle_sft`` rows that one task makes, but one row at least: some seconds of work. Ray Data needs two tenths of a
 second to notice that a task has ended and to start the next one; shorter tasks leave cores idle, longer ones delay progress."""
-CHARS_PER_TOKEN = 4
-"""Guess of the characters per token, to choose how many chunks hold the wanted rows; a wrong guess costs another round, never a row."""
 
 Progress = Callable[[int, int], None]
 """Rows made and rows wanted."""
@@ -181,21 +166,17 @@ def build_shards(job: ShardJob, *, storage: Storage, progress: Progress) -> Shar
         shared_facts = shared_with_evaluation(job.spec.facts, needles=job.evaluation.needles, keywords=job.evaluation.keywords)
     if shared_facts:
         _refuse_unless_allowed(job, f"{shared_facts[0]} ({len(shared_facts)} in all); choose other facts")
-    tokenizer_digest = ModelTokenizer.load(job.model_dir).digest
-    recipe = Recipe(
-        spec=job.spec, prompt=job.prompt, policy=job.policy, model_dir=job.model_dir, tokenizer_digest=tokenizer_digest, seed=job.seed
-    )
-    recipe.marker()
-    identity = shards_identity(job, tokenizer_digest=tokenizer_digest)
+    job.marker()  # refused before anything is written
+    identity = job.identity()
     folder = storage.shards / digest(identity)
     with exclusive(lock_of(folder), waiting=lambda holder: log.info("%s: waiting for %s, which makes it", folder, holder)):
         shards = _intact(folder)
         if shards is None:
             with building(folder) as scratch:
-                _build(job, recipe, scratch, cache=storage.cache, identity=identity, progress=progress)
+                _build(job, scratch, cache=storage.cache, identity=identity, progress=progress)
             shards = ShardSet.open(folder)
         progress(shards.num_rows, shards.num_rows)
-        overlap = _overlap(job, recipe, shards)
+        overlap = _overlap(job, shards)
         if overlap["rows"]:
             _refuse_unless_allowed(job, f"{len(overlap['rows'])} rows hold a needle of the evaluation (first: row {overlap['rows'][0]})")
         _refuse_shared_documents(job, overlap["documents"])
@@ -217,7 +198,7 @@ def _intact(folder: Path) -> ShardSet | None:
 # ---- building
 
 
-def _build(job: ShardJob, recipe: Recipe, scratch: Path, *, cache: Path, identity: JsonObject, progress: Progress) -> None:
+def _build(job: ShardJob, scratch: Path, *, cache: Path, identity: JsonObject, progress: Progress) -> None:
     """Fill ``scratch`` with the list of documents, shards and, last, the manifest."""
     staged, packed = scratch / "staged", scratch / "packed"
     staged.mkdir()
@@ -227,7 +208,7 @@ def _build(job: ShardJob, recipe: Recipe, scratch: Path, *, cache: Path, identit
     write_document_list(staged, chunks, to=scratch / DOCUMENTS)
     _refuse_shared_documents(job, overlapping_documents(scratch / DOCUMENTS, job.evaluation.document_digests))
     pack = _pack_needle_rows if job.spec.objective == "needle_sft" else _pack_language_rows
-    rows, held_out = pack(recipe, staged=staged, packed=packed, chunks=chunks, progress=progress)
+    rows, held_out = pack(job, staged=staged, packed=packed, chunks=chunks, progress=progress)
     plans = _plan(job.spec, [unit["rows"] for unit in rows], [unit["rows"] for unit in held_out])
     for _ in stream([item for plan in plans for item in plan], [partial(cut_shard, packed=packed, folder=scratch)]):
         pass
@@ -257,20 +238,15 @@ def _plan(spec: CorpusSpec, counts: Sequence[int], held_out: Sequence[int]) -> t
 def _stage_documents(job: ShardJob, staged: Path, *, cache: Path) -> list[Chunk]:
     """Segment and stage every document of the sources; return the chunks in corpus order."""
     sources = job.spec.sources
-    chunks, passed_over = list[Chunk](), [Counter[str]() for _ in sources]
-    tasks = plan_read_tasks(sources, cache=cache)
-    for done in stream(tasks, [read_chunks, partial(stage, folder=staged, policy=job.policy)]):
-        if "passed_over" in done:
-            passed_over[done["place"]].update(done["passed_over"])
+    chunks, counts = list[Chunk](), [Counter[str]() for _ in sources]
+    for done in stream(plan_read_tasks(sources, cache=cache), [read_chunks, partial(stage, folder=staged, policy=job.policy)]):
+        if "counts" in done:
+            counts[done["place"]].update(done["counts"])
         else:
-            chunks.append(Chunk(**done))
-    chunks.sort(key=lambda chunk: chunk.name)
-    kept = Counter[int]()
-    for chunk in chunks:
-        kept[tasks[int(chunk.name.split("-")[0])]["place"]] += chunk.num_documents
-    for place, source in enumerate(sources):
-        check_kept(source, num_kept=kept[place], passed_over=passed_over[place])
-    return chunks
+            chunks.append(done["chunk"])
+    for source, found in zip(sources, counts, strict=True):
+        check_kept(source, found)
+    return sorted(chunks, key=lambda chunk: chunk.name)
 
 
 def _split(spec: CorpusSpec, staged: Path, chunks: Sequence[Chunk]) -> tuple[int, int]:
@@ -279,13 +255,13 @@ def _split(spec: CorpusSpec, staged: Path, chunks: Sequence[Chunk]) -> tuple[int
     if not spec.validation_rows:
         return num_chars, num_chars
     share = spec.validation_rows / (spec.num_sequences + spec.validation_rows)
-    least = (spec.sequence_len + SPARE_TOKENS) * WINDOW_CHARS_PER_TOKEN
+    least = (spec.sequence_len + REACH_TOKENS) * CHARS_PER_TOKEN
     return held_out_from(StagedCorpus(staged, chunks), num_chars=num_chars, share=share, least_chars=least), num_chars
 
 
-def _pack_needle_rows(recipe: Recipe, *, staged: Path, packed: Path, chunks: Sequence[Chunk], progress: Progress) -> Units:
+def _pack_needle_rows(job: ShardJob, *, staged: Path, packed: Path, chunks: Sequence[Chunk], progress: Progress) -> Units:
     """Pack every row of ``needle_sft`` into files, in row order."""
-    spec, items = recipe.spec, list[JsonObject]()
+    spec, items = job.spec, list[JsonObject]()
     border, num_chars = _split(spec, staged, chunks)
     size = max(1, TOKENS_PER_UNIT // spec.sequence_len)
     for held_out, rows, begin, end in ((False, spec.num_sequences, 0, border), (True, spec.validation_rows, border, num_chars)):
@@ -293,7 +269,7 @@ def _pack_needle_rows(recipe: Recipe, *, staged: Path, packed: Path, chunks: Seq
             place = {"unit": len(items), "first": first, "last": min(first + size, rows)}
             items.append({**place, "held_out": held_out, "begin": begin, "end": end})
     units, made = list[JsonObject](), 0
-    for unit in stream(items, [partial(make_needle_rows, recipe=recipe, staged=staged, chunks=chunks, packed=packed)]):
+    for unit in stream(items, [partial(make_needle_rows, job=job, staged=staged, chunks=chunks, packed=packed)]):
         units.append(unit)
         made += unit["rows"]
         progress(min(made, spec.num_sequences), spec.num_sequences)
@@ -302,17 +278,17 @@ def _pack_needle_rows(recipe: Recipe, *, staged: Path, packed: Path, chunks: Seq
     return units[:number], units[number:]
 
 
-def _pack_language_rows(recipe: Recipe, *, staged: Path, packed: Path, chunks: Sequence[Chunk], progress: Progress) -> Units:
+def _pack_language_rows(job: ShardJob, *, staged: Path, packed: Path, chunks: Sequence[Chunk], progress: Progress) -> Units:
     """Pack rows of ``language_modeling`` into files, chunk by chunk in an order drawn from the seed, until there are enough."""
-    border, num_chars = _split(recipe.spec, staged, chunks)
-    transform = partial(make_language_rows, recipe=recipe, staged=staged, packed=packed)
-    pack = partial(_pack_between, recipe=recipe, chunks=chunks, transform=transform)
-    units = pack(0, border, rows=recipe.spec.num_sequences, unit=0, progress=progress)
-    return units, pack(border, num_chars, rows=recipe.spec.validation_rows, unit=len(units), progress=None)
+    border, num_chars = _split(job.spec, staged, chunks)
+    transform = partial(make_language_rows, job=job, staged=staged, packed=packed)
+    pack = partial(_pack_between, job=job, chunks=chunks, transform=transform)
+    units = pack(0, border, rows=job.spec.num_sequences, unit=0, progress=progress)
+    return units, pack(border, num_chars, rows=job.spec.validation_rows, unit=len(units), progress=None)
 
 
 def _pack_between(
-    begin: int, end: int, *, rows: int, recipe: Recipe, chunks: Sequence[Chunk], transform: Transform, unit: int, progress: Progress | None
+    begin: int, end: int, *, rows: int, job: ShardJob, chunks: Sequence[Chunk], transform: Transform, unit: int, progress: Progress | None
 ) -> list[JsonObject]:
     """Pack ``rows`` rows, or as many as there are, from the text between two characters of the corpus."""
     offsets = accumulate((chunk.num_chars for chunk in chunks), initial=0)
@@ -321,10 +297,10 @@ def _pack_between(
         for chunk, offset in zip(chunks, offsets, strict=False)
         if offset < end and offset + chunk.num_chars > begin
     ]
-    waiting = sorted(parts, key=lambda part: digest([recipe.seed, part["chunk"]]))
+    waiting = sorted(parts, key=lambda part: digest([job.seed, part["chunk"]]))
     units, made = list[JsonObject](), 0
     while waiting and made < rows:
-        chars, items = (rows - made) * recipe.spec.sequence_len * CHARS_PER_TOKEN, list[JsonObject]()
+        chars, items = (rows - made) * job.spec.sequence_len * CHARS_PER_TOKEN, list[JsonObject]()
         while waiting and chars > 0:
             part = waiting.pop(0)
             items.append({"unit": unit + len(items), **part})
@@ -341,14 +317,14 @@ def _pack_between(
 # ---- training and evaluation held apart
 
 
-def _overlap(job: ShardJob, recipe: Recipe, shards: ShardSet) -> JsonObject:
+def _overlap(job: ShardJob, shards: ShardSet) -> JsonObject:
     """Return documents and rows of the set that the evaluation uses too; they are cached in the set's folder, for each evaluation."""
     cached = shards.folder / f"evaluation-{job.evaluation.digest}.json"
     if cached.is_file():
         return read_json(cached)
     rows: list[int] = []
     if job.evaluation.needles:
-        search = partial(find_needles, recipe=recipe, folder=shards.folder, needles=job.evaluation.needles)
+        search = partial(find_needles, job=job, folder=shards.folder, needles=job.evaluation.needles)
         for found in stream([{"file": path.name} for path in shards.paths], [search]):
             rows += found["rows"]
     documents = overlapping_documents(shards.folder / DOCUMENTS, job.evaluation.document_digests)

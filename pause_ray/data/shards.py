@@ -97,11 +97,7 @@ def table_to_rows(table: pa.Table) -> list[PackedRow]:
 
 
 def write_rows(path: Path, tables: Iterable[pa.Table]) -> int:
-    """Write one shard from tables in row order and return its number of rows.
-
-    Raises:
-        StorageError: the disk is full or not writable.
-    """
+    """Write one shard from tables in row order and return its number of rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -120,9 +116,6 @@ def seal(folder: Path, *, shards: Sequence[Path], manifest: Mapping[str, Any], v
     """Write the manifest that makes ``folder`` a shard set: its shards in row order, its documents, and ``manifest``'s own fields.
 
     The numbers of the held-out rows, in ``validation_shards``, follow those of the training rows.
-
-    Raises:
-        StorageError: the disk is full or not writable.
     """
     import pyarrow.parquet as pq
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from pause_ray.core.errors import SpecError
+from pause_ray.core.errors import SpecError, TextError
 from pause_ray.core.spec import JsonObject, Spec, digest
 from pause_ray.data.documents import SourceSpec, source_identity
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.prompts import PromptSpec
 from pause_ray.text.segments import folded, plain
-from pause_ray.text.tokenizer import ModelTokenizer
+from pause_ray.text.tokenizer import Marker, ModelTokenizer, resolve_marker
 
 SLOT = re.compile(r"\{(\w+)\}")
 """A slot in a fact's sentence or question."""
@@ -117,10 +119,7 @@ class Fact:
 def draw_fact(facts: FactFile, *, rng: random.Random, held_out: bool | None = None) -> Fact:
     """Draw one template, evenly, then one word per slot, evenly; slots are drawn in the order of their names.
 
-    Args:
-        facts: Fact templates.
-        rng: Source of the random choices.
-        held_out: Draw again until the fact is one for validation rows (true) or none of them (false); None takes any.
+    Draw again until the fact is one for validation rows (``held_out`` true) or none of them (false); None takes any.
 
     Raises:
         SpecError: there seems to be none of that kind.
@@ -203,35 +202,44 @@ class ShardJob:
     policy: PausePolicy | None
     model_dir: Path
     """Folder with the tokenizer; weights are not read."""
+    tokenizer_digest: str
     seed: int
     evaluation: Evaluation = Evaluation()
 
+    def tokenizer(self) -> ModelTokenizer:
+        """Return the model's tokenizer, which is loaded once per process; refuse another one than that of ``tokenizer_digest``."""
+        return _tokenizer(self.model_dir, self.tokenizer_digest)
 
-def shards_digest(job: ShardJob) -> str:
-    """Return the identity of the rows: spec, prompt, content of the sources, pauses, tokenizer and seed.
+    def marker(self) -> Marker:
+        """Return the policy's pause in that tokenizer."""
+        return resolve_marker(self.tokenizer(), self.policy)
 
-    Not the evaluation, which rows do not depend on: a checkpoint stays valid when another suite is asked.
+    def identity(self) -> JsonObject:
+        """Return every input that changes the rows, and no other: not the evaluation, so that a checkpoint outlives its suite.
 
-    Raises:
-        SourceError: a source that cannot be found.
-        ModelError: the model folder has no tokenizer.
-    """
-    return digest(shards_identity(job, tokenizer_digest=ModelTokenizer.load(job.model_dir).digest))
+        Raises:
+            SourceError: a source that cannot be found.
+        """
+        aside = {"sources", "prompt", "rows_per_shard", "allow_evaluation_overlap"}
+        policy_aside: set[str] = set()
+        if self.spec.objective == "language_modeling":  # asks no question
+            aside |= {"facts", "min_context_tokens"}
+            policy_aside = {"instruction"}
+        return {
+            "version": RECIPE_VERSIONS[self.spec.objective],
+            "spec": self.spec.model_dump(mode="json", exclude=aside),
+            "prompt": self.prompt.model_dump(mode="json") if self.spec.objective == "needle_sft" else None,
+            "sources": [source_identity(source) for source in self.spec.sources],
+            "pauses": self.policy.model_dump(mode="json", exclude=policy_aside) if self.policy else None,
+            "tokenizer": self.tokenizer_digest,
+            "seed": self.seed,
+        }
 
 
-def shards_identity(job: ShardJob, *, tokenizer_digest: str) -> JsonObject:
-    """Return every input that changes the rows, and no other."""
-    aside = {"sources", "prompt", "rows_per_shard", "allow_evaluation_overlap"}
-    policy_aside: set[str] = set()
-    if job.spec.objective == "language_modeling":  # asks no question
-        aside |= {"facts", "min_context_tokens"}
-        policy_aside = {"instruction"}
-    return {
-        "version": RECIPE_VERSIONS[job.spec.objective],
-        "spec": job.spec.model_dump(mode="json", exclude=aside),
-        "prompt": job.prompt.model_dump(mode="json") if job.spec.objective == "needle_sft" else None,
-        "sources": [source_identity(source) for source in job.spec.sources],
-        "pauses": job.policy.model_dump(mode="json", exclude=policy_aside) if job.policy else None,
-        "tokenizer": tokenizer_digest,
-        "seed": job.seed,
-    }
+@lru_cache(maxsize=2)
+def _tokenizer(model_dir: Path, digest: str) -> ModelTokenizer:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task is one core; its threads would fight with other tasks
+    tokenizer = ModelTokenizer.load(model_dir)
+    if tokenizer.digest != digest:
+        raise TextError(f"{model_dir}: its tokenizer is another one on this machine; give every node the same files")
+    return tokenizer

@@ -36,7 +36,6 @@ class Chunk:
 
     name: str
     """File name; the order of names is the order of the corpus."""
-    num_documents: int
     num_chars: int
 
 
@@ -64,11 +63,7 @@ def cut_into_chunks(documents: Iterable[Document], *, chunk_chars: int = CHUNK_C
 
 
 def stage_chunk(folder: Path, *, name: str, documents: Sequence[Document], policy: PausePolicy | None) -> Chunk:
-    """Segment ``documents`` and write them with the results: id, digest, chars, paragraph_rule, paragraphs, sentences, text.
-
-    Raises:
-        StorageError: the disk is full or not writable.
-    """
+    """Segment ``documents`` and write them with the results: id, digest, chars, paragraph_rule, paragraphs, sentences, text."""
     os.environ.setdefault("POLARS_MAX_THREADS", "1")  # tasks share a machine; one core each
     import polars as pl
     import pyarrow.parquet as pq
@@ -88,7 +83,7 @@ def stage_chunk(folder: Path, *, name: str, documents: Sequence[Document], polic
     ).with_columns(chars=pl.col("text").str.len_chars())
     with whole_file(folder / name) as scratch:
         pq.write_table(frame.to_arrow(), scratch, compression="zstd")
-    return Chunk(name=name, num_documents=len(frame), num_chars=int(frame["chars"].sum()))
+    return Chunk(name=name, num_chars=int(frame["chars"].sum()))
 
 
 def read_chunk(path: Path, *, columns: Sequence[str]) -> list[tuple[str, ...]]:
@@ -100,11 +95,7 @@ def read_chunk(path: Path, *, columns: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def write_document_list(folder: Path, chunks: Sequence[Chunk], *, to: Path) -> None:
-    """Write everything about the staged documents except their text, in corpus order, as one Parquet file.
-
-    Raises:
-        StorageError: the disk is full or not writable.
-    """
+    """Write everything about the staged documents except their text, in corpus order, as one Parquet file."""
     import polars as pl
 
     with whole_file(to) as scratch:
@@ -117,18 +108,14 @@ class StagedCorpus:
     def __init__(self, folder: Path, chunks: Sequence[Chunk], *, begin: int = 0, end: int | None = None) -> None:
         """Open chunks in corpus order, at least one, between two characters counted through all of them; ``end`` None means the last."""
         self._folder = folder
-        self._pieces = chunks
+        self._chunks = chunks
         self._ends = list(accumulate(chunk.num_chars for chunk in chunks))
         self._begin = begin
         self._end = self._ends[-1] if end is None else end
         self._documents = functools.lru_cache(maxsize=KEPT_CHUNKS)(self._read)
 
     def read_from(self, start: float) -> Iterator[Span]:
-        """Yield the text from the sentence at ``start`` on, document by document, and then from the beginning up to there.
-
-        Args:
-            start: Share of all characters, in [0, 1): every one of them is equally likely to be chosen.
-        """
+        """Yield the text from the sentence at ``start``, a share of all characters in [0, 1), and then the text before that sentence."""
         place = max(self._begin, self.sentence_start(self._begin + int(start * (self._end - self._begin))))
         yield from self._between(place, self._end)
         yield from self._between(self._begin, place)
@@ -158,21 +145,15 @@ class StagedCorpus:
         return number, self._ends[number - 1] if number else 0
 
     def _read(self, number: int) -> list[Span]:
-        found = read_chunk(self._folder / self._pieces[number].name, columns=("text", "paragraph_rule"))
+        found = read_chunk(self._folder / self._chunks[number].name, columns=("text", "paragraph_rule"))
         return [Span(text=text, paragraph_rule=cast("ParagraphRule", rule)) for text, rule in found]
 
 
 def held_out_from(corpus: StagedCorpus, *, num_chars: int, share: float, least_chars: int) -> int:
-    """Return the character from which text is kept for validation rows: the beginning of a sentence.
-
-    Args:
-        corpus: All of the text.
-        num_chars: Its length.
-        share: Share of the text that is wanted.
-        least_chars: Characters that one row may need.
+    """Return the beginning of the sentence from which text is kept for validation rows: about ``share`` of the ``num_chars`` characters.
 
     Raises:
-        SourceError: that would be more than half of the text.
+        SourceError: that, or the ``least_chars`` that one row may need, is more than half of the text.
     """
     kept = max(math.ceil(share * num_chars), least_chars)
     border = corpus.sentence_start(max(0, num_chars - kept))

@@ -1,6 +1,5 @@
 """The transforms of the shard pipeline: plain functions that one Ray Data task applies to one item. They need no Ray.
 
-An item and what comes of it are plain JSON data: names, counts and, between reading and segmenting, the text of one chunk.
 Running a transform twice writes the same files again, so a lost task may simply be repeated. Errors are those of
 ``pipeline.build_shards``.
 """
@@ -8,27 +7,22 @@ Running a transform twice writes the same files again, so a lost task may simply
 from __future__ import annotations
 
 import bisect
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from time import thread_time
 
 from pause_ray.core.errors import TextError
-from pause_ray.core.files import SourceFile
 from pause_ray.core.spec import JsonObject
-from pause_ray.data.documents import Document, SourceSpec, kept_documents, list_files
+from pause_ray.data.documents import SourceSpec, kept_documents, list_files
 from pause_ray.data.packing import draw_row, needle_sft_row, pack_language_modeling, pause_mask, take_window
 from pause_ray.data.shards import PackedRow, rows_to_table, table_to_rows, write_rows
-from pause_ray.data.spec import CorpusSpec
+from pause_ray.data.spec import ShardJob
 from pause_ray.data.staging import Chunk, StagedCorpus, cut_into_chunks, read_chunk, stage_chunk
 from pause_ray.text.pauses import PausePolicy
-from pause_ray.text.prompts import PromptSpec
 from pause_ray.text.segments import plain
-from pause_ray.text.tokenizer import Marker, ModelTokenizer, TokenDocument, insert_pauses, resolve_marker
+from pause_ray.text.tokenizer import ModelTokenizer, TokenDocument, insert_pauses
 
 FILES_PER_TASK = 64
 """Number of consecutive files that one task reads: essays come by the hundred, and a task costs milliseconds."""
@@ -38,59 +32,22 @@ def plan_read_tasks(sources: Sequence[SourceSpec], *, cache: Path) -> list[JsonO
     """Group the files of all sources, in order, as items: their number, the place of their source, the source, and its files.
 
     Packages are fetched into ``cache``.
-
-    Raises:
-        SourceError: a source that matches nothing, is out of reach, or has another digest.
     """
     items: list[JsonObject] = []
     for place, source in enumerate(sources):
-        files = [asdict(file) for file in list_files(source, cache=cache)]
+        files = list_files(source, cache=cache)
         for begin in range(0, len(files), FILES_PER_TASK):
-            part = files[begin : begin + FILES_PER_TASK]
-            items.append({"number": len(items), "place": place, "source": source.resolved(), "files": part})
+            items.append({"number": len(items), "place": place, "source": source, "files": files[begin : begin + FILES_PER_TASK]})
     return items
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How rows are made from documents."""
-
-    spec: CorpusSpec
-    prompt: PromptSpec
-    policy: PausePolicy | None
-    model_dir: Path
-    tokenizer_digest: str
-    seed: int
-
-    def tokenizer(self) -> ModelTokenizer:
-        """Return the model's tokenizer, which is loaded once per process."""
-        return _tokenizer(self.model_dir, self.tokenizer_digest)
-
-    def marker(self) -> Marker:
-        """Return the policy's pause in that tokenizer."""
-        return resolve_marker(self.tokenizer(), self.policy)
-
-
-@lru_cache(maxsize=2)
-def _tokenizer(model_dir: Path, digest: str) -> ModelTokenizer:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task is one core; its threads would fight with other tasks
-    tokenizer = ModelTokenizer.load(model_dir)
-    if tokenizer.digest != digest:
-        raise TextError(f"{model_dir}: its tokenizer is another one on this machine; give every node the same files")
-    return tokenizer
-
-
 def read_chunks(item: JsonObject) -> Iterator[JsonObject]:
-    """Turn a read task into its chunks, and then the counts of dropped documents.
-
-    Raises:
-        SourceError: a file cannot be read or breaks its format's rules.
-    """
-    source, passed_over = SourceSpec.parse(item["source"], origin="corpus.sources"), Counter[str]()
-    documents = kept_documents([SourceFile(**file) for file in item["files"]], source, passed_over=passed_over)
+    """Turn a read task into its chunks, and then the counts of kept and dropped documents."""
+    counts = Counter[str]()
+    documents = kept_documents(item["files"], item["source"], counts=counts)
     for number, chunk in enumerate(cut_into_chunks(documents)):
-        yield {"name": f"{item['number']:07d}-{number:07d}.parquet", "documents": [[document.id, document.text] for document in chunk]}
-    yield {"passed_over": passed_over, "place": item["place"]}
+        yield {"name": f"{item['number']:07d}-{number:07d}.parquet", "documents": chunk}
+    yield {"counts": counts, "place": item["place"]}
 
 
 def stage(item: JsonObject, *, folder: Path, policy: PausePolicy | None) -> Iterator[JsonObject]:
@@ -98,22 +55,21 @@ def stage(item: JsonObject, *, folder: Path, policy: PausePolicy | None) -> Iter
     if "documents" not in item:
         yield item
         return
-    documents = [Document(id=name, text=text) for name, text in item["documents"]]
-    yield asdict(stage_chunk(folder, name=item["name"], documents=documents, policy=policy))
+    yield {"chunk": stage_chunk(folder, name=item["name"], documents=item["documents"], policy=policy)}
 
 
-def make_needle_rows(item: JsonObject, *, recipe: Recipe, staged: Path, chunks: Sequence[Chunk], packed: Path) -> Iterator[JsonObject]:
+def make_needle_rows(item: JsonObject, *, job: ShardJob, staged: Path, chunks: Sequence[Chunk], packed: Path) -> Iterator[JsonObject]:
     """Make rows ``first`` to ``last`` (exclusive) from the text between ``begin`` and ``end``, as a packed file."""
-    tokenizer, marker = recipe.tokenizer(), recipe.marker()
+    tokenizer, marker = job.tokenizer(), job.marker()
     corpus = StagedCorpus(staged, chunks, begin=item["begin"], end=item["end"])
     rows, seconds = list[PackedRow](), 0.0
     for number in range(item["first"], item["last"]):
-        draw = draw_row(recipe.spec, seed=recipe.seed, row=number, held_out=item["held_out"])
+        draw = draw_row(job.spec, seed=job.seed, row=number, held_out=item["held_out"])
         spans = corpus.read_from(draw.start)
         begin = thread_time()
         window = take_window(spans, tokens=draw.row_tokens, tokenizer=tokenizer)
         try:
-            row = needle_sft_row(window, draw=draw, prompt=recipe.prompt, tokenizer=tokenizer, policy=recipe.policy, marker=marker)
+            row = needle_sft_row(window, draw=draw, prompt=job.prompt, tokenizer=tokenizer, policy=job.policy, marker=marker)
         except TextError as error:
             raise TextError(f"corpus row {number}: {error}") from error
         seconds += thread_time() - begin
@@ -121,16 +77,16 @@ def make_needle_rows(item: JsonObject, *, recipe: Recipe, staged: Path, chunks: 
     yield _packed(rows, unit=item["unit"], folder=packed, seconds=seconds)
 
 
-def make_language_rows(item: JsonObject, *, recipe: Recipe, staged: Path, packed: Path) -> Iterator[JsonObject]:
+def make_language_rows(item: JsonObject, *, job: ShardJob, staged: Path, packed: Path) -> Iterator[JsonObject]:
     """Pack the part of one staged chunk between its characters ``begin`` and ``end`` into a file of rows."""
-    tokenizer, marker = recipe.tokenizer(), recipe.marker()
+    tokenizer, marker = job.tokenizer(), job.marker()
     started = thread_time()
     rows = pack_language_modeling(
-        _encoded_between(staged / item["chunk"], begin=item["begin"], end=item["end"], recipe=recipe),
-        sequence_len=recipe.spec.sequence_len,
+        _encoded_between(staged / item["chunk"], begin=item["begin"], end=item["end"], job=job),
+        sequence_len=job.spec.sequence_len,
         end_id=_document_end_id(tokenizer),
         group_tokens=len(marker.group_ids),
-        budget=recipe.policy.budget if recipe.policy else "content",
+        budget=job.policy.budget if job.policy else "content",
         leading_ids=tokenizer.leading_ids,
     )
     made = list(rows)
@@ -150,11 +106,11 @@ def cut_shard(item: JsonObject, *, packed: Path, folder: Path) -> Iterator[JsonO
     yield {"file": item["file"]}
 
 
-def find_needles(item: JsonObject, *, recipe: Recipe, folder: Path, needles: Sequence[str]) -> Iterator[JsonObject]:
+def find_needles(item: JsonObject, *, job: ShardJob, folder: Path, needles: Sequence[str]) -> Iterator[JsonObject]:
     """Return the numbers of a shard's rows whose text, as ``plain`` and without pauses, contains one of ``needles``."""
     import pyarrow.parquet as pq
 
-    tokenizer, group_ids = recipe.tokenizer(), recipe.marker().group_ids
+    tokenizer, group_ids = job.tokenizer(), job.marker().group_ids
     wanted = [plain(needle) for needle in needles]
     found = []
     with pq.ParquetFile(folder / item["file"]) as file:
@@ -170,15 +126,9 @@ def find_needles(item: JsonObject, *, recipe: Recipe, folder: Path, needles: Seq
 def plan_shards(
     counts: Sequence[int], *, num_rows: int, rows_per_shard: int, first_row: int = 0, first_unit: int = 0, name: str = "rows"
 ) -> list[JsonObject]:
-    """Return which slices of the packed files make which shard.
+    """Return which slices of the packed files, which have ``counts`` rows in row order, make which shard of the first ``num_rows``.
 
-    Args:
-        counts: Rows of each packed file, in row order; together at least ``num_rows``.
-        num_rows: Rows to keep.
-        rows_per_shard: Rows of every shard but the last.
-        first_row: Global number of the first row.
-        first_unit: Number of the first packed file.
-        name: Prefix of the shards' names.
+    ``first_row`` is the global number of the first row, ``first_unit`` the number of the first packed file, ``name`` the shards' prefix.
     """
     ends = list(accumulate(counts))
     plan: list[JsonObject] = []
@@ -192,18 +142,18 @@ def plan_shards(
     return plan
 
 
-def _encoded_between(path: Path, *, begin: int, end: int, recipe: Recipe) -> Iterator[tuple[TokenDocument, bool]]:
+def _encoded_between(path: Path, *, begin: int, end: int, job: ShardJob) -> Iterator[tuple[TokenDocument, bool]]:
     """Yield a chunk's documents, or their parts between two of its characters, in tokens, and whether the document's end is included."""
-    tokenizer, marker, offset = recipe.tokenizer(), recipe.marker(), 0
+    tokenizer, marker, offset = job.tokenizer(), job.marker(), 0
     for name, digest, text in read_chunk(path, columns=("id", "digest", "text")):
         part = text[max(0, begin - offset) : max(0, end - offset)]
         offset += len(text)
         if not part:
             continue
         # A random placement is drawn from the seed and the text, not from its place in the corpus.
-        seed = (recipe.seed + int(digest, 16)) % 2**63
+        seed = (job.seed + int(digest, 16)) % 2**63
         try:
-            document = insert_pauses(tokenizer.encode(part), policy=recipe.policy, marker=marker, seed=seed)
+            document = insert_pauses(tokenizer.encode(part), policy=job.policy, marker=marker, seed=seed)
         except TextError as error:
             raise TextError(f"document {name}: {error}") from error
         yield document, offset <= end

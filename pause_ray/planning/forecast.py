@@ -18,7 +18,6 @@ from rich.table import Table
 from pause_ray.core.spec import JsonObject, digest
 from pause_ray.core.storage import MANIFEST, Storage, is_complete, read_json, read_json_lines
 from pause_ray.data.shards import ShardSet
-from pause_ray.data.spec import shards_digest
 from pause_ray.evaluation.answer import CellRunner
 from pause_ray.evaluation.haystack import check_fits, check_lengths, load_haystack, prompt_builder
 from pause_ray.evaluation.ledger import Ledger
@@ -522,7 +521,7 @@ class _TrialInspector:
         if spec.train is None or spec.corpus is None:
             return
         rows, steps = spec.corpus.num_sequences, spec.train.max_steps
-        shards = self._storage.shards / shards_digest(prepared.shards) if prepared and prepared.shards else None
+        shards = self._storage.shards / digest(prepared.shards.identity()) if prepared and prepared.shards else None
         has_rows = finished or (shards is not None and is_complete(shards))
         texts = digest([spec.corpus.resolved(), spec.eval.resolved(), spec.pauses.resolved() if spec.pauses else None, spec.data_seed])
         maker = None if has_rows or over else self._maker(planned, "data", shards.name if shards else texts)

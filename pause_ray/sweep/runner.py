@@ -25,11 +25,10 @@ from rich.console import Console
 from pause_ray.core import ray_cluster
 from pause_ray.core.errors import UserError
 from pause_ray.core.process import Stage, stop_on_signal
-from pause_ray.core.spec import JsonObject
+from pause_ray.core.spec import JsonObject, digest
 from pause_ray.core.storage import Storage, exclusive
 from pause_ray.data.pipeline import build_shards
 from pause_ray.data.shards import ShardSet, format_corpus
-from pause_ray.data.spec import shards_digest
 from pause_ray.evaluation.scoring_pool import ScoringPool
 from pause_ray.sweep.early_stopping import EarlyStoppedTrial, EarlyStopping, is_compared
 from pause_ray.sweep.in_process import outcome_of, prepared_trials, print_finished
@@ -343,7 +342,7 @@ class SweepDriver:
         jobs = {key: trial.prepared.shards for key, trial in trials.items() if trial.prepared.shards is not None}
         sharing: dict[str, list[str]] = {}
         for key, job in jobs.items():
-            sharing.setdefault(shards_digest(job), []).append(key)
+            sharing.setdefault(digest(job.identity()), []).append(key)
         made: dict[str, ShardSet] = {}
         failed: dict[str, UserError] = {}
         for keys in sharing.values():

@@ -1,10 +1,8 @@
 """Pause policies, and the places of pauses in a text. Pure text; tokens are only seen as start offsets.
 
-Every rule is causal: whether a pause stands at an
-offset inside a text depends only on what is before that offset, on the one character after it and on the seed, so two
-texts with a common beginning have the same pauses in it. (Two things can break this from outside: a regular expression
-that looks ahead, and ``paragraph_rule: auto`` on one document cut within ``segments.EVIDENCE_CHARS``; joined documents
-bring the rules that were found in each as a whole.)
+Every rule is causal: whether a pause stands at an offset depends only on what is before it, on the one character after it and on
+the seed, so two texts with a common beginning have the same pauses in it. (Two things can break this: a regular expression that
+looks ahead, and ``paragraph_rule: auto`` on one document cut within ``segments.EVIDENCE_CHARS``.)
 """
 
 from __future__ import annotations
@@ -54,25 +52,18 @@ class PausePolicy(Spec):
 
     @model_validator(mode="after")
     def _fields_fit_placement(self) -> Self:
-        places: dict[str, bool] = {
-            "placement: every": self.placement == "every",
-            "placement: random": self.placement == "random",
-            "placement: pattern": self.placement == "pattern",
-            "unit: tokens": self.placement == "every" and self.unit == "tokens",
-            "unit: paragraph or sentence": self.placement == "every" and self.unit != "tokens",
-        }
-        homes = {
-            "unit": "placement: every",
-            "every": "placement: every",
-            "paragraph_rule": "unit: paragraph or sentence",
-            "unit_tokens": "unit: tokens",
-            "rate": "placement: random",
-            "pattern": "placement: pattern",
-        }
-        for name, home in homes.items():
+        is_every, is_tokens = self.placement == "every", self.unit == "tokens"
+        for name, needed, is_met in (
+            ("unit", "placement: every", is_every),
+            ("every", "placement: every", is_every),
+            ("paragraph_rule", "unit: paragraph or sentence", is_every and not is_tokens),
+            ("unit_tokens", "unit: tokens", is_every and is_tokens),
+            ("rate", "placement: random", self.placement == "random"),
+            ("pattern", "placement: pattern", self.placement == "pattern"),
+        ):
             value = getattr(self, name)
-            if value != type(self).model_fields[name].default and not places[home]:
-                raise ValueError(f"{name} = {value!r} has an effect only with {home}; remove it")
+            if value != type(self).model_fields[name].default and not is_met:
+                raise ValueError(f"{name} = {value!r} has an effect only with {needed}; remove it")
         return self
 
     @model_validator(mode="after")

@@ -291,14 +291,7 @@ def insert_pauses(
     """Insert pauses between the tokens of a text.
 
     A pause goes before the first token whose visible part starts at or after its offset; pauses that would fall between
-    the same two tokens are one.
-
-    Args:
-        encoding: A text without the marker.
-        policy: Where pauses go, or None for no pauses.
-        marker: ``resolve_marker(tokenizer, policy)``.
-        seed: Seed of a random placement.
-        rules: As of ``pauses.pause_offsets``.
+    the same two tokens are one. ``marker`` is ``resolve_marker(tokenizer, policy)``; ``seed`` and ``rules`` are those of ``pause_offsets``.
 
     Raises:
         TextError: the marker is in the text.
@@ -366,7 +359,7 @@ _AGREEING_TOKENS = 32
 """Number of consecutive tokens that must be the same before a window counts as back in step."""
 _BLANK = re.compile(r"\s")
 """White space that must stand before these tokens: tokenizers that cut runs of digits or letters from the left restart after it."""
-_CHARS_PER_TOKEN = 5
+CHARS_PER_TOKEN = 5
 """First guess of the characters per token; English prose has 4 to 4.5."""
 
 
@@ -396,7 +389,7 @@ class LazyEncoding:
 
     def first(self, tokens: int) -> Encoding:
         """Return the first ``tokens`` tokens of the whole text, or all if it has fewer."""
-        chars = max((tokens + REACH_TOKENS) * _CHARS_PER_TOKEN, 2 * len(self.read.text))
+        chars = max((tokens + REACH_TOKENS) * CHARS_PER_TOKEN, 2 * len(self.read.text))
         while not self.is_all and len(self.read.ids) < tokens + REACH_TOKENS:
             self.read = self._encode(self._whole[:chars])
             chars *= 2

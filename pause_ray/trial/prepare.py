@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pause_ray.core.errors import ModelError, SpecError, TextError
 from pause_ray.core.spec import JsonObject, digest
 from pause_ray.core.storage import MANIFEST
-from pause_ray.data.spec import CorpusSpec, Evaluation, ShardJob, shards_digest
+from pause_ray.data.spec import CorpusSpec, Evaluation, ShardJob
 from pause_ray.evaluation.haystack import Haystack, ask, check_fits, check_lengths, load_haystack, prompt_builder
 from pause_ray.evaluation.suite import Cell, SuiteSpec, cells, known_facts, proxy_suite
 from pause_ray.inference.engine import HfEngineSpec
@@ -96,8 +96,8 @@ def prepare(spec: TrialSpec, *, cache: Path, shared: PrepareCache | None = None)
     haystack = _haystack(spec, cache=cache, shared=shared)
     shards, training = None, None
     if spec.train and spec.corpus:
-        shards = _shard_job(spec, spec.corpus, model_dir, haystack)
-        training = [TRAINING_FORMAT, shards_digest(shards)]
+        shards = _shard_job(spec, spec.corpus, model_dir, haystack, tokenizer_digest=tokenizer.digest)
+        training = [TRAINING_FORMAT, digest(shards.identity())]
     adapter = Checkpoint.open(Path(spec.adapter)) if spec.adapter is not None else None
     if adapter is not None:
         if has_weights:
@@ -148,13 +148,14 @@ def _named_by_content(spec: TrialSpec) -> JsonObject:
     return data
 
 
-def _shard_job(spec: TrialSpec, corpus: CorpusSpec, model_dir: Path, haystack: Haystack) -> ShardJob:
+def _shard_job(spec: TrialSpec, corpus: CorpusSpec, model_dir: Path, haystack: Haystack, *, tokenizer_digest: str) -> ShardJob:
     facts = known_facts(spec.eval, seed=spec.data_seed, replicate=spec.replicate)
     return ShardJob(
         spec=corpus,
         prompt=corpus.prompt or spec.eval.prompt,
         policy=spec.pauses,
         model_dir=model_dir,
+        tokenizer_digest=tokenizer_digest,
         seed=spec.data_seed,
         evaluation=Evaluation(
             document_digests=frozenset(haystack.document_digests),

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from pause_ray.core.errors import SourceError, SpecError, TextError
+from pause_ray.core.spec import digest
 from pause_ray.core.storage import MANIFEST, Storage
 from pause_ray.data.documents import SourceSpec, read_documents
 from pause_ray.data.shards import NO_LOSS, PackedRow, ShardSet
-from pause_ray.data.spec import CorpusSpec, Evaluation, ShardJob, shards_digest
+from pause_ray.data.spec import CorpusSpec, Evaluation, ShardJob
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.prompts import PromptSpec
 from pause_ray.text.tokenizer import ModelTokenizer
@@ -68,7 +69,15 @@ def make(tales: Path, tmp_path: Path, byte_model: Path) -> Make:
         data = {**SPEC, **changes}
         data["sources"] = [{**source, "path": source["path"].replace("TALES", str(tales))} for source in data["sources"]]  # type: ignore[attr-defined]
         spec = CorpusSpec.parse(data, origin="test")
-        job = ShardJob(spec=spec, prompt=PROMPT, policy=policy, model_dir=byte_model, seed=5, evaluation=evaluation or Evaluation())
+        job = ShardJob(
+            spec=spec,
+            prompt=PROMPT,
+            policy=policy,
+            model_dir=byte_model,
+            tokenizer_digest=ModelTokenizer.load(byte_model).digest,
+            seed=5,
+            evaluation=evaluation or Evaluation(),
+        )
         keep = (seen if seen is not None else []).append
         return pipeline.build_shards(job, storage=Storage.open(tmp_path / root), progress=lambda done, total: keep((done, total)))
 
@@ -219,8 +228,16 @@ def test_identity_is_what_changes_rows_and_nothing_else(tales: Path, byte_model:
         **changes: object,
     ) -> str:
         spec = CorpusSpec.parse({**SPEC, "sources": [{"path": str(tales)}], **changes}, origin="test")
-        evaluation = Evaluation(needles=needles)
-        return shards_digest(ShardJob(spec=spec, prompt=prompt, policy=policy, model_dir=byte_model, seed=seed, evaluation=evaluation))
+        job = ShardJob(
+            spec=spec,
+            prompt=prompt,
+            policy=policy,
+            model_dir=byte_model,
+            tokenizer_digest=ModelTokenizer.load(byte_model).digest,
+            seed=seed,
+            evaluation=Evaluation(needles=needles),
+        )
+        return digest(job.identity())
 
     same = [identity(), identity(rows_per_shard=3), identity(allow_evaluation_overlap=True), identity(needles=(BRIDGE,))]
     assert len(set(same)) == 1

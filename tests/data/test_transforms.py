@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from pause_ray.core.errors import TextError
 from pause_ray.data.documents import Document
 from pause_ray.data.shards import PackedRow, ShardSet, row_statistics, rows_to_table, seal, table_to_rows, write_rows
-from pause_ray.data.spec import CorpusSpec
+from pause_ray.data.spec import CorpusSpec, ShardJob
 from pause_ray.data.staging import stage_chunk
-from pause_ray.data.transforms import Recipe, cut_shard, find_needles, make_language_rows, plan_shards
+from pause_ray.data.transforms import cut_shard, find_needles, make_language_rows, plan_shards
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.prompts import PromptSpec
 from pause_ray.text.tokenizer import ModelTokenizer, insert_pauses, resolve_marker
@@ -65,7 +65,7 @@ def test_a_needle_is_found_through_pauses_case_white_space_and_unicode_forms(
     tmp_path: Path, byte_model: Path, policy: PausePolicy | None
 ) -> None:
     tokenizer = ModelTokenizer.load(byte_model)
-    recipe = Recipe(spec=SPEC, prompt=PromptSpec(), policy=policy, model_dir=byte_model, tokenizer_digest=tokenizer.digest, seed=0)
+    job = ShardJob(spec=SPEC, prompt=PromptSpec(), policy=policy, model_dir=byte_model, tokenizer_digest=tokenizer.digest, seed=0)
     texts = [
         "Nothing is hidden here.",
         "Well: the OLD\nbridge  sings at night. So it is.",
@@ -75,27 +75,25 @@ def test_a_needle_is_found_through_pauses_case_white_space_and_unicode_forms(
     marker = resolve_marker(tokenizer, policy)
     encoded = [insert_pauses(tokenizer.encode(text), policy=policy, marker=marker, seed=0).ids for text in texts]
     write_rows(tmp_path / "rows.parquet", [rows_to_table([row_of(ids.tolist()) for ids in encoded], first_row=70)])
-    found = list(find_needles({"file": "rows.parquet"}, recipe=recipe, folder=tmp_path, needles=["The old bridge sings at night."]))
+    found = list(find_needles({"file": "rows.parquet"}, job=job, folder=tmp_path, needles=["The old bridge sings at night."]))
     assert found == [{"rows": [71, 73]}]
 
 
 def test_another_tokenizer_on_a_node_is_noticed(byte_model: Path) -> None:
     with pytest.raises(TextError, match="give every node the same files"):
-        Recipe(spec=SPEC, prompt=PromptSpec(), policy=None, model_dir=byte_model, tokenizer_digest="0" * 16, seed=0).tokenizer()
+        ShardJob(spec=SPEC, prompt=PromptSpec(), policy=None, model_dir=byte_model, tokenizer_digest="0" * 16, seed=0).tokenizer()
 
 
 @pytest.mark.parametrize("end", [30, 40, 55, 80])
 def test_a_document_that_goes_on_in_held_out_text_does_not_end_in_training_text(tmp_path: Path, byte_model: Path, end: int) -> None:
     tokenizer = ModelTokenizer.load(byte_model)
-    recipe = Recipe(spec=SPEC, prompt=PromptSpec(), policy=None, model_dir=byte_model, tokenizer_digest=tokenizer.digest, seed=0)
+    job = ShardJob(spec=SPEC, prompt=PromptSpec(), policy=None, model_dir=byte_model, tokenizer_digest=tokenizer.digest, seed=0)
     texts = ["The old bridge sings at night, they say.", "And nobody knows why it does so in May."]
     stage_chunk(tmp_path, name="chunk", documents=[Document(id=text[:3], text=text) for text in texts], policy=None)
     whole = "".join(text + "<|text_end|>" for text in texts)
 
     def made(begin: int, end: int) -> str:
-        [unit] = make_language_rows(
-            {"chunk": "chunk", "begin": begin, "end": end, "unit": 0}, recipe=recipe, staged=tmp_path, packed=tmp_path
-        )
+        [unit] = make_language_rows({"chunk": "chunk", "begin": begin, "end": end, "unit": 0}, job=job, staged=tmp_path, packed=tmp_path)
         assert unit["rows"] == 1
         [row] = table_to_rows(pq.read_table(tmp_path / "0000000.parquet"))
         return tokenizer.decode(row.input_ids, skip_special_tokens=False)

@@ -10,10 +10,9 @@ import pytest
 
 from pause_ray.core import ray_cluster
 from pause_ray.core.errors import SpecError
-from pause_ray.core.spec import JsonObject, with_overrides
+from pause_ray.core.spec import JsonObject, digest, with_overrides
 from pause_ray.core.storage import Storage, write_json
 from pause_ray.data.shards import ShardSet
-from pause_ray.data.spec import shards_digest
 from pause_ray.evaluation.ledger import Ledger
 from pause_ray.planning.forecast import Effort, SweepForecast, TrialOutlook, forecast_sweep, total
 from pause_ray.sweep.search import SearchLog, SweepTrial, SweepTrials
@@ -114,12 +113,12 @@ def steps_of(trial: TrialOutlook) -> dict[str, tuple[int, int, bool]]:
 
 def store_rows(trial: SweepTrial, storage: Storage) -> None:
     assert trial.prepared.shards is not None
-    make_shards(storage.shards / shards_digest(trial.prepared.shards), make_rows(8))
+    make_shards(storage.shards / digest(trial.prepared.shards.identity()), make_rows(8))
 
 
 def checkpoint_of(trial: SweepTrial, storage: Storage) -> Path:
     assert trial.prepared.shards is not None
-    job = training_job(trial.prepared, ShardSet.open(storage.shards / shards_digest(trial.prepared.shards)))
+    job = training_job(trial.prepared, ShardSet.open(storage.shards / digest(trial.prepared.shards.identity())))
     assert job is not None
     return storage.checkpoints / train_digest(job)
 

@@ -32,7 +32,9 @@ def prepared(folder: Path, *, is_trained: bool) -> PreparedTrial:
         corpus = {"sources": [{"path": "x"}], "objective": "language_modeling"}
         data |= {"corpus": corpus, "train": {"max_steps": STEPS, "zero": {"stage": 0}}}
     spec = TrialSpec.parse(data, origin="test")
-    shards = ShardJob(spec=spec.corpus, prompt=spec.eval.prompt, policy=None, model_dir=folder, seed=0) if spec.corpus else None
+    shards = None
+    if spec.corpus:
+        shards = ShardJob(spec=spec.corpus, prompt=spec.eval.prompt, policy=None, model_dir=folder, tokenizer_digest="t", seed=0)
     return PreparedTrial(spec=spec, digest="d", model_dir=folder, base_digest="b", marker=Marker((), None), shards=shards)
 
 
