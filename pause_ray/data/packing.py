@@ -1,7 +1,7 @@
 """Training rows from the text and tokens of documents. Pure: no file and no Ray.
 
-What a row holds depends on its number and the seed alone, and what is drawn for it (length, place, fact, depth) does not
-depend on the pause policy: arms that differ in pauses train on the same facts in the same contexts.
+What is drawn for a row (length, place, fact, depth) depends on its number and the seed alone, not on the pause policy: arms
+that differ in pauses train on the same facts in the same contexts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ class RowDraw:
     start: float
     """Beginning of the context as a share of the corpus' characters, in [0, 1)."""
     depth_percent: float
-    """Depth of the fact in the context."""
     fact: Fact
     seed: int
     """Seed of a random placement of pauses."""
@@ -51,11 +50,7 @@ class Window:
 
 
 def draw_row(spec: CorpusSpec, *, seed: int, row: int, held_out: bool = False) -> RowDraw:
-    """Return the draw of training row number ``row``, or of that validation row; ``spec.facts`` must be set.
-
-    Raises:
-        SpecError: the facts are too few to hold some out.
-    """
+    """Return the draw of training row number ``row``, or of that validation row; ``spec.facts`` must be set."""
     if spec.facts is None:
         raise ValueError("a needle_sft row needs facts")
     kind = "validation" if held_out else "needle_sft"

@@ -268,12 +268,8 @@ def _pack_needle_rows(job: ShardJob, *, staged: Path, packed: Path, chunks: Sequ
         for first in range(0, rows, size):
             place = {"unit": len(items), "first": first, "last": min(first + size, rows)}
             items.append({**place, "held_out": held_out, "begin": begin, "end": end})
-    units, made = list[JsonObject](), 0
-    for unit in stream(items, [partial(make_needle_rows, job=job, staged=staged, chunks=chunks, packed=packed)]):
-        units.append(unit)
-        made += unit["rows"]
-        progress(min(made, spec.num_sequences), spec.num_sequences)
-    units.sort(key=lambda unit: int(unit["unit"]))
+    transform = partial(make_needle_rows, job=job, staged=staged, chunks=chunks, packed=packed)
+    units = _packed_files(items, transform, made=0, rows=spec.num_sequences, progress=progress)
     number = sum(not item["held_out"] for item in items)
     return units[:number], units[number:]
 
@@ -284,11 +280,11 @@ def _pack_language_rows(job: ShardJob, *, staged: Path, packed: Path, chunks: Se
     transform = partial(make_language_rows, job=job, staged=staged, packed=packed)
     pack = partial(_pack_between, job=job, chunks=chunks, transform=transform)
     units = pack(0, border, rows=job.spec.num_sequences, unit=0, progress=progress)
-    return units, pack(border, num_chars, rows=job.spec.validation_rows, unit=len(units), progress=None)
+    return units, pack(border, num_chars, rows=job.spec.validation_rows, unit=len(units), progress=lambda made, wanted: None)
 
 
 def _pack_between(
-    begin: int, end: int, *, rows: int, job: ShardJob, chunks: Sequence[Chunk], transform: Transform, unit: int, progress: Progress | None
+    begin: int, end: int, *, rows: int, job: ShardJob, chunks: Sequence[Chunk], transform: Transform, unit: int, progress: Progress
 ) -> list[JsonObject]:
     """Pack ``rows`` rows, or as many as there are, from the text between two characters of the corpus."""
     offsets = accumulate((chunk.num_chars for chunk in chunks), initial=0)
@@ -306,12 +302,19 @@ def _pack_between(
             items.append({"unit": unit + len(items), **part})
             chars -= part["end"] - part["begin"]
         unit += len(items)
-        for done in stream(items, [transform]):
-            units.append(done)
-            made += done["rows"]
-            if progress is not None:
-                progress(min(made, rows), rows)
-    return sorted(units, key=lambda done: int(done["unit"]))
+        units += _packed_files(items, transform, made=made, rows=rows, progress=progress)
+        made = sum(done["rows"] for done in units)
+    return units
+
+
+def _packed_files(items: Sequence[JsonObject], transform: Transform, *, made: int, rows: int, progress: Progress) -> list[JsonObject]:
+    """Return the packed files of ``items`` in order, and report the rows that are made, after ``made`` earlier ones, of ``rows``."""
+    files = list[JsonObject]()
+    for done in stream(items, [transform]):
+        files.append(done)
+        made += done["rows"]
+        progress(min(made, rows), rows)
+    return sorted(files, key=lambda done: int(done["unit"]))
 
 
 # ---- training and evaluation held apart

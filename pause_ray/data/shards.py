@@ -1,7 +1,6 @@
 """The file format between corpus and training: packed rows in Parquet shards under one manifest.
 
-Knows columns, digests and row numbers; knows no text, no tokenizer, no Ray and no model. A row's number is global:
-row ``i`` of a set is the same row however the set is cut into shards.
+A row's number is global: row ``i`` of a set is the same row however the set is cut into shards.
 """
 
 from __future__ import annotations
@@ -45,7 +44,6 @@ class PackedRow:
     labels: NDArray[np.int32]
     """The same tokens where the loss counts, ``NO_LOSS`` elsewhere, shape (length,); not shifted."""
     num_pauses: int
-    """Pauses in the row."""
     num_documents: int
     """Documents whose text is in the row."""
     content_tokens: int = 0
@@ -171,11 +169,7 @@ class ShardSet:
         return [self.folder / entry["file"] for entry in self.manifest["shards"]]
 
     def row(self, index: int) -> PackedRow:
-        """Return the row with this global number.
-
-        Raises:
-            IndexError: no row has it.
-        """
+        """Return the row with this global number."""
         import pyarrow.parquet as pq
 
         if not 0 <= index < self.num_rows + self.validation_rows:

@@ -1,7 +1,6 @@
 """Staged documents: Parquet chunks of about a million characters, which can be read from any place in the corpus.
 
-Chunks depend on the sources alone, never on how many tasks read them, so a place in the corpus is the same place on a
-laptop and on a cluster. Knows no token and no Ray.
+Chunks depend on the sources alone, never on how many tasks read them, so a place is the same on a laptop and on a cluster.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pause_ray.core.errors import SourceError
 from pause_ray.core.storage import whole_file
 from pause_ray.data.documents import Document
 from pause_ray.text.pauses import PausePolicy
-from pause_ray.text.segments import ParagraphRule, detect_paragraph_rule, sentence_starts, split
+from pause_ray.text.segments import ParagraphRule, detect_paragraph_rule, split
 
 CHUNK_CHARS = 1_000_000
 """Size at which a chunk is closed: small enough to be read for one row, large enough for few chunks."""
@@ -77,7 +76,7 @@ def stage_chunk(folder: Path, *, name: str, documents: Sequence[Document], polic
             "digest": [document.digest for document in documents],
             "paragraph_rule": rules,
             "paragraphs": [len(split(document.text, unit="paragraph", paragraph_rule=rule)) for document, rule in ruled],
-            "sentences": [len(sentence_starts(document.text, paragraph_rule=rule)) for document, rule in ruled],
+            "sentences": [len(split(document.text, unit="sentence", paragraph_rule=rule)) for document, rule in ruled],
             "text": [document.text for document in documents],
         }
     ).with_columns(chars=pl.col("text").str.len_chars())
@@ -167,8 +166,8 @@ def held_out_from(corpus: StagedCorpus, *, num_chars: int, share: float, least_c
 
 def _sentence_start_before(span: Span, offset: int) -> int:
     """Return the last start of a sentence at or before ``offset``; boundaries are causal, so a book is not searched from its beginning."""
-    base = max(0, offset - SEARCHED_CHARS)
-    begin = sentence_starts(span.text[base : offset + 1], paragraph_rule=span.paragraph_rule)[-1]
-    if begin == 0 < base:
-        base, begin = 0, sentence_starts(span.text[: offset + 1], paragraph_rule=span.paragraph_rule)[-1]
-    return base + begin
+    for base in (max(0, offset - SEARCHED_CHARS), 0):
+        begin, _ = split(span.text[base : offset + 1], unit="sentence", paragraph_rule=span.paragraph_rule)[-1]
+        if begin:
+            return base + begin
+    return 0

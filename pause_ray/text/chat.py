@@ -33,12 +33,7 @@ class ChatTemplate:
 
     @classmethod
     def find(cls, folder: Path, settings: Mapping[str, Any]) -> Self | None:
-        """Return the template of a model folder, or None if it has none.
-
-        Args:
-            folder: Model folder; ``chat_template.jinja`` in it wins.
-            settings: Its ``tokenizer_config.json``.
-        """
+        """Return the template of a model folder with ``tokenizer_config.json`` as settings, or None; ``chat_template.jinja`` wins."""
         names = {name: _content(settings[name]) for name in _NAMED_TOKENS if settings.get(name) is not None}
         file = folder / "chat_template.jinja"
         if file.is_file():

@@ -85,7 +85,6 @@ class BuiltPrompt:
     content_tokens: int
     """Tokens of the context with hidden texts and without pauses."""
     num_pauses: int = 0
-    """Pauses in the context."""
     needle_tokens: tuple[int, ...] = ()
     """Index in ``ids`` of each hidden text's first token, in the order in which the texts were given."""
     prefix_tokens: int = 0
@@ -96,11 +95,9 @@ class BuiltPrompt:
     """Paragraph rules of the documents that the context reads, joined by ``+``. The places of hidden texts follow them in every arm, and
     so does a policy that names no rule of its own."""
     system: str | None = None
-    """System message."""
     user_before: str = ""
-    """User's text before the context."""
+    """The user's text before the context."""
     user_after: str = ""
-    """User's text after the context."""
     answer_prefix: str = ""
     """The beginning of the assistant's turn, which the prompt gives to the model."""
 

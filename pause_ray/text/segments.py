@@ -91,11 +91,11 @@ def split(
     unit_tokens: int = 200,
     token_starts: Sequence[int] | None = None,
 ) -> Spans:
-    """Cut ``text`` into units.
+    """Cut ``text`` into units; an empty text has none.
 
     Args:
-        text: Any text; an empty one has no spans.
-        unit: What a segment is.
+        text: Any text.
+        unit: The kind of segment.
         paragraph_rule: What ends a paragraph (and so a sentence, too); ``auto`` decides from the evidence. For joined
             documents, the rules of ``join_documents``; those that begin after the text's end count for nothing.
         unit_tokens: Tokens per segment, for ``unit="tokens"``.
@@ -134,11 +134,6 @@ def detect_paragraph_rule(text: str) -> ParagraphRule:
     if line_ends and line_ends >= MIN_LINES_PER_BLANK * blank_lines and closed_line_ends >= MIN_CLOSED_SHARE * line_ends:
         return "newline"
     return "blank_line"
-
-
-def sentence_starts(text: str, *, paragraph_rule: Literal["auto"] | ParagraphRule | DocumentRules = "auto") -> tuple[int, ...]:
-    """Return the offsets where a sentence begins, ascending; 0 is one of them unless the text is empty."""
-    return tuple(start for start, _ in split(text, unit="sentence", paragraph_rule=paragraph_rule))
 
 
 def _joined(text: str, boundaries: Iterable[int]) -> Spans:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pause_ray.core.errors import SpecError, TextError
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.prompts import BuiltPrompt, HiddenText, PromptBuilder, PromptSpec
-from pause_ray.text.segments import detect_paragraph_rule, join_documents, sentence_starts
+from pause_ray.text.segments import detect_paragraph_rule, join_documents, split
 from pause_ray.text.tokenizer import ModelTokenizer, resolve_marker
 
 NEEDLE = "The blue key lies under the third bell."
@@ -117,7 +117,7 @@ def test_the_needle_is_a_sentence_of_its_own_at_the_last_start_before_the_depth(
     assert found
     assert haystack.startswith(before)
     assert haystack.startswith(before + after.removeprefix(" "))
-    starts = sentence_starts(haystack)
+    starts = [start for start, _ in split(haystack, unit="sentence")]
     assert len(before) in starts
     asked = (built.content_tokens - len(byte_tokenizer.encode(f"{NEEDLE} ").ids)) * depth / 100
     following = haystack[: starts[starts.index(len(before)) + 1]]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pause_ray.core.errors import TextError
 from pause_ray.text.pauses import PausePolicy
 from pause_ray.text.prompts import BuiltPrompt, HiddenText, PromptBuilder, PromptSpec
-from pause_ray.text.segments import sentence_starts
+from pause_ray.text.segments import split
 from pause_ray.text.tokenizer import ModelTokenizer, cut, insert_pauses, resolve_marker
 from tests.text.test_prompts import HAYSTACK, NEEDLE, POLICIES, QUESTION, TOTAL, context_ids, haystack_of
 
@@ -82,7 +82,8 @@ def test_the_context_is_the_beginning_of_the_whole_text_with_its_facts_and_pause
     haystack = "She counted the boats. It did not lift. What had she missed? " * 200
     built = build(make_builder(tokenizer, policy, haystack=haystack), facts, tokens)
     # Where each fact went, in haystack tokens and so in characters; the rest is done the long way.
-    marker, sentences = resolve_marker(tokenizer, policy), np.array(sentence_starts(haystack))
+    marker = resolve_marker(tokenizer, policy)
+    sentences = np.array([start for start, _ in split(haystack, unit="sentence")])
     tokens_before = np.searchsorted(tokenizer.encode(haystack).starts, sentences)
     content, landings = np.flatnonzero(~pauses_of(built, tokenizer, policy)), {}
     for fact, token in zip(facts, built.needle_tokens, strict=True):
