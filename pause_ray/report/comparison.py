@@ -103,10 +103,10 @@ def _known(storage: Storage) -> str:
 
 def _condition(label: str, conditions: Sequence[ArmResult], *, sweep: str) -> ArmResult:
     """Return the condition with this label, or whose label begins with it; at least one of its trials must be finished."""
-    found = [its for its in conditions if its.label == label] or [its for its in conditions if label and its.label.startswith(label)]
+    found = [item for item in conditions if item.label == label] or [item for item in conditions if label and item.label.startswith(label)]
     if len(found) != 1:
         problem = "names no arm" if not label else "several arms have labels that begin with this" if found else "no such arm"
-        listed = "; ".join(its.label for its in found or conditions)
+        listed = "; ".join(item.label for item in found or conditions)
         raise UserError(f"{sweep}:{label}: {problem}; write the sweep's name, a colon and one of: {listed}")
     if not found[0].trials:
         raise UserError(f"{sweep}:{found[0].label}: none of its {found[0].num_planned} trials has finished; run the sweep again")
@@ -221,17 +221,17 @@ def compare_ledgers(names: Sequence[str], storage: Storage) -> list[ComparedArm]
 
 def comparison_notes(arms: Sequence[ComparedArm]) -> list[str]:
     """Return sentences that limit what the numbers show."""
-    found = [f"{its.letter} cannot be compared with A: {its.problem}" for its in arms if its.problem]
-    compared = [its.contrast for its in arms if its.contrast]
-    found += [f"{its.name}: {text}" for its in compared for text in its.comparison.warnings]
+    found = [f"{item.letter} cannot be compared with A: {item.problem}" for item in arms if item.problem]
+    compared = [item.contrast for item in arms if item.contrast]
+    found += [f"{item.name}: {text}" for item in compared for text in item.comparison.warnings]
     found += [
-        f"{its.name}: {its.comparison.num_unpaired} cells have no scored counterpart and are left out"
-        for its in compared
-        if its.comparison.num_unpaired
+        f"{item.name}: {item.comparison.num_unpaired} cells have no scored counterpart and are left out"
+        for item in compared
+        if item.comparison.num_unpaired
     ]
-    summaries = [(its.letter, its.summary) for its in arms]
-    found += [f"{letter}: {its.num_unscored} of {its.num_cells} cells are unscored" for letter, its in summaries if its.num_unscored]
-    if any(its.comparison.num_replicates == 1 for its in compared):
+    summaries = [(item.letter, item.summary) for item in arms]
+    found += [f"{letter}: {item.num_unscored} of {item.num_cells} cells are unscored" for letter, item in summaries if item.num_unscored]
+    if any(item.comparison.num_replicates == 1 for item in compared):
         found.append("with one replicate, intervals cover other cells of the same haystack, not other haystacks and wordings")
     return found
 
@@ -241,26 +241,26 @@ def comparison_json(arms: Sequence[ComparedArm]) -> JsonObject:
     return {
         "arms": [
             {
-                "letter": its.letter,
-                "name": its.arm.name,
-                "ledgers": [str(path) for path in its.arm.ledgers],
-                "summary": dataclasses.asdict(its.summary),
-                "spent": dataclasses.asdict(answer_cost(its.arm.rows)),
-                "comparison": dataclasses.asdict(its.comparison) if its.comparison else None,
-                "cells": _cells(its, arms[0]) if its.comparison else None,
-                "corrected_p": its.contrast.corrected_p if its.contrast else None,
-                "differs": its.contrast is not None and its.contrast.differs,
-                "problem": its.problem,
+                "letter": item.letter,
+                "name": item.arm.name,
+                "ledgers": [str(path) for path in item.arm.ledgers],
+                "summary": dataclasses.asdict(item.summary),
+                "spent": dataclasses.asdict(answer_cost(item.arm.rows)),
+                "comparison": dataclasses.asdict(item.comparison) if item.comparison else None,
+                "cells": _cells(item, arms[0]) if item.comparison else None,
+                "corrected_p": item.contrast.corrected_p if item.contrast else None,
+                "differs": item.contrast is not None and item.contrast.differs,
+                "problem": item.problem,
             }
-            for its in arms
+            for item in arms
         ],
         "notes": comparison_notes(arms),
     }
 
 
-def _cells(its: ComparedArm, reference: ComparedArm) -> list[JsonObject]:
+def _cells(item: ComparedArm, reference: ComparedArm) -> list[JsonObject]:
     """Return the paired difference at every length and depth."""
-    fields = difference_grid(its.arm.rows, reference.arm.rows, axis=DepthAxis("percent"))
+    fields = difference_grid(item.arm.rows, reference.arm.rows, axis=DepthAxis("percent"))
     return [
         {"context_tokens": length, "depth_percent": depth, **dataclasses.asdict(field)} for (length, depth), field in sorted(fields.items())
     ]
@@ -284,55 +284,57 @@ def comparison_view(arms: Sequence[ComparedArm], *, width: int = 80) -> Renderab
     return Group(*parts, *(Text(f"note: {note}") for note in comparison_notes(arms)))
 
 
-def _legend(its: ComparedArm) -> str:
-    models = sorted({row.model for row in its.arm.rows})
-    scorers = sorted({row.scorer for row in its.arm.rows})
-    replicates = its.summary.num_replicates
+def _legend(item: ComparedArm) -> str:
+    models = sorted({row.model for row in item.arm.rows})
+    scorers = sorted({row.scorer for row in item.arm.rows})
+    replicates = item.summary.num_replicates
     details = [", ".join(models), f"{replicates} replicate{'' if replicates == 1 else 's'}", f"scored by {', '.join(scorers)}"]
-    return f"{its.letter}  {its.arm.name}: {'; '.join(details)}"
+    return f"{item.letter}  {item.arm.name}: {'; '.join(details)}"
 
 
 def _measure_table(reference: ComparedArm, others: Sequence[ComparedArm]) -> Table:
     table = _table("", [reference, *others])
-    summaries = [its.summary for its in (reference, *others)]
+    summaries = [item.summary for item in (reference, *others)]
 
     def of_arms(name: str, text: Callable[[Summary], str]) -> None:
         table.add_row(name, *(text(summary) for summary in summaries))
 
     def of_pairs(name: str, text: Callable[[Comparison], str], *, style: str | None = None) -> None:
-        table.add_row(f"  {name}", "", *(text(its.comparison) if its.comparison else "–" for its in others), style=style)
+        table.add_row(f"  {name}", "", *(text(item.comparison) if item.comparison else "–" for item in others), style=style)
 
     def estimate(name: str, of: Callable[[Comparison], Estimate | None], shown: Callable[[float | None], str], unit: str = "") -> None:
-        of_pairs(name, lambda its: shown(found.value) if (found := of(its)) else "–")
-        of_pairs("", lambda its: _format_interval(found.interval, unit) if (found := of(its)) else "", style="dim")
+        of_pairs(name, lambda item: shown(found.value) if (found := of(item)) else "–")
+        of_pairs("", lambda item: _format_interval(found.interval, unit) if (found := of(item)) else "", style="dim")
 
-    of_arms("cells scored", lambda its: f"{format_count(its.num_scored)} of {format_count(its.num_cells)}")
-    of_pairs("paired questions", lambda its: format_count(its.num_pairs))
-    of_arms("mean score", lambda its: format_number(its.grand_mean))
-    estimate("difference", lambda its: its.effects.difference, format_signed)
-    of_pairs("p (sign flips)", lambda its: format_p_value(its.p))
-    table.add_row("  p corrected", "", *(format_p_value(its.contrast.corrected_p if its.contrast else None) for its in others))
-    verdicts = [("yes" if its.contrast.differs else "no") if its.contrast else "–" for its in others]
+    of_arms("cells scored", lambda item: f"{format_count(item.num_scored)} of {format_count(item.num_cells)}")
+    of_pairs("paired questions", lambda item: format_count(item.num_pairs))
+    of_arms("mean score", lambda item: format_number(item.grand_mean))
+    estimate("difference", lambda item: item.effects.difference, format_signed)
+    of_pairs("p (sign flips)", lambda item: format_p_value(item.p))
+    table.add_row("  p corrected", "", *(format_p_value(item.contrast.corrected_p if item.contrast else None) for item in others))
+    verdicts = [("yes" if item.contrast.differs else "no") if item.contrast else "–" for item in others]
     table.add_row("  more than chance", "", *verdicts, style="bold")
-    of_pairs("detectable from", lambda its: "none" if its.detectable is not None and its.detectable >= 1 else format_number(its.detectable))
-    estimate("paper's metric", lambda its: its.effects.relative, format_signed_percent, " %")
-    estimate("change of mean rubric", lambda its: its.effects.rubric_change, format_signed_percent, " %")
-    estimate("change of mean score", lambda its: its.effects.score_change, format_signed_percent, " %")
-    of_arms("exact recall", lambda its: format_number(its.exact_recall))
-    estimate("difference", lambda its: its.effects.exact_difference, format_signed)
-    of_arms("middle", lambda its: format_number(its.middle_mean))
-    of_arms("edges", lambda its: format_number(its.edge_mean))
-    estimate("gain middle − edges", lambda its: its.effects.middle_gain, format_signed)
+    of_pairs(
+        "detectable from", lambda item: "none" if item.detectable is not None and item.detectable >= 1 else format_number(item.detectable)
+    )
+    estimate("paper's metric", lambda item: item.effects.relative, format_signed_percent, " %")
+    estimate("change of mean rubric", lambda item: item.effects.rubric_change, format_signed_percent, " %")
+    estimate("change of mean score", lambda item: item.effects.score_change, format_signed_percent, " %")
+    of_arms("exact recall", lambda item: format_number(item.exact_recall))
+    estimate("difference", lambda item: item.effects.exact_difference, format_signed)
+    of_arms("middle", lambda item: format_number(item.middle_mean))
+    of_arms("edges", lambda item: format_number(item.edge_mean))
+    estimate("gain middle − edges", lambda item: item.effects.middle_gain, format_signed)
     return table
 
 
 def _length_table(arms: Sequence[ComparedArm]) -> Table:
     table = _table("context tokens", arms)
-    for length in sorted({length for its in arms for length in its.summary.mean_by_length}):
+    for length in sorted({length for item in arms for length in item.summary.mean_by_length}):
         cells = []
-        for its in arms:
-            mean = format_number(its.summary.mean_by_length.get(length))
-            difference = its.comparison.difference_by_length.get(length) if its.comparison else None
+        for item in arms:
+            mean = format_number(item.summary.mean_by_length.get(length))
+            difference = item.comparison.difference_by_length.get(length) if item.comparison else None
             cells.append(mean if difference is None else f"{mean}  {format_signed(difference)}")
         table.add_row(format_count(length), *cells)
     return table
@@ -345,8 +347,8 @@ def _table(corner: str, arms: Sequence[ComparedArm]) -> Table:
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column(corner, no_wrap=True)
-    for its in arms:
-        table.add_column(Text(its.label), justify="right", max_width=ARM_WIDTH)
+    for item in arms:
+        table.add_column(Text(item.label), justify="right", max_width=ARM_WIDTH)
     return table
 
 

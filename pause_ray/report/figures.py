@@ -52,13 +52,13 @@ STYLE: Any = {
 
 def few_of(conditions: Sequence[ArmResult], *, at_most: int = MOST_LINES, cost_axes: Sequence[CostAxis] = ()) -> dict[int, ArmResult]:
     """Return a few conditions by their look (place in the sequence): references and controls, then the fronts, then the highest means."""
-    controls = {its.against_control.other for its in conditions if its.against_control}
+    controls = {item.against_control.other for item in conditions if item.against_control}
     on_front = {arm.condition.label for cost_axis in cost_axes for arm in cost_axis.front}
 
     def rank(look: int) -> tuple[bool, bool, float]:
-        its = conditions[look]
-        mean = its.summary.grand_mean if its.summary else None
-        return not (its.is_reference or its.label in controls), its.label not in on_front, -1.0 if mean is None else -mean - 1
+        item = conditions[look]
+        mean = item.summary.grand_mean if item.summary else None
+        return not (item.is_reference or item.label in controls), item.label not in on_front, -1.0 if mean is None else -mean - 1
 
     return {look: conditions[look] for look in sorted(sorted(range(len(conditions)), key=rank)[:at_most])}
 
@@ -103,7 +103,7 @@ def fronts(cost_axes: Sequence[CostAxis], conditions: Sequence[ArmResult]) -> Fi
 
     Of more than ``MAX_NAMED_ARMS`` conditions, those that ``few_of`` leaves out are grey.
     """
-    looks = {its.label: look for look, its in few_of(conditions, at_most=MAX_NAMED_ARMS, cost_axes=cost_axes).items()}
+    looks = {item.label: look for look, item in few_of(conditions, at_most=MAX_NAMED_ARMS, cost_axes=cost_axes).items()}
     figure = blank_figure(width=PAGE_WIDTH_INCHES, height=3.3)
     with style():
         panels = figure.subplots(1, len(cost_axes), sharey=True, squeeze=False)[0]

@@ -43,7 +43,7 @@ def notes(results: SweepResults) -> list[str]:
             f"{results.num_stopped} of {results.num_planned} trials were stopped early by proxy scores, or not started because their point "
             "was stopped: they have no score on the full grid, and the arms that continued were chosen by one replicate."
         )
-    found += list(dict.fromkeys(f"{its.name}: {text}." for its in results.all_contrasts for text in its.comparison.warnings))
+    found += list(dict.fromkeys(f"{item.name}: {text}." for item in results.all_contrasts for text in item.comparison.warnings))
     found += _confounding_notes(results)
     found += _replicate_notes(results)
     if len(results.contrasts) > 1:
@@ -60,7 +60,7 @@ def notes(results: SweepResults) -> list[str]:
         alone = [condition.label for condition in results.scored if not condition.is_reference and condition.comparison is None]
         if alone:
             found.append(f"Not compared, because {results.reference_arm} has no single counterpart: {format_list(alone)}.")
-    overlapping = [its.label for its in results.scored if any(trial.manifest.get("evaluation_overlap") for trial in its.trials)]
+    overlapping = [item.label for item in results.scored if any(trial.manifest.get("evaluation_overlap") for trial in item.trials)]
     if overlapping:
         found.append(
             f"The training text overlaps with the evaluation, as the spec permits, so this is not a fair test: {format_list(overlapping)}."
@@ -120,51 +120,51 @@ def bracketed(interval: Interval | None, *, signs: bool = False) -> str:
 
 def _against_reference(results: SweepResults) -> str:
     contrasts, reference = results.contrasts, results.reference_arm
-    better = [its for its in contrasts if its.differs and its.difference > 0]
-    worse = [its.label for its in contrasts if its.differs and its.difference < 0]
-    leader = max(better or contrasts, key=lambda its: its.difference)
-    highest = leader.difference == max(its.difference for its in contrasts)
+    better = [item for item in contrasts if item.differs and item.difference > 0]
+    worse = [item.label for item in contrasts if item.differs and item.difference < 0]
+    leader = max(better or contrasts, key=lambda item: item.difference)
+    highest = leader.difference == max(item.difference for item in contrasts)
     among = f", {'the best' if highest else 'one'} of {len(contrasts)} arms," if len(contrasts) > 1 else ""
     worse_words = f"{format_list(worse)} scored lower by more than chance would explain." if worse else ""
     measured = _format_contrast(leader)
     if better:
-        said = f"{leader.label}{among} scored {leader.difference:.2f} higher than {leader.other} {measured}: more than chance would explain"
-        return f"{said}; {worse_words}" if worse else f"{said}."
+        text = f"{leader.label}{among} scored {leader.difference:.2f} higher than {leader.other} {measured}: more than chance would explain"
+        return f"{text}; {worse_words}" if worse else f"{text}."
     if leader.difference <= 0:
-        said = (
+        text = (
             f"No arm scored higher than {reference}: the closest, {leader.label}, differs by {format_signed(leader.difference)} {measured}"
         )
     else:
-        said = f"No arm is better than {reference} beyond chance: {leader.label}{among} scored {leader.difference:.2f} higher {measured}"
-    return f"{said}; {worse_words}" if worse else f"{said}. This sweep shows no difference between the arms."
+        text = f"No arm is better than {reference} beyond chance: {leader.label}{among} scored {leader.difference:.2f} higher {measured}"
+    return f"{text}; {worse_words}" if worse else f"{text}. This sweep shows no difference between the arms."
 
 
 def _against_control(results: SweepResults) -> str:
     """Return a sentence about the effect of pauses beyond tuning; an empty text without a control."""
-    contrasts = {its.label: its for its in results.control_contrasts}
+    contrasts = {item.label: item for item in results.control_contrasts}
     if not contrasts:
         return ""
-    better = [its for its in contrasts.values() if its.differs and its.difference > 0]
-    worse = [its.label for its in contrasts.values() if its.differs and its.difference < 0]
+    better = [item for item in contrasts.values() if item.differs and item.difference > 0]
+    worse = [item.label for item in contrasts.values() if item.differs and item.difference < 0]
     if better:
-        leader = max(better, key=lambda its: its.difference)
+        leader = max(better, key=lambda item: item.difference)
     else:
-        leader = contrasts[max((its for its in results.scored if its.label in contrasts), key=_mean_score).label]
-    apart = _apart(results, leader)
+        leader = contrasts[max((item for item in results.scored if item.label in contrasts), key=_mean_score).label]
+    others = _other_differences(results, leader)
     which = "the best pause-tuned arm, " if len(contrasts) > 1 and not better else ""
     end = f"{leader.label}{',' if which else ''} differs by {format_signed(leader.difference)} {_format_contrast(leader)}"
     if better:
         once = leader.comparison.num_replicates == 1
         alone = "by the pauses or by the luck of one training run each" if once else "and so an effect of the pauses"
-        end += f": more than chance would explain, {'by the pauses or by that' if apart else alone}"
+        end += f": more than chance would explain, {'by the pauses or by that' if others else alone}"
     elif leader.label not in worse:
         end += ": nothing here is shown to be due to the pauses"
-    how = f"which differs in {format_list(apart)} too" if apart else "which was tuned the same way on the same texts without pauses"
-    said = f"Against {leader.other}, {how}, {which}{end}"
-    return f"{said}; with pauses {format_list(worse)} scored lower by more than chance would explain." if worse else f"{said}."
+    how = f"which differs in {format_list(others)} too" if others else "which was tuned the same way on the same texts without pauses"
+    text = f"Against {leader.other}, {how}, {which}{end}"
+    return f"{text}; with pauses {format_list(worse)} scored lower by more than chance would explain." if worse else f"{text}."
 
 
-def _apart(results: SweepResults, contrast: Contrast) -> list[str]:
+def _other_differences(results: SweepResults, contrast: Contrast) -> list[str]:
     """Return the parts of the spec, besides the pauses, in which a pause-tuned condition and its control differ."""
     trials = {condition.label: condition.trials for condition in results.conditions}
     a, b = trials[contrast.label][0].spec, trials[contrast.other][0].spec
@@ -195,9 +195,9 @@ def _confounding_notes(results: SweepResults) -> list[str]:
             f"between them may come from tuning alone. To tell them apart, {remedy}."
         )
     for contrast in results.control_contrasts:
-        apart = _apart(results, contrast)
-        if apart:
-            found.append(f"{contrast.label} and its control {contrast.other} differ in more than pauses: {format_list(apart)}.")
+        others = _other_differences(results, contrast)
+        if others:
+            found.append(f"{contrast.label} and its control {contrast.other} differ in more than pauses: {format_list(others)}.")
     return found
 
 
@@ -225,7 +225,7 @@ def _power_notes(results: SweepResults) -> list[str]:
     """Return notes on tests that cannot become significant, and on intervals and p values that disagree."""
     found = []
     for contrasts in (results.contrasts, results.control_contrasts):
-        blunt = max((its.comparison.smallest_p for its in contrasts), default=0.0)
+        blunt = max((item.comparison.smallest_p for item in contrasts), default=0.0)
         if blunt * len(contrasts) >= SIGNIFICANT:
             text = (
                 f"With so few differences p cannot be less than {blunt:.2g}, and {min(1.0, blunt * len(contrasts)):.2g} after "
@@ -233,9 +233,9 @@ def _power_notes(results: SweepResults) -> list[str]:
             )
             found += [text] if text not in found else []
     at_odds = [
-        its.name
-        for its in results.all_contrasts
-        if its.comparison.interval and its.comparison.interval.excludes_zero() != (its.comparison.p < SIGNIFICANT)
+        item.name
+        for item in results.all_contrasts
+        if item.comparison.interval and item.comparison.interval.excludes_zero() != (item.comparison.p < SIGNIFICANT)
     ]
     if at_odds:
         found.append(
@@ -253,36 +253,36 @@ def _power_notes(results: SweepResults) -> list[str]:
 
 def _detectable_notes(results: SweepResults) -> list[str]:
     """Return the smallest detectable difference of each comparison that shows none although its sign-flip test could."""
-    every = [(contrasts, its) for contrasts in (results.contrasts, results.control_contrasts) for its in contrasts]
-    missed = [its for contrasts, its in every if not its.differs and its.comparison.smallest_p * len(contrasts) < SIGNIFICANT]
-    sizes = {its.name: size for its in missed if (size := its.comparison.detectable or 0.0) > abs(its.difference)}
+    every = [(contrasts, item) for contrasts in (results.contrasts, results.control_contrasts) for item in contrasts]
+    missed = [item for contrasts, item in every if not item.differs and item.comparison.smallest_p * len(contrasts) < SIGNIFICANT]
+    sizes = {item.name: size for item in missed if (size := item.comparison.detectable or 0.0) > abs(item.difference)}
     seen = {name: size for name, size in sizes.items() if size <= 1}
     found = []
     if seen:
         each = format_list([f"{name} {size:.2f}" for name, size in seen.items()])
-        told = each if len(seen) <= MOST_NAMED else f"{min(seen.values()):.2f} to {max(seen.values()):.2f}"
+        listed = each if len(seen) <= MOST_NAMED else f"{min(seen.values()):.2f} to {max(seen.values()):.2f}"
         found.append(
             "Where no difference is shown, the smallest true one that this design would have found four times of five: "
-            f"{told}. A smaller one may exist."
+            f"{listed}. A smaller one may exist."
         )
     if len(seen) < len(sizes):
         names = [name for name in sizes if name not in seen]
-        told = format_list(names) if len(names) <= MOST_NAMED else f"{len(names)} comparisons"
-        found.append(f"With answers so few or so scattered, even the largest true difference would often be missed: {told}.")
+        listed = format_list(names) if len(names) <= MOST_NAMED else f"{len(names)} comparisons"
+        found.append(f"With answers so few or so scattered, even the largest true difference would often be missed: {listed}.")
     return found
 
 
 def _text_notes(results: SweepResults) -> list[str]:
     """Return notes on arms that read more or less text than the arm that they are compared with."""
     shares = {
-        its.label: sum(row.content_tokens for row in its.rows) / sum(row.context_tokens for row in its.rows) for its in results.scored
+        item.label: sum(row.content_tokens for row in item.rows) / sum(row.context_tokens for row in item.rows) for item in results.scored
     }
     found = []
-    for its in results.all_contrasts:
-        more = 100 * (shares[its.label] / shares[its.other] - 1) if shares[its.other] else 0.0
+    for item in results.all_contrasts:
+        more = 100 * (shares[item.label] / shares[item.other] - 1) if shares[item.other] else 0.0
         if abs(more) >= UNEQUAL_TEXT_PERCENT:
             found.append(
-                f"{its.label} read {abs(more):.0f} % {'more' if more > 0 else 'less'} text per asked token than {its.other}: "
+                f"{item.label} read {abs(more):.0f} % {'more' if more > 0 else 'less'} text per asked token than {item.other}: "
                 "their difference includes an effect of context length."
             )
     return found
@@ -299,13 +299,13 @@ def _precision_notes(results: SweepResults) -> list[str]:
             "Scored below float32, and how often that alone changes an answer was not measured (engine.numerics_check_cells): "
             f"{format_list(unmeasured)}."
         )
-    margins = {its.label: [row.margin for row in its.rows if row.margin is not None] for its in results.scored}
-    near = {label: sum(margin < NEAR_TIE_LOGITS for margin in its) for label, its in margins.items()}
+    margins = {item.label: [row.margin for row in item.rows if row.margin is not None] for item in results.scored}
+    near = {label: sum(margin < NEAR_TIE_LOGITS for margin in item) for label, item in margins.items()}
     if sum(near.values()) > NEAR_TIE_SHARE * sum(map(len, margins.values())):
-        told = format_list([f"{label} {number} of {len(margins[label])}" for label, number in near.items() if margins[label]])
+        listed = format_list([f"{label} {number} of {len(margins[label])}" for label, number in near.items() if margins[label]])
         found.append(
             f"Greedy near-ties: answers in which the two best next tokens were once within {NEAR_TIE_LOGITS} logits, so that other "
-            f"hardware or software may give another answer: {told}."
+            f"hardware or software may give another answer: {listed}."
         )
     return found
 
@@ -326,44 +326,46 @@ def _is_flat(condition: ArmResult) -> bool:
     summary = condition.summary
     if summary is None or summary.num_replicates == 1:
         return False
-    contrasts = [its for its in (condition.against_reference, condition.against_control) if its]
-    return any(its.comparison.replicates_agree for its in contrasts) or (summary.interval is not None and summary.interval.unit == "cells")
+    contrasts = [item for item in (condition.against_reference, condition.against_control) if item]
+    return any(item.comparison.replicates_agree for item in contrasts) or (
+        summary.interval is not None and summary.interval.unit == "cells"
+    )
 
 
 def _cell_notes(results: SweepResults) -> list[str]:
     """Return notes on cells that are unscored, unpaired, repeated or cut off."""
     found = []
     summaries = [(condition.label, condition.summary) for condition in results.scored if condition.summary]
-    unscored = [f"{label} {its.num_unscored} of {its.num_cells}" for label, its in summaries if its.num_unscored]
+    unscored = [f"{label} {item.num_unscored} of {item.num_cells}" for label, item in summaries if item.num_unscored]
     if unscored:
         reasons = Counter(row.unscored_reason for condition in results.scored for row in condition.rows if row.score is None)
         why = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
         found.append(f"Cells that could not be scored are in no mean: {format_list(unscored)}. Reasons: {why}.")
-    unpaired = [f"{its.name} {its.comparison.num_unpaired}" for its in results.all_contrasts if its.comparison.num_unpaired]
+    unpaired = [f"{item.name} {item.comparison.num_unpaired}" for item in results.all_contrasts if item.comparison.num_unpaired]
     if unpaired:
         found.append(f"Cells of the two arms without a scored counterpart are not compared: {format_list(unpaired)}.")
-    repeated = [f"{label} {its.num_repeated} of {its.num_scored}" for label, its in summaries if its.num_repeated]
+    repeated = [f"{label} {item.num_repeated} of {item.num_scored}" for label, item in summaries if item.num_repeated]
     if repeated:
         found.append(
             "Depths so close that the needle lands at the same sentence make the same prompt, which counts once in means, intervals and "
             f"tests; repeated cells: {format_list(repeated)}."
         )
     mixed = {condition.label: Counter(row.scorer for row in condition.rows) for condition in results.scored}
-    mixed = {label: its for label, its in mixed.items() if len(its) > 1}
+    mixed = {label: item for label, item in mixed.items() if len(item) > 1}
     if mixed:
-        told = "; ".join(
-            f"{label} {', '.join(f'{number} {scorer}' for scorer, number in its.most_common())}" for label, its in mixed.items()
+        listed = "; ".join(
+            f"{label} {', '.join(f'{number} {scorer}' for scorer, number in item.most_common())}" for label, item in mixed.items()
         )
-        found.append(f"Means mix scores of different scorers: {told}. Rescore the ledgers with one of them.")
+        found.append(f"Means mix scores of different scorers: {listed}. Rescore the ledgers with one of them.")
     return found + _cut_off_notes([(condition.label, condition.trials) for condition in results.scored])
 
 
 def _cut_off_notes(conditions: Sequence[tuple[str, Sequence[TrialResult]]]) -> list[str]:
-    counts = [(label, sum(its.num_cut_off for its in trials), sum(len(its.rows) for its in trials)) for label, trials in conditions]
+    counts = [(label, sum(item.num_cut_off for item in trials), sum(len(item.rows) for item in trials)) for label, trials in conditions]
     if len({cut_off / cells for _, cut_off, cells in counts if cells}) < 2:
         return []
-    told = format_list([f"{label} {cut_off} of {cells}" for label, cut_off, cells in counts])
-    return [f"Arms differ in how many answers reached max_new_tokens without an end, which can lose or gain keywords: {told}."]
+    listed = format_list([f"{label} {cut_off} of {cells}" for label, cut_off, cells in counts])
+    return [f"Arms differ in how many answers reached max_new_tokens without an end, which can lose or gain keywords: {listed}."]
 
 
 def _format_contrast(contrast: Contrast) -> str:

@@ -117,7 +117,7 @@ def unscored(conditions: Sequence[ArmResult]) -> list[JsonObject]:
     counts = {condition.label: Counter(row.unscored_reason for row in condition.rows if row.score is None) for condition in conditions}
     reasons = sum(counts.values(), Counter())
     return [
-        {"reason": reason, "total": total, "by_condition": {label: its[reason] for label, its in counts.items() if its[reason]}}
+        {"reason": reason, "total": total, "by_condition": {label: item[reason] for label, item in counts.items() if item[reason]}}
         for reason, total in reasons.most_common(SHOWN_REASONS)
     ]
 
@@ -375,10 +375,12 @@ def _draw(results: SweepResults) -> dict[str, Figure]:
         return drawn
     axis = results.axis
     shown = figures.few_of(scored, at_most=MOST_HEATMAPS).values()
-    drawn["heatmaps"] = figures.score_heatmaps({its.label: score_grid(its.rows, axis=axis) for its in shown}, axis=axis)
+    drawn["heatmaps"] = figures.score_heatmaps({item.label: score_grid(item.rows, axis=axis) for item in shown}, axis=axis)
     rows = {condition.label: condition.rows for condition in scored}
     differences = {
-        its.label: difference_grid(rows[its.label], rows[its.against_reference.other], axis=axis) for its in shown if its.against_reference
+        item.label: difference_grid(rows[item.label], rows[item.against_reference.other], axis=axis)
+        for item in shown
+        if item.against_reference
     }
     if differences:
         drawn["differences"] = figures.difference_heatmaps(differences, axis=axis)
@@ -404,8 +406,8 @@ def _recall(condition: ArmResult) -> dict[float, Estimate]:
 def _view(results: SweepResults, drawn: Mapping[str, str]) -> JsonObject:
     conditions = _reference_first(results.conditions)
     scored = [condition for condition in conditions if condition.summary]
-    ranges = [its.comparison.interval or Interval(its.difference, its.difference, "cells") for its in results.all_contrasts]
-    bound = max((max(abs(its.low), abs(its.high)) for its in ranges), default=1.0)
+    ranges = [item.comparison.interval or Interval(item.difference, item.difference, "cells") for item in results.all_contrasts]
+    bound = max((max(abs(item.low), abs(item.high)) for item in ranges), default=1.0)
     return {
         "results": results,
         "headline": headline(results),

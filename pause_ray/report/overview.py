@@ -201,7 +201,7 @@ def sweep_status(folder: Path, storage: Storage) -> SweepStatus:
     driver = _driver(folder, live, now=now)
     labels = condition_labels(sweep["trials"])
     running = {trial.digest: trial for trial in live.running} if live and _is_of(live, driver) else {}
-    left_out = _left_out(folder, sweep)
+    left_out = SearchRecord.read(folder).left_out(sweep)
     known = {entry["digest"]: f"{labels[entry['digest']]} #{entry['replicate']}" for entry in sweep["trials"]}
     trials = tuple(
         _trial(entry, storage, label=known[entry["digest"]], live=live, running=running.get(entry["digest"]), left_out=left_out)
@@ -229,10 +229,6 @@ def _is_of(live: LiveStatus | None, driver: str | None) -> bool:
     return live is not None and driver is not None and live.ended is None and driver.split(",")[0] == live.driver
 
 
-def _left_out(folder: Path, sweep: JsonObject) -> set[str]:
-    return SearchRecord.read(folder).left_out(sweep["trials"], arm=sweep["spec"].get("arm", ""))
-
-
 def _trial(
     entry: JsonObject, storage: Storage, *, label: str, live: LiveStatus | None, running: RunningTrial | None, left_out: Collection[str]
 ) -> TrialStatus:
@@ -240,7 +236,7 @@ def _trial(
     rows = list({row["cell_id"]: row for row in read_json_lines(folder / LEDGER)}.values())
     manifest = read_json(folder / MANIFEST) if is_complete(folder) else None
     adapter = _adapter(rows, manifest)
-    trained = _trained(entry, adapter, manifest, storage, running=running, told=live.trained.get(key) if live else None)
+    trained = _trained(entry, adapter, manifest, storage, running=running, reported=live.trained.get(key) if live else None)
     signs = [path.stat().st_mtime for path in (folder / LEDGER, folder / MANIFEST) if path.is_file()]
     if manifest is not None:
         state = "finished"
@@ -285,7 +281,7 @@ def _trained(
     storage: Storage,
     *,
     running: RunningTrial | None,
-    told: TrainingProgress | None,
+    reported: TrainingProgress | None,
 ) -> TrainingProgress:
     """Return the progress of a training by the trial's manifest, else by the adapter of its answers, else by the driver's status."""
     if entry.get("steps") == 0:  # it may answer with an adapter all the same
@@ -296,9 +292,9 @@ def _trained(
     if adapter is not None and is_complete(storage.checkpoints / adapter):
         log = read_json_lines(storage.checkpoints / adapter / "training.jsonl")
         return TrainingProgress(steps=len(log), tokens=sum(step.get("tokens", 0) for step in log))
-    if told is None and running is not None and running.stage in _AFTER_TRAINING:
+    if reported is None and running is not None and running.stage in _AFTER_TRAINING:
         return TrainingProgress(steps=entry.get("steps") or 0, tokens=0)
-    return told or TrainingProgress(steps=0, tokens=0)
+    return reported or TrainingProgress(steps=0, tokens=0)
 
 
 def _line(folder: Path, storage: Storage) -> SweepLine:
@@ -310,7 +306,7 @@ def _line(folder: Path, storage: Storage) -> SweepLine:
         name=folder.name,
         finished=len(finished),
         planned=len(sweep["trials"]),
-        left_out=len(_left_out(folder, sweep) - finished.keys()),
+        left_out=len(SearchRecord.read(folder).left_out(sweep) - finished.keys()),
         driver=_driver(folder, live, now=now),
         age=round(max(0.0, now - max(signs)), 1),
     )

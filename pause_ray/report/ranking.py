@@ -186,20 +186,20 @@ def _readme(manifest: JsonObject, found: Best) -> str:
             "It was trained and scored on text with pauses, and needs them in its input. The first two ways below insert them; "
             f"with the others, insert them yourself:\n\n    {json.dumps(pauses, ensure_ascii=False)}"
         )
-    return "\n\n".join([*parts, *(_ways(model, pauses) if manifest["checkpoint"] else [])]) + "\n"
+    return "\n\n".join([*parts, *(_usage(model, pauses) if manifest["checkpoint"] else [])]) + "\n"
 
 
 def _format_interval(interval: Interval | None) -> str:
     return f" (95 % interval {format_interval(interval.low, interval.high)})" if interval else ""
 
 
-def _ways(model: JsonObject, pauses: JsonObject | None) -> list[str]:
+def _usage(model: JsonObject, pauses: JsonObject | None) -> list[str]:
     source, rope = model["source"], model.get("rope")
     command = ["pause-ray", "eval", "eval/suites/single.yaml", "--model", source, "--adapter", ADAPTER]
-    said = {f"model.{name}": value for name, value in model.items() if name != "source" and value is not None}
-    said |= {"pauses": pauses} if pauses else {}
-    said |= {"engine.reuse": "depth"} if rope and rope["kind"] == "dynamic" else {}
-    for path, value in said.items():
+    settings = {f"model.{name}": value for name, value in model.items() if name != "source" and value is not None}
+    settings |= {"pauses": pauses} if pauses else {}
+    settings |= {"engine.reuse": "depth"} if rope and rope["kind"] == "dynamic" else {}
+    for path, value in settings.items():
         command += ["--set", f"{path}={value if isinstance(value, str) else json.dumps(value)}"]
     grows = pauses is not None and pauses.get("token") == "added"
     plain = rope is None and not source.startswith("pypi:") and not source.endswith(".gguf")

@@ -268,7 +268,7 @@ def read_results(sweep_folder: Path, storage: Storage) -> SweepResults:
     """
     sweep = read_json(sweep_folder / "sweep.json")
     search = SearchRecord.read(sweep_folder)
-    left_out = search.left_out(sweep["trials"], arm=sweep["spec"].get("arm", ""))
+    left_out = search.left_out(sweep)
     labels = condition_labels(sweep["trials"])
     planned = grouped((labels[entry["digest"]], entry) for entry in sweep["trials"])
     read = [_read_condition(labels[entries[0]["digest"]], entries, storage, left_out, reference=sweep["compare_to"]) for entries in planned]
@@ -319,7 +319,7 @@ def _counterparts(conditions: Sequence[ArmResult], others: Sequence[ArmResult]) 
     found = {}
     for condition in conditions:
         point = condition.point
-        agreeing = [its for its in others if all(its.point[path] == point[path] for path in its.point.keys() & point.keys())]
+        agreeing = [item for item in others if all(item.point[path] == point[path] for path in item.point.keys() & point.keys())]
         if len(agreeing) == 1 and condition.trials and agreeing[0].trials:
             found[condition.label] = agreeing[0].label
     return found
@@ -359,7 +359,7 @@ def read_trial(entry: JsonObject, storage: Storage) -> TrialResult:
         remedy = (
             f"remove {MANIFEST} and run the sweep again: only the missing cells are asked"
             if found < expected
-            else ("remove the folder and run the sweep again: its cells are asked anew")
+            else "remove the folder and run the sweep again: its cells are asked anew"
         )
         raise StorageError(f"{folder}: cells.jsonl has {found} cells and {MANIFEST} says {expected}; {remedy}")
     return trial

@@ -127,17 +127,14 @@ class SearchRecord:
                 stops[event["trial"]] = Stop(trial=event["trial"], rung=event["rung"], by=event["by"])
         return cls(rungs=tuple(rungs.values()), stops=stops)
 
-    def left_out(self, entries: Sequence[JsonObject], *, arm: str) -> set[str]:
-        """Return the digests of the trials that will not be finished.
+    def left_out(self, sweep: JsonObject) -> set[str]:
+        """Return the digests of the trials that will not be finished; ``sweep`` is the content of ``sweep.json``.
 
-        These are the stopped trials, and those of other arms and replicates at points where no trial of ``arm`` survived.
-
-        Args:
-            entries: The sweep's trials, as in ``sweep.json``.
-            arm: The arm whose trials at replicate 0 early stopping compares.
+        These are the stopped trials, and all trials at points where early stopping left none of those that it compares.
         """
         if not self.stops:
             return set()
+        entries, arm = sweep["trials"], sweep["spec"].get("arm", "")
         compared = [entry for entry in entries if entry["arm"] == arm and entry["replicate"] == 0]
         alive = [entry["point"].items() for entry in compared if entry["digest"] not in self.stops]
         return {
@@ -230,7 +227,7 @@ class SweepTrials:
 
     def left_out(self) -> set[str]:
         """Return the trials that will not be finished, since early stopping ended them or all that they depend on."""
-        left_out = SearchRecord.read(self.folder).left_out(self.description()["trials"], arm=self.sweep.arm)
+        left_out = SearchRecord.read(self.folder).left_out(self.description())
         return {key for key in left_out if not self.is_finished(key)}
 
     def missing(self, among: Collection[str]) -> dict[str, SweepTrial]:

@@ -88,6 +88,7 @@ def test_trials_are_left_out_with_the_last_of_their_point(tmp_path: Path) -> Non
         *(entry(f"t{rank}", "tuned", {"rank": rank}) for rank in (4, 8)),
         entry("base", "baseline", {}),
     ]
-    left_out = SearchRecord.read(tmp_path).left_out(entries, arm="paused")
+    sweep = {"trials": entries, "spec": {"arm": "paused"}}
+    left_out = SearchRecord.read(tmp_path).left_out(sweep)
     assert left_out == {"p14", "p18", "p24", "p14-1", "u1", "t4"}
-    assert SearchRecord().left_out(entries, arm="paused") == set()
+    assert SearchRecord().left_out(sweep) == set()
