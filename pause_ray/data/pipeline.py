@@ -161,9 +161,8 @@ def build_shards(job: ShardJob, *, storage: Storage, progress: Progress) -> Shar
         ModelError: a model folder without tokenizer, or a marker that does not fit it.
         StorageError: the disk is full or not writable.
     """
-    shared_facts: list[str] = []
-    if job.spec.facts is not None and job.spec.objective == "needle_sft":
-        shared_facts = shared_with_evaluation(job.spec.facts, needles=job.evaluation.needles, keywords=job.evaluation.keywords)
+    facts = job.spec.facts if job.spec.objective == "needle_sft" else None
+    shared_facts = shared_with_evaluation(facts, needles=job.evaluation.needles, keywords=job.evaluation.keywords) if facts else []
     if shared_facts:
         _refuse_unless_allowed(job, f"{shared_facts[0]} ({len(shared_facts)} in all); choose other facts")
     job.marker()  # refused before anything is written

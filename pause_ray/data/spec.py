@@ -110,11 +110,6 @@ class Fact:
     needle: str
     question: str
 
-    @property
-    def is_held_out(self) -> bool:
-        """Whether the fact belongs to validation rows; the fact alone decides, so that training and validation never share one."""
-        return hashlib.sha256(self.needle.encode()).digest()[0] % HELD_OUT_SHARE == 0
-
 
 def draw_fact(facts: FactFile, *, rng: random.Random, held_out: bool | None = None) -> Fact:
     """Draw one template, evenly, then one word per slot, evenly; slots are drawn in the order of their names.
@@ -128,7 +123,9 @@ def draw_fact(facts: FactFile, *, rng: random.Random, held_out: bool | None = No
         chosen = rng.choice(facts.facts)
         words = {name: rng.choice(chosen.slots[name]) for name in sorted(chosen.slots)}
         fact = Fact(needle=_filled(chosen.needle, words), question=_filled(chosen.question, words))
-        if held_out is None or fact.is_held_out == held_out:
+        # The fact alone decides whether it belongs to validation rows, so that training and validation never share one.
+        is_held_out = hashlib.sha256(fact.needle.encode()).digest()[0] % HELD_OUT_SHARE == 0
+        if held_out is None or is_held_out == held_out:
             return fact
     raise SpecError(
         f"corpus.facts: too few to keep one in {HELD_OUT_SHARE} for validation rows alone; give slots more words, "
