@@ -103,7 +103,7 @@ def _show(found: SweepStatus) -> None:
         "last": f"{data['last']['trial']}, {format_duration(data['last']['age'])} ago" if data["last"] else "nothing yet",
         "driver": _format_driver(found),
     }
-    out.print(found.name, style="bold", highlight=False)
+    out.print(found.folder.name, style="bold", highlight=False)
     _lines({name: words for name, words in rows.items() if words})
     if found.live is not None and found.is_of_driver:
         _show_live(found.live, age=found.live.age_seconds(found.now), is_current=found.is_live)

@@ -59,8 +59,6 @@ class TrialStatus:
 class SweepStatus:
     """The progress of one sweep."""
 
-    name: str
-    """Name of the sweep's folder."""
     folder: Path
     trials: tuple[TrialStatus, ...]
     driver: str | None
@@ -96,7 +94,7 @@ class SweepStatus:
         """Return the progress as plain data; ages are in seconds."""
         last, live = self.last, self.live
         return {
-            "name": self.name,
+            "name": self.folder.name,
             "folder": str(self.folder),
             "trials": self.by_state,
             "num_trials": len(self.trials),
@@ -209,7 +207,6 @@ def sweep_status(folder: Path, storage: Storage) -> SweepStatus:
     )
     failed = {trial.digest for trial in trials if trial.state == "failed"}
     return SweepStatus(
-        name=folder.name,
         folder=folder,
         trials=trials,
         driver=driver,
