@@ -295,8 +295,8 @@ def _largest_replica(planned: Sequence[PlannedTrial], root: Storage) -> ModelRep
     for trial in _first_and_last(planned):
         gpus = requests_of(trial.spec, open_gpus=1.0)[SCORING_ACTOR]["GPU"]
         if gpus:
-            prompts = planner.work(trial.spec).grid.prompts
-            replicas.append(ModelReplica(bytes_=prompts.weight_bytes + prompts.kv_bytes, gpus=gpus))
+            _, grid = planner.work(trial.spec)
+            replicas.append(ModelReplica(bytes_=grid.prompts.weight_bytes + grid.prompts.kv_bytes, gpus=gpus))
     return max(replicas, key=lambda replica: replica.bytes_, default=None)
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from pause_ray.cli.terminal import DEFAULT_STORAGE, AsJson, Sets, StorageRoot, app, err, out, print_json
+from pause_ray.cli.terminal import DEFAULT_STORAGE, AsJson, Sets, StorageRoot, app, err, kind_of, out, print_json
 from pause_ray.core.errors import ModelError, SpecError
 from pause_ray.core.format import format_count, format_duration, format_money
-from pause_ray.core.spec import Spec, check_path, parse_assignments, read_yaml, with_overrides
+from pause_ray.core.spec import JsonObject, Spec, check_path, parse_assignments, read_yaml, with_overrides
 from pause_ray.core.storage import Storage
 from pause_ray.evaluation.suite import SuiteSpec
 from pause_ray.models.shape import PUBLISHED, published_config
@@ -24,8 +25,9 @@ from pause_ray.training.spec import TrainSpec
 from pause_ray.trial.spec import read_suite, read_trial
 
 if TYPE_CHECKING:
-    from pause_ray.trial.needs import Plan, Site
+    from pause_ray.trial.needs import Hardware, Plan
 
+T = TypeVar("T")
 GPU_TABLE = "cluster/gpus.yaml"
 SUITE = "eval/suites/paper.yaml"
 ROW_TOKENS = 8192
@@ -33,7 +35,7 @@ LEAST_ROWS = 8
 """Least number of rows in a step if no file names it: the paper's batch."""
 CONFIG = "config.json"
 BESIDE = 3
-"""TrialPlanner that are shown side by side, with their memory by part; more get a line each."""
+"""Number of plans that are shown side by side, with their memory by part; more get a line each."""
 
 
 class _Planned(Spec):
@@ -72,33 +74,43 @@ def plan(
 
     Next: `pause-ray sweep FILE --dry-run` lists every trial with what is left to do; `pause-ray check FILE --cluster` checks the nodes.
     """
-    from pause_ray.trial.needs import Site, parse_memory, read_gpus
+    from pause_ray.trial.needs import GpuTable, Hardware
 
-    memory_gb = None if gpu_memory is None else parse_memory(gpu_memory)
-    table = read_gpus(_content(gpu_table, option="--gpu-table"))
-    site = Site(
-        gpu=table.choose(name=gpu, memory_gb=memory_gb),
+    table = GpuTable.parse(read_yaml(_content(gpu_table, option="--gpu-table")), origin=gpu_table)
+    hardware = Hardware(
+        gpu=table.choose(name=gpu, memory_gb=None if gpu_memory is None else parse_memory(gpu_memory)),
         gpus=gpus,
         gpus_per_node=gpus_per_node,
         utilization=mfu,
         network_gb_per_second=network,
     )
     root = Storage(Path(storage).expanduser().absolute())
+    overrides = parse_assignments(set_ or [])
     if spec is None:
-        asked = read_suite(_content(suite or SUITE, option="--suite"), {})
-        plans = [
-            _of_model(name, site=site, row_tokens=row_tokens or ROW_TOKENS, suite=asked, set_=set_, root=root)
-            for name in model or PUBLISHED
-        ]
+        scored, tokens = read_suite(_content(suite or SUITE, option="--suite"), {}), row_tokens or ROW_TOKENS
+        models = model or PUBLISHED
+        plans = [_of_model(name, hardware=hardware, row_tokens=tokens, suite=scored, overrides=overrides, root=root) for name in models]
     else:
         _refuse_without_effect(spec, model=model, suite=suite, row_tokens=row_tokens)
         with err.status("building the prompts"):
-            plans = _of_trials(spec, site=site, set_=set_, root=root)
+            plans = _of_trials(spec, hardware=hardware, overrides=overrides, root=root)
     if as_json:
         assumed = {"utilization": mfu, "network_gb_per_second": network, "gpus": gpus, "gpus_per_node": gpus_per_node}
-        print_json({"assumed": assumed | {"gpu": site.gpu.resolved()}, "plans": [found.as_json() for found in plans]})
+        print_json({"assumed": assumed | {"gpu": hardware.gpu.resolved()}, "plans": [each.as_json() for each in plans]})
         return
-    _show(plans, site)
+    _show(plans, hardware)
+
+
+def parse_memory(text: str) -> float:
+    """Return ``80GB``, ``80`` or ``74.5GiB`` in 10⁹ bytes.
+
+    Raises:
+        SpecError: The text is no size, or zero.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(GB|GiB)?", text.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise SpecError(f"--gpu-memory {text}: expected a size such as 80GB or 40GiB")
+    return float(match[1]) * (2**30 / 1e9 if (match[2] or "").lower() == "gib" else 1)
 
 
 def _content(name: str, *, option: str) -> Path:
@@ -116,7 +128,7 @@ def _content(name: str, *, option: str) -> Path:
 
 
 def _refuse_without_effect(spec: Path, *, model: list[str] | None, suite: str | None, row_tokens: int | None) -> None:
-    trial = "trial." if _is_sweep(spec) else ""
+    trial = "trial." if kind_of(spec) == "sweep" else ""
     if model:
         raise SpecError(f"--model {model[0]}: the file names the model; change it with --set {trial}model.source={model[0]}")
     if suite:
@@ -125,11 +137,7 @@ def _refuse_without_effect(spec: Path, *, model: list[str] | None, suite: str | 
         raise SpecError(f"--row-tokens {row_tokens}: the file says it; change it with --set {trial}corpus.sequence_len={row_tokens}")
 
 
-def _is_sweep(spec: Path) -> bool:
-    return "trial" in read_yaml(spec)
-
-
-def _of_model(name: str, *, site: Site, row_tokens: int, suite: SuiteSpec, set_: list[str] | None, root: Storage) -> Plan:
+def _of_model(name: str, *, hardware: Hardware, row_tokens: int, suite: SuiteSpec, overrides: JsonObject, root: Storage) -> Plan:
     """Return the plan of the paper's training: any ZeRO stage that fits, activations recomputed, at least eight rows in a step.
 
     Every token of a row has a loss, which is the most that a training can take.
@@ -139,16 +147,10 @@ def _of_model(name: str, *, site: Site, row_tokens: int, suite: SuiteSpec, set_:
     from pause_ray.models.sources import config_limit_tokens
     from pause_ray.trial.needs import Rows, grid_of, make_plan
 
-    overrides = parse_assignments(set_ or [])
     for dotted in overrides:
         check_path(_Planned, dotted, origin="--set")
-    rows_per_step = site.gpus * math.ceil(LEAST_ROWS / site.gpus)
-    sparse = {
-        "micro_batch_size": 1,
-        "gradient_accumulation_steps": rows_per_step,
-        "gradient_checkpointing": True,
-        "zero": {"stage": "auto"},
-    }
+    passes = hardware.gpus * math.ceil(LEAST_ROWS / hardware.gpus)
+    sparse = {"micro_batch_size": 1, "gradient_accumulation_steps": passes, "gradient_checkpointing": True, "zero": {"stage": "auto"}}
     train = _Planned.parse(with_overrides({"train": sparse}, overrides), origin="--set").train
     config, origin = _config(name, root=root)
     shape, limit_tokens = ModelShape.from_config(config, origin=origin), config_limit_tokens(config, origin=origin)
@@ -156,8 +158,8 @@ def _of_model(name: str, *, site: Site, row_tokens: int, suite: SuiteSpec, set_:
     if row_tokens > limit_tokens:
         raise ModelError(f"--row-tokens {row_tokens} exceeds the {limit_tokens} tokens that {name} can read")
     rows = Rows(longest_tokens=row_tokens, mean_tokens=row_tokens, loss_tokens=row_tokens)
-    grid = grid_of(suite, shape=shape, site=site, dtype="bfloat16")
-    return make_plan(name.rpartition("/")[2], shape=shape, train=train, rows=rows, grid=grid, site=site, rows_may_grow=True)
+    grid = grid_of(suite, shape=shape, hardware=hardware, dtype="bfloat16")
+    return make_plan(name.rpartition("/")[2], shape=shape, train=train, rows=rows, grid=grid, hardware=hardware, rows_may_grow=True)
 
 
 def _config(name: str, *, root: Storage) -> tuple[Mapping[str, Any], str]:
@@ -174,117 +176,105 @@ def _config(name: str, *, root: Storage) -> tuple[Mapping[str, Any], str]:
     return read_config(folder / CONFIG), str(folder / CONFIG)
 
 
-def _of_trials(spec: Path, *, site: Site, set_: list[str] | None, root: Storage) -> list[Plan]:
-    from pause_ray.planning.forecast import plan_trials
+def _of_trials(spec: Path, *, hardware: Hardware, overrides: JsonObject, root: Storage) -> list[Plan]:
+    from pause_ray.planning.forecast import TrialPlanner
 
-    overrides = parse_assignments(set_ or [])
-    if _is_sweep(spec):
+    if kind_of(spec) == "sweep":
         trials = listed_trials(read_sweep(spec, overrides))
     else:
         trials = [PlannedTrial(arm="trial", point={}, spec=read_trial(spec, overrides))]
-    return plan_trials(trials, site=site, root=root)
+    planner = TrialPlanner(root)
+    return [planner.plan(trial, hardware=hardware) for trial in trials]
 
 
-def _show(plans: list[Plan], site: Site) -> None:
-    out.print(_side_by_side(plans, site) if len(plans) <= BESIDE else _line_by_line(plans, site))
-    for reason, labels in _too_large(plans, site).items():
-        out.print(f"[red]{escape(', '.join(labels))}: {escape(reason)}[/]", highlight=False)
-    gpu = site.gpu
+def _show(plans: list[Plan], hardware: Hardware) -> None:
+    out.print(_side_by_side(plans, hardware) if len(plans) <= BESIDE else _line_by_line(plans, hardware))
+    labels: dict[str, list[str]] = {}
+    for each in plans:
+        for misfit in each.misfits(hardware):
+            labels.setdefault(misfit, []).append(each.label)
+    for misfit, concerned in labels.items():
+        out.print(f"[red]{escape(', '.join(concerned))}: {escape(misfit)}[/]", highlight=False)
+    gpu, network = hardware.gpu, hardware.network_gb_per_second
     out.print(
-        f"Assumed: all GPUs train one model, then score it, one trial after another; {site.utilization:.0%} of {gpu.bf16_tflops:g} TFLOP/s "
-        f"(--mfu), {site.network_gb_per_second:g} GB/s between machines (--network), every answer of full length, "
+        f"Assumed: all GPUs train one model, then score it, one trial after another; {hardware.utilization:.0%} of "
+        f"{gpu.bf16_tflops:g} TFLOP/s (--mfu), {network:g} GB/s between machines (--network), every answer of full length, "
         f"{format_money(gpu.price_per_hour)} {gpu.currency} per hour of one {gpu.name} ({gpu.price_source}, {gpu.price_date}). "
         "1 GB is 10⁹ bytes.",
         highlight=False,
     )
 
 
-def _too_large(plans: list[Plan], site: Site) -> dict[str, list[str]]:
-    """Return sentences that say what does not fit and what would, each with the labels of its plans."""
-    found: dict[str, list[str]] = {}
-    for each in plans:
-        if each.remedy is not None:
-            found.setdefault(f"the training does not fit; {each.remedy}", []).append(each.label)
-        if each.gpus_per_model > site.gpus:
-            needed = f"scoring needs {each.gpus_per_model} GPUs of this size for one copy of the model, and there are {site.gpus}"
-            found.setdefault(f"{needed}; give more (--gpus), or larger ones (--gpu)", []).append(each.label)
-    return found
-
-
-def _side_by_side(plans: list[Plan], site: Site) -> Table:
+def _side_by_side(plans: list[Plan], hardware: Hardware) -> Table:
     from pause_ray.training.memory import HOST_PARTS, PARTS, gigabytes
 
-    table = Table(title=f"{site.gpus} × {site.gpu.name} with {site.gpu.memory_gb:g} GB, {min(site.gpus, site.gpus_per_node)} in a machine")
+    in_machine = f"{min(hardware.gpus, hardware.gpus_per_node)} in a machine"
+    table = Table(title=f"{hardware.gpus} × {hardware.gpu.name} with {hardware.gpu.memory_gb:g} GB, {in_machine}")
     table.add_column("")
-    for found in plans:
-        table.add_column(found.label, justify="right", overflow="fold")
+    for each in plans:
+        table.add_column(each.label, justify="right", overflow="fold")
 
-    def row(heading: str, values: Iterable[str], *, end_section: bool = False) -> None:
-        table.add_row(heading, *values, end_section=end_section)
+    def row(heading: str, values: Sequence[T | None], text: Callable[[T], str], *, end_section: bool = False) -> None:
+        """Add a row, unless there is no value in it."""
+        if any(value is not None for value in values):
+            table.add_row(heading, *("–" if value is None else text(value) for value in values), end_section=end_section)
 
-    trains, memories = [found.train for found in plans], [found.memory for found in plans]
-    row("parameters", (_billions(found.parameters) for found in plans))
-    row("trained", (_billions(found.trained_parameters) for found in plans), end_section=True)
-    if any(trains):
-        row("steps × rows", (f"{train.max_steps} × {train.rows_per_step}" if train else "–" for train in trains))
-        row("longest row, tokens", (format_count(found.longest_row_tokens) if found.train else "–" for found in plans))
-        row("base weights", ((train.quantize or train.precision) if train else "–" for train in trains))
-        row("activations", (("recomputed" if train.gradient_checkpointing else "kept") if train else "–" for train in trains))
-    if any(memories):
-        parts = [part for part in PARTS if any(memory and part in memory.worker for memory in memories)]
-        row("ZeRO stage", (str(memory.stage) if memory else "–" for memory in memories))
-        row("memory of a GPU", (gigabytes(memory.worker_bytes) if memory else "–" for memory in memories))
-        for part in parts:
-            row(f"  {part}", (gigabytes(memory.worker[part]) if memory and part in memory.worker else "–" for memory in memories))
-        row("memory of a machine", (gigabytes(memory.host_bytes) if memory else "–" for memory in memories))
-        for part in HOST_PARTS:
-            if any(memory and part in memory.host for memory in memories):
-                row(f"  {part}", (gigabytes(memory.host[part]) if memory and part in memory.host else "–" for memory in memories))
-        row("training fits", ("–" if not found.memory else "no" if found.remedy else "yes" for found in plans), end_section=True)
-    for heading, spent in (("training", [found.training for found in plans]), ("scoring", [found.evaluation for found in plans])):
-        if any(spent):
-            row(f"{heading} tokens", (format_count(its.tokens) if its else "–" for its in spent))
-            row("  PFLOP", (_rounded(its.flops / 1e15) if its else "–" for its in spent))
-            row("  time", (format_duration(its.seconds) if its else "–" for its in spent))
-            row("  bound by", (its.bound_by if its else "–" for its in spent))
-            row(f"  cost, {site.gpu.currency}", (format_money(its.cost) if its else "–" for its in spent), end_section=True)
-    if any(found.gpus_per_model for found in plans):
-        row("GPUs per scoring copy", (str(found.gpus_per_model or "–") for found in plans))
-    row("smallest cluster", (_cluster(found, site) for found in plans))
+    trains, memories = [each.train for each in plans], [each.memory for each in plans]
+    row("parameters", [each.parameters for each in plans], _billions)
+    row("trained", [each.trained_parameters for each in plans], _billions, end_section=True)
+    row("steps × rows", trains, lambda train: f"{train.max_steps} × {train.rows_per_step}")
+    row("longest row, tokens", [each.longest_row_tokens if each.train else None for each in plans], format_count)
+    row("base weights", trains, lambda train: train.quantize or train.precision)
+    row("activations", trains, lambda train: "recomputed" if train.gradient_checkpointing else "kept")
+    row("ZeRO stage", memories, lambda memory: str(memory.stage))
+    row("memory of a GPU", memories, lambda memory: gigabytes(memory.worker_bytes))
+    for part in PARTS:
+        row(f"  {part}", [memory.worker.get(part) if memory else None for memory in memories], gigabytes)
+    row("memory of a machine", memories, lambda memory: gigabytes(memory.host_bytes))
+    for part in HOST_PARTS:
+        row(f"  {part}", [memory.host.get(part) if memory else None for memory in memories], gigabytes)
+    row("training fits", [each if each.memory else None for each in plans], lambda each: "no" if each.remedy else "yes", end_section=True)
+    for heading, works in (("training", [each.training for each in plans]), ("scoring", [each.evaluation for each in plans])):
+        row(f"{heading} tokens", works, lambda work: format_count(work.tokens))
+        row("  PFLOP", works, lambda work: _rounded(work.flops / 1e15))
+        row("  time", works, lambda work: format_duration(work.seconds))
+        row("  bound by", works, lambda work: work.bound_by)
+        row(f"  cost, {hardware.gpu.currency}", works, lambda work: format_money(work.cost), end_section=True)
+    row("GPUs per scoring copy", [each.gpus_per_model or None for each in plans], str)
+    row("smallest cluster", plans, lambda each: _cluster(each, hardware))
     return table
 
 
-def _line_by_line(plans: list[Plan], site: Site) -> Table:
+def _line_by_line(plans: list[Plan], hardware: Hardware) -> Table:
     from pause_ray.training.memory import gigabytes
 
-    table = Table(title=f"{site.gpus} × {site.gpu.name} with {site.gpu.memory_gb:g} GB", show_footer=True)
-    costs = [its.cost for found in plans for its in (found.training, found.evaluation) if its]
+    table = Table(title=f"{hardware.gpus} × {hardware.gpu.name} with {hardware.gpu.memory_gb:g} GB", show_footer=True)
+    trainings, scorings = [each.training for each in plans if each.training], [each.evaluation for each in plans if each.evaluation]
     table.add_column("trial", footer="all, if nothing is shared", overflow="fold")
     for heading, footer in (
         ("stage", ""),
         ("GPU memory", ""),
-        ("train", format_duration(sum(found.training.seconds for found in plans if found.training))),
-        ("score", format_duration(sum(found.evaluation.seconds for found in plans if found.evaluation))),
-        (site.gpu.currency, format_money(sum(costs))),
+        ("train", format_duration(sum(work.seconds for work in trainings))),
+        ("score", format_duration(sum(work.seconds for work in scorings))),
+        (hardware.gpu.currency, format_money(sum(work.cost for work in trainings + scorings))),
         ("smallest", ""),
     ):
         table.add_column(heading, footer=footer, justify="right")
-    for found in plans:
-        spent = [its for its in (found.training, found.evaluation) if its]
+    for each in plans:
         table.add_row(
-            found.label,
-            str(found.memory.stage) if found.memory else "–",
-            gigabytes(found.memory.worker_bytes) if found.memory else "–",
-            format_duration(found.training.seconds) if found.training else "–",
-            format_duration(found.evaluation.seconds) if found.evaluation else "–",
-            format_money(sum(its.cost for its in spent)),
-            _cluster(found, site),
+            each.label,
+            str(each.memory.stage) if each.memory else "–",
+            gigabytes(each.memory.worker_bytes) if each.memory else "–",
+            format_duration(each.training.seconds) if each.training else "–",
+            format_duration(each.evaluation.seconds) if each.evaluation else "–",
+            format_money(sum(work.cost for work in (each.training, each.evaluation) if work)),
+            _cluster(each, hardware),
         )
     return table
 
 
-def _cluster(found: Plan, site: Site) -> str:
-    return f"{found.smallest} × {site.gpu.name}" if found.smallest else "none"
+def _cluster(plan: Plan, hardware: Hardware) -> str:
+    return f"{plan.smallest} × {hardware.gpu.name}" if plan.smallest else "none"
 
 
 def _billions(parameters: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -115,8 +116,9 @@ def corpus(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: 
     from pause_ray.trial.prepare import prepare
     from pause_ray.trial.run import make_shards
 
+    planned = _trial(spec, set_)  # a mistake in the file is reported before one of the storage
     root = Storage.open(storage)
-    trial = prepare(_trial(spec, set_), cache=root.cache)
+    trial = prepare(planned, cache=root.cache)
     with ray_cluster.connection(), StageProgress() as show:
         shards = make_shards(trial, storage=root, progress=show)
     if shards is None:
@@ -136,8 +138,9 @@ def train(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: S
     """
     from pause_ray.trial.prepare import prepare
 
+    planned = _trial(spec, set_)  # a mistake in the file is reported before one of the storage
     root = Storage.open(storage)
-    trial = prepare(_trial(spec, set_), cache=root.cache)
+    trial = prepare(planned, cache=root.cache)
     checkpoint = _train(trial, storage=root, origin=spec)
     if as_json:
         print_json({"folder": str(checkpoint.folder), "steps": checkpoint.losses()})
@@ -232,7 +235,7 @@ def _forecast(spec: TrialSpec, *, storage: str, as_json: bool, replicates: int) 
     with err.status("building the prompts"):
         found = forecast_trial(spec, cache=Storage.open(storage).cache)
     if as_json:
-        print_json({"replicates": replicates, **found.as_json()})
+        print_json({"replicates": replicates, **asdict(found)})
         return
     out.print(forecast_table(found))
     if replicates > 1:

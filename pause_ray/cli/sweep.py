@@ -16,7 +16,7 @@ from rich.table import Table
 from pause_ray.cli.terminal import DEFAULT_STORAGE, AsJson, Sets, SpecFile, StorageRoot, app, err, expect, out, print_json, program, warn
 from pause_ray.core.errors import SpecError
 from pause_ray.core.format import format_count, format_duration, format_money
-from pause_ray.core.spec import parse_assignments
+from pause_ray.core.spec import parse_assignments, read_yaml
 from pause_ray.core.storage import Storage
 from pause_ray.inference.engine import EndpointSpec
 from pause_ray.sweep.spec import SweepSpec, listed_trials, read_sweep
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pause_ray.sweep.queue import Budget
     from pause_ray.sweep.status import SweepOutcome
     from pause_ray.tracking.runs import LoggedSweep
-    from pause_ray.trial.needs import Site
+    from pause_ray.trial.needs import Hardware
 
 Columns = list[tuple[str, Callable[["Effort"], str]]]
 """Headings of columns, each with the format of its amount of an effort."""
@@ -73,11 +73,11 @@ def sweep(
     read = read_sweep(spec, parse_assignments(set_ or []))
     limits = {"--max-trials": max_trials, "--max-hours": max_hours, "--max-cost": max_cost}
     _refuse_without_effect(limits, dry_run=dry_run, gpu=gpu, gpus=gpus)
-    site = _site(gpu, gpus) if gpu else None
+    hardware = _hardware(gpu, gpus) if gpu else None
     if dry_run:
-        _forecast(read, site=site, storage=storage, as_json=as_json)
+        _forecast(read, hardware=hardware, storage=storage, as_json=as_json)
         return
-    price = _price_per_hour(read, site) if max_cost is not None else 0.0
+    price = _price_per_hour(read, hardware) if max_cost is not None else 0.0
     budget = Budget(max_trials=max_trials, max_hours=max_hours, max_cost=max_cost, price_per_hour=price)
     run_and_report(read, storage=storage, as_json=as_json, budget=budget)
 
@@ -92,14 +92,14 @@ def _refuse_without_effect(limits: dict[str, float | None], *, dry_run: bool, gp
         raise SpecError(f"--gpu {gpu}: has an effect with --dry-run or --max-cost only; trials take the GPUs that the cluster has")
 
 
-def _site(gpu: str, gpus: int | None) -> Site:
-    from pause_ray.trial.needs import Site, read_gpus
+def _hardware(gpu: str, gpus: int | None) -> Hardware:
+    from pause_ray.trial.needs import GpuTable, Hardware
 
     table = Path(GPU_TABLE)
     if not table.is_file():
         raise SpecError(f"--gpu {gpu}: no {GPU_TABLE} from {Path.cwd()}; run where the project's cluster folder is")
-    return Site(
-        gpu=read_gpus(table).choose(name=gpu, memory_gb=None),
+    return Hardware(
+        gpu=GpuTable.parse(read_yaml(table), origin=GPU_TABLE).choose(name=gpu, memory_gb=None),
         gpus=gpus or 1,
         gpus_per_node=GPUS_PER_NODE,
         utilization=ASSUMED_MFU,
@@ -107,7 +107,7 @@ def _site(gpu: str, gpus: int | None) -> Site:
     )
 
 
-def _price_per_hour(spec: SweepSpec, site: Site | None) -> float:
+def _price_per_hour(spec: SweepSpec, hardware: Hardware | None) -> float:
     """Return the price of the GPUs per hour; 0 if only an endpoint's answers have a price.
 
     Raises:
@@ -115,12 +115,12 @@ def _price_per_hour(spec: SweepSpec, site: Site | None) -> float:
     """
     engines = (trial.spec.engine for trial in listed_trials(spec))
     prices = [engine.prices for engine in engines if isinstance(engine, EndpointSpec) and engine.prices is not None]
-    currencies = {its.currency for its in prices} | ({site.gpu.currency} if site else set())
+    currencies = {its.currency for its in prices} | ({hardware.gpu.currency} if hardware else set())
     if not currencies:
         raise SpecError("--max-cost: nothing has a price; name the GPUs with --gpu and --gpus, or give engine.prices")
     if len(currencies) > 1:
         raise SpecError(f"--max-cost: prices are in {' and '.join(sorted(currencies))}, which do not add up; give all in one currency")
-    return site.cost(3600) if site else 0.0
+    return hardware.cost(3600) if hardware else 0.0
 
 
 def run_and_report(spec: SweepSpec, *, storage: str, as_json: bool, budget: Budget | None = None, in_process: bool = False) -> None:
@@ -200,7 +200,7 @@ def _print_next_commands(folder: Path, path: Path, storage: Storage, logged: Log
         out.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def _forecast(spec: SweepSpec, *, site: Site | None, storage: str, as_json: bool) -> None:
+def _forecast(spec: SweepSpec, *, hardware: Hardware | None, storage: str, as_json: bool) -> None:
     from pause_ray.planning.forecast import forecast_sweep
 
     root = Storage.open(storage)
@@ -208,13 +208,13 @@ def _forecast(spec: SweepSpec, *, site: Site | None, storage: str, as_json: bool
         found = forecast_sweep(
             spec,
             storage=root,
-            site=site,
-            showing=lambda done, of: status.update(f"looking at trials: {done} of {of}"),
+            hardware=hardware,
+            progress=lambda done, of: status.update(f"looking at trials: {done} of {of}"),
         )
     if as_json:
         print_json(found.as_json())
         return
-    currency = site.gpu.currency if site else "cost"
+    currency = hardware.gpu.currency if hardware else "cost"
     out.print(_table(found, currency=currency))
     for line in _remarks(found, spec):
         out.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -273,4 +273,4 @@ def _remarks(found: SweepForecast, spec: SweepSpec) -> list[str]:
         )
     if any(trial.digest is None for trial in found.trials):
         lines.append("The model's weights are not on this machine yet, so results on storage were not searched.")
-    return [*lines, *(f"Does not fit: {misfit}" for misfit in found.too_large)]
+    return [*lines, *found.too_large]

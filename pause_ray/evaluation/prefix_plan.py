@@ -72,7 +72,7 @@ def _reusable_tokens(computed: Ids, prompt: Ids, *, prefix_block_size: int) -> i
 
 
 @dataclass(frozen=True, kw_only=True)
-class Forecast:
+class PrefillForecast:
     """Tokens, operations and memory of planned prompts, computed from the model's ``config.json`` alone."""
 
     num_prompts: int
@@ -91,7 +91,7 @@ class Forecast:
     weight_bytes: int
 
 
-def forecast(
+def forecast_prefill(
     planned: Sequence[PlannedPrompt],
     shape: ModelShape,
     *,
@@ -100,7 +100,7 @@ def forecast(
     max_new_tokens: int,
     dtype: str,
     quantize: str | None = None,
-) -> Forecast:
+) -> PrefillForecast:
     """Compute tokens, operations and memory of planned prompts before anything is loaded."""
     bytes_per_value = 4 if dtype == "float32" else 2
     block = default_prefix_block_size(dtype=dtype, quantize=quantize, chunk_tokens=chunk_tokens)
@@ -108,7 +108,7 @@ def forecast(
     held = longest + max_new_tokens
     if decode_batch > 1:
         held += held + decode_batch * max_new_tokens
-    return Forecast(
+    return PrefillForecast(
         num_prompts=len(planned),
         asked_tokens=sum(each.num_tokens for each in planned),
         prefilled_tokens=sum(each.num_tokens - each.keep_tokens for each in planned),

@@ -9,7 +9,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -19,24 +19,32 @@ from pause_ray.core.spec import JsonObject, digest
 from pause_ray.core.storage import MANIFEST, Storage, is_complete, read_json, read_json_lines
 from pause_ray.data.shards import ShardSet
 from pause_ray.evaluation.answer import CellRunner
-from pause_ray.evaluation.haystack import check_fits, check_lengths, load_haystack, prompt_builder
+from pause_ray.evaluation.haystack import check_fits, check_lengths, prompt_builder
 from pause_ray.evaluation.ledger import Ledger
-from pause_ray.evaluation.prefix_plan import Forecast, PlannedPrompt, by_position, forecast, new_tokens, plan_prefixes, split_for_actors
+from pause_ray.evaluation.prefix_plan import (
+    PlannedPrompt,
+    PrefillForecast,
+    by_position,
+    forecast_prefill,
+    new_tokens,
+    plan_prefixes,
+    split_for_actors,
+)
 from pause_ray.evaluation.suite import Cell, cells
 from pause_ray.inference.engine import EndpointSpec, HfEngineSpec, Reuse, default_chunk_tokens, default_prefix_block_size
 from pause_ray.models.checkpoint import TRAINING_LOG, Checkpoint
 from pause_ray.models.shape import ModelShape
 from pause_ray.models.sources import model_limit_tokens, resolve_model, row_limit_tokens
 from pause_ray.models.spec import ModelSpec
-from pause_ray.sweep.search import SearchLog, SweepTrials
+from pause_ray.sweep.search import SweepTrials
 from pause_ray.sweep.spec import PlannedTrial, SweepSpec, example_point, expand
 from pause_ray.text.prompts import BuiltPrompt
-from pause_ray.text.tokenizer import ModelTokenizer, resolve_marker
+from pause_ray.text.tokenizer import resolve_marker
 from pause_ray.training.batching import check_corpus
 from pause_ray.training.launch import steps_on_storage, train_digest
 from pause_ray.training.metrics import known_shape
-from pause_ray.trial.needs import Grid, Plan, Rows, Site, grid_of_prompts, make_plan, step_work
-from pause_ray.trial.prepare import PrepareCache, PreparedTrial, prepare
+from pause_ray.trial.needs import Grid, Hardware, Plan, Rows, grid_of_prompts, make_plan, step_work
+from pause_ray.trial.prepare import PrepareCache, PreparedTrial
 from pause_ray.trial.run import training_job
 from pause_ray.trial.spec import TrialSpec
 
@@ -45,7 +53,7 @@ from pause_ray.trial.spec import TrialSpec
 class TrialForecast:
     """The scoring of one trial, for each mode of prefix reuse."""
 
-    by_reuse: dict[Reuse, Forecast]
+    by_reuse: dict[Reuse, PrefillForecast]
     reuse: Reuse
     """The mode that the spec asks for."""
     chunk_tokens: int
@@ -57,53 +65,52 @@ class TrialForecast:
     num_actors: int
     """Number of actors that share the prompts; each holds the weights and a KV cache."""
 
-    def as_json(self) -> JsonObject:
-        """Return the forecast as plain data."""
-        return {**asdict(self), "by_reuse": {reuse: asdict(found) for reuse, found in self.by_reuse.items()}}
 
-
-def forecast_trial(spec: TrialSpec, *, cache: Path, tokenizer: ModelTokenizer | None = None) -> TrialForecast:
+def forecast_trial(spec: TrialSpec, *, cache: Path, shared: PrepareCache | None = None) -> TrialForecast:
     """Build the trial's prompts and plan the order in which one or several actors answer them.
 
     Args:
         spec: The trial.
         cache: The folder with cached models and texts.
-        tokenizer: The tokenizer of the model if the caller has loaded it.
+        shared: Texts and tokenizers of other trials, which is added to.
 
     Raises:
-        ModelError: unknown model, a config that does not tell its shape, or a prompt that is too long for the model.
-        CheckpointError, SourceError: the adapter or a document cannot be read.
-        TextError: a prompt cannot be built.
+        ModelError: The model is unknown, its config does not tell its shape, or a prompt is too long for it.
+        CheckpointError: The adapter cannot be read.
+        SourceError: A document cannot be read.
+        TextError: A prompt cannot be built.
     """
+    shared = shared or PrepareCache()
     model_dir = resolve_model(spec.model, cache=cache, weights=False)
     limit_tokens = model_limit_tokens(model_dir)
     check_lengths(spec.eval, limit_tokens=limit_tokens, origin=spec.model.source)
     if spec.adapter is not None:
         Checkpoint.open(Path(spec.adapter))
-    tokenizer = tokenizer or ModelTokenizer.load(model_dir)
+    tokenizer, haystack = shared.tokenizer(model_dir), shared.haystack(spec, cache=cache)
     marker = resolve_marker(tokenizer, spec.pauses)
-    haystack = load_haystack(spec.eval, cache=cache, seed=spec.seed, replicate=spec.replicate, data_seed=spec.data_seed)
     builder = prompt_builder(haystack, suite=spec.eval, tokenizer=tokenizer, policy=spec.pauses, marker=marker, seed=spec.data_seed)
-    runner = CellRunner(builder=builder, tokenizer=tokenizer, policy=spec.pauses, marker=marker, max_new_tokens=spec.eval.max_new_tokens)
+    max_new_tokens = spec.eval.max_new_tokens
+    runner = CellRunner(builder=builder, tokenizer=tokenizer, policy=spec.pauses, marker=marker, max_new_tokens=max_new_tokens)
     grid = cells(spec.eval, identity="", replicate=spec.replicate, seed=spec.data_seed)
     prompts = {cell.id: prompt for cell, prompt in zip(grid, runner.prompts(grid), strict=True)}
     for prompt in prompts.values():
-        check_fits(prompt, max_new_tokens=spec.eval.max_new_tokens, limit_tokens=limit_tokens, origin=spec.model.source)
+        check_fits(prompt, max_new_tokens=max_new_tokens, limit_tokens=limit_tokens, origin=spec.model.source)
     engine = spec.engine if isinstance(spec.engine, HfEngineSpec) else HfEngineSpec()
+    dtype, quantize = spec.model.dtype, spec.model.quantize
     chunk = engine.chunk_tokens or default_chunk_tokens(on_gpu=bool(spec.resources.scoring_gpus_per_actor))
-    block = default_prefix_block_size(dtype=spec.model.dtype, quantize=spec.model.quantize, chunk_tokens=chunk)
+    block = default_prefix_block_size(dtype=dtype, quantize=quantize, chunk_tokens=chunk)
     shape = ModelShape.load(model_dir)
     runs = split_for_actors(grid, num_actors=spec.resources.scoring_bounds[1])
     modes: tuple[Reuse, ...] = ("none", "depth", "full")
     by_reuse = {
-        reuse: forecast(
+        reuse: forecast_prefill(
             _planned(runs, prompts, reuse=reuse, block=block),
             shape,
             chunk_tokens=chunk,
-            decode_batch=engine.answers_together(dtype=spec.model.dtype, quantize=spec.model.quantize),
-            max_new_tokens=spec.eval.max_new_tokens,
-            dtype=spec.model.dtype,
-            quantize=spec.model.quantize,
+            decode_batch=engine.answers_together(dtype=dtype, quantize=quantize),
+            max_new_tokens=max_new_tokens,
+            dtype=dtype,
+            quantize=quantize,
         )
         for reuse in modes
     }
@@ -156,18 +163,32 @@ def forecast_table(found: TrialForecast) -> Table:
     return table
 
 
-SFT_LEARNED_TOKENS = 64
-"""Tokens with a loss in a row of ``needle_sft``: the needle as the answer, and its end."""
+SFT_LOSS_TOKENS = 64
+"""Number of tokens with a loss in a row of ``needle_sft``: the needle as the answer, and its end."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrialWork:
-    """The tokens and operations of one whole trial."""
+class Effort:
+    """The tokens, operations, time and money that some work takes; None for what is not known."""
 
-    training_tokens: int
-    training_flops: float
-    grid: Grid
-    """The scoring of its cells."""
+    tokens: int | None = 0
+    """Tokens that go through the model."""
+    flops: float | None = 0.0
+    """Operations, if every answer has its full length."""
+    seconds: float | None = 0.0
+    """Time of computing one trial after another, without starting processes and loading weights."""
+    cost: float | None = 0.0
+    """Price of the GPUs, or of the endpoint's answers."""
+
+    def times(self, share: float) -> Effort:
+        """Return the effort multiplied by ``share``."""
+        tokens = None if self.tokens is None else round(self.tokens * share)
+        flops, seconds, cost = (None if value is None else value * share for value in (self.flops, self.seconds, self.cost))
+        return Effort(tokens=tokens, flops=flops, seconds=seconds, cost=cost)
+
+
+NOTHING = Effort()
+UNKNOWN = Effort(tokens=None, flops=None, seconds=None, cost=None)
 
 
 class TrialPlanner:
@@ -175,48 +196,38 @@ class TrialPlanner:
 
     def __init__(self, root: Storage) -> None:
         self._root = root
+        self._shared = PrepareCache()
         self._folders: dict[str, Path] = {}
-        self._tokenizers: dict[Path, ModelTokenizer] = {}
         self._grids: dict[str, tuple[Grid, float]] = {}
 
-    def plan(self, planned: PlannedTrial, *, site: Site) -> Plan:
-        """Return the plan of one trial's training and scoring on ``site``.
+    def plan(self, planned: PlannedTrial, *, hardware: Hardware) -> Plan:
+        """Return the plan of one trial's training and scoring on ``hardware``.
 
         Raises:
             UserError: See ``forecast_trial`` and ``make_plan``.
         """
         trial = planned.spec
-        resources = {"scoring_actors": site.gpus, "scoring_gpus_per_actor": 1}
-        grid, rows = self._checked(trial.model_copy(update={"resources": trial.resources.model_copy(update=resources)}))
-        scored_here = isinstance(trial.engine, HfEngineSpec)
-        return make_plan(
-            planned.label, shape=self.shape(trial), train=trial.train, rows=rows, grid=grid if scored_here else None, site=site
-        )
+        resources = trial.resources.model_copy(update={"scoring_actors": hardware.gpus, "scoring_gpus_per_actor": 1})
+        grid, rows = self._checked(trial.model_copy(update={"resources": resources}))
+        scored_here = grid if isinstance(trial.engine, HfEngineSpec) else None
+        return make_plan(planned.label, shape=self.shape(trial), train=trial.train, rows=rows, grid=scored_here, hardware=hardware)
 
-    def work(self, trial: TrialSpec) -> TrialWork:
-        """Return the tokens and operations of one trial, with as many scoring actors as its spec names.
+    def work(self, trial: TrialSpec) -> tuple[Effort, Grid]:
+        """Return the training, without its time, and the scoring, with as many scoring actors as the spec names.
 
         Raises:
             UserError: See ``forecast_trial``.
         """
         grid, rows = self._checked(trial)
-        tokens, flops, steps = 0, 0, 0
-        if trial.train is not None:
-            tokens, flops = step_work(trial.train, shape=self.shape(trial), rows=rows)
-            steps = trial.train.max_steps
-        return TrialWork(training_tokens=steps * tokens, training_flops=steps * flops, grid=grid)
+        if trial.train is None:
+            return NOTHING, grid
+        tokens, flops = step_work(trial.train, shape=self.shape(trial), rows=rows)
+        steps = trial.train.max_steps
+        return Effort(tokens=steps * tokens, flops=steps * flops, seconds=None, cost=None), grid
 
     def shape(self, trial: TrialSpec) -> ModelShape:
         """Return the sizes of the trial's model."""
         return ModelShape.load(self.folder(trial))
-
-    def _checked(self, trial: TrialSpec) -> tuple[Grid, Rows]:
-        """Return the scoring and the training rows; raise an error if a row is too long or there are too few."""
-        if trial.train is not None and trial.corpus is not None:
-            tokens, limit_tokens = trial.corpus.sequence_len, row_limit_tokens(self.folder(trial))
-            check_corpus(trial.train, num_rows=trial.corpus.num_sequences, longest_row_tokens=tokens, limit_tokens=limit_tokens)
-        grid, paused = self._grid(trial)
-        return grid, _rows(trial, paused=paused)
 
     def folder(self, trial: TrialSpec) -> Path:
         """Return the folder with the config and the tokenizer of the trial's model."""
@@ -225,18 +236,26 @@ class TrialPlanner:
             self._folders[key] = resolve_model(trial.model, cache=self._root.cache, weights=False)
         return self._folders[key]
 
-    def _tokenizer(self, trial: TrialSpec) -> ModelTokenizer:
-        folder = self.folder(trial)
-        if folder not in self._tokenizers:
-            self._tokenizers[folder] = ModelTokenizer.load(folder)
-        return self._tokenizers[folder]
+    def _checked(self, trial: TrialSpec) -> tuple[Grid, Rows]:
+        """Return the scoring and the training rows; raise an error if a row is too long or there are too few."""
+        train, corpus = trial.train, trial.corpus
+        if train is None or corpus is None:
+            return self._grid(trial)[0], Rows(longest_tokens=0, mean_tokens=0, loss_tokens=0)
+        limit_tokens = row_limit_tokens(self.folder(trial))
+        check_corpus(train, num_rows=corpus.num_sequences, longest_row_tokens=corpus.sequence_len, limit_tokens=limit_tokens)
+        grid, lengthening = self._grid(trial)
+        longest = corpus.sequence_len * lengthening
+        if corpus.objective == "language_modeling":
+            return grid, Rows(longest_tokens=round(longest), mean_tokens=longest, loss_tokens=round(longest))
+        mean = (corpus.min_context_tokens * lengthening + longest) / 2
+        return grid, Rows(longest_tokens=round(longest), mean_tokens=mean, loss_tokens=SFT_LOSS_TOKENS)
 
     def _grid(self, trial: TrialSpec) -> tuple[Grid, float]:
         """Return the scoring, and the factor by which pauses lengthen a text."""
-        asked = trial.resolved()
-        key = digest([asked[part] for part in ("model", "pauses", "eval", "engine", "adapter", "seed", "replicate", "resources")])
+        fields_ = trial.resolved()
+        key = digest([fields_[part] for part in ("model", "pauses", "eval", "engine", "adapter", "seed", "replicate", "resources")])
         if key not in self._grids:
-            found = forecast_trial(trial, cache=self._root.cache, tokenizer=self._tokenizer(trial))
+            found = forecast_trial(trial, cache=self._root.cache, shared=self._shared)
             prompts = found.by_reuse[found.reuse]
             on_top = trial.pauses is not None and trial.pauses.budget == "content"
             content = prompts.asked_tokens - found.pause_tokens
@@ -244,22 +263,6 @@ class TrialPlanner:
             grid = grid_of_prompts(prompts, shape=shape, answer_tokens=trial.eval.max_new_tokens, dtype=trial.model.dtype)
             self._grids[key] = grid, prompts.asked_tokens / content if on_top else 1.0
         return self._grids[key]
-
-
-def plan_trials(trials: Sequence[PlannedTrial], *, site: Site, root: Storage) -> list[Plan]:
-    """Return the plan of each trial on ``site``; see ``TrialPlanner.plan``."""
-    planner = TrialPlanner(root)
-    return [planner.plan(trial, site=site) for trial in trials]
-
-
-def _rows(trial: TrialSpec, *, paused: float) -> Rows:
-    if trial.train is None or trial.corpus is None:
-        return Rows(longest_tokens=0, mean_tokens=0, loss_tokens=0)
-    longest = trial.corpus.sequence_len * paused
-    if trial.corpus.objective == "language_modeling":
-        return Rows(longest_tokens=round(longest), mean_tokens=longest, loss_tokens=round(longest))
-    mean = (trial.corpus.min_context_tokens * paused + longest) / 2
-    return Rows(longest_tokens=round(longest), mean_tokens=mean, loss_tokens=SFT_LEARNED_TOKENS)
 
 
 MOST_TRIALS = 20
@@ -328,33 +331,6 @@ def _latest(storage: Storage, model: ModelSpec) -> list[Path]:
 
 StepName = Literal["data", "training", "scoring"]
 State = Literal["finished", "stopped", "begun", "not begun"]
-ReportProgress = Callable[[int, int], None]
-KnownTrial = tuple[PlannedTrial, PreparedTrial | None]
-"""A trial, and the same trial prepared; None if the weights of its model, which are part of its digest, are not on this machine."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Effort:
-    """The tokens, operations, time and money that some work takes; None for what is not known."""
-
-    tokens: int | None = 0
-    """Tokens that go through the model."""
-    flops: float | None = 0.0
-    """Operations, if every answer has its full length."""
-    seconds: float | None = 0.0
-    """Time of computing one trial after another, without starting processes and loading weights."""
-    cost: float | None = 0.0
-    """Price of the GPUs, or of the endpoint's answers."""
-
-    def times(self, share: float) -> Effort:
-        """Return the effort multiplied by ``share``."""
-        tokens = None if self.tokens is None else round(self.tokens * share)
-        flops, seconds, cost = (None if value is None else value * share for value in (self.flops, self.seconds, self.cost))
-        return Effort(tokens=tokens, flops=flops, seconds=seconds, cost=cost)
-
-
-NOTHING = Effort()
-UNKNOWN = Effort(tokens=None, flops=None, seconds=None, cost=None)
 
 
 def total(efforts: Iterable[Effort]) -> Effort:
@@ -422,14 +398,14 @@ class SweepForecast:
         return asdict(self) | trials | {"left": asdict(self.left)}
 
 
-def forecast_sweep(sweep: SweepSpec, *, storage: Storage, site: Site | None, showing: ReportProgress) -> SweepForecast:
+def forecast_sweep(sweep: SweepSpec, *, storage: Storage, hardware: Hardware | None, progress: Callable[[int, int], None]) -> SweepForecast:
     """Return the forecast of every trial of a sweep.
 
     Args:
         sweep: The sweep.
         storage: The storage root of the sweep; only its caches are written to.
-        site: The GPUs of the sweep; None for times by the throughput measured on this storage.
-        showing: Called with the number of trials that were examined, and the number of all.
+        hardware: The GPUs of the sweep; None for times by the throughput measured on this storage.
+        progress: Called with the number of trials that were examined, and the number of all.
 
     Raises:
         UserError: The sweep or a trial breaks a rule, or cannot be planned.
@@ -437,38 +413,29 @@ def forecast_sweep(sweep: SweepSpec, *, storage: Storage, site: Site | None, sho
     fixed = expand(sweep)
     learns = sweep.algorithm.kind == "tpe"
     example = [trial for trial in expand(sweep, points=[example_point(sweep)]) if trial.point] if learns else []
-    known = _known_trials(sweep, [*fixed, *example], storage, showing)
-    trials: list[KnownTrial] = [(trial.planned, trial.prepared) for trial in known.by_digest.values()] if known else []
-    asked: list[JsonObject] = []
-    if known and learns:
-        asked = [point for event in SearchLog(known.folder).events() if event["event"] == "asked" for point in event["points"]]
-    if known is None:
-        trials = [(trial, None) for trial in fixed]
-    elif asked:
-        seen, labels = PrepareCache(), {trial.label for trial in fixed}
-        chosen = [trial for trial in expand(sweep, points=asked) if trial.label not in labels]
-        trials += [(trial, prepare(trial.spec, cache=storage.cache, shared=seen)) for trial in chosen]
-    points_to_come = sweep.algorithm.points - len(asked) if sweep.algorithm.kind == "tpe" else 0
-    inspector = _TrialInspector(storage, site, left_out=known.left_out() if known else set())
-    found = []
+    points_to_come = sweep.algorithm.points if sweep.algorithm.kind == "tpe" else 0
+    models = {digest(trial.spec.model): trial.spec for trial in [*fixed, *example]}
+    if all(_weights_are_here(spec, storage) for spec in models.values()):
+        known = SweepTrials(sweep, storage=storage, command="", progress=progress)
+        if learns:
+            chosen = [point for event in known.log.events() if event["event"] == "asked" for point in event["points"]]
+            known.add(expand(sweep, points=chosen))
+            points_to_come -= len(chosen)
+        trials: list[tuple[PlannedTrial, PreparedTrial | None]] = [(each.planned, each.prepared) for each in known.by_digest.values()]
+        inspector = _TrialInspector(storage, hardware, left_out=known.left_out())
+    else:  # the digests of the trials need the weights
+        trials, inspector = [(trial, None) for trial in fixed], _TrialInspector(storage, hardware, left_out=set())
+    outlooks = []
     for number, (planned, prepared) in enumerate(trials):
-        showing(number, len(trials))
-        found.append(inspector.outlook(planned, prepared))
+        progress(number, len(trials))
+        outlooks.append(inspector.outlook(planned, prepared))
     return SweepForecast(
-        trials=tuple(found),
+        trials=tuple(outlooks),
         points_to_come=points_to_come,
         example=tuple(inspector.outlook(planned, None) for planned in example) if points_to_come else (),
         throughput=inspector.throughput,
         too_large=tuple(inspector.too_large),
     )
-
-
-def _known_trials(sweep: SweepSpec, planned: Sequence[PlannedTrial], storage: Storage, showing: ReportProgress) -> SweepTrials | None:
-    """Return the sweep as it would begin; None if the weights of a model, which the digests of its trials need, are not here."""
-    models = {digest(trial.spec.model): trial.spec for trial in planned}
-    if not all(_weights_are_here(spec, storage) for spec in models.values()):
-        return None
-    return SweepTrials(sweep, storage=storage, command="", progress=showing)
 
 
 def _weights_are_here(spec: TrialSpec, storage: Storage) -> bool:
@@ -480,8 +447,8 @@ def _weights_are_here(spec: TrialSpec, storage: Storage) -> bool:
 class _TrialInspector:
     """Examines one trial after another, and keeps record of what each will make for later ones."""
 
-    def __init__(self, storage: Storage, site: Site | None, *, left_out: Collection[str]) -> None:
-        self._storage, self._site, self._left_out = storage, site, left_out
+    def __init__(self, storage: Storage, hardware: Hardware | None, *, left_out: Collection[str]) -> None:
+        self._storage, self._hardware, self._left_out = storage, hardware, left_out
         self._planner = TrialPlanner(storage)
         self._throughputs: dict[str, Throughput] = {}
         self._makers: dict[str, str] = {}
@@ -490,8 +457,8 @@ class _TrialInspector:
     @property
     def throughput(self) -> str:
         """A phrase that says where the times came from."""
-        if self._site is not None:
-            return f"{self._site.gpus} × {self._site.gpu.name}, {self._site.utilization:.0%} of its peak"
+        if self._hardware is not None:
+            return f"{self._hardware.gpus} × {self._hardware.gpu.name}, {self._hardware.utilization:.0%} of its peak"
         return "; ".join(dict.fromkeys(str(measured) for measured in self._throughputs.values()))
 
     def outlook(self, planned: PlannedTrial, prepared: PreparedTrial | None) -> TrialOutlook:
@@ -552,41 +519,32 @@ class _TrialInspector:
         spec = planned.spec
         if known_shape(self._planner.folder(spec)) is None:
             return (UNKNOWN if spec.train else NOTHING), UNKNOWN
-        if self._site is None:
+        if self._hardware is None:
             return self._measured(spec)
-        plan = self._planner.plan(planned, site=self._site)
-        if plan.remedy is not None:
-            self.too_large[plan.remedy] = None
-        if (gpus := plan.gpus_per_model) > self._site.gpus:
-            self.too_large[f"scoring needs {gpus} GPUs of this size for one copy of the model, and there are {self._site.gpus}"] = None
+        plan = self._planner.plan(planned, hardware=self._hardware)
+        self.too_large |= dict.fromkeys(plan.misfits(self._hardware))
         training, scoring = (
-            Effort(tokens=its.tokens, flops=its.flops, seconds=its.seconds, cost=its.cost) if its else None
-            for its in (plan.training, plan.evaluation)
+            Effort(tokens=work.tokens, flops=work.flops, seconds=work.seconds, cost=work.cost) if work else None
+            for work in (plan.training, plan.evaluation)
         )
         return training or NOTHING, scoring or (UNKNOWN if isinstance(spec.engine, HfEngineSpec) else self._endpoint_effort(spec))
 
     def _measured(self, spec: TrialSpec) -> tuple[Effort, Effort]:
         """Return the efforts by the throughput that was measured with this model on this storage."""
-        work, key = self._planner.work(spec), digest(spec.model)
+        (training, grid), key = self._planner.work(spec), digest(spec.model)
         if key not in self._throughputs:
             self._throughputs[key] = Throughput.measure(self._storage, spec.model, shape=self._planner.shape(spec))
-        throughput, grid = self._throughputs[key], work.grid
-        training = NOTHING
+        throughput = self._throughputs[key]
         if spec.train is not None:
-            tokens, flops = work.training_tokens, work.training_flops
-            training = Effort(tokens=tokens, flops=flops, seconds=throughput.training_seconds(tokens), cost=None)
+            training = replace(training, seconds=throughput.training_seconds(training.tokens or 0))
         if isinstance(spec.engine, EndpointSpec):
             return training, self._endpoint_effort(spec)
-        seconds = throughput.scoring_seconds(grid.prompts.prefill_flops)
-        actors = spec.resources.scoring_bounds[1]
-        scoring = Effort(
-            tokens=grid.prompts.prefilled_tokens, flops=grid.flops, seconds=None if seconds is None else seconds / actors, cost=None
-        )
-        return training, scoring
+        seconds = throughput.scoring_seconds(grid.prompts.prefill_flops / spec.resources.scoring_bounds[1])
+        return training, Effort(tokens=grid.prompts.prefilled_tokens, flops=grid.flops, seconds=seconds, cost=None)
 
     def _endpoint_effort(self, spec: TrialSpec) -> Effort:
         """Return the effort of scoring by a server: its price of all prompts, none of them cached, and of answers of full length."""
-        grid = self._planner.work(spec).grid
+        _, grid = self._planner.work(spec)
         prices = spec.engine.prices if isinstance(spec.engine, EndpointSpec) else None
         answers = grid.prompts.num_prompts * grid.answer_tokens
         cost = None

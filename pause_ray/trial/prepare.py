@@ -9,7 +9,6 @@ import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pause_ray.core.errors import ModelError, SpecError, TextError
 from pause_ray.core.spec import JsonObject, digest
@@ -24,11 +23,8 @@ from pause_ray.text.tokenizer import Marker, ModelTokenizer, resolve_marker
 from pause_ray.training.spec import FORMAT as TRAINING_FORMAT
 from pause_ray.trial.spec import TrialSpec
 
-if TYPE_CHECKING:
-    from pause_ray.data.spec import ShardJob
-
 TRIAL_FORMAT = 2
-"""Part of a trial's identity; raised when the same spec begins to be asked or graded differently."""
+"""Part of a trial's identity; raised when the same spec begins to give other prompts or scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +43,7 @@ class PreparedTrial:
 
     @functools.cached_property
     def cells(self) -> tuple[Cell, ...]:
-        """The trial's cells, made on demand, since a sweep keeps a thousand trials and asks the cells of a few."""
+        """The trial's cells, made on demand, since a sweep keeps a thousand trials and needs the cells of a few."""
         return tuple(cells(self.spec.eval, identity=self.digest, replicate=self.spec.replicate, seed=self.spec.data_seed))
 
 
@@ -61,6 +57,21 @@ class PrepareCache:
     """Tokenizers by model folder."""
     fitting: set[str] = field(default_factory=set)
     """Digests of what decides prompts, for prompts that are known to fit."""
+
+    def tokenizer(self, model_dir: Path) -> ModelTokenizer:
+        """Return the tokenizer of a model folder."""
+        if model_dir not in self.tokenizers:
+            self.tokenizers[model_dir] = ModelTokenizer.load(model_dir)
+        return self.tokenizers[model_dir]
+
+    def haystack(self, spec: TrialSpec, *, cache: Path, proxy: SuiteSpec | None = None) -> Haystack:
+        """Return the haystack of a trial, or of a proxy suite for it; ``cache`` is the folder of packages."""
+        suite = proxy or spec.eval
+        key = digest([suite.resolved(), spec.seed, spec.replicate])
+        if key not in self.haystacks:
+            self.haystacks.clear()
+            self.haystacks[key] = load_haystack(suite, cache=cache, seed=spec.seed, replicate=spec.replicate, data_seed=spec.data_seed)
+        return self.haystacks[key]
 
 
 def prepare(spec: TrialSpec, *, cache: Path, shared: PrepareCache | None = None) -> PreparedTrial:
@@ -78,9 +89,7 @@ def prepare(spec: TrialSpec, *, cache: Path, shared: PrepareCache | None = None)
     has_weights = spec.train is not None or isinstance(spec.engine, HfEngineSpec)
     model_dir = resolve_model(spec.model, cache=cache, weights=has_weights)
     shared = shared or PrepareCache()
-    if model_dir not in shared.tokenizers:
-        shared.tokenizers[model_dir] = ModelTokenizer.load(model_dir)
-    tokenizer = shared.tokenizers[model_dir]
+    tokenizer = shared.tokenizer(model_dir)
     base_digest = model_digest(model_dir, cache=cache) if has_weights else digest([spec.engine.identity(), tokenizer.digest])
     limit_tokens = model_limit_tokens(model_dir)
     check_lengths(spec.eval, limit_tokens=limit_tokens, origin=spec.model.source)
@@ -93,7 +102,7 @@ def prepare(spec: TrialSpec, *, cache: Path, shared: PrepareCache | None = None)
         config = read_config(model_dir / "config.json")
         spec.train.lora.check_rank(int(config.get("text_config", config).get("hidden_size", spec.train.lora.rank)))
     marker = resolve_marker(tokenizer, spec.pauses)
-    haystack = _haystack(spec, cache=cache, shared=shared)
+    haystack = shared.haystack(spec, cache=cache)
     shards, training = None, None
     if spec.train and spec.corpus:
         shards = _shard_job(spec, spec.corpus, model_dir, haystack, tokenizer_digest=tokenizer.digest)
@@ -116,17 +125,9 @@ def prepare(spec: TrialSpec, *, cache: Path, shared: PrepareCache | None = None)
     )
     prompts = _prompt_digest(spec, model_dir)
     if prompts not in shared.fitting:
-        _check_lengths(spec, haystack, tokenizer, marker, limit_tokens=limit_tokens, cache=cache)
+        _check_lengths(spec, model_dir, shared=shared, cache=cache)
         shared.fitting.add(prompts)
     return PreparedTrial(spec=spec, digest=identity, model_dir=model_dir, base_digest=base_digest, marker=marker, shards=shards)
-
-
-def _haystack(spec: TrialSpec, *, cache: Path, shared: PrepareCache) -> Haystack:
-    key = digest([spec.eval.resolved(), spec.seed, spec.replicate])
-    if key not in shared.haystacks:
-        shared.haystacks.clear()
-        shared.haystacks[key] = load_haystack(spec.eval, cache=cache, seed=spec.seed, replicate=spec.replicate, data_seed=spec.data_seed)
-    return shared.haystacks[key]
 
 
 def _check_unseen(adapter: Checkpoint, haystack: Haystack) -> None:
@@ -184,10 +185,13 @@ def proxy_lengths(trials: Collection[PreparedTrial], *, facts: int, context_toke
     if context_tokens is None and not common:
         raise SpecError("scheduler: the trials' suites have no length in common; set scheduler.proxy.context_tokens")
     candidates = [tuple(context_tokens)] if context_tokens is not None else [(length,) for length in sorted(common, reverse=True)]
+    shared = PrepareCache()
     for lengths in candidates:
         try:
             for trial in distinct.values():
-                _check_proxy(trial, proxy_suite(trial.spec.eval, facts=facts, context_tokens=lengths), cache=cache)
+                proxy = proxy_suite(trial.spec.eval, facts=facts, context_tokens=lengths)
+                check_lengths(proxy, limit_tokens=model_limit_tokens(trial.model_dir), origin=trial.spec.model.source)
+                _check_lengths(trial.spec, trial.model_dir, shared=shared, cache=cache, proxy=proxy)
         except (ModelError, TextError):
             if lengths == candidates[-1]:
                 raise
@@ -202,28 +206,13 @@ def _prompt_digest(spec: TrialSpec, model_dir: Path) -> str:
     return digest([spec.eval.resolved(), pauses, str(model_dir), spec.seed, spec.replicate])
 
 
-def _check_proxy(trial: PreparedTrial, proxy: SuiteSpec, *, cache: Path) -> None:
-    spec, limit_tokens = trial.spec, model_limit_tokens(trial.model_dir)
-    check_lengths(proxy, limit_tokens=limit_tokens, origin=spec.model.source)
-    haystack = load_haystack(proxy, cache=cache, seed=spec.seed, replicate=spec.replicate, data_seed=spec.data_seed)
-    tokenizer = ModelTokenizer.load(trial.model_dir)
-    _check_lengths(spec, haystack, tokenizer, trial.marker, limit_tokens=limit_tokens, cache=cache, proxy=proxy)
-
-
-def _check_lengths(
-    spec: TrialSpec,
-    haystack: Haystack,
-    tokenizer: ModelTokenizer,
-    marker: Marker,
-    *,
-    limit_tokens: int,
-    cache: Path,
-    proxy: SuiteSpec | None = None,
-) -> None:
+def _check_lengths(spec: TrialSpec, model_dir: Path, *, shared: PrepareCache, cache: Path, proxy: SuiteSpec | None = None) -> None:
     """Build the shortest prompts, which may have no room for their facts, and a longest one, which may exceed the model's limit.
 
     The prompts of a length of the ``proxy`` differ in the question only, so that one of them is enough.
     """
+    tokenizer, haystack = shared.tokenizer(model_dir), shared.haystack(spec, cache=cache, proxy=proxy)
+    marker, limit_tokens = resolve_marker(tokenizer, spec.pauses), model_limit_tokens(model_dir)
     suite = proxy or spec.eval
     grid = cells(suite, identity="", replicate=spec.replicate, seed=spec.data_seed)
     builder = prompt_builder(

@@ -58,6 +58,7 @@ def test_check_prints_json_that_holds_every_resolved_trial() -> None:
         (("eval", QUICKSTART, "--model", "some/model"), f"{QUICKSTART}: contains a sweep, but a suite is needed"),
         (("sweep", SUITE), f"{SUITE}: contains a suite, but a sweep is needed"),
         (("train", SUITE), f"{SUITE}: contains a suite, but a trial or sweep is needed"),
+        (("train", SUITE, "--storage", "s3://bucket/runs"), f"{SUITE}: contains a suite, but a trial or sweep is needed"),
         (("eval", "nowhere.yaml", "--model", "some/model", "--dry-run"), "nowhere.yaml: cannot be read"),
     ],
 )

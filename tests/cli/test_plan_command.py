@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pause_ray.cli.main import app
-from pause_ray.core.errors import UserError
+from pause_ray.cli.plan import parse_memory
+from pause_ray.core.errors import SpecError, UserError
 from pause_ray.core.spec import JsonObject
 from tests.evaluation.tiny import make_haystack_folder, make_suite, make_tokenizer_folder
 from tests.trial.test_needs import TINY
@@ -174,3 +175,14 @@ def test_where_no_file_says_it_a_step_has_rows_for_every_gpu(gpus: int, rows: in
 def test_the_help_has_examples() -> None:
     shown = plan("--help", columns=200)
     assert "pause-ray plan --model 70B --gpus 16 --gpu-memory 80GB" in shown.output
+
+
+@pytest.mark.parametrize(("text", "gigabytes"), [("80GB", 80), ("80", 80), ("80 gb", 80), ("2.5GB", 2.5), ("40GiB", 42.949_672_96)])
+def test_memory_is_read_with_its_unit(text: str, gigabytes: float) -> None:
+    assert parse_memory(text) == pytest.approx(gigabytes)
+
+
+@pytest.mark.parametrize("text", ["", "big", "0GB", "-80GB", "80TB", "80GB!"])
+def test_what_is_no_memory_is_refused(text: str) -> None:
+    with pytest.raises(SpecError, match="expected a size such as 80GB"):
+        parse_memory(text)

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pause_ray.evaluation.prefix_plan import (
-    Forecast,
     Ids,
     PlannedPrompt,
+    PrefillForecast,
     by_position,
-    forecast,
+    forecast_prefill,
     new_tokens,
     plan_prefixes,
     split_for_actors,
@@ -102,14 +102,14 @@ def test_a_forecast_is_of_what_is_computed_and_held(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     shape = ModelShape.load(tmp_path)
 
-    def expect(planned: list[PlannedPrompt], *, chunk: int = 8) -> Forecast:
-        return forecast(planned, shape, chunk_tokens=chunk, max_new_tokens=4, dtype="float32")
+    def expect(planned: list[PlannedPrompt], *, chunk: int = 8) -> PrefillForecast:
+        return forecast_prefill(planned, shape, chunk_tokens=chunk, max_new_tokens=4, dtype="float32")
 
     prompts = [np.arange(40, dtype=np.int32), np.append(np.arange(30, dtype=np.int32), END)]
     shared, alone = expect(plan_prefixes(prompts)), expect(plan_prefixes(prompts, reuse="none"))
     assert shared.prefill_flops < alone.prefill_flops
     assert shared.kv_bytes == alone.kv_bytes == (40 + 4) * 2 * 2 * 2 * 16 * 4, "keys and values, layers, heads, size, bytes"
-    together = forecast(plan_prefixes(prompts), shape, chunk_tokens=8, decode_batch=3, max_new_tokens=4, dtype="float32")
+    together = forecast_prefill(plan_prefixes(prompts), shape, chunk_tokens=8, decode_batch=3, max_new_tokens=4, dtype="float32")
     assert together.kv_bytes == (44 + 44 + 3 * 4) * 2 * 2 * 2 * 16 * 4, "as much again that is answers' own, and what they say"
     whole = shape.forward_flops(new_tokens=40, past_tokens=0, logit_rows=1)
     assert expect(plan_prefixes(prompts[:1]), chunk=40).prefill_flops == whole

@@ -18,7 +18,7 @@ from pause_ray.planning.forecast import Effort, SweepForecast, TrialOutlook, for
 from pause_ray.sweep.search import SearchLog, SweepTrial, SweepTrials
 from pause_ray.sweep.spec import SweepSpec
 from pause_ray.training.launch import train_digest
-from pause_ray.trial.needs import GpuSpec, Site
+from pause_ray.trial.needs import GpuSpec, Hardware
 from pause_ray.trial.run import training_job
 from tests.evaluation.answered_rows import row
 from tests.evaluation.tiny import STOCK, make_haystack_folder, make_suite, make_tokenizer_folder
@@ -39,8 +39,8 @@ GPU = GpuSpec(
 STEPS = 4
 
 
-def site(gpus: int = 1) -> Site:
-    return Site(gpu=GPU, gpus=gpus, gpus_per_node=8, utilization=0.4, network_gb_per_second=50)
+def hardware(gpus: int = 1) -> Hardware:
+    return Hardware(gpu=GPU, gpus=gpus, gpus_per_node=8, utilization=0.4, network_gb_per_second=50)
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +91,13 @@ def sweep_of(folder: Path, **changes: object) -> SweepSpec:
     return SweepSpec.parse(with_overrides(whole, {path.replace("__", "."): value for path, value in changes.items()}), origin="test")
 
 
-def look(sweep: SweepSpec, storage: Storage, *, at: Site | None = None) -> SweepForecast:
+def look(sweep: SweepSpec, storage: Storage, *, at: Hardware | None = None) -> SweepForecast:
     import ray
 
     with pytest.MonkeyPatch.context() as without:  # whether other tests have a cluster in this process or not
         without.setattr(ray, "init", lambda *args, **options: pytest.fail("Ray was started"))
         without.setattr(ray_cluster, "connection", lambda: pytest.fail("Ray was asked for"))
-        found = forecast_sweep(sweep, storage=storage, site=at, showing=lambda done, of: None)
+        found = forecast_sweep(sweep, storage=storage, hardware=at, progress=lambda done, of: None)
     json.dumps(found.as_json(), allow_nan=False)
     return found
 
@@ -137,7 +137,7 @@ def finish(trial: SweepTrial, storage: Storage, *, checkpoint: Path | None) -> N
 
 
 def test_every_trial_and_step_is_listed_and_what_two_share_is_made_once(folder: Path, storage: Storage) -> None:
-    found = look(sweep_of(folder), storage, at=site())
+    found = look(sweep_of(folder), storage, at=hardware())
     assert [trial.label for trial in found.trials] == ["pause_tuned rank=4 #0", "pause_tuned rank=8 #0", "baseline #0"]
     assert [steps_of(trial) for trial in found.trials] == [
         {"data": (0, 8, False), "training": (0, STEPS, False), "scoring": (0, 9, False)},
@@ -152,7 +152,7 @@ def test_every_trial_and_step_is_listed_and_what_two_share_is_made_once(folder: 
 
 def test_what_is_on_storage_is_found_and_not_counted_again(folder: Path, storage: Storage) -> None:
     sweep = sweep_of(folder)
-    fresh = look(sweep, storage, at=site())
+    fresh = look(sweep, storage, at=hardware())
     first, second, baseline = trials_of(sweep, storage)
     store_rows(first, storage)
     checkpoint = checkpoint_of(first, storage)
@@ -162,7 +162,7 @@ def test_what_is_on_storage_is_found_and_not_counted_again(folder: Path, storage
     finish(baseline, storage, checkpoint=None)
     running = checkpoint_of(second, storage)
     write_json(running.with_name(f".{running.name}.training") / "step-3" / "manifest.json", {})
-    found = look(sweep, storage, at=site())
+    found = look(sweep, storage, at=hardware())
     assert [trial.state for trial in found.trials] == ["begun", "begun", "finished"]
     assert [steps_of(trial) for trial in found.trials] == [
         {"data": (8, 8, False), "training": (STEPS, STEPS, False), "scoring": (3, 9, False)},
@@ -177,7 +177,7 @@ def test_what_is_on_storage_is_found_and_not_counted_again(folder: Path, storage
 
 def test_the_same_training_for_two_questions_is_done_once(folder: Path, storage: Storage) -> None:
     sweep = sweep_of(folder, search={"eval.max_new_tokens": {"grid": [8, 16]}})
-    assert [steps_of(trial).get("training") for trial in look(sweep, storage, at=site()).trials[:2]] == [
+    assert [steps_of(trial).get("training") for trial in look(sweep, storage, at=hardware()).trials[:2]] == [
         (0, STEPS, False),
         (0, STEPS, True),
     ]
@@ -207,7 +207,7 @@ def test_times_are_those_of_the_same_model_before_or_not_told(folder: Path, stor
 
 def test_a_model_whose_weights_are_not_here_is_planned_all_the_same(folder: Path, storage: Storage, tmp_path: Path) -> None:
     sweep = sweep_of(folder, trial__model__source=str(make_bare(folder / "model", tmp_path / "bare")))
-    found = look(sweep, storage, at=site())
+    found = look(sweep, storage, at=hardware())
     assert {trial.digest for trial in found.trials} == {None}
     assert (found.left.seconds or 0) > 0
 
@@ -223,14 +223,14 @@ def make_bare(model: Path, folder: Path) -> Path:
 def test_a_search_that_learns_is_told_by_an_example(folder: Path, storage: Storage) -> None:
     algorithm: JsonObject = {"kind": "tpe", "points": 10, "random_points": 2}
     sweep = sweep_of(folder, search={"train.lora.rank": {"int": [2, 32]}}, algorithm=algorithm)
-    found = look(sweep, storage, at=site())
+    found = look(sweep, storage, at=hardware())
     assert [trial.arm for trial in found.trials] == ["baseline"]
     assert (found.points_to_come, [trial.arm for trial in found.example]) == (10, ["pause_tuned"])
     one = found.example[0].left.tokens or 0
     assert found.left.tokens == (found.trials[0].left.tokens or 0) + 10 * one
     known = SweepTrials(sweep, storage=storage, command="", progress=lambda done, of: None)
     SearchLog(known.folder).append({"event": "asked", "round": 0, "points": [{"train.lora.rank": 5}]})
-    asked = look(sweep, storage, at=site())
+    asked = look(sweep, storage, at=hardware())
     assert [trial.label for trial in asked.trials] == ["baseline #0", "pause_tuned rank=5 #0"]
     assert asked.points_to_come == 9
 
@@ -247,7 +247,7 @@ def test_stopped_points_are_left_out_in_all_arms(folder: Path, storage: Storage)
     stopped = next(key for key, trial in known.by_digest.items() if trial.planned.label == "pause_tuned rank=4 #0")
     event = {"event": "stopped", "trial": stopped, "point": {"train.lora.rank": 4}, "rung": 0, "by": "asha"}
     SearchLog(known.folder).append(event)
-    states = {trial.label: trial.state for trial in look(sweep, storage, at=site()).trials}
+    states = {trial.label: trial.state for trial in look(sweep, storage, at=hardware()).trials}
     assert states == {
         "pause_tuned rank=4 #0": "stopped",
         "pause_tuned rank=8 #0": "not begun",
