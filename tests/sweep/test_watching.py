@@ -123,7 +123,7 @@ def test_what_is_watched_is_what_happens(cluster: RealCluster, sweep_file: Path,
         assert {trial.stage for trial in found.live.running} <= {"starting", "data", "training", "queued", "scoring"}
         until(lambda: status_of(tmp_path).by_state == {"finished": 4})
         expected = expected_counts(tmp_path)
-        samples = told_at_last(cluster, found.name, expected | LAST_WORDS)
+        samples = told_at_last(cluster, found.folder.name, expected | LAST_WORDS)
         output, _ = process.communicate(timeout=400)
         assert process.returncode == 0, output
     found = status_of(tmp_path)
