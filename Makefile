@@ -2,9 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
-HEAVY := torch or mlflow or ray or real
 STORAGE ?= runs
 WORKERS ?= 2
+TOGETHER = -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 30
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help install quickstart test test-fast test-all test-kills exactness bench bench-train bench-sweep bench-cluster lint format docs constraints clean
@@ -25,15 +25,15 @@ quickstart: install  ## a whole sweep on a real small model: table, report and M
 	$(BIN)/pause-ray sweep sweeps/quickstart.yaml --storage $(STORAGE)
 
 # Several test processes share the cores, so a waiting thread must not keep one busy.
-test test-all: export OMP_WAIT_POLICY := passive
-test: install lint test-fast  ## lint, types, and the tests that need no GPU and do not take long (a quarter of an hour on 2 cores)
-	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 30 -m "not gpu and not slow and ($(HEAVY))"
+test test-fast test-all: export OMP_WAIT_POLICY := passive
+test: install lint  ## lint, types, and the tests that need no GPU and do not take long (a quarter of an hour on 2 cores)
+	$(PYTEST) $(TOGETHER) -m "not gpu and not slow"
 
-test-fast: install  ## tests without Ray, torch or a model (a minute)
-	$(PYTEST) -m "not gpu and not slow and not ($(HEAVY))"
+test-fast: install  ## tests without Ray, torch or a model, with few examples of each property (a minute)
+	$(PYTEST) $(TOGETHER) --fast
 
 test-all: install lint  ## every test that needs no GPU: lost machines, clouds, servers, model families and exactness too
-	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 30 -m "not gpu"
+	$(PYTEST) $(TOGETHER) -m "not gpu"
 
 test-kills: install  ## a sweep whose driver is killed at twenty random moments (ten minutes on 2 cores)
 	PAUSE_RAY_KILLS=20 $(PYTEST) tests/sweep/test_robust_sweep.py -k killed_again

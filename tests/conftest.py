@@ -16,6 +16,7 @@ MNT_DETACH = 2
 ROOT = Path(__file__).resolve().parents[1]
 # The same examples in every run; a busy machine is no failure.
 settings.register_profile("same_everywhere", derandomize=True, deadline=None)
+settings.register_profile("few", derandomize=True, deadline=None, max_examples=15)
 settings.load_profile("same_everywhere")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 BEGUN_FIRST = (
@@ -30,6 +31,24 @@ BEGUN_FIRST = (
     "real/test_memory.py",
 )
 """Files that take minutes; what begins last decides when processes that share the tests are through."""
+FAST = "not gpu and not slow and not torch and not mlflow and not ray and not real and not seconds"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="only tests without Ray, torch or a model, with few examples of each property")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--fast"):
+        config.option.markexpr = FAST
+        settings.load_profile("few")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out files that import torch at their top from a fast run: the import alone takes 12 seconds."""
+    if not config.getoption("--fast") or collection_path.suffix != ".py" or not collection_path.name.startswith("test_"):
+        return None
+    return True if 'pytest.importorskip("torch")' in collection_path.read_text() else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pause_ray.cli.terminal import DEFAULT_STORAGE, AsJson, Sets, StageProgress, StorageRoot, app, err, out, print_json
+from pause_ray.cli.terminal import DEFAULT_STORAGE, AsJson, Sets, StageProgress, StorageRoot, app, err, out, print_json, require
 from pause_ray.core.errors import SpecError, UserError
 from pause_ray.core.spec import Spec, parse_assignments, read_yaml, with_overrides
 from pause_ray.core.storage import Storage
@@ -42,6 +42,8 @@ def report(
     from pause_ray.report.results import read_results
     from pause_ray.tracking.runs import log_sweep
 
+    if log:
+        require("mlflow")
     root = Storage.open(storage)
     folder = find_sweep(name, root)
     results = read_results(folder, root)

@@ -27,6 +27,7 @@ from pause_ray.cli.terminal import (
     out,
     print_json,
     program,
+    require,
     warn,
 )
 from pause_ray.core.errors import SpecError, UserError
@@ -117,6 +118,7 @@ def corpus(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: 
     from pause_ray.trial.run import make_shards
 
     planned = _trial(spec, set_)  # a mistake in the file is reported before one of the storage
+    require("ray", "transformers")
     root = Storage.open(storage)
     trial = prepare(planned, cache=root.cache)
     with ray_cluster.connection(), StageProgress() as show:
@@ -139,6 +141,7 @@ def train(spec: SpecFile, set_: Sets = None, as_json: AsJson = False, storage: S
     from pause_ray.trial.prepare import prepare
 
     planned = _trial(spec, set_)  # a mistake in the file is reported before one of the storage
+    require("ray", "torch", "deepspeed")
     root = Storage.open(storage)
     trial = prepare(planned, cache=root.cache)
     checkpoint = _train(trial, storage=root, origin=spec)

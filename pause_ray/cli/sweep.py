@@ -13,7 +13,21 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from pause_ray.cli.terminal import DEFAULT_STORAGE, AsJson, Sets, SpecFile, StorageRoot, app, err, expect, out, print_json, program, warn
+from pause_ray.cli.terminal import (
+    DEFAULT_STORAGE,
+    AsJson,
+    Sets,
+    SpecFile,
+    StorageRoot,
+    app,
+    err,
+    expect,
+    out,
+    print_json,
+    program,
+    require,
+    warn,
+)
 from pause_ray.core.errors import SpecError
 from pause_ray.core.format import format_count, format_duration, format_money
 from pause_ray.core.spec import parse_assignments, read_yaml
@@ -129,6 +143,7 @@ def run_and_report(spec: SweepSpec, *, storage: str, as_json: bool, budget: Budg
     from pause_ray.report.ranking import export_best
     from pause_ray.report.results import read_results
 
+    require(*_libraries(spec, in_process=in_process))
     root = Storage.open(storage)
     command = shlex.join(["pause-ray", *sys.argv[1:]])
     with Tracker(root, warn=warn) as tracker:
@@ -159,6 +174,14 @@ def run_and_report(spec: SweepSpec, *, storage: str, as_json: bool, budget: Budg
         out.print(table(results))
         _print_next_commands(outcome.folder, path, root, tracker.logged)
     _print_failures(outcome)
+
+
+def _libraries(spec: SweepSpec, *, in_process: bool) -> list[str]:
+    """Return the libraries of the extras that a sweep needs."""
+    trials = [trial.spec for trial in listed_trials(spec)]
+    trains = any(trial.train for trial in trials)
+    needed = {"ray": not in_process, "torch": trains or any(trial.engine.kind == "hf" for trial in trials), "deepspeed": trains}
+    return [library for library, is_needed in needed.items() if is_needed]
 
 
 def _print_failures(outcome: SweepOutcome) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import shutil
@@ -39,6 +40,17 @@ err = Console(stderr=True)
 def warn(message: str) -> None:
     """Print a warning to standard error."""
     err.print(message, style="yellow", highlight=False, markup=False)
+
+
+def require(*libraries: str) -> None:
+    """Check that libraries of the extras are installed, before a verb fetches or computes anything.
+
+    Raises:
+        ModuleNotFoundError: A library is not installed; ``main`` then names the extra.
+    """
+    for library in libraries:
+        if importlib.util.find_spec(library) is None:
+            raise ModuleNotFoundError(name=library)
 
 
 DEFAULT_STORAGE = "runs"

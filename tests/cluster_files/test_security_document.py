@@ -38,6 +38,7 @@ def calls() -> list[tuple[str, ast.Call]]:
     return [(name, node) for name, node in nodes if isinstance(node, ast.Call)]
 
 
+@pytest.mark.seconds
 def test_no_model_brings_code() -> None:
     """``trust_remote_code`` is nowhere but false, and where weights are loaded from somebody's folder it is said."""
     said = [(name, keyword.value) for name, call in calls() for keyword in call.keywords if keyword.arg == "trust_remote_code"]

@@ -11,6 +11,8 @@ from pause_ray.core.errors import SourceError, StorageError
 from pause_ray.core.files import _pip_error, fetch_package, parse_package_source
 from pause_ray.core.storage import MANIFEST, file_sha256
 
+pytestmark = pytest.mark.seconds
+
 ESSAY = "Pauses help.\n"
 
 

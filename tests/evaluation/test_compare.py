@@ -172,6 +172,7 @@ def test_cells_that_all_agree_are_not_certain() -> None:
     assert (comparison.interval.low, comparison.interval.high) == pytest.approx((-0.3004, 0.3004), abs=1e-4)
 
 
+@pytest.mark.seconds
 def test_coverage_of_the_interval_with_one_replicate() -> None:
     # 15 questions, one arm always right and the other nine times of ten: true difference 0.1, few cells differ.
     random = np.random.default_rng(1)
@@ -227,6 +228,7 @@ def test_replicates_are_flipped_only_where_that_can_be_significant() -> None:
     assert (among_three.p_unit, among_three.p) == ("cells", 2 / 128)
 
 
+@pytest.mark.seconds
 def test_coverage_of_the_interval_with_eight_replicates() -> None:
     random = np.random.default_rng(2)
     held = 0
@@ -258,6 +260,7 @@ def test_arms_that_read_unlike_amounts_of_text_are_noticed() -> None:
     assert comparison.warnings == ("the arms did not read the same amount of text in 2 of 2 pairs (their content_tokens differ)",)
 
 
+@pytest.mark.seconds
 def test_coverage_of_the_interval_with_few_replicates() -> None:
     # True difference 0.5; replicate means scatter around it. A 95 % interval must hold it in about 95 of 100 sweeps.
     random = np.random.default_rng(1)

@@ -186,6 +186,7 @@ def coverage(num_units: int, *, resampled: bool, tries: int = 800) -> float:
     return held / tries
 
 
+@pytest.mark.seconds
 def test_coverage_of_each_interval_where_it_is_used_and_why_three_units_are_not_resampled() -> None:
     # A share of 800 tries whose truth is 0.95 lies within 0.92 to 0.98 (3.9 standard deviations).
     assert 0.92 <= coverage(BOOTSTRAP_UNITS, resampled=True) <= 0.98
@@ -319,6 +320,7 @@ def test_every_measure_has_an_interval_around_it_that_says_what_it_speaks_of(num
         assert estimate.interval.low < estimate.value < estimate.interval.high
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("num_replicates", [3, 8])
 def test_coverage_of_the_papers_metric(num_replicates: int) -> None:
     # Both lengths have the same expected rubrics, 6.5 of A and 4.5 of B, so that the true change is 44.4 %.
@@ -333,6 +335,7 @@ def test_coverage_of_the_papers_metric(num_replicates: int) -> None:
     assert held >= 107  # 114 expected; 3 standard deviations
 
 
+@pytest.mark.seconds
 def test_coverage_of_the_papers_metric_with_one_replicate_of_a_grid() -> None:
     # 8 lengths × 15 depths, right with probability 0.7 and 0.5: rubrics 7.3 and 5.5. A mean of ratios lies above the ratio of
     # means; intervals that do not correct for that hold the truth 87 times of 100, of 60 in 52.

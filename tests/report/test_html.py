@@ -205,6 +205,7 @@ def test_the_noise_floor_is_summed_by_precision_and_said_beside_the_scores(stora
     assert coarse in shown_of(folder, storage)
 
 
+@pytest.mark.seconds
 def test_suites_of_random_samples_and_several_facts_are_reported(storage: Storage) -> None:
     for trial, found in (("b", 0.0), ("p", 1.0)):
         asked = [(length, sample) for length in (1024, 2048) for sample in range(4)]
@@ -296,6 +297,7 @@ def test_the_report_says_when_it_resamples(report: Path) -> None:
     assert f"from {BOOTSTRAP_UNITS} replicates on the replicate-clustered bootstrap" in text_of(report.read_text(encoding="utf-8"))
 
 
+@pytest.mark.seconds
 def test_the_same_storage_gives_the_same_report(report: Path) -> None:
     first = report.read_bytes()
     assert write_report(read_results(report.parent, Storage.open(report.parents[2]))).read_bytes() == first
@@ -311,6 +313,7 @@ def test_the_terminal_table_fits_a_terminal(storage: Storage) -> None:
         assert words in shown
 
 
+@pytest.mark.seconds
 def test_markers_that_are_markup_elsewhere_are_shown_as_they_are(storage: Storage) -> None:
     # A tag of rich, a cell's end of Markdown, and mathematics that matplotlib could not parse.
     planned = [("b", "baseline", {}, 0), ("p", "paused", {"pauses.marker": "[pause]<|&|>$\\no{$"}, 0)]

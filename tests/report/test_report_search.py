@@ -108,6 +108,7 @@ def test_a_sweep_without_a_scheduler_says_nothing_of_rungs(storage: Storage) -> 
     assert "proxy" not in shown
 
 
+@pytest.mark.seconds
 def test_the_report_stands_alone_with_its_figure_of_costs(storage: Storage) -> None:
     folder = searched(storage)
     path = write_report(read_results(folder, storage))

@@ -25,6 +25,7 @@ from pause_ray.sweep.in_process import run_in_process
 from pause_ray.sweep.spec import SweepSpec
 from pause_ray.sweep.status import LiveStatus, SweepOutcome
 from tests.evaluation.tiny import STOCK, make_haystack_folder, make_suite
+from tests.inference.endpoint_server import EndpointServer, completion
 from tests.sweep.stubs import write_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,10 +35,6 @@ import sys
 for library in ("ray", "torch", "mlflow", "deepspeed"):
     sys.modules[library] = None
 from pause_ray.cli.main import main
-from pause_ray.evaluation import scoring_actor
-from pause_ray.inference.scripted import ScriptedEngine
-facts = {sys.argv.pop(1): sys.argv.pop(1)}
-scoring_actor._make_engine = lambda spec, threads: ScriptedEngine(facts=facts)
 main()
 """
 
@@ -69,11 +66,13 @@ def ids(storage: Storage) -> list[str]:
     return [row.cell_id for path in sorted(storage.trials.glob("*/cells.jsonl")) for row in Ledger(path).rows()]
 
 
-def test_eval_needs_no_ray_no_torch_and_no_mlflow_with_an_engine_that_needs_none(folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", EVAL_WITHOUT_EXTRAS, *next(iter(FACTS.items())), "eval", str(folder / "suite.yaml")]
+def test_eval_on_an_endpoint_needs_no_ray_no_torch_and_no_mlflow(folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", EVAL_WITHOUT_EXTRAS, "eval", str(folder / "suite.yaml")]
     command += ["--model", str(folder / "model"), "--json", "--storage", str(tmp_path / "runs")]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    with EndpointServer(lambda _: completion(STOCK.needle)) as server:
+        command += ["--set", f"engine={{kind: endpoint, url: '{server.url}', model: tiny}}"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["finished"], found["planned"]) == (1, 1)
