@@ -123,7 +123,7 @@ def test_stopped_and_submitted_again_it_ends_with_what_a_local_run_ends_with(
     subprocess.run(stop, env=cluster.environment, check=True, capture_output=True, timeout=600)
     code, out, err = ended(first)
     assert (code, json.loads(out)) == (1, {"job": stopped, "status": "STOPPED"}), "whoever follows it hears of its end"
-    assert "training rows for pause_tuned" in err, "whoever follows it hears what it says"
+    assert "training data for pause_tuned" in err, "whoever follows it hears what it says"
     code, out, err = ended(as_documented(cluster, sweep_file, storage))
     assert code == 0, out + err
     [report] = re.findall(r"^report +(.+)$", out, flags=re.MULTILINE)

@@ -30,7 +30,7 @@ def train_holding(config: WorkerConfig, *, told: Path, scaling: Any) -> None:
     group = ray.util.placement_group([needs] * num_workers) if num_workers else None
     try:
         assert group is None or group.wait(PATIENCE_SECONDS), "the worker group got no place"
-        gpus = ray.get_runtime_context().get_assigned_resources().get("GPU", 0) if group is None else needs["GPU"] * num_workers
+        gpus = ray.get_runtime_context().get_assigned_resources().get("GPU", 0) if group is None else needs.get("GPU", 0) * num_workers
         with told.open("a") as lines:
             lines.write(json.dumps({"gpus": gpus}) + "\n")
         write_adapter(config, step_seconds=0.05)
