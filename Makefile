@@ -24,16 +24,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 quickstart: install  ## a whole sweep on a real small model: table, report and MLflow store under runs/
 	$(BIN)/pause-ray sweep sweeps/quickstart.yaml --storage $(STORAGE)
 
+# Tests of the command line read its output, into which a Ray cluster of the same process could write: the heavy ones run apart.
+HEAVY := torch or mlflow or ray or real
 # Several test processes share the cores, so a waiting thread must not keep one busy.
 test test-fast test-all: export OMP_WAIT_POLICY := passive
 test: install lint  ## lint, types, and the tests that need no GPU and do not take long (a quarter of an hour on 2 cores)
-	$(PYTEST) $(TOGETHER) -m "not gpu and not slow"
+	$(PYTEST) $(TOGETHER) -m "not gpu and not slow and not ($(HEAVY))"
+	$(PYTEST) $(TOGETHER) -m "not gpu and not slow and ($(HEAVY))"
 
-test-fast: install  ## tests without Ray, torch or a model, with few examples of each property (a minute)
+test-fast: install  ## tests without Ray, torch or a model, with few examples of each property (a minute and a half on 2 cores)
 	$(PYTEST) $(TOGETHER) --fast
 
 test-all: install lint  ## every test that needs no GPU: lost machines, clouds, servers, model families and exactness too
-	$(PYTEST) $(TOGETHER) -m "not gpu"
+	$(PYTEST) $(TOGETHER) -m "not gpu and not slow and not ($(HEAVY))"
+	$(PYTEST) $(TOGETHER) -m "not gpu and (slow or $(HEAVY))"
 
 test-kills: install  ## a sweep whose driver is killed at twenty random moments (ten minutes on 2 cores)
 	PAUSE_RAY_KILLS=20 $(PYTEST) tests/sweep/test_robust_sweep.py -k killed_again
